@@ -1,0 +1,117 @@
+//! The guest's data of one request, as a domain may touch it: by copy, never as a slice.
+//!
+//! Guest memory changes while the host looks at it (another vCPU, a malicious driver), so no `&[u8]` to it may exist.
+//! Every access here goes through raw pointers; what is copied out is a private value, and the bytes of a racing write may
+//! come out in any mixture, as they do for a real disk's DMA.
+
+use crate::abi::RawSegment;
+
+/// The segments of one request, in order: `len` bytes of guest memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffer<'r> {
+    segments: &'r [RawSegment],
+}
+
+impl<'r> Buffer<'r> {
+    /// Wraps segments of guest memory.
+    ///
+    /// # Safety
+    /// Each segment is mapped readable and writable for as long as `'r`, and nobody holds a Rust reference into it.
+    #[must_use]
+    pub const unsafe fn from_segments(segments: &'r [RawSegment]) -> Self {
+        Self { segments }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.segments.iter().map(|s| s.len).sum()
+    }
+
+    /// Whether there are no bytes at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The pieces, for code in this crate that hands them to the kernel or copies them.
+    pub(crate) const fn segments(&self) -> &'r [RawSegment] {
+        self.segments
+    }
+
+    /// Copies `from` into the buffer, starting `at` bytes in. Returns how many bytes fitted.
+    pub fn copy_from_slice(&self, at: usize, from: &[u8]) -> usize {
+        let mut done = 0;
+        self.for_range(at, from.len(), |base, len| {
+            // SAFETY: `base..base + len` is inside a mapped segment (constructor's contract), `done + len <= from.len()` because
+            // `for_range` yields `from.len()` bytes at most, and a private slice cannot overlap guest memory.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), base, len) };
+            done += len;
+        });
+        done
+    }
+
+    /// Copies the buffer's bytes from `at` on to `to`. Returns how many bytes there were.
+    pub fn copy_to_slice(&self, at: usize, to: &mut [u8]) -> usize {
+        let mut done = 0;
+        let wanted = to.len();
+        self.for_range(at, wanted, |base, len| {
+            // SAFETY: as in `copy_from_slice`, in the other direction.
+            unsafe { std::ptr::copy_nonoverlapping(base.cast_const(), to.as_mut_ptr().add(done), len) };
+            done += len;
+        });
+        done
+    }
+
+    /// Fills the whole buffer with zeros.
+    pub fn zero(&self) {
+        for segment in self.segments {
+            // SAFETY: the segment is mapped writable for `len` bytes (constructor's contract).
+            unsafe { std::ptr::write_bytes(segment.base, 0, segment.len) };
+        }
+    }
+
+    /// Calls `f` with each contiguous piece of the `len` bytes from `at` on; less where the buffer ends.
+    pub(crate) fn for_range(&self, at: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
+        let mut skip = at;
+        let mut left = len;
+        for segment in self.segments {
+            if left == 0 {
+                return;
+            }
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let piece = (segment.len - skip).min(left);
+            f(segment.base.wrapping_add(skip), piece);
+            left -= piece;
+            skip = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_cross_segments_and_stop_at_the_end() {
+        let mut a = [0u8; 3];
+        let mut b = [0u8; 5];
+        let segments = [
+            RawSegment { base: a.as_mut_ptr(), len: a.len() },
+            RawSegment { base: b.as_mut_ptr(), len: b.len() },
+        ];
+        // SAFETY: both arrays outlive the buffer and are not touched through their names meanwhile.
+        let buffer = unsafe { Buffer::from_segments(&segments) };
+        assert_eq!(buffer.len(), 8);
+        assert_eq!(buffer.copy_from_slice(1, &[1, 2, 3, 4, 5, 6, 7, 8, 9]), 7);
+        let mut out = [9u8; 10];
+        assert_eq!(buffer.copy_to_slice(0, &mut out), 8);
+        assert_eq!(out, [0, 1, 2, 3, 4, 5, 6, 7, 9, 9]);
+        buffer.zero();
+        assert_eq!(buffer.copy_to_slice(2, &mut out[..4]), 4);
+        assert_eq!(out[..4], [0; 4]);
+    }
+}

@@ -1,0 +1,171 @@
+//! Reading and writing files straight from and to guest memory.
+//!
+//! The kernel gets the request's segments as iovecs (`preadv`, `pwritev`), so that data is copied once and no Rust slice over guest
+//! memory exists. Short transfers are finished here; what a caller sees is all or an error.
+
+use crate::abi::RawSegment;
+use crate::buffer::Buffer;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// The kernel's limit of iovecs in one call (`IOV_MAX` in limits.h).
+const IOV_MAX: usize = 1024;
+
+/// Reads from `file` at `offset` until `buffer` is full.
+///
+/// # Errors
+/// What `preadv` says; [`io::ErrorKind::UnexpectedEof`] where the file ends too early.
+pub fn read_at(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<()> {
+    transfer(file, offset, buffer, io::ErrorKind::UnexpectedEof, |fd, iov, count, at| {
+        // SAFETY: `iov` points to `count` iovecs (`RawSegment` has the layout of `struct iovec`) over memory that is mapped
+        // writable while `buffer` lives; the kernel copies into it and keeps nothing.
+        unsafe { libc::preadv(fd, iov, count, at) }
+    })
+}
+
+/// Writes all of `buffer` to `file` at `offset`.
+///
+/// # Errors
+/// What `pwritev` says; [`io::ErrorKind::WriteZero`] where it writes nothing.
+pub fn write_at(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<()> {
+    transfer(file, offset, buffer, io::ErrorKind::WriteZero, |fd, iov, count, at| {
+        // SAFETY: as in `read_at`; the kernel only reads the segments.
+        unsafe { libc::pwritev(fd, iov, count, at) }
+    })
+}
+
+fn transfer(
+    file: &File,
+    offset: u64,
+    buffer: &Buffer<'_>,
+    nothing: io::ErrorKind,
+    call: impl Fn(i32, *const libc::iovec, i32, i64) -> isize,
+) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    let mut at = i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut segments = buffer.segments();
+    // What is left of a segment that was transferred in part.
+    let mut rest: Option<RawSegment> = None;
+    loop {
+        while rest.is_none() && segments.first().is_some_and(|s| s.len == 0) {
+            segments = &segments[1..];
+        }
+        let (iov, count) = match &rest {
+            Some(segment) => (std::ptr::from_ref(segment), 1),
+            None if segments.is_empty() => return Ok(()),
+            None => (segments.as_ptr(), segments.len().min(IOV_MAX)),
+        };
+        let moved = call(fd, iov.cast(), count as i32, at);
+        if moved < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(error);
+        }
+        if moved == 0 {
+            return Err(nothing.into());
+        }
+        at += moved as i64;
+        let mut moved = moved as usize;
+        if let Some(segment) = rest.take() {
+            if moved < segment.len {
+                rest = Some(RawSegment { base: segment.base.wrapping_add(moved), len: segment.len - moved });
+            }
+            continue;
+        }
+        while let Some(segment) = segments.first() {
+            if moved < segment.len {
+                if moved > 0 {
+                    rest =
+                        Some(RawSegment { base: segment.base.wrapping_add(moved), len: segment.len - moved });
+                    segments = &segments[1..];
+                }
+                break;
+            }
+            moved -= segment.len;
+            segments = &segments[1..];
+        }
+    }
+}
+
+/// Gives the space of `offset..offset + len` back; it reads as zeros afterwards (`FALLOC_FL_PUNCH_HOLE`).
+///
+/// # Errors
+/// What `fallocate` says; `EOPNOTSUPP` where the file system or device cannot.
+pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    allocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
+/// Makes `offset..offset + len` read as zeros, keeping the space (`FALLOC_FL_ZERO_RANGE`).
+///
+/// # Errors
+/// What `fallocate` says; `EOPNOTSUPP` where the file system or device cannot.
+pub fn zero_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    allocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
+fn allocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let (offset, len) = (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
+    loop {
+        // SAFETY: no pointers; the descriptor is open because `file` is borrowed.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Size in bytes of a block device (`BLKGETSIZE64`).
+///
+/// # Errors
+/// What the ioctl says, e.g. for a file that is no block device.
+pub fn block_device_size(file: &File) -> io::Result<u64> {
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272; // linux/fs.h: _IOR(0x12, 114, size_t)
+    let mut bytes = 0u64;
+    // SAFETY: the ioctl writes one 64-bit number to the pointer, which is valid for that.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } == 0 {
+        Ok(bytes)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_buffer<R>(parts: &mut [Vec<u8>], f: impl FnOnce(&Buffer<'_>) -> R) -> R {
+        let segments: Vec<_> =
+            parts.iter_mut().map(|p| RawSegment { base: p.as_mut_ptr(), len: p.len() }).collect();
+        // SAFETY: the vectors outlive the buffer and are not touched meanwhile.
+        f(&unsafe { Buffer::from_segments(&segments) })
+    }
+
+    #[test]
+    fn what_is_written_is_read_across_many_segments() {
+        let path = std::env::temp_dir().join(format!("hotswap-file-io-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let mut out: Vec<Vec<u8>> = (0..1500).map(|i| vec![i as u8; i % 7]).collect();
+        let len: usize = out.iter().map(Vec::len).sum();
+        with_buffer(&mut out, |b| write_at(&file, 4096, b)).unwrap();
+        let mut back = vec![vec![0u8; 1000], vec![0u8; len - 1000]];
+        with_buffer(&mut back, |b| read_at(&file, 4096, b)).unwrap();
+        assert_eq!(back.concat(), out.concat());
+        let mut beyond = vec![vec![0u8; 512], vec![0u8; 512]];
+        let error = with_buffer(&mut beyond, |b| read_at(&file, 4096 + len as u64 - 700, b)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        punch_hole(&file, 4096, len as u64).unwrap();
+        with_buffer(&mut back, |b| read_at(&file, 4096, b)).unwrap();
+        assert!(back.concat().iter().all(|&b| b == 0));
+        std::fs::remove_file(path).unwrap();
+    }
+}

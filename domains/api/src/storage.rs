@@ -1,0 +1,217 @@
+//! Storage as a domain sees it: regions, bytes and file descriptors by key, owned by the host.
+//!
+//! Whatever must survive an upgrade lives here, and it must be valid at every instant, not only after `quiesce`: the instance may die
+//! in the middle of a request, and its successor takes up what is there.
+
+use crate::abi::RawRegion;
+use crate::author::{DomainError, Host, raw_bytes, with_message};
+use crate::{Buffer, file_io};
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// The storage of the device.
+///
+/// Looking works from [`BlockDomain::prepare`](crate::BlockDomain::prepare) on; opening regions and changing anything takes ownership, which begins with
+/// [`activate`](crate::BlockDomain::activate).
+#[derive(Debug, Clone, Copy)]
+pub struct Storage {
+    host: Host,
+}
+
+impl Storage {
+    pub(crate) const fn new(host: Host) -> Self {
+        Self { host }
+    }
+
+    /// Number of the layout that the storage has now; 0 for an empty storage.
+    #[must_use]
+    pub fn schema(&self) -> u32 {
+        let vtable = self.host.vtable();
+        // SAFETY: only `ctx` is passed.
+        unsafe { (vtable.schema)(vtable.ctx) }
+    }
+
+    /// Sets the number of the layout.
+    ///
+    /// # Errors
+    /// The storage is not ours.
+    pub fn set_schema(&self, schema: u32) -> Result<(), DomainError> {
+        let vtable = self.host.vtable();
+        // SAFETY: `message` is valid for the call.
+        with_message(|message| unsafe { (vtable.set_schema)(vtable.ctx, schema, message) })
+    }
+
+    /// Length of the region at `key` in bytes, 0 if there is none.
+    #[must_use]
+    pub fn region_len(&self, key: &str) -> u64 {
+        let vtable = self.host.vtable();
+        // SAFETY: `key` is borrowed for the call.
+        unsafe { (vtable.region_len)(vtable.ctx, raw_bytes(key.as_bytes())) }
+    }
+
+    /// Opens the region at `key`, or makes it, with `len` zero bytes.
+    ///
+    /// # Errors
+    /// The storage is not ours, the region has another length, or there is no memory.
+    pub fn region(&self, key: &str, len: u64) -> Result<Region, DomainError> {
+        let vtable = self.host.vtable();
+        let mut raw = RawRegion { base: std::ptr::null_mut(), len: 0, fd: -1 };
+        // SAFETY: all pointers are valid for the call.
+        with_message(|message| unsafe {
+            (vtable.region)(vtable.ctx, raw_bytes(key.as_bytes()), len, &raw mut raw, message)
+        })?;
+        Ok(Region { raw })
+    }
+
+    /// A copy of the bytes at `key`.
+    #[must_use]
+    pub fn bytes(&self, key: &str) -> Option<Vec<u8>> {
+        let vtable = self.host.vtable();
+        let mut value = Vec::new();
+        loop {
+            // SAFETY: `value` has its length writable bytes.
+            let len = unsafe {
+                (vtable.bytes_get)(vtable.ctx, raw_bytes(key.as_bytes()), value.as_mut_ptr(), value.len())
+            };
+            let len = usize::try_from(len).ok().filter(|&len| len < isize::MAX as usize)?;
+            if len <= value.len() {
+                value.truncate(len);
+                return Some(value);
+            }
+            value.resize(len, 0);
+        }
+    }
+
+    /// Sets the bytes at `key`.
+    ///
+    /// # Errors
+    /// The storage is not ours.
+    pub fn set_bytes(&self, key: &str, value: &[u8]) -> Result<(), DomainError> {
+        let vtable = self.host.vtable();
+        // SAFETY: `key` and `value` are borrowed for the call.
+        with_message(|message| unsafe {
+            (vtable.bytes_put)(vtable.ctx, raw_bytes(key.as_bytes()), raw_bytes(value), message)
+        })
+    }
+
+    /// A file of our own on a dup of the descriptor at `key`.
+    #[must_use]
+    pub fn file(&self, key: &str) -> Option<File> {
+        let vtable = self.host.vtable();
+        // SAFETY: `key` is borrowed for the call.
+        let fd = unsafe { (vtable.fd_dup)(vtable.ctx, raw_bytes(key.as_bytes())) };
+        // SAFETY: the host gives away a fresh descriptor, or a negative number.
+        (fd >= 0).then(|| File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Keeps a dup of `file`'s descriptor at `key`.
+    ///
+    /// # Errors
+    /// The storage is not ours, or there are no descriptors left.
+    pub fn set_file(&self, key: &str, file: &File) -> Result<(), DomainError> {
+        let vtable = self.host.vtable();
+        // SAFETY: `key` is borrowed, and the descriptor is open, for the call.
+        with_message(|message| unsafe {
+            (vtable.fd_put)(vtable.ctx, raw_bytes(key.as_bytes()), file.as_raw_fd(), message)
+        })
+    }
+}
+
+/// Host-owned memory, shared by all workers and, over time, by all instances.
+///
+/// Like guest memory it is only ever copied, never borrowed: two requests that overlap may race, as on any disk. A range outside the region
+/// is a panic, because the host has checked each request against the capacity that the domain announced.
+#[derive(Debug, Clone, Copy)]
+pub struct Region {
+    raw: RawRegion,
+}
+
+// SAFETY: the mapping stays until this module's code cannot run any more (abi::RawRegion), and it is accessed by raw copies only.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Length in bytes.
+    #[must_use]
+    pub const fn len(&self) -> u64 {
+        self.raw.len as u64
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.raw.len == 0
+    }
+
+    #[inline]
+    fn at(&self, offset: u64, len: usize) -> *mut u8 {
+        let end = offset.checked_add(len as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.len()),
+            "range {offset}+{len} is outside a region of {} bytes",
+            self.len()
+        );
+        self.raw.base.wrapping_add(offset as usize)
+    }
+
+    /// Copies from the region at `offset` into the whole of `buffer`.
+    #[inline]
+    pub fn read(&self, offset: u64, buffer: &Buffer<'_>) {
+        let mut at = offset;
+        for segment in buffer.segments() {
+            let from = self.at(at, segment.len);
+            // SAFETY: source checked by `at`, destination is a mapped segment; `copy`, because a hostile frontend could have us map one
+            // file as both.
+            unsafe { std::ptr::copy(from.cast_const(), segment.base, segment.len) };
+            at += segment.len as u64;
+        }
+    }
+
+    /// Copies the whole of `buffer` into the region at `offset`.
+    #[inline]
+    pub fn write(&self, offset: u64, buffer: &Buffer<'_>) {
+        let mut at = offset;
+        for segment in buffer.segments() {
+            let to = self.at(at, segment.len);
+            // SAFETY: as in `read`, in the other direction.
+            unsafe { std::ptr::copy(segment.base.cast_const(), to, segment.len) };
+            at += segment.len as u64;
+        }
+    }
+
+    /// Sets `len` bytes at `offset` to zero by writing them.
+    pub fn zero(&self, offset: u64, len: u64) {
+        let to =
+            self.at(offset, usize::try_from(len).expect("checked against the region's length by the host"));
+        // SAFETY: the range is checked by `at`.
+        unsafe { std::ptr::write_bytes(to, 0, len as usize) };
+    }
+
+    /// Sets `len` bytes at `offset` to zero by giving their memory back, as far as whole pages go.
+    ///
+    /// # Errors
+    /// What `fallocate` says.
+    pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _ = self.at(offset, usize::try_from(len).unwrap_or(usize::MAX));
+        // SAFETY: the host keeps the descriptor open as long as the mapping; `ManuallyDrop` leaves it open here too.
+        let file = ManuallyDrop::new(unsafe { File::from_raw_fd(self.raw.fd) });
+        file_io::punch_hole(&file, offset, len)
+    }
+
+    /// Copies bytes out, for a domain's own records.
+    pub fn copy_to_slice(&self, offset: u64, to: &mut [u8]) {
+        let from = self.at(offset, to.len());
+        // SAFETY: source checked by `at`; a private slice cannot overlap the region.
+        unsafe { std::ptr::copy_nonoverlapping(from.cast_const(), to.as_mut_ptr(), to.len()) };
+    }
+
+    /// Copies bytes in, for a domain's own records.
+    pub fn copy_from_slice(&self, offset: u64, from: &[u8]) {
+        let to = self.at(offset, from.len());
+        // SAFETY: as in `copy_to_slice`.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+    }
+}
