@@ -1,1 +1,139 @@
-//! srcu
+//! Sleepable RCU for a handful of long-lived readers, with a gate.
+//!
+//! A [`Cell`] holds one value. Readers, one per worker thread, use it all the time; now and then an upgrader replaces it. Two ways:
+//!
+//! * [`Cell::swap`] publishes a new value first and then waits until no reader uses the old one. No reader ever waits.
+//! * [`Cell::handover`] shuts a gate, lets every reader come to it between two read sections, runs an *exchange* while none of them is inside, and
+//!   opens it again.
+//!
+//! The scheme is quiescent-state-based: a reader does not count itself in and out, it says when it is *between* sections, and only when it is asked.
+//! A read section therefore costs one load of a line that is written only by upgrades, and a compare.
+//!
+//! Why not count in and out: the flag-then-count order of the textbook is wrong (a reader passes the flag, the upgrader sees zero and frees, the
+//! reader counts itself in), and the right order costs a full barrier per section on one side or a round of interrupts on the other.
+//!
+//! # The states of a slot
+//!
+//! ```text
+//!              attach                     sleep(owing: false)
+//!   Absent ------------------> Online ---------------------------> Asleep
+//!     ^                        |  ^ |  ^                              |
+//!     |         leave          |  | |  |            wake              |
+//!     +------------------------+  | |  +------------------------------+
+//!                                 | | sleep(owing: true)
+//!                arrive, gate     | +------> Owing --> wake --> Online
+//!                opens again      |
+//!                     Arrived <---+
+//! ```
+//!
+//! `Absent` and `Asleep` slots can be *claimed* for a shut gate by whoever gets there first with a compare-and-swap: the upgrader, or the reader itself if
+//! it sees the gate after it lay down. A claimed reader that wakes waits at the gate like one that arrived.
+//!
+//! # Why it is right
+//!
+//! Notation: W is the cell's word, S a reader's slot, P the pointer to the value. Epochs grow by one with every change of W.
+//!
+//! 1. *An online reader's value is not freed.* A reader uses P only as loaded after it saw some W of epoch e, and S holds an epoch <= e with kind `Online`
+//!    from before that load until it stores a newer epoch, or another kind, with Release, after its last use. `swap` frees only after it has read,
+//!    with Acquire, from every slot an epoch >= its own or a kind that is outside. So each use happens before the free.
+//! 2. *A reader that comes online during a swap sees the new value or is waited for.* Reader: S := Online, fence(SeqCst), load W. Upgrader: W := new,
+//!    fence(SeqCst), load S. Of two SeqCst fences one is first: either the reader's load sees the new W, and with it (P is stored before W, Release;
+//!    W is loaded with Acquire) the new P; or the upgrader's load sees Online, with an old epoch, and waits (case 1).
+//! 3. *A reader that goes to sleep does not miss the gate.* Reader: S := Asleep, fence(SeqCst), load W. Upgrader: W := shut, fence(SeqCst), load S. Either the
+//!    upgrader sees Asleep and claims it, or the reader sees W shut, takes its slot back with a compare-and-swap and arrives. If both, the
+//!    compare-and-swap decides. The same holds for leaving.
+//! 4. *Each slot arrives exactly once per gate.* A slot is counted by the successful compare-and-swap from (other epoch, Absent or Asleep) to (gate's epoch,
+//!    same kind), or by its online reader's own `arrive`. No transition leads from one to the other while the gate is shut: a claimed reader stays
+//!    until it opens. The count carries the gate's epoch, so that an arrival at a gate that was given up meanwhile counts nowhere.
+//! 5. *The exchange is alone.* It runs in whoever brings the count to zero (AcqRel on the count: a release sequence over all arrivals, so it sees
+//!    everything that every reader did before arriving). Giving up is a compare-and-swap on the same word that succeeds only while the count is not zero.
+//! 6. *Nobody stays at an open gate.* A waiter looks at W under the mutex before it waits; who opens stores W and then takes the mutex to notify.
+//!
+//! Deliberately absent: what the value is, how requests are drained (a reader arrives when it says so), and one upgrade at a time (the caller's lock;
+//! a second handover while one runs is an error here, not a wait).
+
+mod reader;
+mod sync;
+mod update;
+mod word;
+
+pub use reader::{Gate, Reader};
+pub use update::{Exchange, Grace, Handover, Stalled, UpdateError};
+
+use std::sync::Arc;
+use sync::{AtomicPtr, AtomicU64, AtomicUsize, Condvar, Mutex};
+use word::{Pending, SlotWord, Word};
+
+/// Two cache lines, so that neither the line nor its prefetched neighbour is shared.
+#[repr(align(128))]
+struct Line<T>(T);
+
+/// Written by upgrades only; read by every reader before every section.
+struct Head<T> {
+    word: AtomicU64,
+    value: AtomicPtr<T>,
+}
+
+/// One reader's line: `word` is written by the reader, and by whoever claims it.
+struct Slot {
+    word: AtomicU64,
+    /// Which thread the reader was last seen on (`update::this_thread`).
+    thread: AtomicUsize,
+}
+
+/// What the upgrader leaves at the gate for the last arrival, and what it finds there afterwards.
+enum Desk<T> {
+    Empty,
+    Waiting(Exchange<T>),
+    Running,
+    Done(update::Outcome<T>),
+}
+
+/// A value that readers use while it is replaced. See the crate's page.
+pub struct Cell<T> {
+    head: Line<Head<T>>,
+    pending: Line<AtomicU64>,
+    slots: Box<[Line<Slot>]>,
+    desk: Mutex<Desk<T>>,
+    /// Notified when a gate opens; its mutex is `desk`.
+    opened: Condvar,
+}
+
+// SAFETY: the value is shared with reader threads (`Sync`) and moves to the upgrader's thread when it is replaced (`Send`); everything else in
+// the cell is atomics and a mutex.
+unsafe impl<T: Send + Sync> Sync for Cell<T> {}
+// SAFETY: as above; the raw pointer owns its value.
+unsafe impl<T: Send + Sync> Send for Cell<T> {}
+
+impl<T: Send + Sync> Cell<T> {
+    /// A cell with its first value, gate open, and room for `readers` readers (at most 65,535).
+    ///
+    /// # Panics
+    /// If `readers` is 0 or more than that.
+    pub fn new(value: T, readers: usize) -> Arc<Self> {
+        assert!(readers > 0 && readers <= usize::from(u16::MAX), "a gate counts its readers in 16 bits");
+        let slot = || {
+            let word = AtomicU64::new(SlotWord::new(0, word::Kind::Absent).0);
+            Line(Slot { word, thread: AtomicUsize::new(0) })
+        };
+        Arc::new(Self {
+            head: Line(Head {
+                word: AtomicU64::new(Word::FIRST.0),
+                value: AtomicPtr::new(Box::into_raw(Box::new(value))),
+            }),
+            pending: Line(AtomicU64::new(Pending::NONE.0)),
+            slots: (0..readers).map(|_| slot()).collect(),
+            desk: Mutex::new(Desk::Empty),
+            opened: Condvar::new(),
+        })
+    }
+}
+
+impl<T> Drop for Cell<T> {
+    fn drop(&mut self) {
+        let value = self.head.0.value.load(sync::Ordering::Relaxed);
+        // SAFETY: the pointer came from `Box::into_raw` and is replaced only together with its ownership; readers hold an `Arc` of the cell, so none
+        // is left.
+        drop(unsafe { Box::from_raw(value) });
+    }
+}

@@ -1,0 +1,305 @@
+//! The upgrader's side: swap and its grace period, handover and its rendezvous.
+
+use crate::sync::{Ordering, SPINS, fence, lock, yield_now};
+use crate::word::{Kind, Pending, SlotWord, Word};
+use crate::{Cell, Desk};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What runs while every reader is at the gate: gets the value, and returns its successor, or `None` to keep it.
+pub type Exchange<T> = Box<dyn FnOnce(&T) -> Option<T> + Send>;
+
+/// Why an update was not begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpdateError {
+    /// The calling thread has a reader online: it would wait for itself.
+    InsideReadSection,
+    /// A handover is under way.
+    Busy,
+}
+
+impl std::fmt::Display for UpdateError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::InsideReadSection => {
+                "an update cannot be made by a thread whose reader is online: it would wait for itself"
+            }
+            Self::Busy => "another update is under way",
+        })
+    }
+}
+
+impl std::error::Error for UpdateError {}
+
+/// The readers that hold an update up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stalled {
+    /// Their [`Reader::index`](crate::Reader::index).
+    pub readers: Vec<usize>,
+}
+
+/// How a handover ended.
+pub enum Handover<T> {
+    /// The exchange ran.
+    Done {
+        /// The old value, if the exchange returned a new one. No reader uses it.
+        old: Option<Box<T>>,
+        /// From gate shut to the last arrival.
+        drain: Duration,
+        /// From gate shut to gate open.
+        pause: Duration,
+        /// What the exchange panicked with, if it did; the old value was kept.
+        panic: Option<Box<dyn Any + Send>>,
+    },
+    /// Not everybody arrived in time. The exchange did not run, the gate is open again.
+    TimedOut {
+        /// Who did not.
+        stalled: Stalled,
+        /// From gate shut to gate open.
+        pause: Duration,
+    },
+}
+
+pub(crate) struct Outcome<T> {
+    old: Option<Box<T>>,
+    started: Instant,
+    opened: Instant,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+/// Which thread this is: an address that no other living thread has.
+pub(crate) fn this_thread() -> usize {
+    std::thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| std::ptr::from_ref(here).addr())
+}
+
+impl<T: Send + Sync> Cell<T> {
+    /// Publishes `new` at once and returns the old value's grace period. No reader waits.
+    ///
+    /// # Errors
+    /// Nothing was published.
+    pub fn swap(self: &Arc<Self>, new: T) -> Result<Grace<T>, UpdateError> {
+        self.check_outside()?;
+        let desk = lock(&self.desk);
+        if !matches!(*desk, Desk::Empty) {
+            return Err(UpdateError::Busy);
+        }
+        let new = Box::into_raw(Box::new(new));
+        // AcqRel: Release publishes what `new` points to, Acquire takes over what the last publication did.
+        let old = self.head.0.value.swap(new, Ordering::AcqRel);
+        let epoch = self.word().epoch() + 1;
+        // Release pairs with the Acquire in `word`: who sees this sees the new pointer.
+        self.head.0.word.store(Word::open(epoch).0, Ordering::Release);
+        fence(Ordering::SeqCst); // Case 2: pairs with the fence of a reader that comes online.
+        drop(desk);
+        Ok(Grace { cell: Arc::clone(self), old, epoch, next: 0 })
+    }
+
+    /// Shuts the gate, waits until every reader has arrived or lies outside, runs `exchange`, and opens the gate.
+    ///
+    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. The deadline `timeout` covers the rendezvous; an exchange that
+    /// runs is waited for. Whoever arrives last runs the exchange: any reader's thread, or this one.
+    ///
+    /// # Errors
+    /// The gate was not shut.
+    pub fn handover(
+        self: &Arc<Self>,
+        exchange: Exchange<T>,
+        nudge: impl FnOnce(),
+        timeout: Duration,
+    ) -> Result<Handover<T>, UpdateError> {
+        let gate = self.shut(exchange)?;
+        nudge();
+        Ok(self.await_exchange(gate, Some(timeout)))
+    }
+
+    /// Shuts the gate and claims whoever is outside.
+    pub(crate) fn shut(&self, exchange: Exchange<T>) -> Result<Shut, UpdateError> {
+        self.check_outside()?;
+        let mut desk = lock(&self.desk);
+        if !matches!(*desk, Desk::Empty) {
+            return Err(UpdateError::Busy);
+        }
+        *desk = Desk::Waiting(exchange);
+        let epoch = self.word().epoch() + 1;
+        self.pending.0.store(Pending::new(epoch, self.slots.len() as u64).0, Ordering::Relaxed);
+        drop(desk);
+        let at = Instant::now();
+        // Release pairs with the Acquire in `word`: who sees the gate sees the count and the desk.
+        self.head.0.word.store(Word::shut(epoch).0, Ordering::Release);
+        fence(Ordering::SeqCst); // Case 3: pairs with the fence of a reader that lies down or leaves.
+        self.claim_all(epoch);
+        Ok(Shut { epoch, at })
+    }
+
+    /// Waits for the exchange of a shut gate, or gives it up after `timeout` (`None`: never).
+    pub(crate) fn await_exchange(&self, gate: Shut, timeout: Option<Duration>) -> Handover<T> {
+        let mut deadline = timeout.and_then(|timeout| gate.at.checked_add(timeout));
+        let mut desk = lock(&self.desk);
+        loop {
+            if matches!(*desk, Desk::Done(_)) {
+                let Desk::Done(outcome) = std::mem::replace(&mut *desk, Desk::Empty) else { unreachable!() };
+                return Handover::Done {
+                    old: outcome.old,
+                    drain: outcome.started.saturating_duration_since(gate.at),
+                    pause: outcome.opened.saturating_duration_since(gate.at),
+                    panic: outcome.panic,
+                };
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            desk = match left {
+                Some(Duration::ZERO) => {
+                    drop(desk);
+                    if let Some(given_up) = self.give_up(gate) {
+                        return given_up;
+                    }
+                    // Too late: the exchange is running, and is waited for.
+                    deadline = None;
+                    lock(&self.desk)
+                }
+                Some(left) => {
+                    self.opened.wait_timeout(desk, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0
+                }
+                None => self.opened.wait(desk).unwrap_or_else(|poisoned| poisoned.into_inner()),
+            };
+        }
+    }
+
+    /// Opens the gate without an exchange, unless it has begun.
+    pub(crate) fn give_up(&self, gate: Shut) -> Option<Handover<T>> {
+        let stalled = self.stalled(|slot| slot.kind() == Kind::Online || slot.kind() == Kind::Owing);
+        let mut found = Pending(self.pending.0.load(Ordering::Relaxed));
+        loop {
+            if found.epoch() != gate.epoch || found.count() == 0 {
+                return None;
+            }
+            // AcqRel: case 5; an arrival that fails because of this must not run the exchange.
+            match self.pending.0.compare_exchange(
+                found.0,
+                Pending::NONE.0,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => break,
+                Err(now) => found = Pending(now),
+            }
+        }
+        self.head.0.word.store(Word::open(gate.epoch + 1).0, Ordering::Release);
+        let pause = gate.at.elapsed();
+        let unrun = std::mem::replace(&mut *lock(&self.desk), Desk::Empty);
+        self.opened.notify_all();
+        drop(unrun);
+        Some(Handover::TimedOut { stalled, pause })
+    }
+
+    /// Runs the exchange, publishes, opens. Called by whoever arrived last at the gate of `epoch`.
+    pub(crate) fn run_exchange(&self, epoch: u64) {
+        let Desk::Waiting(exchange) = std::mem::replace(&mut *lock(&self.desk), Desk::Running) else {
+            unreachable!("the count reaches zero once per gate, with the exchange on the desk")
+        };
+        let started = Instant::now();
+        let value = self.head.0.value.load(Ordering::Acquire);
+        // SAFETY: only an update frees the value, and this is the only one under way (`Desk`).
+        let result = catch_unwind(AssertUnwindSafe(|| exchange(unsafe { &*value })));
+        let (old, panic) = match result {
+            Ok(Some(new)) => {
+                // Relaxed would do, the store to W publishes it too; Release keeps case 1 true for a reader that loads P directly.
+                self.head.0.value.store(Box::into_raw(Box::new(new)), Ordering::Release);
+                // SAFETY: it came from `Box::into_raw`, it is not in the cell any more, and every reader has arrived or lies outside: none
+                // uses it, and each reloads the pointer before it reads again.
+                (Some(unsafe { Box::from_raw(value) }), None)
+            }
+            Ok(None) => (None, None),
+            Err(panic) => (None, Some(panic)),
+        };
+        self.pending.0.store(Pending::NONE.0, Ordering::Relaxed);
+        // Release pairs with the Acquire in `word`: who sees the gate open sees the new value.
+        self.head.0.word.store(Word::open(epoch + 1).0, Ordering::Release);
+        let opened = Instant::now();
+        *lock(&self.desk) = Desk::Done(Outcome { old, started, opened, panic });
+        self.opened.notify_all();
+    }
+
+    fn check_outside(&self) -> Result<(), UpdateError> {
+        let me = this_thread();
+        let inside = |slot: &crate::Line<crate::Slot>| {
+            slot.0.thread.load(Ordering::Relaxed) == me
+                && matches!(SlotWord(slot.0.word.load(Ordering::Relaxed)).kind(), Kind::Online | Kind::Owing)
+        };
+        if self.slots.iter().any(inside) { Err(UpdateError::InsideReadSection) } else { Ok(()) }
+    }
+
+    fn stalled(&self, holds_up: impl Fn(SlotWord) -> bool) -> Stalled {
+        let holds_up = |&index: &usize| holds_up(SlotWord(self.slot(index).word.load(Ordering::Relaxed)));
+        Stalled { readers: (0..self.slots.len()).filter(holds_up).collect() }
+    }
+}
+
+/// A gate that is shut.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shut {
+    epoch: u64,
+    at: Instant,
+}
+
+/// An old value whose readers have not all moved on yet.
+///
+/// Dropping it unfinished leaks the value: nobody knows whether it is still used.
+#[must_use = "the old value is leaked unless the grace period is waited for"]
+pub struct Grace<T> {
+    cell: Arc<Cell<T>>,
+    old: *mut T,
+    epoch: u64,
+    /// Slots below this have been seen outside, or with our epoch. They cannot come to hold the old value again.
+    next: usize,
+}
+
+// SAFETY: it owns the old value, which is `Send`, and shares it with readers, which takes `Sync`.
+unsafe impl<T: Send + Sync> Send for Grace<T> {}
+
+impl<T: Send + Sync> Grace<T> {
+    /// Whether every reader has moved on.
+    pub fn poll(&mut self) -> bool {
+        while let Some(slot) = self.cell.slots.get(self.next) {
+            // Acquire pairs with the Release of the reader's announcement: its last use of the old value is before it (case 1).
+            let slot = SlotWord(slot.0.word.load(Ordering::Acquire));
+            if slot.kind() == Kind::Online && slot.epoch() < self.epoch {
+                return false;
+            }
+            self.next += 1;
+        }
+        true
+    }
+
+    /// Waits for the readers and returns the old value.
+    ///
+    /// # Errors
+    /// Who holds it up after `timeout`, with the grace period, to be waited for again.
+    pub fn wait(mut self, timeout: Duration) -> Result<Box<T>, (Self, Stalled)> {
+        let started = Instant::now();
+        let mut looks = 0;
+        while !self.poll() {
+            // Readers must not pay for telling us, so we look: at once for a while, then ever more rarely.
+            looks += 1;
+            if looks <= SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
+            if started.elapsed() >= timeout {
+                let epoch = self.epoch;
+                let stalled = self.cell.stalled(|slot| slot.kind() == Kind::Online && slot.epoch() < epoch);
+                return Err((self, stalled));
+            }
+            if cfg!(loom) {
+                yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(u64::from(looks - SPINS).min(50) * 20));
+            }
+        }
+        // SAFETY: it came from `Box::into_raw`, `swap` took it out of the cell, and no reader uses it any more (cases 1 and 2).
+        let old = unsafe { Box::from_raw(self.old) };
+        Ok(old)
+    }
+}
