@@ -28,8 +28,11 @@ pub struct Reader<T: Send + Sync> {
     index: usize,
     /// W as of the last time that we looked.
     seen: Word,
-    /// P as loaded after `seen`.
+    /// P as loaded after `seen`; null while asleep.
     value: *const T,
+    asleep: bool,
+    seen_before_sleep: Word,
+    value_before_sleep: *const T,
 }
 
 // SAFETY: a reader may move to another thread between calls: all that it shares is in atomics, and `value` is used under `&self` only.
@@ -60,8 +63,15 @@ impl<T: Send + Sync> Cell<T> {
                 }
                 slot.thread.store(this_thread(), Ordering::Relaxed);
                 fence(Ordering::SeqCst); // Case 2: pairs with the upgrader's fence after its store to W.
-                let mut reader =
-                    Reader { cell: Arc::clone(self), index, seen: Word(0), value: std::ptr::null() };
+                let mut reader = Reader {
+                    cell: Arc::clone(self),
+                    index,
+                    seen: Word(0),
+                    value: std::ptr::null(),
+                    asleep: false,
+                    seen_before_sleep: Word(0),
+                    value_before_sleep: std::ptr::null(),
+                };
                 reader.look();
                 return Some(reader);
             }
@@ -158,18 +168,23 @@ impl<T: Send + Sync> Reader<T> {
     }
 
     /// The value. Stays the same, and valid, until the next call that takes `&mut self`.
+    ///
+    /// # Panics
+    /// If the reader sleeps: [`pass`](Self::pass) first.
     #[inline]
     #[must_use]
+    #[track_caller]
     pub fn read(&self) -> &T {
+        assert!(!self.value.is_null(), "a sleeping reader must pass before it reads");
         // SAFETY: our slot has been `Online` with an epoch not after the one that `value` was loaded at, since before the load; so
-        // no upgrade frees it before we announce more (case 1), which takes `&mut self`. While the slot is not online, `Reader` is inside
-        // `sleep..wake`, where `Asleep` borrows it mutably.
+        // no upgrade frees it before we announce more (case 1), which takes `&mut self`. While we sleep, `value` is null.
         unsafe { &*self.value }
     }
 
     #[cold]
     #[inline(never)]
     fn look(&mut self) -> Gate {
+        self.wake();
         let word = self.cell.word();
         if word.is_shut() {
             if self.value.is_null() {
@@ -198,6 +213,7 @@ impl<T: Send + Sync> Reader<T> {
     ///
     /// Afterwards [`pass`](Self::pass) tells what is there now. Does nothing if the gate is open.
     pub fn arrive(&mut self) {
+        self.wake();
         let word = self.cell.word();
         if !word.is_shut() {
             return;
@@ -247,14 +263,18 @@ impl<T: Send + Sync> Reader<T> {
 
     /// Goes to sleep outside any read section; `owing` says that completions are still to come, so that nobody may claim this reader.
     ///
-    /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass): look again first. A reader that owes
-    /// may sleep at a shut gate that it has seen. The sleep ends when the guard is dropped, which waits if the gate is shut then.
-    pub fn sleep(&mut self, owing: bool) -> Option<Asleep<'_, T>> {
+    /// Returns whether it sleeps. If not, something has changed since the last [`pass`](Self::pass), and it is still online: look again first. A
+    /// reader that owes may sleep at a shut gate that it has seen. The next [`pass`](Self::pass) wakes it, and waits if it was claimed for a gate
+    /// that is shut then.
+    pub fn sleep(&mut self, owing: bool) -> bool {
+        if self.asleep {
+            return true;
+        }
+        if !owing && self.seen.is_shut() {
+            return false;
+        }
         let kind = if owing { Kind::Owing } else { Kind::Asleep };
         let lying = SlotWord::new(self.seen.epoch(), kind);
-        if !owing && self.seen.is_shut() {
-            return None;
-        }
         // Release: every use of the value comes before (case 1).
         self.announce(lying);
         fence(Ordering::SeqCst); // Case 3: pairs with the upgrader's fence after its store to W.
@@ -264,22 +284,23 @@ impl<T: Send + Sync> Reader<T> {
             // If this fails we have been claimed, and sleep on: the gate takes us as arrived (case 3).
             if slot.word.compare_exchange(lying.0, online.0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 self.look_again();
-                return None;
+                return false;
             }
         }
-        Some(Asleep { reader: self })
+        // The next `pass` must not take the short way, and `read` must find nothing.
+        self.asleep = true;
+        self.seen_before_sleep = std::mem::replace(&mut self.seen, Word(0));
+        self.value_before_sleep = std::mem::replace(&mut self.value, std::ptr::null());
+        true
     }
-}
 
-/// A reader that sleeps. Dropping it wakes the reader.
-#[must_use = "dropping it ends the sleep at once"]
-pub struct Asleep<'r, T: Send + Sync> {
-    reader: &'r mut Reader<T>,
-}
-
-impl<T: Send + Sync> Drop for Asleep<'_, T> {
-    fn drop(&mut self) {
-        self.reader.come_online();
+    /// Ends a sleep, if there is one.
+    fn wake(&mut self) {
+        if std::mem::take(&mut self.asleep) {
+            self.seen = self.seen_before_sleep;
+            self.value = self.value_before_sleep;
+            self.come_online();
+        }
     }
 }
 
