@@ -308,7 +308,18 @@ impl<T: Send + Sync> Drop for Reader<T> {
     /// Leaves. Leaving counts as arriving, so whoever drops a reader must have nothing in flight; it may run an exchange.
     fn drop(&mut self) {
         self.cell.slot(self.index).thread.store(0, Ordering::Relaxed);
-        self.announce(SlotWord::new(0, Kind::Absent));
+        let slot = self.cell.slot(self.index);
+        let mut found = SlotWord(slot.word.load(Ordering::Acquire));
+        loop {
+            // A sleeper that was claimed has been counted: it keeps the claim (case 4).
+            let epoch = if found.kind() == Kind::Asleep { found.epoch() } else { 0 };
+            // Release: every use of the value comes before (case 1).
+            let absent = SlotWord::new(epoch, Kind::Absent);
+            match slot.word.compare_exchange(found.0, absent.0, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => break,
+                Err(now) => found = SlotWord(now),
+            }
+        }
         fence(Ordering::SeqCst); // Case 3.
         let word = self.cell.word();
         if word.is_shut() {
