@@ -1,1 +1,393 @@
-//! proxy
+//! The proxy: what stands between a device's workers and its live domain.
+//!
+//! One [`DomainProxy`] per device. It holds the SRCU cell with the live instance, the storage that outlives instances, the standby, and the upgrade
+//! lock. Workers use it through [`Worker`] (the read path); operators through [`DomainProxy::upgrade`] and [`DomainProxy::rollback`].
+//!
+//! The ways by file name: `worker.rs` is the way of a request, `upgrade.rs` the way of an upgrade; `storage.rs` is what both leave behind.
+//!
+//! Invariants: a request is completed by the instance that took it; the storage has one owner; generations grow by one with every committed
+//! change; nothing of an instance is used after it was retired.
+//!
+//! Deliberately absent: virtio, vhost-user, guest memory, JSON, files with modules in them ([`domain_api::host::ModuleLoader`] finds those).
+
+#![forbid(unsafe_code)]
+
+mod environment;
+mod events;
+mod queue;
+mod report;
+mod storage;
+mod upgrade;
+mod worker;
+
+pub use queue::{Notifier, QueueStatus};
+pub use report::{
+    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy,
+};
+pub use worker::{Ended, Gate, Worker};
+
+use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Residency};
+use domain_api::{Capabilities, Params};
+use environment::Environment;
+use events::Events;
+use queue::Queues;
+use shared_heap::DomainId;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, SystemTime};
+use storage::Storage;
+use upgrade::{Leaving, lock};
+
+/// How many entries the history keeps.
+const HISTORY: usize = 1024;
+
+/// An instance and what is known about it.
+#[derive(Clone)]
+pub(crate) struct Member {
+    pub(crate) id: DomainId,
+    pub(crate) instance: Arc<Instance>,
+    pub(crate) record: DomainRecord,
+}
+
+/// What the upgrade lock protects.
+#[derive(Default)]
+pub(crate) struct Upgrades {
+    standby: Option<Member>,
+    leaving: Option<Leaving>,
+}
+
+/// What the device is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// The live domain serves.
+    Serving,
+    /// It serves, and a change is under way.
+    Upgrading,
+    /// It has panicked: requests end with I/O errors until an upgrade brings the device back.
+    Faulted,
+}
+
+impl State {
+    /// Its name in JSON and logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Serving => "serving",
+            Self::Upgrading => "upgrading",
+            Self::Faulted => "faulted",
+        }
+    }
+}
+
+/// How many changes ended how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Committed upgrades.
+    pub committed: u64,
+    /// Refused upgrades and rollbacks.
+    pub refused: u64,
+    /// Committed rollbacks.
+    pub rolled_back: u64,
+}
+
+/// Everything that `status` tells.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// The live generation.
+    pub generation: u64,
+    /// What the device is doing.
+    pub state: State,
+    /// Why it is faulted, if it is.
+    pub fault: Option<String>,
+    /// The live domain.
+    pub domain: DomainRecord,
+    /// What a rollback would bring back.
+    pub standby: Option<DomainRecord>,
+    /// Queue by queue.
+    pub queues: Vec<QueueStatus>,
+    /// How changes ended so far.
+    pub counts: Counts,
+    /// Modules that are mapped though nothing needs them, and why.
+    pub resident: Vec<String>,
+}
+
+/// What changes only under the upgrade lock, and may be looked at without it.
+#[derive(Default)]
+struct View {
+    live: Option<Member>,
+    standby: Option<DomainRecord>,
+    changing: bool,
+    fault: Option<String>,
+    counts: Counts,
+    resident: Vec<String>,
+    leaving: Option<String>,
+    history: VecDeque<Entry>,
+}
+
+/// The device's side of the live domain. See the crate's page.
+pub struct DomainProxy {
+    cell: OnceLock<Arc<srcu::Cell<Arc<Instance>>>>,
+    loader: Box<dyn ModuleLoader>,
+    storage: Arc<Storage>,
+    queues: Arc<Queues>,
+    environment: Environment,
+    events: Events,
+    upgrades: Mutex<Upgrades>,
+    view: Mutex<View>,
+    /// What the guest was offered, as capabilities that a successor must have.
+    required: AtomicU64,
+    next_id: AtomicU64,
+    stopping: AtomicBool,
+}
+
+impl DomainProxy {
+    /// Starts a device of `queues` queues with the domain `name`.
+    ///
+    /// # Errors
+    /// Why the domain cannot be used.
+    ///
+    /// # Panics
+    /// If `queues` is 0 or above [`QUEUE_LIMIT`]: the caller has checked its arguments.
+    pub fn start(
+        loader: Box<dyn ModuleLoader>,
+        name: &str,
+        params: Params,
+        queues: usize,
+    ) -> Result<Arc<Self>, Refusal> {
+        assert!((1..=QUEUE_LIMIT).contains(&queues), "{queues} queues");
+        let proxy = Self {
+            cell: OnceLock::new(),
+            loader,
+            storage: Arc::new(Storage::default()),
+            queues: Arc::new(Queues::new(queues)),
+            environment: Environment::default(),
+            events: Events::default(),
+            upgrades: Mutex::default(),
+            view: Mutex::default(),
+            required: AtomicU64::new(0),
+            next_id: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        };
+        let member = proxy.prepare(name, params, &mut Phases::default())?;
+        proxy.storage.move_to(member.id);
+        if let Err(error) = member.instance.activate() {
+            return Err(Refusal::new(
+                "activate_failed",
+                format!("`{}` was not activated: {error}", member.record.name),
+            ));
+        }
+        member.instance.set_generation(1);
+        let cell = srcu::Cell::new(Arc::clone(&member.instance), queues);
+        proxy.cell.set(cell).unwrap_or_else(|_| unreachable!("set once, here"));
+        proxy.set_live(member);
+        Ok(Arc::new(proxy))
+    }
+
+    pub(crate) fn cell(&self) -> &Arc<srcu::Cell<Arc<Instance>>> {
+        self.cell.get().expect("set when the device was started")
+    }
+
+    pub(crate) fn queues(&self) -> &Queues {
+        &self.queues
+    }
+
+    /// Makes the calling thread the worker of `queue`, with room for `slots` requests in flight. Waits while the gate is shut.
+    ///
+    /// Returns `None` if there are as many workers as queues already.
+    pub fn worker(
+        self: &Arc<Self>,
+        queue: usize,
+        slots: usize,
+        notifier: Box<dyn Notifier>,
+    ) -> Option<Worker> {
+        let worker = Worker::new(Arc::clone(self), queue, slots)?;
+        self.queues.set_notifier(queue, Some(notifier));
+        Some(worker)
+    }
+
+    /// The live domain.
+    #[must_use]
+    pub fn domain(&self) -> DomainRecord {
+        self.live().expect("a started device has a live domain").record
+    }
+
+    pub(crate) fn live(&self) -> Option<Member> {
+        lock(&self.view).live.clone()
+    }
+
+    pub(crate) fn set_live(&self, member: Member) {
+        let mut view = lock(&self.view);
+        view.fault = None;
+        view.live = Some(member);
+    }
+
+    pub(crate) fn next_id(&self) -> DomainId {
+        DomainId(self.next_id.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    pub(crate) fn next_generation(&self) -> u64 {
+        self.live().map_or(0, |live| live.instance.generation()) + 1
+    }
+
+    /// Says which capabilities the guest has been offered, so that every successor must have them. Called when a session begins, and
+    /// with the acknowledged ones when it ends.
+    pub fn require(&self, capabilities: Capabilities) {
+        self.required.store(capabilities.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn required_capabilities(&self) -> Capabilities {
+        Capabilities(self.required.load(Ordering::Relaxed))
+    }
+
+    /// Turns the write cache of the live domain, and of every successor, on or off.
+    pub fn set_write_cache(&self, on: bool) {
+        self.environment.set_write_cache(on);
+    }
+
+    /// Tells the live domain, and every successor, of guest memory that was mapped or is about to be unmapped.
+    pub fn memory_changed(&self, address: usize, len: usize, added: bool) {
+        self.environment.memory_changed(address, len, added);
+    }
+
+    /// The live domain cannot be used any more.
+    pub(crate) fn fault(&self, instance: &Arc<Instance>, reason: &str) {
+        let mut view = lock(&self.view);
+        let live = view.live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.instance, instance));
+        let generation = instance.generation();
+        if live && view.fault.is_none() {
+            log::error!(
+                "generation {generation} is faulted: {reason}. Requests end with I/O errors until an upgrade"
+            );
+            view.fault = Some(reason.to_owned());
+            drop(view);
+            self.events.push(Event::Faulted { generation, reason: reason.to_owned() });
+        }
+    }
+
+    /// Records that a frontend came or went.
+    pub fn connected(&self, connected: bool) {
+        self.events.push(Event::Connected(connected));
+    }
+
+    fn started(&self, change: Change, target: &str) {
+        lock(&self.view).changing = true;
+        self.events.push(Event::Started { change, target: target.to_owned() });
+    }
+
+    fn ended(&self, upgrades: &mut Upgrades, change: Change, result: &Result<Report, Refusal>) {
+        let entry = Entry { at: SystemTime::now(), change, result: result.clone() };
+        match result {
+            Ok(report) => log::info!(
+                "{} to generation {}: `{}` {} -> `{}` {} by {}, pause {} us",
+                change.name(),
+                report.generation,
+                report.from.name,
+                report.from.version,
+                report.to.name,
+                report.to.version,
+                report.protocol.name(),
+                report.phases.pause.as_micros()
+            ),
+            Err(refusal) => log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message),
+        }
+        let mut view = lock(&self.view);
+        view.changing = false;
+        match (change, result) {
+            (_, Err(_)) => view.counts.refused += 1,
+            (Change::Upgrade, Ok(_)) => view.counts.committed += 1,
+            (Change::Rollback, Ok(_)) => view.counts.rolled_back += 1,
+        }
+        view.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
+        view.leaving = upgrades.leaving.as_ref().map(|leaving| {
+            format!(
+                "`{}` {}: replaced, and still has requests in flight",
+                leaving.member.record.name, leaving.member.record.version
+            )
+        });
+        if view.history.len() == HISTORY {
+            view.history.pop_front();
+        }
+        view.history.push_back(entry.clone());
+        drop(view);
+        self.events.push(Event::Ended(Box::new(entry)));
+    }
+
+    pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {
+        if let Residency::Resident(reason) = residency {
+            log::warn!("the module of {label} stays resident: {reason}");
+            lock(&self.view).resident.push(format!("{label}: {reason}"));
+        }
+    }
+
+    /// Everything at a glance.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let queues = self.queues.status();
+        let view = lock(&self.view);
+        let live = view.live.as_ref().expect("a started device has a live domain");
+        Status {
+            generation: live.instance.generation(),
+            state: match (&view.fault, view.changing) {
+                (Some(_), _) => State::Faulted,
+                (None, true) => State::Upgrading,
+                (None, false) => State::Serving,
+            },
+            fault: view.fault.clone(),
+            domain: live.record.clone(),
+            standby: view.standby.clone(),
+            queues,
+            counts: view.counts,
+            resident: view.resident.iter().chain(&view.leaving).cloned().collect(),
+        }
+    }
+
+    /// What has been asked for and how it ended, oldest first; the last 1024.
+    #[must_use]
+    pub fn history(&self) -> Vec<Entry> {
+        lock(&self.view).history.iter().cloned().collect()
+    }
+
+    /// The next event after number `after`, waiting up to `timeout` for it.
+    #[must_use]
+    pub fn next_event(&self, after: u64, timeout: Duration) -> Option<(u64, Event)> {
+        self.events.next(after, timeout)
+    }
+
+    /// The number of the newest event.
+    #[must_use]
+    pub fn last_event(&self) -> u64 {
+        self.events.last()
+    }
+
+    pub(crate) fn check_stopping(&self) -> Result<(), Refusal> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(Refusal::new("stopping", "the daemon is stopping; start it again first"));
+        }
+        Ok(())
+    }
+
+    /// From now on no change is begun, and one that is under way ends at its next boundary.
+    pub fn begin_stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends the device, after all workers have left: the live domain writes down and flushes what it has.
+    ///
+    /// Returns what had to be left, in sentences.
+    pub fn stop(&self) -> Vec<String> {
+        self.begin_stop();
+        let mut upgrades = lock(&self.upgrades);
+        let mut left = Vec::new();
+        if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
+            && let Err(error) = live.instance.quiesce()
+        {
+            left.push(format!("`{}` did not quiesce: {error}", live.record.name));
+        }
+        if let Some(standby) = upgrades.standby.take() {
+            self.retire(standby, &mut Phases::default());
+        }
+        left.extend(self.status().resident);
+        left
+    }
+}

@@ -1,0 +1,65 @@
+//! What a domain is told about its surroundings, and its successor must be told too: guest memory and the write cache.
+
+use crate::upgrade::lock;
+use domain_api::host::{CallError, Instance};
+use std::sync::{Arc, Mutex, Weak};
+
+#[derive(Default)]
+struct Inner {
+    memory: Vec<(usize, usize)>,
+    write_cache: Option<bool>,
+    instances: Vec<Weak<Instance>>,
+}
+
+/// The surroundings, and every instance that lives in them: live, standby or in preparation.
+#[derive(Default)]
+pub(crate) struct Environment {
+    inner: Mutex<Inner>,
+}
+
+fn report(what: &str, result: Result<(), CallError>) {
+    if let Err(error) = result {
+        log::warn!("telling a domain of {what}: {error}");
+    }
+}
+
+impl Environment {
+    /// Tells a new instance everything, and from now on every change.
+    pub(crate) fn apply(&self, instance: &Arc<Instance>) {
+        let mut inner = lock(&self.inner);
+        for &(address, len) in &inner.memory {
+            report("guest memory", instance.memory_changed(address, len, true));
+        }
+        if let Some(on) = inner.write_cache {
+            report("the write cache", instance.set_write_cache(on));
+        }
+        inner.instances.retain(|known| known.strong_count() > 0);
+        inner.instances.push(Arc::downgrade(instance));
+    }
+
+    pub(crate) fn memory_changed(&self, address: usize, len: usize, added: bool) {
+        let mut inner = lock(&self.inner);
+        if added {
+            inner.memory.push((address, len));
+        } else {
+            inner.memory.retain(|&range| range != (address, len));
+        }
+        inner.each(|instance| report("guest memory", instance.memory_changed(address, len, added)));
+    }
+
+    pub(crate) fn set_write_cache(&self, on: bool) {
+        let mut inner = lock(&self.inner);
+        if inner.write_cache.replace(on) != Some(on) {
+            inner.each(|instance| report("the write cache", instance.set_write_cache(on)));
+        }
+    }
+}
+
+impl Inner {
+    fn each(&self, f: impl Fn(&Instance)) {
+        for instance in self.instances.iter().filter_map(Weak::upgrade).filter(|instance| !instance.is_dead())
+        {
+            f(&instance);
+        }
+    }
+}

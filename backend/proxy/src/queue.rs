@@ -1,0 +1,116 @@
+//! What everybody may know about a queue: who to wake, and how it is doing.
+//!
+//! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader and `status` only read. So counting costs the worker no
+//! shared line and no read-modify-write.
+
+use arc_swap::ArcSwapOption;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Wakes a worker.
+pub trait Notifier: Send + Sync {
+    /// The worker looks at its queue soon. Called from any thread, any number of times.
+    fn notify(&self);
+}
+
+/// How a queue is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct QueueStatus {
+    /// Its number.
+    pub index: usize,
+    /// Requests that were submitted and have not ended.
+    pub in_flight: u64,
+    /// How long the oldest of them may have been in flight, to a few milliseconds.
+    pub oldest_age: Duration,
+    /// Requests that have ended.
+    pub requests: u64,
+    /// Of these, with an error that the guest was told of.
+    pub errors: u64,
+    /// Chains that were no requests at all.
+    pub malformed: u64,
+    /// How often its worker waited at a shut gate.
+    pub parks: u64,
+}
+
+/// One queue's line.
+#[repr(align(128))]
+#[derive(Default)]
+pub(crate) struct QueueLine {
+    pub(crate) in_flight: AtomicU64,
+    /// Coarse monotonic nanoseconds since when something has been in flight without a break.
+    pub(crate) busy_since: AtomicU64,
+    pub(crate) requests: AtomicU64,
+    pub(crate) errors: AtomicU64,
+    pub(crate) malformed: AtomicU64,
+    pub(crate) parks: AtomicU64,
+}
+
+/// Adds to a counter that only the calling thread writes.
+#[inline]
+pub(crate) fn add(counter: &AtomicU64, by: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+}
+
+/// Nanoseconds of the kernel's coarse monotonic clock: a few milliseconds of error, a few nanoseconds of cost.
+#[inline]
+pub(crate) fn coarse_now_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
+    (now.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(now.tv_nsec as u64)
+}
+
+/// All queues of the device.
+pub(crate) struct Queues {
+    lines: Box<[QueueLine]>,
+    notifiers: Box<[ArcSwapOption<Box<dyn Notifier>>]>,
+}
+
+impl Queues {
+    pub(crate) fn new(queues: usize) -> Self {
+        Self {
+            lines: (0..queues).map(|_| QueueLine::default()).collect(),
+            notifiers: (0..queues).map(|_| ArcSwapOption::empty()).collect(),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.lines.len()
+    }
+
+    pub(crate) fn line(&self, queue: usize) -> &QueueLine {
+        &self.lines[queue]
+    }
+
+    pub(crate) fn set_notifier(&self, queue: usize, notifier: Option<Box<dyn Notifier>>) {
+        self.notifiers[queue].store(notifier.map(Arc::new));
+    }
+
+    pub(crate) fn notify(&self, queue: usize) {
+        if let Some(notifier) = self.notifiers.get(queue).and_then(|slot| slot.load_full()) {
+            notifier.notify();
+        }
+    }
+
+    pub(crate) fn notify_all(&self) {
+        (0..self.len()).for_each(|queue| self.notify(queue));
+    }
+
+    pub(crate) fn status(&self) -> Vec<QueueStatus> {
+        let now = coarse_now_ns();
+        let one = |(index, line): (usize, &QueueLine)| {
+            let in_flight = line.in_flight.load(Ordering::Relaxed);
+            let since = line.busy_since.load(Ordering::Relaxed);
+            let age = if in_flight == 0 { 0 } else { now.saturating_sub(since) };
+            QueueStatus {
+                index,
+                in_flight,
+                oldest_age: Duration::from_nanos(age),
+                requests: line.requests.load(Ordering::Relaxed),
+                errors: line.errors.load(Ordering::Relaxed),
+                malformed: line.malformed.load(Ordering::Relaxed),
+                parks: line.parks.load(Ordering::Relaxed),
+            }
+        };
+        self.lines.iter().enumerate().map(one).collect()
+    }
+}

@@ -1,0 +1,194 @@
+//! What an upgrade says about itself: phases, result, history, events.
+
+use crate::queue::QueueStatus;
+use domain_api::DeviceInfo;
+use domain_api::Params;
+use std::time::{Duration, SystemTime};
+
+/// Which protocol to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Swap where it is right, else handover.
+    #[default]
+    Auto,
+    /// Publish first, then wait; refused where it is not right.
+    Swap,
+    /// Gate, drain, exchange.
+    Handover,
+}
+
+/// Which protocol was used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// Nobody was paused.
+    Swap,
+    /// The gate was shut for a moment.
+    Handover,
+}
+
+impl Protocol {
+    /// Its name in JSON and logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Swap => "swap",
+            Self::Handover => "handover",
+        }
+    }
+}
+
+/// What to do if an upgrade is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WhenBusy {
+    /// Wait for it to end.
+    #[default]
+    Queue,
+    /// Give up at once.
+    Refuse,
+}
+
+/// How to make the change.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Which protocol.
+    pub mode: Mode,
+    /// How long a handover waits for what is in flight.
+    pub drain_timeout: Duration,
+    /// What to do if another one is under way.
+    pub when_busy: WhenBusy,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { mode: Mode::Auto, drain_timeout: Duration::from_millis(500), when_busy: WhenBusy::Queue }
+    }
+}
+
+/// A domain, by what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainRecord {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of its module, in hex.
+    pub sha256: String,
+    /// The GNU build id of its module, in hex, where it has one.
+    pub build_id: Option<String>,
+    /// Where its module was read from.
+    pub path: String,
+    /// Its parameters, inherited ones included.
+    pub params: Params,
+    /// What it announces.
+    pub info: DeviceInfo,
+}
+
+/// How long each phase took. What did not happen is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Phases {
+    /// Reading and checking the file.
+    pub verify: Duration,
+    /// Mapping it.
+    pub load: Duration,
+    /// The new domain's own preparation.
+    pub prepare: Duration,
+    /// Gate shut to last arrival.
+    pub drain: Duration,
+    /// The old domain writes down what only it knows.
+    pub quiesce: Duration,
+    /// The new domain takes the storage up.
+    pub activate: Duration,
+    /// Gate shut to gate open.
+    pub pause: Duration,
+    /// Until nobody used the old instance any more.
+    pub grace: Duration,
+    /// Ending the instance before that.
+    pub retire: Duration,
+}
+
+/// A committed change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The generation that it made.
+    pub generation: u64,
+    /// How.
+    pub protocol: Protocol,
+    /// What served before.
+    pub from: DomainRecord,
+    /// What serves now.
+    pub to: DomainRecord,
+    /// How long it took.
+    pub phases: Phases,
+}
+
+/// Why a change was refused: the device is as it was.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Stable, e.g. `drain_timeout`.
+    pub code: &'static str,
+    /// A sentence that says what to do.
+    pub message: String,
+    /// Where the drain deadline passed: the queues that had requests in flight.
+    pub stuck: Vec<QueueStatus>,
+}
+
+impl Refusal {
+    pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), stuck: Vec::new() }
+    }
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// A module was to be loaded.
+    Upgrade,
+    /// The standby was to take over.
+    Rollback,
+}
+
+impl Change {
+    /// Its name in JSON and logs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Upgrade => "upgrade",
+            Self::Rollback => "rollback",
+        }
+    }
+}
+
+/// One line of the history.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// When it ended.
+    pub at: SystemTime,
+    /// What was asked for.
+    pub change: Change,
+    /// How it ended.
+    pub result: Result<Report, Refusal>,
+}
+
+/// Something that happened to the device.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A change begins.
+    Started {
+        /// What was asked for.
+        change: Change,
+        /// The module's name or path; the standby's name for a rollback.
+        target: String,
+    },
+    /// A change ended.
+    Ended(Box<Entry>),
+    /// The live domain has panicked or cannot be used.
+    Faulted {
+        /// Which generation.
+        generation: u64,
+        /// Why.
+        reason: String,
+    },
+    /// A frontend came or went.
+    Connected(bool),
+}

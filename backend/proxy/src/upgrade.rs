@@ -1,0 +1,537 @@
+//! The way of an upgrade: verify, load, prepare, [gate, drain, quiesce, activate], publish, open, grace, retire.
+//!
+//! ```text
+//!            refused            refused               refused, old domain resumes
+//!               ^                  ^                            ^
+//!   verify -> load -> prepare -> swap?  --no--> gate -> drain -> quiesce -> activate -> publish, open
+//!                                  |                                                        |
+//!                                  +--yes--> activate -> publish                            |
+//!                                                           |                               |
+//!                                                           +-----------> grace <-----------+
+//!                                                                           |
+//!                               the standby before is retired <-------------+-----> the old instance is the standby
+//! ```
+//!
+//! Invariants: everything that can be refused without touching the live domain is refused before the gate shuts. Inside the bracket each failure puts the
+//! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
+
+use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
+use crate::storage::Services;
+use crate::{DomainProxy, Member, Upgrades};
+use domain_api::host::{CallError, Instance, Residency};
+use domain_api::{Capabilities, DeviceInfo, Params, Swap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// How long a committed change waits for its predecessor to be let go before it reports it as resident.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Times a phase.
+fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
+    let started = Instant::now();
+    let result = f();
+    *phase = started.elapsed();
+    result
+}
+
+/// What the exchange tells the upgrading thread.
+#[derive(Default)]
+struct ExchangeNotes {
+    quiesce: Duration,
+    activate: Duration,
+    refusal: Option<Refusal>,
+    /// The old domain could not be put back.
+    fault: Option<String>,
+}
+
+impl DomainProxy {
+    /// Replaces the live domain with the module `name`.
+    ///
+    /// # Errors
+    /// Why it was refused; the device is as it was.
+    pub fn upgrade(&self, name: &str, params: Params, options: Options) -> Result<Report, Refusal> {
+        self.recorded(Change::Upgrade, name, options, |upgrades| {
+            let mut phases = Phases::default();
+            let member = self.prepare(name, params, &mut phases)?;
+            self.replace(upgrades, member, options, phases)
+        })
+    }
+
+    /// Makes the standby the live domain again.
+    ///
+    /// # Errors
+    /// Why it was refused; the device is as it was.
+    pub fn rollback(&self, options: Options) -> Result<Report, Refusal> {
+        self.recorded(Change::Rollback, "standby", options, |upgrades| {
+            let Some(standby) = upgrades.standby.take() else {
+                return Err(Refusal::new(
+                    "no_standby",
+                    "there is no standby to roll back to: none was upgraded away from yet, or it was retired; upgrade to the module that you want",
+                ));
+            };
+            let kept = standby.clone();
+            let result = self.replace(upgrades, standby, options, Phases::default());
+            if result.is_err() && !kept.instance.is_dead() {
+                upgrades.standby = Some(kept);
+            }
+            result
+        })
+    }
+
+    /// Takes the upgrade lock, and puts what happens under it into state, history and log.
+    fn recorded(
+        &self,
+        change: Change,
+        target: &str,
+        options: Options,
+        f: impl FnOnce(&mut Upgrades) -> Result<Report, Refusal>,
+    ) -> Result<Report, Refusal> {
+        let mut upgrades = match (options.when_busy, self.upgrades.try_lock()) {
+            (_, Ok(upgrades)) => upgrades,
+            (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
+            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.upgrades),
+            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => {
+                return Err(Refusal::new(
+                    "busy",
+                    "another upgrade is under way; try again when it has ended",
+                ));
+            }
+        };
+        self.started(change, target);
+        let result =
+            self.check_stopping().and_then(|()| self.settle(&mut upgrades)).and_then(|()| f(&mut upgrades));
+        self.ended(&mut upgrades, change, &result);
+        result
+    }
+
+    /// Verifies, loads and prepares a module. Nothing of the live domain is touched.
+    pub(crate) fn prepare(&self, name: &str, given: Params, phases: &mut Phases) -> Result<Member, Refusal> {
+        let loading = |error: domain_api::host::LoadError| Refusal::new(error.code, error.message);
+        let verified = timed(&mut phases.verify, || self.loader.verify(name)).map_err(loading)?;
+        let description = verified.description().clone();
+        let identity = verified.identity().clone();
+        let label = format!("`{}` {}", description.name, description.version);
+        let live = self.live();
+        if let Some(live) = &live {
+            let held = live.instance.description();
+            let schema = self.storage.schema();
+            if held.schema_name != description.schema_name {
+                return Err(Refusal::new(
+                    "schema_not_accepted",
+                    format!(
+                        "{label} keeps its data as `{}`, this disk is kept as `{}`; moving a disk to another kind of storage is no upgrade",
+                        description.schema_name, held.schema_name
+                    ),
+                ));
+            }
+            if schema != 0 && !description.accepted_schemas.contains(&schema) {
+                return Err(Refusal::new(
+                    "schema_not_accepted",
+                    format!(
+                        "{label} takes over storage of schema {:?}, this disk has schema {schema}; use a version that accepts it",
+                        description.accepted_schemas
+                    ),
+                ));
+            }
+        }
+        let mut params = given;
+        if let Some(live) = &live {
+            params.inherit(&live.record.params, &description.inherited);
+        }
+        params
+            .check_known(&description.params)
+            .map_err(|error| Refusal::new("bad_parameter", format!("{label}: {error}")))?;
+        self.check_stopping()?;
+        let module = timed(&mut phases.load, || verified.load()).map_err(loading)?;
+        let id = self.next_id();
+        let services = Arc::new(Services {
+            id,
+            name: description.name.clone(),
+            storage: Arc::clone(&self.storage),
+            queues: Arc::clone(&self.queues),
+        });
+        let prepared = timed(&mut phases.prepare, || {
+            let instance = Instance::prepare(module, services, &params)?;
+            let info = instance.info();
+            Ok((instance, info))
+        });
+        let refused = |error: CallError| {
+            let code =
+                if matches!(error, CallError::Panicked(_)) { "prepare_panicked" } else { "prepare_failed" };
+            Refusal::new(code, format!("{label} was not prepared: {error}"))
+        };
+        let (instance, info) = prepared.map_err(|(error, residency)| {
+            self.note_residency(&label, &residency);
+            refused(error)
+        })?;
+        let info = match info {
+            Ok(info) => info,
+            Err(error) => {
+                self.note_residency(&label, &instance.retire().residency);
+                return Err(refused(error));
+            }
+        };
+        let record = DomainRecord {
+            name: description.name,
+            version: description.version,
+            sha256: identity.sha256,
+            build_id: identity.build_id,
+            path: identity.path,
+            params,
+            info,
+        };
+        let member = Member { id, instance: Arc::new(instance), record };
+        self.environment.apply(&member.instance);
+        Ok(member)
+    }
+
+    /// Brings `next` into service in place of the live domain.
+    fn replace(
+        &self,
+        upgrades: &mut Upgrades,
+        next: Member,
+        options: Options,
+        mut phases: Phases,
+    ) -> Result<Report, Refusal> {
+        let live = self.live().expect("a device that takes upgrades has a live domain");
+        let decided = self
+            .check_stopping()
+            .and_then(|()| self.check_compatible(&live.record.info, &next.record.info))
+            .and_then(|()| decide(options.mode, &live, &next));
+        let changed = match decided {
+            Ok(Protocol::Swap) => self.swap(&live, &next, &mut phases).map(|grace| (Protocol::Swap, grace)),
+            Ok(Protocol::Handover) => self
+                .handover(&live, &next, options.drain_timeout, &mut phases)
+                .map(|()| (Protocol::Handover, None)),
+            Err(refusal) => Err(refusal),
+        };
+        let (protocol, grace) = match changed {
+            Ok(changed) => changed,
+            Err(refusal) => {
+                // A module that was loaded for this goes; a standby is kept by `rollback`.
+                if Arc::strong_count(&next.instance) == 1 {
+                    self.retire(next, &mut phases);
+                }
+                return Err(refusal);
+            }
+        };
+        let generation = next.instance.generation();
+        self.set_live(next.clone());
+        self.queues.notify_all();
+        let report =
+            Report { generation, protocol, from: live.record.clone(), to: next.record.clone(), phases };
+        drop(next);
+        Ok(self.settle_old(upgrades, live, grace, report))
+    }
+
+    fn swap(
+        &self,
+        live: &Member,
+        next: &Member,
+        phases: &mut Phases,
+    ) -> Result<Option<srcu::Grace<Arc<Instance>>>, Refusal> {
+        self.storage.move_to(next.id);
+        if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
+            self.storage.move_to(live.id);
+            return Err(phase_refusal("activate", &next.record, &error));
+        }
+        next.instance.set_generation(self.next_generation());
+        match self.cell().swap(Arc::clone(&next.instance)) {
+            Ok(grace) => Ok(Some(grace)),
+            Err(error) => {
+                self.storage.move_to(live.id);
+                Err(Refusal::new("busy", format!("the domain was not published: {error}")))
+            }
+        }
+    }
+
+    fn handover(
+        &self,
+        live: &Member,
+        next: &Member,
+        drain_timeout: Duration,
+        phases: &mut Phases,
+    ) -> Result<(), Refusal> {
+        let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
+        let exchange = exchange(self, live, next, &notes);
+        let shut = Instant::now();
+        let outcome = self.cell().handover(exchange, || self.queues.notify_all(), drain_timeout);
+        // Whatever happened, kicks may have been consumed while the gate was shut.
+        self.queues.notify_all();
+        let outcome =
+            outcome.map_err(|error| Refusal::new("busy", format!("the gate was not shut: {error}")))?;
+        let mut notes = std::mem::take(&mut *lock(&notes));
+        phases.quiesce = notes.quiesce;
+        phases.activate = notes.activate;
+        if let Some(fault) = notes.fault.take() {
+            self.fault(&live.instance, &fault);
+        }
+        match outcome {
+            srcu::Handover::Done { old, drain, pause, panic } => {
+                phases.drain = drain;
+                phases.pause = pause;
+                if let Some(panic) = panic {
+                    std::panic::resume_unwind(panic);
+                }
+                match (old, notes.refusal) {
+                    (Some(_old), None) => Ok(()),
+                    (None, Some(refusal)) => Err(refusal),
+                    (old, refusal) => {
+                        unreachable!("published: {}, refused: {refusal:?}", old.is_some())
+                    }
+                }
+            }
+            srcu::Handover::TimedOut { stalled: _, pause } => Err(self.drain_refusal(shut.elapsed(), pause)),
+        }
+    }
+
+    fn drain_refusal(&self, waited: Duration, pause: Duration) -> Refusal {
+        let stuck: Vec<_> = self.queues.status().into_iter().filter(|queue| queue.in_flight > 0).collect();
+        let blame: Vec<_> = stuck
+            .iter()
+            .map(|queue| {
+                format!(
+                    "queue {} has {} in flight, the oldest for {} ms",
+                    queue.index,
+                    queue.in_flight,
+                    queue.oldest_age.as_millis()
+                )
+            })
+            .collect();
+        let blame =
+            if blame.is_empty() { "a worker did not come to the gate".to_owned() } else { blame.join("; ") };
+        Refusal {
+            code: "drain_timeout",
+            message: format!(
+                "not drained after {} ms: {blame}. The gate was shut for {} ms and is open again; try later, or give --drain-timeout-ms",
+                waited.as_millis(),
+                pause.as_millis()
+            ),
+            stuck,
+        }
+    }
+
+    /// What must be true of a successor: the guest was told all this and cannot be told otherwise.
+    fn check_compatible(&self, live: &DeviceInfo, next: &DeviceInfo) -> Result<(), Refusal> {
+        let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
+            Err(Refusal::new(
+                "device_differs",
+                format!("the new domain's {what} is {next}, the guest was told {live}; give it the same"),
+            ))
+        };
+        if (&live.backing_kind, live.backing_id) != (&next.backing_kind, next.backing_id) {
+            return Err(Refusal::new(
+                "different_backing",
+                format!(
+                    "the new domain would serve another disk ({} {:?}, now {} {:?}); an upgrade replaces the implementation, it does not move a disk",
+                    next.backing_kind, next.backing_id, live.backing_kind, live.backing_id
+                ),
+            ));
+        }
+        if live.capacity != next.capacity {
+            return differs("capacity in bytes", &live.capacity, &next.capacity);
+        }
+        if live.block_size != next.block_size {
+            return differs("block size", &live.block_size, &next.block_size);
+        }
+        if live.physical_block_size != next.physical_block_size {
+            return differs("physical block size", &live.physical_block_size, &next.physical_block_size);
+        }
+        if live.serial != next.serial {
+            return differs("serial number", &format!("`{}`", live.serial), &format!("`{}`", next.serial));
+        }
+        let needed = self.required_capabilities();
+        if !next.capabilities.contains(needed) {
+            let missing = Capabilities(needed.0 & !next.capabilities.0);
+            return Err(Refusal::new(
+                "feature_missing",
+                format!(
+                    "the new domain lacks capabilities {:#x} that the guest was offered; use one that has them, or upgrade while no guest is connected",
+                    missing.0
+                ),
+            ));
+        }
+        let read_only = |info: &DeviceInfo| info.capabilities.contains(Capabilities::READ_ONLY);
+        if read_only(live) != read_only(next) {
+            return differs("read-only flag", &read_only(live), &read_only(next));
+        }
+        Ok(())
+    }
+
+    /// Lets go of the instance that served until now: it becomes the standby, and the standby before it is retired.
+    fn settle_old(
+        &self,
+        upgrades: &mut Upgrades,
+        old: Member,
+        grace: Option<srcu::Grace<Arc<Instance>>>,
+        mut report: Report,
+    ) -> Report {
+        let mut phases = report.phases;
+        upgrades.leaving = Some(Leaving { member: old, grace });
+        let released = timed(&mut phases.grace, || self.release(upgrades, RELEASE_TIMEOUT));
+        if released {
+            let before = upgrades.standby.take();
+            upgrades.standby = upgrades.leaving.take().map(|leaving| leaving.member);
+            if upgrades.standby.as_ref().is_some_and(|standby| standby.instance.is_dead()) {
+                // Never a standby: it has shown that it breaks.
+                if let Some(dead) = upgrades.standby.take() {
+                    self.retire(dead, &mut phases);
+                }
+            }
+            if let Some(before) = before {
+                let earlier = phases.retire;
+                self.retire(before, &mut phases);
+                phases.retire += earlier;
+            }
+        } else {
+            log::warn!(
+                "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
+                report.generation - 1,
+                RELEASE_TIMEOUT.as_secs()
+            );
+        }
+        report.phases = phases;
+        report
+    }
+
+    /// Whether the instance that is leaving is not used by any worker any more.
+    fn release(&self, upgrades: &mut Upgrades, timeout: Duration) -> bool {
+        let Some(leaving) = &mut upgrades.leaving else { return true };
+        let deadline = Instant::now() + timeout;
+        if let Some(grace) = leaving.grace.take() {
+            match grace.wait(timeout) {
+                Ok(cell_reference) => drop(cell_reference),
+                Err((grace, stalled)) => {
+                    leaving.grace = Some(grace);
+                    log::warn!("readers {:?} have not passed yet", stalled.readers);
+                    return false;
+                }
+            }
+        }
+        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there.
+        let mut looks = 0u32;
+        while Arc::strong_count(&leaving.member.instance) > 1 {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            looks += 1;
+            std::thread::sleep(Duration::from_micros(u64::from(looks.min(20)) * 10));
+        }
+        true
+    }
+
+    /// Finishes what an earlier change could not: an upgrade must find at most one instance that is leaving.
+    fn settle(&self, upgrades: &mut Upgrades) -> Result<(), Refusal> {
+        if upgrades.leaving.is_none() {
+            return Ok(());
+        }
+        if !self.release(upgrades, Duration::from_millis(100)) {
+            return Err(Refusal::new(
+                "previous_in_use",
+                "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
+            ));
+        }
+        let mut phases = Phases::default();
+        let before = upgrades.standby.take();
+        upgrades.standby = upgrades.leaving.take().map(|leaving| leaving.member);
+        if let Some(before) = before {
+            self.retire(before, &mut phases);
+        }
+        Ok(())
+    }
+
+    /// Ends an instance that nobody uses.
+    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) {
+        let Member { id, instance, record } = member;
+        let label = format!("`{}` {}", record.name, record.version);
+        timed(&mut phases.retire, || match Arc::into_inner(instance) {
+            Some(instance) => {
+                let retired = instance.retire();
+                if let Err(error) = retired.destroyed {
+                    log::warn!("{label} did not end well: {error}");
+                }
+                self.note_residency(&label, &retired.residency);
+                self.storage.reclaim(id);
+            }
+            None => self.note_residency(&label, &Residency::Resident("it is still in use".to_owned())),
+        });
+    }
+}
+
+/// An instance that was replaced and may still be in use.
+pub(crate) struct Leaving {
+    pub(crate) member: Member,
+    grace: Option<srcu::Grace<Arc<Instance>>>,
+}
+
+/// Swap or handover?
+fn decide(mode: Mode, live: &Member, next: &Member) -> Result<Protocol, Refusal> {
+    let (a, b) = (&live.record.info, &next.record.info);
+    let why_not = if live.instance.is_dead() {
+        Some("the live domain has panicked")
+    } else if a.swap != Swap::SameBacking || b.swap != Swap::SameBacking {
+        Some("one of the two domains holds state of its own")
+    } else if a.backing_cache != b.backing_cache {
+        Some("they would use different caches of the same disk")
+    } else {
+        None
+    };
+    match (mode, why_not) {
+        (Mode::Auto | Mode::Swap, None) => Ok(Protocol::Swap),
+        (Mode::Auto | Mode::Handover, _) => Ok(Protocol::Handover),
+        (Mode::Swap, Some(why)) => Err(Refusal::new(
+            "swap_not_possible",
+            format!("these domains cannot serve side by side: {why}; use mode handover or auto"),
+        )),
+    }
+}
+
+/// What runs while every worker is at the gate.
+fn exchange(
+    proxy: &DomainProxy,
+    live: &Member,
+    next: &Member,
+    notes: &Arc<Mutex<ExchangeNotes>>,
+) -> srcu::Exchange<Arc<Instance>> {
+    let (storage, generation) = (Arc::clone(&proxy.storage), proxy.next_generation());
+    let (live, next, notes) = (live.clone(), next.clone(), Arc::clone(notes));
+    Box::new(move |_| {
+        let mut notes = lock(&notes);
+        // A dead instance cannot write anything down; storage is valid at every instant.
+        let dead = live.instance.is_dead();
+        let resume = |notes: &mut ExchangeNotes| {
+            if let (false, Err(error)) = (dead, live.instance.resume()) {
+                notes.fault = Some(format!("resume: {error}"));
+            }
+        };
+        let quiesced = if dead { Ok(()) } else { timed(&mut notes.quiesce, || live.instance.quiesce()) };
+        if let Err(error) = quiesced {
+            resume(&mut notes);
+            notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
+            return None;
+        }
+        storage.move_to(next.id);
+        if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
+            storage.move_to(live.id);
+            resume(&mut notes);
+            notes.refusal = Some(phase_refusal("activate", &next.record, &error));
+            return None;
+        }
+        next.instance.set_generation(generation);
+        Some(next.instance)
+    })
+}
+
+fn phase_refusal(phase: &'static str, record: &DomainRecord, error: &CallError) -> Refusal {
+    let code = match (phase, error) {
+        ("quiesce", CallError::Failed(_)) => "quiesce_failed",
+        ("quiesce", CallError::Panicked(_)) => "quiesce_panicked",
+        (_, CallError::Failed(_)) => "activate_failed",
+        (_, CallError::Panicked(_)) => "activate_panicked",
+    };
+    Refusal::new(code, format!("{phase} of `{}` {} did not work: {error}", record.name, record.version))
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
