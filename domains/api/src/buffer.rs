@@ -34,6 +34,16 @@ impl<'r> Buffer<'r> {
         self.len() == 0
     }
 
+    /// Whether every piece starts at a multiple of `align` and is a multiple of it long, as direct I/O wants it.
+    ///
+    /// # Panics
+    /// If `align` is no power of two.
+    #[must_use]
+    pub fn is_aligned(&self, align: usize) -> bool {
+        assert!(align.is_power_of_two(), "an alignment of {align}");
+        self.segments.iter().all(|s| (s.base.addr() | s.len) & (align - 1) == 0)
+    }
+
     /// The pieces, for code in this crate that hands them to the kernel or copies them.
     pub(crate) const fn segments(&self) -> &'r [RawSegment] {
         self.segments
@@ -94,6 +104,19 @@ impl<'r> Buffer<'r> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn alignment_is_of_every_address_and_length() {
+        let at = |base: usize, len| RawSegment { base: std::ptr::without_provenance_mut(base), len };
+        let aligned = |segments: &[RawSegment]| {
+            // SAFETY: the segments are only looked at, never followed.
+            unsafe { Buffer::from_segments(segments) }.is_aligned(512)
+        };
+        assert!(aligned(&[]));
+        assert!(aligned(&[at(4096, 512), at(512, 1024)]));
+        assert!(!aligned(&[at(4096, 512), at(4097, 512)]));
+        assert!(!aligned(&[at(4096, 511), at(8192, 513)]));
+    }
 
     #[test]
     fn copies_cross_segments_and_stop_at_the_end() {

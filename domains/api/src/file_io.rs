@@ -3,6 +3,10 @@
 //! The kernel gets the request's segments as iovecs (`preadv`, `pwritev`), so that data is copied once and no Rust slice over guest
 //! memory exists. Short transfers are finished here; what a caller sees is all or an error.
 
+mod open;
+
+pub use open::{OpenMode, block_device_size, direct_alignment, open, open_mode, reopen};
+
 use crate::abi::RawSegment;
 use crate::buffer::Buffer;
 use std::fs::File;
@@ -32,6 +36,17 @@ pub fn write_at(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<()>
     transfer(file, offset, buffer, io::ErrorKind::WriteZero, |fd, iov, count, at| {
         // SAFETY: as in `read_at`; the kernel only reads the segments.
         unsafe { libc::pwritev(fd, iov, count, at) }
+    })
+}
+
+/// Writes all of `buffer` to `file` at `offset`, and returns when it is durable (`RWF_DSYNC`).
+///
+/// # Errors
+/// As for [`write_at`].
+pub fn write_at_durably(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<()> {
+    transfer(file, offset, buffer, io::ErrorKind::WriteZero, |fd, iov, count, at| {
+        // SAFETY: as in `write_at`.
+        unsafe { libc::pwritev2(fd, iov, count, at, libc::RWF_DSYNC) }
     })
 }
 
@@ -121,21 +136,6 @@ fn allocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
-    }
-}
-
-/// Size in bytes of a block device (`BLKGETSIZE64`).
-///
-/// # Errors
-/// What the ioctl says, e.g. for a file that is no block device.
-pub fn block_device_size(file: &File) -> io::Result<u64> {
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272; // linux/fs.h: _IOR(0x12, 114, size_t)
-    let mut bytes = 0u64;
-    // SAFETY: the ioctl writes one 64-bit number to the pointer, which is valid for that.
-    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } == 0 {
-        Ok(bytes)
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 

@@ -19,6 +19,8 @@
 pub mod abi;
 mod author;
 mod buffer;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod descriptor;
 mod export;
 pub mod file_io;
@@ -37,3 +39,8 @@ pub use storage::{Region, Storage};
 
 #[doc(hidden)]
 pub use export::shim;
+
+/// The examples in the guide for authors, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Guide;

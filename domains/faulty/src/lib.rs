@@ -1,1 +1,204 @@
-//! faulty
+//! A disk in memory that breaks on demand, for testing what is around a domain.
+//!
+//! It has the storage layout of `ramdisk` and announces the same device, so that it can follow a ramdisk and be followed by one. With
+//! the parameter `fault=PHASE:KIND[:N]` it breaks once, at the N-th time (default: the first) that this instance comes to
+//! PHASE; see [`fault`]. The fault is not inherited, so a successor, or a rollback, does not break again because its predecessor did.
+//!
+//! What is the same as in `ramdisk` is written down again, for domains do not depend on each other; it is kept to what tests need.
+
+#![forbid(unsafe_code)]
+
+mod fault;
+
+use domain_api::{
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params, QueueContext,
+    QueueIndex, Region, Request, Status, Swap,
+};
+use fault::{Fault, Kind, LATE, Phase};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+const REGION: &str = "disk";
+const DEFAULT_SIZE: u64 = 64 << 20;
+const BLOCK_SIZE: u32 = 512;
+const PAGE_SIZE: u32 = 4096;
+
+/// The disk that breaks.
+#[derive(Debug)]
+pub struct Faulty {
+    host: Host,
+    size: u64,
+    serial: String,
+    region: OnceLock<Region>,
+    fault: Option<Fault>,
+    /// Set by `cancel`: what is stalled fails now.
+    cancelled: AtomicBool,
+    /// Bit per queue that has something stalled, for `cancel` to notify.
+    stalled_queues: AtomicU64,
+}
+
+/// A queue, and the requests that it holds back.
+#[derive(Debug)]
+pub struct Queue {
+    index: QueueIndex,
+    stalled: Vec<(Duration, Request)>,
+}
+
+impl BlockDomain for Faulty {
+    const NAME: &'static str = "faulty";
+    const VERSION: &'static str = "1.0.0";
+    const SCHEMA_NAME: &'static str = "ramdisk";
+    const SCHEMA: u32 = 1;
+    const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
+    const PARAMS: &'static [&'static str] = &["size", "serial", "fault"];
+    const INHERITED: &'static [&'static str] = &["size", "serial"];
+
+    type Queue = Queue;
+
+    fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
+        let size = params.size("size", DEFAULT_SIZE)?;
+        let there = host.storage().region_len(REGION);
+        if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) || (there != 0 && there != size) {
+            return Err(DomainError::new(format!(
+                "parameter `size` is {size} bytes; it must be a positive multiple of {BLOCK_SIZE}, and that of the disk in storage (now {there}, 0 for none)"
+            )));
+        }
+        let fault = params.get("fault").map(str::parse).transpose()?;
+        let serial = params.serial()?;
+        let new = Self {
+            host,
+            size,
+            serial,
+            region: OnceLock::new(),
+            fault,
+            cancelled: AtomicBool::new(false),
+            stalled_queues: AtomicU64::new(0),
+        };
+        new.break_in(Phase::Prepare)?;
+        Ok(new)
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            capacity: self.size,
+            block_size: BLOCK_SIZE,
+            physical_block_size: PAGE_SIZE,
+            optimal_io_size: 0,
+            discard_granularity: PAGE_SIZE,
+            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            swap: Swap::No,
+            backing_kind: "memory".to_owned(),
+            backing_id: (0, 0),
+            backing_cache: 0,
+            serial: self.serial.clone(),
+        }
+    }
+
+    fn activate(&self) -> Result<(), DomainError> {
+        self.break_in(Phase::Activate)?;
+        let storage = self.host.storage();
+        let _ = self.region.set(storage.region(REGION, self.size)?);
+        storage.set_schema(Self::SCHEMA)
+    }
+
+    fn quiesce(&self) -> Result<(), DomainError> {
+        self.break_in(Phase::Quiesce)
+    }
+
+    fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {
+        Ok(Queue { index: context.queue, stalled: Vec::new() })
+    }
+
+    fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
+        while let Some(request) = batch.next() {
+            match self.fault.as_ref().and_then(|fault| fault.comes(Phase::Request)) {
+                None => {}
+                Some(Kind::Fail) => {
+                    completions.complete(request, Status::IoError);
+                    continue;
+                }
+                Some(Kind::Panic) => panic!("fault=request:panic"),
+                Some(Kind::Stall) => {
+                    self.stall(queue, request, completions);
+                    continue;
+                }
+                Some(Kind::Hang) => std::thread::sleep(LATE),
+            }
+            let status = self.serve(&request);
+            completions.complete(request, status);
+        }
+    }
+
+    fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
+        if queue.stalled.is_empty() {
+            return;
+        }
+        let now = self.host.clock();
+        // Acquire pairs with the Release in `cancel`.
+        let cancelled = self.cancelled.load(Ordering::Acquire);
+        for (due, request) in std::mem::take(&mut queue.stalled) {
+            if cancelled {
+                completions.complete(request, Status::IoError);
+            } else if due <= now {
+                let status = self.serve(&request);
+                completions.complete(request, status);
+            } else {
+                queue.stalled.push((due, request));
+            }
+        }
+    }
+
+    fn cancel(&self) {
+        let queues = self.stalled_queues.swap(0, Ordering::AcqRel);
+        if queues == 0 {
+            return;
+        }
+        // Release pairs with the Acquire in `reap`.
+        self.cancelled.store(true, Ordering::Release);
+        for queue in (0..u64::BITS).filter(|bit| queues & 1 << bit != 0) {
+            self.host.notify(QueueIndex(queue));
+        }
+    }
+}
+
+impl Faulty {
+    /// Breaks in a phase other than a request, if it is time to.
+    fn break_in(&self, phase: Phase) -> Result<(), DomainError> {
+        match self.fault.as_ref().and_then(|fault| fault.comes(phase)) {
+            None => {}
+            Some(Kind::Fail) => return Err(DomainError::new(format!("fault={phase}:fail"))),
+            Some(Kind::Panic) => panic!("fault={phase}:panic"),
+            // Nothing but the calling thread can be late here.
+            Some(Kind::Stall | Kind::Hang) => std::thread::sleep(LATE),
+        }
+        Ok(())
+    }
+
+    /// Keeps a request in flight, and lets the worker go on.
+    fn stall(&self, queue: &mut Queue, request: Request, completions: &mut Completions<'_>) {
+        let (host, index) = (self.host, queue.index);
+        let due = host.clock() + LATE;
+        if let Err(error) = host.after(LATE, move || host.notify(index)) {
+            host.log(domain_api::Level::Error, &format!("cannot stall a request: {error}"));
+            completions.complete(request, Status::IoError);
+            return;
+        }
+        queue.stalled.push((due, request));
+        self.stalled_queues.fetch_or(1 << index.0, Ordering::AcqRel);
+    }
+
+    fn serve(&self, request: &Request) -> Status {
+        let Some(region) = self.region.get() else { return Status::IoError };
+        match request.op() {
+            Some(Op::Read) => region.read(request.offset(), &request.buffer()),
+            Some(Op::Write) => region.write(request.offset(), &request.buffer()),
+            Some(Op::Flush | Op::Discard) => {}
+            Some(Op::WriteZeroes { .. }) => region.zero(request.offset(), request.len()),
+            None => return Status::Unsupported,
+        }
+        Status::Ok
+    }
+}
+
+domain_api::export_domain!(Faulty);

@@ -292,11 +292,16 @@ impl Instance {
 
     /// See [`BlockDomain::quiesce`](crate::BlockDomain::quiesce).
     ///
+    /// A panic here does not end the instance: no request was touched, and it is to resume.
+    ///
     /// # Errors
     /// What the domain says.
     pub fn quiesce(&self) -> Result<(), CallError> {
+        if self.is_dead() {
+            return Err(CallError::Failed("it has panicked before".to_owned()));
+        }
         // SAFETY: a live instance and a valid message.
-        self.call(|instance, message| unsafe { (self.vtable.quiesce)(instance, message) })
+        MessageBuffer::call(|message| unsafe { (self.vtable.quiesce)(self.raw, message) })
     }
 
     /// See [`BlockDomain::activate`](crate::BlockDomain::activate).

@@ -1,0 +1,276 @@
+//! A host in memory: storage that knows whose it is, a log that can be read, notifications that can be waited for.
+//!
+//! It is stricter than a real host has to be: it remembers every attempt to use the storage without owning it, so that a domain that swallows the
+//! error is caught as well.
+
+use super::{Lane, Violation};
+use crate::host::{CallError, HostRegion, HostServices, Instance, Residency, StaticModule};
+use crate::{BlockDomain, DomainError, Level, Params, QueueIndex};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What outlives instances.
+#[derive(Debug, Default)]
+pub struct TestStorage {
+    contents: Mutex<Contents>,
+}
+
+#[derive(Debug, Default)]
+struct Contents {
+    /// Number of the owner; 0 for nobody.
+    owner: u64,
+    /// Hosts made so far.
+    hosts: u64,
+    schema: u32,
+    regions: BTreeMap<String, Arc<HostRegion>>,
+    bytes: BTreeMap<String, Arc<Vec<u8>>>,
+    files: BTreeMap<String, File>,
+}
+
+impl TestStorage {
+    /// An empty one.
+    #[must_use]
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// The schema number that is set.
+    #[must_use]
+    pub fn schema(&self) -> u32 {
+        lock(&self.contents).schema
+    }
+
+    /// A region, to look at its file.
+    #[must_use]
+    pub fn region(&self, key: &str) -> Option<Arc<HostRegion>> {
+        lock(&self.contents).regions.get(key).map(Arc::clone)
+    }
+
+    /// A dup of a file.
+    #[must_use]
+    pub fn file(&self, key: &str) -> Option<File> {
+        lock(&self.contents).files.get(key).and_then(|file| file.try_clone().ok())
+    }
+}
+
+/// What one instance sees of the host.
+#[derive(Debug)]
+pub struct TestHost {
+    number: u64,
+    storage: Arc<TestStorage>,
+    lines: Mutex<Vec<(Level, String)>>,
+    trespasses: Mutex<Vec<String>>,
+    notified: Mutex<BTreeMap<u32, u64>>,
+    changed: Condvar,
+}
+
+impl TestHost {
+    /// A host for one instance on `storage`, which is not the instance's yet.
+    #[must_use]
+    pub fn new(storage: &Arc<TestStorage>) -> Arc<Self> {
+        let mut contents = lock(&storage.contents);
+        contents.hosts += 1;
+        Arc::new(Self {
+            number: contents.hosts,
+            storage: Arc::clone(storage),
+            lines: Mutex::default(),
+            trespasses: Mutex::default(),
+            notified: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Makes this instance the storage's owner.
+    pub fn own_storage(&self) {
+        lock(&self.storage.contents).owner = self.number;
+    }
+
+    /// Lines logged so far.
+    #[must_use]
+    pub fn lines(&self) -> Vec<(Level, String)> {
+        lock(&self.lines).clone()
+    }
+
+    /// Uses of the storage that only its owner may make, while this instance was not it.
+    #[must_use]
+    pub fn trespasses(&self) -> Vec<String> {
+        lock(&self.trespasses).clone()
+    }
+
+    /// How often `queue` was notified.
+    #[must_use]
+    pub fn notifications(&self, queue: QueueIndex) -> u64 {
+        lock(&self.notified).get(&queue.0).copied().unwrap_or(0)
+    }
+
+    /// Waits until `queue` was notified more than `seen` times, or until `deadline`. Returns whether it was.
+    #[must_use]
+    pub fn wait_notified(&self, queue: QueueIndex, seen: u64, deadline: Instant) -> bool {
+        let mut notified = lock(&self.notified);
+        while notified.get(&queue.0).copied().unwrap_or(0) <= seen {
+            let now = Instant::now();
+            if now >= deadline {
+                return false;
+            }
+            notified =
+                self.changed.wait_timeout(notified, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn owned(&self, what: &str) -> Result<MutexGuard<'_, Contents>, DomainError> {
+        let contents = lock(&self.storage.contents);
+        if contents.owner == self.number {
+            return Ok(contents);
+        }
+        lock(&self.trespasses).push(what.to_owned());
+        Err(DomainError::new(format!("cannot {what}: the storage is not this instance's")))
+    }
+}
+
+impl HostServices for TestHost {
+    fn log(&self, level: Level, line: &str) {
+        lock(&self.lines).push((level, line.to_owned()));
+    }
+
+    fn notify(&self, queue: QueueIndex) {
+        *lock(&self.notified).entry(queue.0).or_default() += 1;
+        self.changed.notify_all();
+    }
+
+    fn schema(&self) -> u32 {
+        self.storage.schema()
+    }
+
+    fn set_schema(&self, schema: u32) -> Result<(), DomainError> {
+        self.owned("set the schema")?.schema = schema;
+        Ok(())
+    }
+
+    fn region_len(&self, key: &str) -> u64 {
+        self.storage.region(key).map_or(0, |region| region.len() as u64)
+    }
+
+    fn region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError> {
+        let mut contents = self.owned(&format!("open region `{key}`"))?;
+        if let Some(region) = contents.regions.get(key) {
+            let there = region.len() as u64;
+            return if there == len {
+                Ok(Arc::clone(region))
+            } else {
+                Err(DomainError::new(format!("region `{key}` has {there} bytes, not {len}")))
+            };
+        }
+        let region = HostRegion::create(key, len)
+            .map_err(|error| DomainError::new(format!("no region `{key}` of {len} bytes: {error}")))?;
+        let region = Arc::new(region);
+        contents.regions.insert(key.to_owned(), Arc::clone(&region));
+        Ok(region)
+    }
+
+    fn bytes(&self, key: &str) -> Option<Arc<Vec<u8>>> {
+        lock(&self.storage.contents).bytes.get(key).map(Arc::clone)
+    }
+
+    fn set_bytes(&self, key: &str, value: &[u8]) -> Result<(), DomainError> {
+        self.owned(&format!("set bytes `{key}`"))?.bytes.insert(key.to_owned(), Arc::new(value.to_vec()));
+        Ok(())
+    }
+
+    fn file(&self, key: &str) -> Option<File> {
+        self.storage.file(key)
+    }
+
+    fn set_file(&self, key: &str, file: File) -> Result<(), DomainError> {
+        self.owned(&format!("keep file `{key}`"))?.files.insert(key.to_owned(), file);
+        Ok(())
+    }
+}
+
+/// An instance on the bench: its host, and how to get at its queues.
+#[derive(Debug)]
+pub struct Bench {
+    /// What it sees of the host.
+    pub host: Arc<TestHost>,
+    /// The instance.
+    pub instance: Arc<Instance>,
+    /// Longest time that one of its requests may take.
+    pub deadline: Duration,
+}
+
+impl Bench {
+    /// Prepares an instance of `D` on `storage`.
+    ///
+    /// # Errors
+    /// What the domain says.
+    pub fn prepare<D: BlockDomain>(storage: &Arc<TestStorage>, params: &Params) -> Result<Self, CallError> {
+        let host = TestHost::new(storage);
+        let services: Arc<dyn HostServices> = Arc::<TestHost>::clone(&host);
+        let instance =
+            Instance::prepare(StaticModule::of::<D>(), services, params).map_err(|(error, _)| error)?;
+        instance.set_generation(host.number);
+        Ok(Self { host, instance: Arc::new(instance), deadline: Duration::from_secs(10) })
+    }
+
+    /// Prepares an instance of `D` on `storage`, gives the storage to it, and activates it.
+    ///
+    /// # Errors
+    /// What the domain says.
+    pub fn activated<D: BlockDomain>(storage: &Arc<TestStorage>, params: &Params) -> Result<Self, CallError> {
+        let bench = Self::prepare::<D>(storage, params)?;
+        bench.activate()?;
+        Ok(bench)
+    }
+
+    /// Gives the storage to it, and activates it.
+    ///
+    /// # Errors
+    /// What the domain says.
+    pub fn activate(&self) -> Result<(), CallError> {
+        self.host.own_storage();
+        self.instance.activate()
+    }
+
+    /// Attaches a queue, on this thread.
+    ///
+    /// # Errors
+    /// What the domain says.
+    pub fn lane(&self, queue: u32) -> Result<Lane, Violation> {
+        Lane::attach(&self.host, &self.instance, QueueIndex(queue), self.deadline)
+    }
+
+    /// Ends the instance; nothing of it may be left. All its lanes must be gone.
+    ///
+    /// # Errors
+    /// A lane that is left, a failing or panicking end, a thread that goes on, or storage used out of turn.
+    pub fn retire(self) -> Result<(), Violation> {
+        let Some(instance) = Arc::into_inner(self.instance) else {
+            return Err(Violation::new("a queue is still attached"));
+        };
+        let retired = instance.retire();
+        if let Err(error) = retired.destroyed {
+            return Err(Violation::new(format!("its end failed: {error}")));
+        }
+        if let Residency::Resident(reason) = retired.residency {
+            return Err(Violation::new(format!("it does not go away: {reason}")));
+        }
+        let left = Arc::strong_count(&self.host) - 1;
+        if left != 0 {
+            return Err(Violation::new(format!("{left} users of its host are left after its end")));
+        }
+        let trespasses = self.host.trespasses();
+        if !trespasses.is_empty() {
+            return Err(Violation::new(format!(
+                "it used the storage while it was not its own: {}",
+                trespasses.join(", ")
+            )));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,149 @@
+//! Opening files for a disk's sake: what a descriptor was opened for, and what direct I/O wants of it.
+//!
+//! `O_DIRECT` and the access mode belong to the open file description, which a dup shares. So a domain that wants other flags
+//! than the storage's descriptor has cannot change them on a dup (its predecessor would feel it); it opens the same inode
+//! again with [`reopen`], which works whatever happened to the file's name meanwhile.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// What a descriptor is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenMode {
+    /// Can be written, not only read.
+    pub write: bool,
+    /// Goes past the page cache (`O_DIRECT`).
+    pub direct: bool,
+}
+
+/// Opens a file that exists.
+///
+/// # Errors
+/// What `open` says; `EINVAL` for `direct` where the file system cannot do it.
+pub fn open(path: &Path, mode: OpenMode) -> io::Result<File> {
+    let flags = if mode.direct { libc::O_DIRECT } else { 0 };
+    File::options().read(true).write(mode.write).custom_flags(flags).open(path)
+}
+
+/// Opens the very file behind `file` again: the same inode, another open file description.
+///
+/// # Errors
+/// As for [`open`]; also where `/proc` is not mounted.
+pub fn reopen(file: &File, mode: OpenMode) -> io::Result<File> {
+    open(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())), mode)
+}
+
+/// How `file` was opened.
+///
+/// # Errors
+/// What `fcntl` says.
+pub fn open_mode(file: &File) -> io::Result<OpenMode> {
+    // SAFETY: no pointers; the descriptor is open because `file` is borrowed.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(OpenMode { write: flags & libc::O_ACCMODE == libc::O_RDWR, direct: flags & libc::O_DIRECT != 0 })
+}
+
+/// What direct I/O on `file` must be aligned to, in bytes: addresses, offsets and lengths alike. 512 or more.
+///
+/// # Errors
+/// `EINVAL` where it cannot do direct I/O with any alignment up to 4096.
+pub fn direct_alignment(file: &File) -> io::Result<u32> {
+    if let Some(align) = stated_alignment(file)? {
+        return Ok(align.max(512));
+    }
+    // An older kernel or file system does not say. A read of one such block at the second such offset shows it; reading at the end
+    // of the file gives 0 bytes, which is as good.
+    const LARGEST: usize = 4096;
+    let mut memory = vec![0u8; 3 * LARGEST];
+    for align in [512, LARGEST] {
+        // An address that is a multiple of `align` and of nothing larger.
+        let start = memory.as_ptr().align_offset(LARGEST) + align % LARGEST;
+        match file.read_at(&mut memory[start..start + align], align as u64) {
+            Ok(_) => return Ok(align as u32),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// What `statx` says (`STATX_DIOALIGN`, Linux 6.1), or `None` if it says nothing.
+fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
+    // SAFETY: a structure of integers: all zeros is one.
+    let mut about: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a C string, `about` is valid for the call, the descriptor is open.
+    let code = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut about)
+    };
+    if code < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if about.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return Ok(None);
+    }
+    let align = about.stx_dio_mem_align.max(about.stx_dio_offset_align);
+    // 0 means: not on this file. So says open(2) too, for whoever opened it with O_DIRECT.
+    if align == 0 || !align.is_power_of_two() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(Some(align))
+}
+
+/// Size in bytes of a block device (`BLKGETSIZE64`).
+///
+/// # Errors
+/// What the ioctl says, e.g. for a file that is no block device.
+pub fn block_device_size(file: &File) -> io::Result<u64> {
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272; // linux/fs.h: _IOR(0x12, 114, size_t)
+    let mut bytes = 0u64;
+    // SAFETY: the ioctl writes one 64-bit number to the pointer, which is valid for that.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut bytes) } == 0 {
+        Ok(bytes)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_file_is_opened_again_after_its_name_is_gone() {
+        let path = std::env::temp_dir().join(format!("hotswap-open-{}", std::process::id()));
+        std::fs::write(&path, vec![7u8; 8192]).unwrap();
+        let file = open(&path, OpenMode { write: false, direct: false }).unwrap();
+        assert_eq!(open_mode(&file).unwrap(), OpenMode { write: false, direct: false });
+        std::fs::remove_file(&path).unwrap();
+        let again = reopen(&file, OpenMode { write: true, direct: false }).unwrap();
+        assert_eq!(open_mode(&again).unwrap(), OpenMode { write: true, direct: false });
+        assert_eq!(open_mode(&file).unwrap(), OpenMode { write: false, direct: false });
+        let (one, two) = (file.metadata().unwrap(), again.metadata().unwrap());
+        assert_eq!((one.dev(), one.ino()), (two.dev(), two.ino()));
+    }
+
+    #[test]
+    fn direct_io_says_what_it_needs() {
+        let path = std::env::temp_dir().join(format!("hotswap-direct-{}", std::process::id()));
+        std::fs::write(&path, vec![7u8; 16384]).unwrap();
+        let opened = open(&path, OpenMode { write: true, direct: true });
+        std::fs::remove_file(&path).unwrap();
+        let Ok(file) = opened else {
+            eprintln!("skipped: no direct I/O in {}", std::env::temp_dir().display());
+            return;
+        };
+        let align = direct_alignment(&file).unwrap() as usize;
+        assert!(align.is_power_of_two() && (512..=4096).contains(&align), "{align}");
+        let mut memory = vec![0u8; 2 * align + 4096];
+        let start = memory.as_ptr().align_offset(align.max(4096));
+        assert_eq!(file.read_at(&mut memory[start..start + align], align as u64).unwrap(), align);
+        assert!(block_device_size(&file).is_err());
+    }
+}

@@ -1,0 +1,209 @@
+//! The image: which file it is, how it is opened, and what size and blocks it has.
+//!
+//! The first instance opens the file by its path and leaves the descriptor in storage. From then on the *descriptor* says which file
+//! the guest's disk is, for a path can be renamed, replaced or removed under a running guest. A successor works on
+//!
+//! * a dup of the storage's descriptor, where that was opened as it wants it (cached or direct, writable or not). One open file
+//!   description means that an error of a write-back that the predecessor did not see is seen by the successor's `fdatasync`;
+//! * else the same inode opened anew through the descriptor, because such flags belong to the description and cannot be changed on a dup
+//!   without the predecessor feeling it.
+//!
+//! The path is inherited, so a successor cannot tell whether the operator gave it. The storage remembers the path in use: the same text
+//! again means "this disk", whatever lies there now; another text must lead to the same file, or it is refused, since
+//! moving a disk is not what an upgrade does.
+
+use domain_api::file_io::{self, OpenMode};
+use domain_api::{DomainError, Host, Level};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+/// Storage key of the descriptor.
+const DESCRIPTOR: &str = "image";
+/// Storage key of the path that it was opened by.
+const PATH: &str = "path";
+
+const SECTOR_SIZE: u32 = 512;
+
+/// An image that is open.
+#[derive(Debug)]
+pub(crate) struct Image {
+    file: File,
+    path: String,
+    mode: OpenMode,
+    id: (u64, u64),
+    size: u64,
+    block_size: u32,
+    physical_block_size: u32,
+}
+
+impl Image {
+    /// Opens and checks the image, or takes up the one in storage.
+    pub(crate) fn prepare(host: Host, path: &str, mode: OpenMode) -> Result<Self, DomainError> {
+        let file = match host.storage().file(DESCRIPTOR) {
+            None => open(path, mode)?,
+            Some(served) => take_up(host, served, path, mode)?,
+        };
+        Self::describe(file, path, mode)
+    }
+
+    fn describe(file: File, path: &str, mode: OpenMode) -> Result<Self, DomainError> {
+        let cannot =
+            |what: &str, error: io::Error| DomainError::new(format!("cannot {what} `{path}`: {error}"));
+        let about = file.metadata().map_err(|error| cannot("look at", error))?;
+        check_kind(path, &about)?;
+        let device = about.file_type().is_block_device();
+        let size = if device {
+            file_io::block_device_size(&file).map_err(|error| cannot("read the size of", error))?
+        } else {
+            about.len()
+        };
+        let block_size = if mode.direct {
+            file_io::direct_alignment(&file).map_err(|error| {
+                DomainError::new(format!("cannot do direct I/O on `{path}`: {error}; leave direct=true out"))
+            })?
+        } else {
+            SECTOR_SIZE
+        };
+        check_size(path, size, block_size, device)?;
+        let preferred = u32::try_from(about.blksize()).unwrap_or(0);
+        let usable = preferred.is_power_of_two() && (block_size..=1 << 20).contains(&preferred);
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            mode,
+            id: identity(&about),
+            size,
+            block_size,
+            physical_block_size: if usable { preferred } else { block_size },
+        })
+    }
+
+    /// Leaves the descriptor in storage for successors, where there is none yet or one that was opened otherwise.
+    pub(crate) fn keep(&self, host: Host) -> Result<(), DomainError> {
+        let storage = host.storage();
+        let served = storage.file(DESCRIPTOR);
+        let fits = served.as_ref().is_some_and(|file| file_io::open_mode(file).ok() == Some(self.mode));
+        if !fits {
+            storage.set_file(DESCRIPTOR, &self.file)?;
+        }
+        if storage.bytes(PATH).as_deref() != Some(self.path.as_bytes()) {
+            storage.set_bytes(PATH, self.path.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    pub(crate) const fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) const fn mode(&self) -> OpenMode {
+        self.mode
+    }
+
+    /// Device and inode; for a block device its number and 0, because the node in `/dev` is not the device.
+    pub(crate) const fn id(&self) -> (u64, u64) {
+        self.id
+    }
+
+    pub(crate) const fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) const fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    pub(crate) const fn physical_block_size(&self) -> u32 {
+        self.physical_block_size
+    }
+}
+
+fn identity(about: &Metadata) -> (u64, u64) {
+    if about.file_type().is_block_device() { (about.rdev(), 0) } else { (about.dev(), about.ino()) }
+}
+
+fn open(path: &str, mode: OpenMode) -> Result<File, DomainError> {
+    // Looked at first: opening a FIFO for reading would wait for a writer.
+    let about = std::fs::metadata(path).map_err(|error| {
+        DomainError::new(match error.kind() {
+            io::ErrorKind::NotFound => format!(
+                "there is no `{path}`; correct `path`, or make an image with `truncate -s SIZE {path}`"
+            ),
+            _ => format!("cannot look at `{path}`: {error}; correct `path` or its permissions"),
+        })
+    })?;
+    check_kind(path, &about)?;
+    file_io::open(Path::new(path), mode).map_err(|error| {
+        let advice = match error.kind() {
+            io::ErrorKind::InvalidInput if mode.direct => {
+                "; its file system does no direct I/O, leave direct=true out"
+            }
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if mode.write => {
+                "; make it writable, or serve it with readonly=true"
+            }
+            io::ErrorKind::PermissionDenied => "; make it readable",
+            _ => "",
+        };
+        let purpose = if mode.write { "for writing" } else { "for reading" };
+        DomainError::new(format!("cannot open `{path}` {purpose}: {error}{advice}"))
+    })
+}
+
+/// The predecessor's file, opened as we want it.
+fn take_up(host: Host, served: File, path: &str, mode: OpenMode) -> Result<File, DomainError> {
+    let cannot =
+        |error: io::Error| DomainError::new(format!("cannot take up the descriptor of `{path}`: {error}"));
+    let id = identity(&served.metadata().map_err(cannot)?);
+    let there = std::fs::metadata(path).map(|about| identity(&about));
+    let renamed = !matches!(&there, Ok(there) if *there == id);
+    if renamed && host.storage().bytes(PATH).as_deref() != Some(path.as_bytes()) {
+        return Err(DomainError::new(match there {
+            Ok(_) => format!(
+                "`{path}` is another file than the guest's disk; an upgrade does not move a disk, leave `path` out"
+            ),
+            Err(error) => {
+                format!("cannot look at `{path}`: {error}; leave `path` out to go on with the same file")
+            }
+        }));
+    }
+    if renamed {
+        host.log(
+            Level::Warn,
+            &format!("`{path}` is not the guest's disk any more; going on with the file that is open"),
+        );
+    }
+    if file_io::open_mode(&served).map_err(cannot)? == mode {
+        return Ok(served);
+    }
+    file_io::reopen(&served, mode).map_err(|error| {
+        DomainError::new(format!(
+            "cannot open the file of `{path}` anew with the wanted `direct` and `readonly`: {error}; leave them as they were"
+        ))
+    })
+}
+
+fn check_kind(path: &str, about: &Metadata) -> Result<(), DomainError> {
+    let kind = about.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    let what = if kind.is_dir() { "a directory" } else { "no file that holds data" };
+    Err(DomainError::new(format!("`{path}` is {what}; `path` must name a raw image file or a block device")))
+}
+
+fn check_size(path: &str, size: u64, block_size: u32, device: bool) -> Result<(), DomainError> {
+    if size == 0 {
+        let advice = if device { "insert a medium".into() } else { format!("use `truncate -s SIZE {path}`") };
+        return Err(DomainError::new(format!("`{path}` is empty; {advice}")));
+    }
+    if size.is_multiple_of(u64::from(block_size)) {
+        return Ok(());
+    }
+    let fit = size.next_multiple_of(u64::from(block_size));
+    let or = if block_size > SECTOR_SIZE { ", or leave direct=true out" } else { "" };
+    Err(DomainError::new(format!(
+        "`{path}` has {size} bytes, which is no multiple of {block_size}; extend it with `truncate -s {fit} {path}`{or}"
+    )))
+}

@@ -1,0 +1,155 @@
+//! Which files are taken, what is said about those that are not, and which file a successor goes on with.
+
+mod common;
+
+use common::{image_in, params, real_dir};
+use domain_api::conformance::{Bench, Job, TestStorage};
+use domain_api::file_io::{OpenMode, open_mode};
+use domain_api::{Level, Params};
+use domain_file::FileDisk;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+fn refusal(path: &Path, more: &[&str]) -> String {
+    Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, more)).unwrap_err().to_string()
+}
+
+#[test]
+fn images_that_cannot_be_a_disk_are_refused_with_advice() {
+    let dir = tempfile::tempdir_in(real_dir()).unwrap();
+    let make = |name: &str, len: u64| {
+        let path = dir.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
+        path
+    };
+    let said = refusal(&make("odd", 1000), &[]);
+    assert!(said.contains("1000 bytes") && said.contains("truncate -s 1024"), "{said}");
+    let said = refusal(&make("empty", 0), &[]);
+    assert!(said.contains("empty") && said.contains("truncate"), "{said}");
+    let said = refusal(dir.path(), &[]);
+    assert!(said.contains("is a directory"), "{said}");
+    let said = refusal(&dir.path().join("missing"), &[]);
+    assert!(said.contains("there is no") && said.contains("truncate"), "{said}");
+    let said = refusal(Path::new("/dev/null"), &[]);
+    assert!(said.contains("must name a raw image file"), "{said}");
+    let said = refusal(Path::new(""), &[]);
+    assert!(said.contains("`path` is missing"), "{said}");
+    let said = Bench::prepare::<FileDisk>(&TestStorage::new(), &Params::default()).unwrap_err().to_string();
+    assert!(said.contains("`path` is missing"), "{said}");
+}
+
+#[test]
+fn a_running_program_cannot_be_written_but_read() {
+    // Whoever runs this, root too, gets "text file busy".
+    let program = std::env::current_exe().unwrap();
+    let said = refusal(&program, &[]);
+    assert!(said.contains("for writing"), "{said}");
+    if program.metadata().unwrap().len().is_multiple_of(512) {
+        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&program, &["readonly=true"])).unwrap();
+    }
+}
+
+#[test]
+fn direct_io_on_an_odd_size_is_refused_with_both_ways_out() {
+    let image = image_in(&real_dir(), (1 << 20) + 512);
+    match Bench::prepare::<FileDisk>(&TestStorage::new(), &params(image.path(), &["direct=true"])) {
+        Ok(bench) => assert_eq!(bench.instance.info().unwrap().block_size, 512),
+        Err(error) => {
+            let said = error.to_string();
+            assert!(said.contains("truncate -s") && said.contains("direct=true"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn it_is_identified_by_device_and_inode() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let bench = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let about = image.as_file().metadata().unwrap();
+    assert_eq!(bench.instance.info().unwrap().backing_id, (about.dev(), about.ino()));
+}
+
+/// An instance that has written `1`s to the first block, on `storage`.
+fn first(storage: &std::sync::Arc<TestStorage>, params: &Params) -> Bench {
+    let bench = Bench::activated::<FileDisk>(storage, params).unwrap();
+    bench.lane(0).unwrap().one(Job::write(0, vec![1; 4096])).unwrap().ok().unwrap();
+    bench
+}
+
+fn reads_ones(bench: &Bench) -> bool {
+    bench.lane(0).unwrap().one(Job::read(0, 4096)).unwrap().ok().unwrap() == vec![1; 4096]
+}
+
+#[test]
+fn a_successor_goes_on_with_the_open_file_whatever_became_of_its_name() {
+    let dir = tempfile::tempdir_in(real_dir()).unwrap();
+    let path = dir.path().join("disk");
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let (storage, params) = (TestStorage::new(), params(&path, &[]));
+    let old = first(&storage, &params);
+    // Replaced by another file, then gone.
+    std::fs::rename(&path, dir.path().join("moved")).unwrap();
+    std::fs::File::create(&path).unwrap().set_len(2 << 20).unwrap();
+    for gone in [false, true] {
+        if gone {
+            std::fs::remove_file(&path).unwrap();
+        }
+        for more in [&[][..], &[("direct", "true")], &[("readonly", "true")]] {
+            let mut wanted = params.clone();
+            more.iter().for_each(|(key, value)| drop(wanted.set(*key, *value)));
+            let next = Bench::prepare::<FileDisk>(&storage, &wanted).unwrap();
+            assert_eq!(next.instance.info().unwrap().backing_id, old.instance.info().unwrap().backing_id);
+            assert!(reads_ones(&next), "{wanted:?}");
+            let lines = next.host.lines();
+            assert!(
+                lines.iter().any(|(level, line)| *level == Level::Warn && line.contains("open")),
+                "{lines:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn another_file_is_refused_and_a_new_name_of_the_same_is_not() {
+    let dir = tempfile::tempdir_in(real_dir()).unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for name in ["disk", "other"] {
+        std::fs::File::create(path(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    std::fs::hard_link(path("disk"), path("link")).unwrap();
+    let storage = TestStorage::new();
+    let old = first(&storage, &params(&path("disk"), &[]));
+    let error =
+        |name: &str| Bench::prepare::<FileDisk>(&storage, &params(&path(name), &[])).unwrap_err().to_string();
+    assert!(error("other").contains("does not move a disk"), "{}", error("other"));
+    assert!(error("nowhere").contains("leave `path` out"), "{}", error("nowhere"));
+    let next = Bench::prepare::<FileDisk>(&storage, &params(&path("link"), &[])).unwrap();
+    next.activate().unwrap();
+    assert!(reads_ones(&next));
+    // From now on that is its name.
+    std::fs::remove_file(path("link")).unwrap();
+    Bench::prepare::<FileDisk>(&storage, &params(&path("link"), &[])).unwrap();
+    drop(old);
+}
+
+#[test]
+fn flags_of_the_predecessor_do_not_change() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let storage = TestStorage::new();
+    let old = first(&storage, &params(image.path(), &[]));
+    let cached = OpenMode { write: true, direct: false };
+    let direct = OpenMode { write: true, direct: true };
+    assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), cached);
+    let next = Bench::prepare::<FileDisk>(&storage, &params(image.path(), &["direct=true"])).unwrap();
+    assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), cached);
+    old.instance.quiesce().unwrap();
+    next.activate().unwrap();
+    assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), direct);
+    assert!(reads_ones(&next));
+    next.instance.quiesce().unwrap();
+    old.activate().unwrap();
+    assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), cached);
+    assert!(reads_ones(&old));
+    next.retire().unwrap();
+    old.retire().unwrap();
+}
