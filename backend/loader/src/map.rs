@@ -1,0 +1,191 @@
+//! Into the process, and out of it.
+//!
+//! ```text
+//!   Sealed --dlopen--> Mapped --dlclose--> gone
+//!                                 |
+//!                                 `------> resident --(a later look)--> gone
+//! ```
+//!
+//! Why so careful. `dlopen` compares *names* first: a path that was used before gives the old library, if that is still mapped, whatever
+//! the path leads to now. So each load goes through a spelling of `/proc/self/fd/N` that this process never used. And `dlclose`
+//! returns success for a library that stays, for instance because a live thread has yet to run a thread-local destructor of
+//! it. So what counts is `/proc/self/maps`.
+//!
+//! Invariants: the memfd stays open as long as the module is mapped, so that the path under which debuggers and backtraces know it
+//! leads to it, and not to what got its number next; a module is given back to the linker once.
+//!
+//! Deliberately absent: forcing anything out. What the linker keeps, something still refers to.
+
+use crate::error::{Error, printable};
+use crate::sealed::Sealed;
+use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
+use domain_api::descriptor::Description;
+use domain_api::host::{Identity, LoadedModule, Residency};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use std::sync::{Mutex, PoisonError};
+
+/// Modules that were given back and stayed. They are kept for their memfd only.
+static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
+
+/// The paths of modules that were unloaded and are still mapped, by a fresh look.
+///
+/// A module leaves this list when what kept it has ended and the linker has noticed, which it does at the next unload of any module.
+#[must_use]
+pub fn resident_modules() -> Vec<String> {
+    let mut resident = RESIDENT.lock().unwrap_or_else(PoisonError::into_inner);
+    if !resident.is_empty()
+        && let Ok(maps) = std::fs::read("/proc/self/maps")
+    {
+        resident.retain(|(sealed, _)| sealed.is_in(&maps));
+    }
+    resident.iter().map(|(_, path)| path.clone()).collect()
+}
+
+/// A module in the linker's hands.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    /// Taken together, when the module is given back.
+    parts: Option<(Library, Sealed)>,
+    path: String,
+    table: *const ModuleVtable,
+}
+
+// SAFETY: `table` is an address of read-only data of the module, valid in every thread for as long as `parts` is there, and `Library` is
+// Send itself.
+unsafe impl Send for Mapped {}
+// SAFETY: as above; `&Mapped` gives out nothing but the address.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Maps `sealed`, resolves everything it needs, and runs its constructors. `path` is where it comes from, for messages.
+    pub(crate) fn open(sealed: Sealed, path: &str) -> Result<Self, Error> {
+        let link_path = fresh_path(&sealed);
+        // NOW: a symbol that is missing must fail here, and not end the process at its first use.
+        // SAFETY: dlopen runs the module's constructors, and dlclose its destructors. No check can make foreign code sound; who
+        // installs a module vouches for it, as for the daemon itself (crate documentation). What can be checked was: the file is complete,
+        // its segments lie in it, and it cannot change (`verify`, `sealed`).
+        let opened = unsafe { Library::open(Some(&link_path), RTLD_NOW | RTLD_LOCAL) };
+        let library = opened.map_err(|e| refused(&e, &link_path))?;
+        // From here on, giving up means `shut`.
+        let mut mapped =
+            Self { parts: Some((library, sealed)), path: path.to_owned(), table: std::ptr::null() };
+        let (library, _) = mapped.parts.as_ref().expect("put in above");
+        // SAFETY: the type that is looked up is a bare pointer, which is only stored. That it points to a table is the module's promise,
+        // backed by `verify`: an object of at least that size, alignment and ABI version.
+        let symbol = unsafe { library.get::<*const ModuleVtable>(ENTRY_SYMBOL) };
+        mapped.table = symbol.map_err(|e| refused(&e, &link_path))?.into_raw().cast_const().cast();
+        if mapped.table.is_null() {
+            return Err(Error::NoEntry);
+        }
+        Ok(mapped)
+    }
+
+    /// Gives the module back and looks what became of it. Nothing happens the second time.
+    fn shut(&mut self) -> Residency {
+        let Some((library, sealed)) = self.parts.take() else { return Residency::Gone };
+        self.table = std::ptr::null();
+        let closed = library.close();
+        let maps = std::fs::read("/proc/self/maps");
+        let why = match (closed, maps) {
+            (Ok(()), Ok(maps)) if !sealed.is_in(&maps) => {
+                let _ = resident_modules();
+                return Residency::Gone;
+            }
+            (Ok(()), Ok(_)) => {
+                "a live thread has yet to run a thread-local destructor of it, or another module refers to it; \
+                 it goes when that has ended"
+                    .to_owned()
+            }
+            (Err(e), _) => format!("dlclose failed: {}", printable(&e.to_string())),
+            (_, Err(e)) => format!("whether it is gone is unknown, /proc/self/maps cannot be read: {e}"),
+        };
+        let reason = format!("module `{}` is still mapped: {why}", printable(&self.path));
+        RESIDENT
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push((sealed, std::mem::take(&mut self.path)));
+        Residency::Resident(reason)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let _ = self.shut();
+    }
+}
+
+/// A path to the memfd that was never used in this process.
+///
+/// The linker compares paths as text, the kernel does not care how often `/` and `/.` are repeated: so the copy's number is written in these
+/// two, a binary digit each. The result has at most 2 * 64 characters more than the plain path.
+fn fresh_path(sealed: &Sealed) -> String {
+    let digits: String =
+        format!("{:b}", sealed.number()).chars().map(|digit| if digit == '1' { "/." } else { "/" }).collect();
+    format!("/proc{digits}/self/fd/{}", sealed.raw_fd())
+}
+
+/// The linker's sentence, without the path that means nothing to the reader.
+fn refused(error: &libloading::Error, link_path: &str) -> Error {
+    // The first level says "dlopen failed", the source says why.
+    let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    let why = why.replace(&format!("{link_path}: "), "").replace(link_path, "it");
+    Error::Link(printable(why.trim()))
+}
+
+/// A mapped module with its papers.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    mapped: Mapped,
+    description: Description,
+    identity: Identity,
+}
+
+impl Loaded {
+    pub(crate) const fn new(mapped: Mapped, description: Description, identity: Identity) -> Self {
+        Self { mapped, description, identity }
+    }
+}
+
+// SAFETY: `Mapped` holds the handle and gives it back in `unload` or when it is dropped, both of which end this value. Until then the
+// linker keeps the mapping, and nobody can change the bytes behind it (`sealed`); what the linker itself put into the private pages of the
+// table, it has put there before `open` returned.
+unsafe impl LoadedModule for Loaded {
+    fn vtable(&self) -> *const ModuleVtable {
+        self.mapped.table
+    }
+
+    fn description(&self) -> &Description {
+        &self.description
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn unload(mut self: Box<Self>) -> Residency {
+        self.mapped.shut()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+    use std::path::Path;
+
+    #[test]
+    fn no_path_is_used_twice_and_each_leads_to_its_copy() {
+        let mut seen = HashSet::new();
+        for round in 0..300_u32 {
+            let dir = tempfile::tempdir().unwrap();
+            let file = dir.path().join("m");
+            std::fs::write(&file, round.to_le_bytes()).unwrap();
+            // Dropped at once, so that all have the same descriptor number.
+            let sealed = Sealed::copy_of(&file).unwrap();
+            let path = fresh_path(&sealed);
+            assert!(path.len() < 200, "{path}");
+            assert_eq!(std::fs::read(Path::new(&path)).unwrap(), round.to_le_bytes());
+            assert!(seen.insert(path));
+        }
+    }
+}
