@@ -1,0 +1,317 @@
+//! The configuration space: `struct virtio_blk_config` as bytes, and the one byte in it that the driver may write.
+//!
+//! The bytes are made once from what the domain announces and do not change while the device lives, except for `writeback`.
+//! A frontend may ask for any range: a newer one knows fields that we do not, and gets zeros there.
+//!
+//! Fields whose feature is not offered are zero. Deliberately absent: geometry, secure erase, zones.
+
+use crate::SECTOR_SIZE;
+use crate::features::{self, CONFIG_WCE, FLUSH};
+use domain_api::{Capabilities, DeviceInfo};
+
+/// Size of `struct virtio_blk_config` (5.2.4).
+pub const CONFIG_SIZE: usize = 72;
+
+/// Most data segments that the driver is asked to put into a request: what Linux and its indirect tables are comfortable
+/// with. A queue that is too short for it lowers it.
+pub const SEG_MAX: u32 = 126;
+
+/// Largest data segment that the driver is asked for, in bytes. Large enough that no driver splits a page that it would not
+/// have split anyway.
+pub const SIZE_MAX: u32 = 1 << 20;
+
+/// Most sectors of a discard: 1 GiB, which only changes metadata.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+
+/// Most sectors of a write zeroes: 16 MiB, because where it is carried out by writing, an upgrade waits for it.
+pub const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
+
+/// Offsets in `struct virtio_blk_config` (5.2.4).
+mod at {
+    pub const CAPACITY: usize = 0;
+    pub const SIZE_MAX: usize = 8;
+    pub const SEG_MAX: usize = 12;
+    pub const BLK_SIZE: usize = 20;
+    pub const PHYSICAL_BLOCK_EXP: usize = 24;
+    pub const MIN_IO_SIZE: usize = 26;
+    pub const OPT_IO_SIZE: usize = 28;
+    pub const WRITEBACK: usize = 32;
+    pub const NUM_QUEUES: usize = 34;
+    pub const MAX_DISCARD_SECTORS: usize = 36;
+    pub const MAX_DISCARD_SEG: usize = 40;
+    pub const DISCARD_SECTOR_ALIGNMENT: usize = 44;
+    pub const MAX_WRITE_ZEROES_SECTORS: usize = 48;
+    pub const MAX_WRITE_ZEROES_SEG: usize = 52;
+    pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
+}
+
+/// Why a driver's write to the configuration space is refused. Nothing has changed then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Only the byte `writeback` can be written (5.2.5).
+    #[error(
+        "the driver wrote {len} bytes at {offset} of the configuration space, where only the byte at 32 can be written"
+    )]
+    NotWritable {
+        /// Where it wrote.
+        offset: u32,
+        /// How much.
+        len: usize,
+    },
+    /// `writeback` belongs to a feature that was not negotiated (5.2.6.1).
+    #[error("the driver switched the write cache without having negotiated VIRTIO_BLK_F_CONFIG_WCE")]
+    NotNegotiated,
+    /// `writeback` is 0 or 1 (5.2.5).
+    #[error("the driver wrote {0} to the write cache's switch, which is 0 or 1")]
+    NoSuchMode(u8),
+}
+
+/// The configuration space of one device.
+#[derive(Debug, Clone)]
+pub struct ConfigSpace {
+    bytes: [u8; CONFIG_SIZE],
+    offered: u64,
+    acked: u64,
+}
+
+impl ConfigSpace {
+    /// Lays it out for a device with `num_queues` queues of `queue_size` entries at most.
+    #[must_use]
+    pub fn new(info: &DeviceInfo, num_queues: u16, queue_size: u16) -> Self {
+        let offered = features::offered(info);
+        let block_size = info.block_size.max(SECTOR_SIZE as u32);
+        let sectors = info.capacity / SECTOR_SIZE;
+        let at_most_all = |limit: u32| u32::try_from(sectors).unwrap_or(u32::MAX).min(limit);
+        // A chain must fit into the queue even where its table is indirect (2.7.5.3.1), and has a header and a status.
+        let seg_max = u32::from(queue_size).saturating_sub(2).clamp(1, SEG_MAX);
+        let blocks_per_physical = (info.physical_block_size / block_size).max(1);
+
+        let mut config = Self { bytes: [0; CONFIG_SIZE], offered, acked: 0 };
+        config.put(at::CAPACITY, sectors.to_le_bytes());
+        config.put(at::SIZE_MAX, SIZE_MAX.to_le_bytes());
+        config.put(at::SEG_MAX, seg_max.to_le_bytes());
+        config.put(at::BLK_SIZE, block_size.to_le_bytes());
+        config.put(at::PHYSICAL_BLOCK_EXP, [blocks_per_physical.ilog2() as u8]);
+        let min_io_blocks = u16::try_from(blocks_per_physical).unwrap_or(u16::MAX);
+        config.put(at::MIN_IO_SIZE, min_io_blocks.to_le_bytes());
+        config.put(at::OPT_IO_SIZE, (info.optimal_io_size / block_size).to_le_bytes());
+        config.put(at::NUM_QUEUES, num_queues.to_le_bytes());
+        if offered & features::DISCARD != 0 {
+            let granularity = info.discard_granularity.max(block_size);
+            config.put(at::MAX_DISCARD_SECTORS, at_most_all(MAX_DISCARD_SECTORS).to_le_bytes());
+            config.put(at::MAX_DISCARD_SEG, 1u32.to_le_bytes());
+            config.put(at::DISCARD_SECTOR_ALIGNMENT, (granularity / SECTOR_SIZE as u32).to_le_bytes());
+        }
+        if offered & features::WRITE_ZEROES != 0 {
+            config.put(at::MAX_WRITE_ZEROES_SECTORS, at_most_all(MAX_WRITE_ZEROES_SECTORS).to_le_bytes());
+            config.put(at::MAX_WRITE_ZEROES_SEG, 1u32.to_le_bytes());
+            // 5.2.6.2: clear only if a write zeroes can never deallocate, which is the domain's to decide, request by request.
+            config.put(at::WRITE_ZEROES_MAY_UNMAP, [1]);
+        }
+        config.reset();
+        config
+    }
+
+    fn put<const N: usize>(&mut self, at: usize, value: [u8; N]) {
+        self.bytes[at..at + N].copy_from_slice(&value);
+    }
+
+    /// Exactly `size` bytes from `offset` on; zeros where there is no configuration space. The caller bounds `size`:
+    /// vhost-user does, to 256 bytes.
+    #[must_use]
+    pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut out = vec![0; size as usize];
+        let from = self.bytes.get(offset as usize..).unwrap_or_default();
+        let len = from.len().min(out.len());
+        out[..len].copy_from_slice(&from[..len]);
+        out
+    }
+
+    /// The driver writes. Returns whether the write cache is on now, if that changed.
+    ///
+    /// # Errors
+    /// The driver wrote what it may not write. An empty write is none.
+    pub fn write(&mut self, offset: u32, data: &[u8]) -> Result<Option<bool>, Error> {
+        let mode = match *data {
+            [] => return Ok(None),
+            [mode] if offset as usize == at::WRITEBACK => mode,
+            _ => return Err(Error::NotWritable { offset, len: data.len() }),
+        };
+        if self.acked & CONFIG_WCE == 0 {
+            return Err(Error::NotNegotiated);
+        }
+        if mode > 1 {
+            return Err(Error::NoSuchMode(mode));
+        }
+        let before = self.write_cache();
+        self.bytes[at::WRITEBACK] = mode;
+        Ok((self.write_cache() != before).then_some(mode == 1))
+    }
+
+    /// The driver has acknowledged these features. Returns whether the write cache is on now.
+    ///
+    /// With `FLUSH` it is: a driver that can flush expects a cache (5.2.5.1), and with `CONFIG_WCE` it can turn it off.
+    /// Without `FLUSH` it is off: each write has to be stable when it completes (5.2.6.2), and `writeback` has to begin with
+    /// 0 (5.2.5.2). Telling the same features again, as frontends do, keeps the driver's choice.
+    pub fn set_acked_features(&mut self, acked: u64) -> bool {
+        let changed = (acked ^ self.acked) & (FLUSH | CONFIG_WCE) != 0;
+        self.acked = acked;
+        if changed || acked & CONFIG_WCE == 0 {
+            self.bytes[at::WRITEBACK] = u8::from(acked & self.offered & FLUSH != 0);
+        }
+        self.write_cache()
+    }
+
+    /// The driver has reset the device, or is gone: no features are acknowledged. Returns whether the write cache is on now.
+    ///
+    /// It is if the device has one. Nobody writes before features were negotiated; but frontends read the space then and
+    /// keep what they got.
+    pub fn reset(&mut self) -> bool {
+        self.acked = 0;
+        self.bytes[at::WRITEBACK] = u8::from(self.offered & FLUSH != 0);
+        self.write_cache()
+    }
+
+    /// Whether the write cache is on: a completed write may be lost until it is flushed. The domain has to be told of each change
+    /// (`set_write_cache`), and a successor of the mode as it is.
+    #[must_use]
+    pub const fn write_cache(&self) -> bool {
+        self.bytes[at::WRITEBACK] != 0
+    }
+
+    /// What a domain has to be able to do for the features that this device offers. See [`features::required_capabilities`].
+    #[must_use]
+    pub const fn required_capabilities(&self) -> Capabilities {
+        features::required_capabilities(self.offered)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use domain_api::Swap;
+
+    const ALL: Capabilities = Capabilities(0b11110);
+
+    fn info(capabilities: Capabilities) -> DeviceInfo {
+        DeviceInfo {
+            capacity: 3 << 30,
+            block_size: 1024,
+            physical_block_size: 4096,
+            optimal_io_size: 65536,
+            discard_granularity: 8192,
+            capabilities,
+            swap: Swap::No,
+            backing_kind: "test".into(),
+            backing_id: (0, 0),
+            backing_cache: 0,
+            serial: "disk".into(),
+        }
+    }
+
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+
+    #[test]
+    fn layout_is_the_one_of_the_specification() {
+        let bytes = ConfigSpace::new(&info(ALL), 4, 256).read(0, CONFIG_SIZE as u32);
+        assert_eq!(bytes[..8], ((3u64 << 30) / 512).to_le_bytes());
+        assert_eq!(u32_at(&bytes, 8), SIZE_MAX);
+        assert_eq!(u32_at(&bytes, 12), 126);
+        assert_eq!(u32_at(&bytes, 16), 0, "geometry");
+        assert_eq!(u32_at(&bytes, 20), 1024);
+        assert_eq!(bytes[24..28], [2, 0, 4, 0], "4 blocks per physical block, aligned, at least 4");
+        assert_eq!(u32_at(&bytes, 28), 64);
+        assert_eq!(bytes[32..36], [1, 0, 4, 0], "writeback, unused0, num_queues");
+        assert_eq!(u32_at(&bytes, 36), MAX_DISCARD_SECTORS);
+        assert_eq!(u32_at(&bytes, 40), 1);
+        assert_eq!(u32_at(&bytes, 44), 16);
+        assert_eq!(u32_at(&bytes, 48), MAX_WRITE_ZEROES_SECTORS);
+        assert_eq!(u32_at(&bytes, 52), 1);
+        assert_eq!(bytes[56..60], [1, 0, 0, 0], "may unmap, unused1");
+        assert_eq!(bytes[60..72], [0; 12], "secure erase");
+    }
+
+    #[test]
+    fn fields_of_features_not_offered_are_zero() {
+        let bytes = ConfigSpace::new(&info(Capabilities(0)), 1, 256).read(0, CONFIG_SIZE as u32);
+        assert_eq!(bytes[36..72], [0; 36]);
+        assert_eq!(bytes[32], 0, "no flush, no cache");
+    }
+
+    #[test]
+    fn seg_max_fits_into_the_queue() {
+        for (queue_size, seg_max) in [(1, 1), (2, 1), (4, 2), (64, 62), (128, 126), (1024, 126)] {
+            let config = ConfigSpace::new(&info(ALL), 1, queue_size);
+            assert_eq!(u32_at(&config.read(12, 4), 0), seg_max, "queue of {queue_size}");
+        }
+    }
+
+    #[test]
+    fn a_small_disk_is_not_asked_for_more_than_it_has() {
+        let small = DeviceInfo { capacity: 1 << 20, ..info(ALL) };
+        let bytes = ConfigSpace::new(&small, 1, 256).read(0, 72);
+        assert_eq!((u32_at(&bytes, 36), u32_at(&bytes, 48)), (2048, 2048));
+    }
+
+    #[test]
+    fn a_read_has_exactly_the_size_that_was_asked_for() {
+        let config = ConfigSpace::new(&info(ALL), 4, 256);
+        let all = config.read(0, 72);
+        assert_eq!(config.read(0, 60), all[..60]);
+        assert_eq!(config.read(34, 2), [4, 0]);
+        assert_eq!(config.read(0, 0), []);
+        let long = config.read(0, 256);
+        assert_eq!(long.len(), 256);
+        assert_eq!(long[..72], all);
+        assert_eq!(long[72..], [0; 184]);
+        for offset in [71, 72, 73, 1 << 20, u32::MAX] {
+            assert_eq!(config.read(offset, 5), [0; 5], "at {offset}");
+        }
+    }
+
+    #[test]
+    fn only_a_negotiated_writeback_can_be_written() {
+        let mut config = ConfigSpace::new(&info(ALL), 1, 256);
+        let before = config.read(0, 72);
+        assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated));
+        config.set_acked_features(FLUSH);
+        assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated));
+        config.set_acked_features(FLUSH | CONFIG_WCE);
+        for (offset, data) in [(0, &[0; 8][..]), (31, &[0, 0]), (32, &[0, 0]), (33, &[0]), (u32::MAX, &[0])] {
+            assert_eq!(config.write(offset, data), Err(Error::NotWritable { offset, len: data.len() }));
+        }
+        assert_eq!(config.write(32, &[2]), Err(Error::NoSuchMode(2)));
+        assert_eq!(config.write(0, &[]), Ok(None));
+        assert_eq!(config.read(0, 72), before);
+        assert_eq!(config.write(32, &[1]), Ok(None), "it was on");
+        assert_eq!(config.write(32, &[0]), Ok(Some(false)));
+        assert_eq!(config.read(32, 1), [0]);
+        assert_eq!(config.write(32, &[1]), Ok(Some(true)));
+        assert!(config.write_cache());
+    }
+
+    #[test]
+    fn the_cache_mode_follows_what_was_negotiated() {
+        let mut config = ConfigSpace::new(&info(ALL), 1, 256);
+        assert!(config.write_cache());
+        assert!(!config.set_acked_features(0), "a driver that cannot flush gets writethrough");
+        assert!(config.set_acked_features(FLUSH));
+        assert!(!config.set_acked_features(CONFIG_WCE), "5.2.5.2: begins with 0 without FLUSH");
+        assert!(config.set_acked_features(FLUSH | CONFIG_WCE));
+        assert_eq!(config.write(32, &[0]), Ok(Some(false)));
+        assert!(!config.set_acked_features(FLUSH | CONFIG_WCE), "the driver's choice stays");
+        assert!(config.set_acked_features(FLUSH), "a choice that cannot be made any more is void");
+        assert!(!config.set_acked_features(0));
+        assert!(config.reset());
+        assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated), "reset forgets the features");
+    }
+
+    #[test]
+    fn without_a_cache_there_is_none_to_turn_on() {
+        let mut config = ConfigSpace::new(&info(Capabilities::DISCARD), 1, 256);
+        assert!(!config.set_acked_features(FLUSH), "not offered");
+        assert!(!config.reset());
+    }
+}
