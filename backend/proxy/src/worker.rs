@@ -103,7 +103,8 @@ impl Worker {
     /// Says that this worker is about to sleep; the next [`gate`](Self::gate) wakes it. Returns `false` if it must look again first.
     pub fn sleep(&mut self) -> bool {
         let owing = self.in_flight() > 0;
-        self.reader.sleep(owing)
+        // The event loop cannot hold the guard; a reader whose guard is leaked is woken by its next `pass`.
+        self.reader.sleep(owing).map(std::mem::forget).is_some()
     }
 
     /// Attaches to the live instance.

@@ -52,6 +52,9 @@
 //! Deliberately absent: what the value is, how requests are drained (a reader arrives when it says so), and one upgrade at a time (the caller's lock;
 //! a second handover while one runs is an error here, not a wait).
 
+#[cfg(all(test, loom))]
+mod models;
+mod mutation;
 mod reader;
 mod sync;
 mod update;
@@ -61,7 +64,7 @@ pub use reader::{Gate, Reader};
 pub use update::{Exchange, Grace, Handover, Stalled, UpdateError};
 
 use std::sync::Arc;
-use sync::{AtomicPtr, AtomicU64, AtomicUsize, Condvar, Mutex};
+use sync::{AtomicPtr, AtomicU64, Condvar, Mutex};
 use word::{Pending, SlotWord, Word};
 
 /// Two cache lines, so that neither the line nor its prefetched neighbour is shared.
@@ -77,15 +80,16 @@ struct Head<T> {
 /// One reader's line: `word` is written by the reader, and by whoever claims it.
 struct Slot {
     word: AtomicU64,
-    /// Which thread the reader was last seen on (`update::this_thread`).
-    thread: AtomicUsize,
+    /// Which thread the reader was last seen on (`sync::this_thread`). Not part of the protocol, nor of the models.
+    thread: std::sync::atomic::AtomicU64,
 }
 
 /// What the upgrader leaves at the gate for the last arrival, and what it finds there afterwards.
 enum Desk<T> {
     Empty,
     Waiting(Exchange<T>),
-    Running,
+    /// On which thread.
+    Running(u64),
     Done(update::Outcome<T>),
 }
 
@@ -114,7 +118,7 @@ impl<T: Send + Sync> Cell<T> {
         assert!(readers > 0 && readers <= usize::from(u16::MAX), "a gate counts its readers in 16 bits");
         let slot = || {
             let word = AtomicU64::new(SlotWord::new(0, word::Kind::Absent).0);
-            Line(Slot { word, thread: AtomicUsize::new(0) })
+            Line(Slot { word, thread: std::sync::atomic::AtomicU64::new(0) })
         };
         Arc::new(Self {
             head: Line(Head {

@@ -1,11 +1,15 @@
 //! The reader's side: read sections, sleeping, arriving at the gate, leaving.
 //!
 //! Read the cases on the crate's page first; each fence and ordering below names its case.
+//!
+//! One invariant besides them: [`Reader`]'s `value` is null exactly while the slot is not `Online`. Safe code can leak the
+//! guard of a sleep and have the reader in its hands while the slot says `Asleep`; every method finds out by this.
 
-use crate::sync::{Ordering, SPINS, fence, lock};
-use crate::update::this_thread;
+use crate::mutation::{Mutation, planted};
+use crate::sync::{Ordering, SPINS, full_fence, lock, order, this_thread};
 use crate::word::{Kind, Pending, SlotWord, Word};
-use crate::{Cell, Slot};
+use crate::{Cell, Desk, Slot};
+use std::ptr;
 use std::sync::Arc;
 
 /// What a reader finds between two read sections.
@@ -15,33 +19,39 @@ pub enum Gate {
     Open,
     /// Go on; the value may be another one than before.
     Changed,
-    /// Submit nothing new. [`Reader::read`] still gives the old value, to collect what is owed; when nothing is, [`Reader::arrive`].
+    /// Submit nothing new. [`Reader::read`] gives the value that the exchange will be given, to collect what is owed;
+    /// when nothing is, [`Reader::arrive`]. The first time after a swap this is already the swap's new value.
     Shut,
 }
 
 /// One thread's right to use the value.
 ///
-/// A reader that exists is online: it holds up upgrades until it next calls [`pass`](Self::pass), [`sleep`](Self::sleep) or is dropped. All of
-/// these take `&mut self`, so that nothing borrowed from [`read`](Self::read) can outlive them.
+/// A reader that exists is online: it holds up upgrades until it next calls [`pass`](Self::pass), [`sleep`](Self::sleep)
+/// or is dropped. All of these take `&mut self`, so that nothing borrowed from [`read`](Self::read) can outlive them.
+/// One that is leaked stays online for ever: no grace period ends, no handover succeeds, and both name it.
 pub struct Reader<T: Send + Sync> {
     cell: Arc<Cell<T>>,
     index: usize,
     /// W as of the last time that we looked.
     seen: Word,
-    /// P as loaded after `seen`; null while asleep.
+    /// P as loaded after `seen`. Null: the slot is not online.
     value: *const T,
-    asleep: bool,
-    seen_before_sleep: Word,
-    value_before_sleep: *const T,
+    /// Both, as of lying down: still good if W has not changed when we wake.
+    before: (Word, *const T),
 }
 
-// SAFETY: a reader may move to another thread between calls: all that it shares is in atomics, and `value` is used under `&self` only.
+// SAFETY: a reader may move to another thread between calls: all that it shares is in atomics, and `value` is used under
+// `&self` only. The value is used on that thread (`Sync`).
 unsafe impl<T: Send + Sync> Send for Reader<T> {}
 
 impl<T: Send + Sync> Cell<T> {
-    /// Adds a reader. Waits while a gate is shut.
+    /// Adds a reader. Returns `None` if all slots are taken.
     ///
-    /// Returns `None` if all slots are taken.
+    /// Waits if the free slot already counts as arrived at a shut gate. Otherwise the reader takes part in the
+    /// rendezvous like any other: its first [`pass`](Reader::pass) says [`Gate::Shut`].
+    ///
+    /// # Panics
+    /// Inside an exchange, which would wait for itself.
     pub fn attach(self: &Arc<Self>) -> Option<Reader<T>> {
         'again: loop {
             for index in 0..self.slots.len() {
@@ -51,28 +61,29 @@ impl<T: Send + Sync> Cell<T> {
                 if found.kind() != Kind::Absent {
                     continue;
                 }
-                if self.is_held(found) {
+                if self.is_held(found) && !planted(Mutation::AttachHeld) {
                     self.wait_open(Word::shut(found.epoch()));
                     continue 'again;
                 }
                 let online = SlotWord::new(0, Kind::Online);
-                // AcqRel: Acquire pairs with the leaving reader's Release; the rest is the fence's.
+                let early = self.early_look();
+                // AcqRel: Acquire pairs with the leaving reader's Release; Release hands that on to `Grace::poll`.
                 if slot.word.compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Relaxed).is_err()
                 {
                     continue 'again;
                 }
-                slot.thread.store(this_thread(), Ordering::Relaxed);
-                fence(Ordering::SeqCst); // Case 2: pairs with the upgrader's fence after its store to W.
+                full_fence(Mutation::NoFenceOnline); // Case 2: pairs with the upgrader's, after its store to W.
                 let mut reader = Reader {
                     cell: Arc::clone(self),
                     index,
-                    seen: Word(0),
-                    value: std::ptr::null(),
-                    asleep: false,
-                    seen_before_sleep: Word(0),
-                    value_before_sleep: std::ptr::null(),
+                    seen: Word::NONE,
+                    value: ptr::null(),
+                    before: Reader::<T>::NOTHING,
                 };
-                reader.look();
+                reader.adopt(early.map_or_else(|| self.word(), |(word, _)| word));
+                if let Some((_, value)) = early {
+                    reader.value = value;
+                }
                 return Some(reader);
             }
             return None;
@@ -88,6 +99,12 @@ impl<T: Send + Sync> Cell<T> {
         Word(self.head.0.word.load(Ordering::Acquire))
     }
 
+    /// The textbook's mistake, if it is planted: what W and P say before the slot says that we are online.
+    fn early_look(&self) -> Option<(Word, *const T)> {
+        planted(Mutation::LookThenCount)
+            .then(|| (self.word(), self.head.0.value.load(Ordering::Acquire).cast_const()))
+    }
+
     /// Whether a slot that is not online counts as arrived at the gate that is shut now.
     fn is_held(&self, slot: SlotWord) -> bool {
         self.word() == Word::shut(slot.epoch())
@@ -101,28 +118,33 @@ impl<T: Send + Sync> Cell<T> {
             }
             std::hint::spin_loop();
         }
+        let early = planted(Mutation::NoRecheck) && self.word() == shut;
         let mut desk = lock(&self.desk);
+        if early {
+            drop(self.opened.wait(desk));
+            return;
+        }
         while self.word() == shut {
+            assert!(
+                !matches!(*desk, Desk::Running(thread) if thread == this_thread()),
+                "an exchange must not attach or wake a reader of its own cell: it would wait for itself"
+            );
             desk = self.opened.wait(desk).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
     }
 
-    /// Counts one slot as arrived at the gate of `epoch`; the last one runs the exchange. Returns whether the gate was still there.
-    pub(crate) fn count_arrival(&self, epoch: u64) -> bool {
+    /// Counts one slot as arrived at the gate of `epoch`, if it is still there; the last one runs the exchange.
+    fn count_arrival(&self, epoch: u64) {
         let pending = &self.pending.0;
         let mut found = Pending(pending.load(Ordering::Relaxed));
-        loop {
-            if found.epoch() != epoch || found.count() == 0 {
-                return false;
-            }
+        // Another epoch: that gate was given up. Count 0 cannot be, this slot has not been counted yet.
+        while found.epoch() == epoch && found.count() > 0 {
             let less = Pending::new(epoch, found.count() - 1);
             // AcqRel: Release hands what we did to the last arrival, Acquire takes what all the earlier ones did (case 5).
-            match pending.compare_exchange_weak(found.0, less.0, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) if less.count() == 0 => {
-                    self.run_exchange(epoch);
-                    return true;
-                }
-                Ok(_) => return true,
+            let arrival = order(Ordering::AcqRel, Mutation::RelaxedArrival);
+            match pending.compare_exchange_weak(found.0, less.0, arrival, Ordering::Relaxed) {
+                Ok(_) if less.count() == 0 => return self.run_exchange(epoch),
+                Ok(_) => return,
                 Err(now) => found = Pending(now),
             }
         }
@@ -136,17 +158,29 @@ impl<T: Send + Sync> Cell<T> {
     }
 
     /// Claims a slot that is `Absent` or `Asleep` for the gate of `epoch`, and counts it.
-    pub(crate) fn claim(&self, index: usize, epoch: u64) {
+    ///
+    /// That gate may have been given up, and another one shut, since the caller looked: epochs of slots only grow, so
+    /// that a late claim never takes away what a newer gate has claimed and counted (case 4).
+    fn claim(&self, index: usize, epoch: u64) {
         let slot = self.slot(index);
+        let is_claimable = |found: SlotWord| {
+            matches!(found.kind(), Kind::Absent | Kind::Asleep)
+                && (found.epoch() < epoch
+                    || planted(Mutation::ClaimTwice)
+                    || planted(Mutation::ClaimBackwards) && found.epoch() != epoch)
+        };
         let mut found = SlotWord(slot.word.load(Ordering::Relaxed));
-        while matches!(found.kind(), Kind::Absent | Kind::Asleep) && found.epoch() != epoch {
+        while is_claimable(found) {
             let claimed = SlotWord::new(epoch, found.kind());
-            // Acquire pairs with the Release of the reader's `sleep` or leaving: what it did is handed on to the exchange.
-            match slot.word.compare_exchange_weak(found.0, claimed.0, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => {
-                    self.count_arrival(epoch);
-                    return;
-                }
+            if planted(Mutation::ClaimByStore) {
+                slot.word.store(claimed.0, Ordering::Release);
+                return self.count_arrival(epoch);
+            }
+            // AcqRel: Acquire pairs with the Release of the reader's `sleep` or leaving, for the exchange to see what it
+            // did; Release shows W to a reader that finds itself claimed (`is_held`).
+            let claim = order(Ordering::AcqRel, Mutation::RelaxedClaim);
+            match slot.word.compare_exchange_weak(found.0, claimed.0, claim, Ordering::Relaxed) {
+                Ok(_) => return self.count_arrival(epoch),
                 Err(now) => found = SlotWord(now),
             }
         }
@@ -154,6 +188,9 @@ impl<T: Send + Sync> Cell<T> {
 }
 
 impl<T: Send + Sync> Reader<T> {
+    /// `before`, when nothing from before is good.
+    const NOTHING: (Word, *const T) = (Word::NONE, ptr::null());
+
     /// Which slot it has: its own until it is dropped.
     #[must_use]
     pub const fn index(&self) -> usize {
@@ -170,159 +207,192 @@ impl<T: Send + Sync> Reader<T> {
     /// The value. Stays the same, and valid, until the next call that takes `&mut self`.
     ///
     /// # Panics
-    /// If the reader sleeps: [`pass`](Self::pass) first.
+    /// If the guard of a [`sleep`](Self::sleep) was leaked, and [`pass`](Self::pass) not called since.
     #[inline]
     #[must_use]
-    #[track_caller]
     pub fn read(&self) -> &T {
-        assert!(!self.value.is_null(), "a sleeping reader must pass before it reads");
-        // SAFETY: our slot has been `Online` with an epoch not after the one that `value` was loaded at, since before the load; so
-        // no upgrade frees it before we announce more (case 1), which takes `&mut self`. While we sleep, `value` is null.
-        unsafe { &*self.value }
+        // SAFETY: `value` is null, or our slot has been `Online`, since before it was loaded, with an epoch not after the
+        // one that it was loaded at; so no upgrade frees it before we announce more (case 1), which takes `&mut self`.
+        match unsafe { self.value.as_ref() } {
+            Some(value) => value,
+            None => not_online(),
+        }
     }
 
     #[cold]
     #[inline(never)]
     fn look(&mut self) -> Gate {
-        self.wake();
+        self.wake_if_leaked();
         let word = self.cell.word();
-        if word.is_shut() {
-            if self.value.is_null() {
-                // Fresh: the exchange cannot run before we arrive, so P stays what it is.
-                self.value = self.cell.head.0.value.load(Ordering::Acquire);
-            }
+        if word != self.seen {
+            return self.adopt(word);
+        }
+        if word.is_shut() { Gate::Shut } else { Gate::Open }
+    }
+
+    /// Online, and between two sections: takes note of a W that is new to us, and takes up the value of now.
+    fn adopt(&mut self, word: Word) -> Gate {
+        if planted(Mutation::KeepOldAtGate) && word.is_shut() && !self.value.is_null() {
             self.seen = word;
             return Gate::Shut;
         }
-        if word == self.seen {
-            return Gate::Open;
-        }
-        // Release: every use of the old value comes before this announcement (case 1).
+        self.cell.slot(self.index).thread.store(this_thread(), Ordering::Relaxed);
+        // Release inside: every use of the old value comes before this announcement (case 1).
         self.announce(SlotWord::new(word.epoch(), Kind::Online));
         self.seen = word;
         // Acquire pairs with the publication: P may be newer than W, and then what it points to must be visible too.
         self.value = self.cell.head.0.value.load(Ordering::Acquire);
-        Gate::Changed
+        if word.is_shut() { Gate::Shut } else { Gate::Changed }
     }
 
+    /// Only from `Online`, `Owing` and `Arrived`: nobody else changes a slot that says so.
     fn announce(&self, slot: SlotWord) {
-        self.cell.slot(self.index).word.store(slot.0, Ordering::Release);
+        let release = order(Ordering::Release, Mutation::RelaxedAnnounce);
+        self.cell.slot(self.index).word.store(slot.0, release);
     }
 
     /// Arrives at the shut gate, with nothing in flight, and waits until it opens. The last to arrive runs the exchange.
     ///
     /// Afterwards [`pass`](Self::pass) tells what is there now. Does nothing if the gate is open.
     pub fn arrive(&mut self) {
-        self.wake();
+        self.wake_if_leaked();
         let word = self.cell.word();
         if !word.is_shut() {
             return;
         }
-        self.announce(SlotWord::new(word.epoch(), Kind::Arrived));
+        self.before = Self::NOTHING;
+        self.go_outside(SlotWord::new(word.epoch(), Kind::Arrived));
         // The upgrader does this too, but it may not have a CPU just now.
         self.cell.claim_all(word.epoch());
-        if self.cell.count_arrival(word.epoch()) {
-            self.cell.wait_open(word);
-        }
+        self.cell.count_arrival(word.epoch());
         self.come_online();
     }
 
-    /// Back from `Arrived`, `Asleep` or `Owing`.
+    /// Announces that we are outside, after the last use of the value (case 1).
+    fn go_outside(&mut self, slot: SlotWord) {
+        self.seen = Word::NONE;
+        self.value = ptr::null();
+        self.announce(slot);
+    }
+
+    fn wake_if_leaked(&mut self) {
+        if self.value.is_null() {
+            self.come_online();
+        }
+    }
+
+    /// Back from `Arrived`, `Asleep` or `Owing`. Waits while the slot counts as arrived at a shut gate.
     fn come_online(&mut self) {
-        let slot = self.cell.slot(self.index);
+        let cell = &self.cell;
+        let slot = cell.slot(self.index);
         // Acquire: if we have been claimed, W as the claimer saw it, or newer, is what `is_held` sees.
         let mut found = SlotWord(slot.word.load(Ordering::Acquire));
         loop {
-            if found.kind() == Kind::Asleep && self.cell.is_held(found) {
-                self.cell.wait_open(Word::shut(found.epoch()));
+            let holds = matches!(found.kind(), Kind::Arrived | Kind::Asleep);
+            if holds && cell.is_held(found) && !planted(Mutation::WakeHeld) {
+                cell.wait_open(Word::shut(found.epoch()));
             }
+            let early = cell.early_look().map(|(word, _)| word);
             // Epoch 0: nothing seen yet; an upgrader that finds this waits for us.
             let online = SlotWord::new(0, Kind::Online);
             match slot.word.compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => break,
+                Ok(_) => return self.resume(early),
                 Err(now) => found = SlotWord(now),
             }
         }
-        slot.thread.store(this_thread(), Ordering::Relaxed);
-        self.look_again();
     }
 
-    /// The slot has just become online, with epoch 0: is what we know still so?
-    fn look_again(&mut self) {
-        fence(Ordering::SeqCst); // Cases 2 and 3: pairs with the upgrader's fence after its store to W.
-        let word = self.cell.word();
-        if word == self.seen {
+    /// The slot has just become online, with epoch 0: is what we knew before still so?
+    fn resume(&mut self, early: Option<Word>) {
+        self.cell.slot(self.index).thread.store(this_thread(), Ordering::Relaxed);
+        full_fence(Mutation::NoFenceOnline); // Cases 2 and 3: pairs with the upgrader's, after its store to W.
+        let word = early.unwrap_or_else(|| self.cell.word());
+        if word == self.before.0 {
             // Nothing has happened; say so, because `pass` will not say it again.
             self.announce(SlotWord::new(word.epoch(), Kind::Online));
+            (self.seen, self.value) = self.before;
         } else {
-            // Not the pointer from before, whatever comes next: while we were outside it may have been freed.
+            // Not the pointer from before: while we were outside it may have been freed. `seen` stays nothing, so that the
+            // next `pass` says that something changed.
             self.value = self.cell.head.0.value.load(Ordering::Acquire);
-            self.seen = Word(0);
         }
     }
 
-    /// Goes to sleep outside any read section; `owing` says that completions are still to come, so that nobody may claim this reader.
+    /// Goes to sleep outside any read section. The sleep ends when the guard is dropped.
     ///
-    /// Returns whether it sleeps. If not, something has changed since the last [`pass`](Self::pass), and it is still online: look again first. A
-    /// reader that owes may sleep at a shut gate that it has seen. The next [`pass`](Self::pass) wakes it, and waits if it was claimed for a gate
-    /// that is shut then.
-    pub fn sleep(&mut self, owing: bool) -> bool {
-        if self.asleep {
-            return true;
-        }
+    /// `owing` says that completions are still to come: nobody may claim this reader for a handover, it has to be woken, to
+    /// collect, and to arrive. It holds up no swap's grace period: whoever retires the old value must know by himself what
+    /// it still owes. Waking waits only if the reader did not owe and counts as arrived at a gate that is shut.
+    ///
+    /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass): look again first. A
+    /// reader that owes may sleep at a shut gate that it has seen, one that does not must [`arrive`](Self::arrive).
+    pub fn sleep(&mut self, owing: bool) -> Option<Asleep<'_, T>> {
+        self.wake_if_leaked();
         if !owing && self.seen.is_shut() {
-            return false;
+            return None;
         }
-        let kind = if owing { Kind::Owing } else { Kind::Asleep };
-        let lying = SlotWord::new(self.seen.epoch(), kind);
-        // Release: every use of the value comes before (case 1).
-        self.announce(lying);
-        fence(Ordering::SeqCst); // Case 3: pairs with the upgrader's fence after its store to W.
-        if self.cell.word() != self.seen {
-            let online = SlotWord::new(0, Kind::Online);
-            let slot = self.cell.slot(self.index);
-            // If this fails we have been claimed, and sleep on: the gate takes us as arrived (case 3).
-            if slot.word.compare_exchange(lying.0, online.0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                self.look_again();
-                return false;
-            }
+        let seen = self.seen;
+        self.before = (seen, self.value);
+        let lying = SlotWord::new(seen.epoch(), if owing { Kind::Owing } else { Kind::Asleep });
+        self.go_outside(lying);
+        full_fence(Mutation::NoFenceOutside); // Case 3: pairs with the upgrader's, after its store to W.
+        let word = self.cell.word();
+        if word != seen && !self.is_taken(word) {
+            self.come_online();
+            return None;
         }
-        // The next `pass` must not take the short way, and `read` must find nothing.
-        self.asleep = true;
-        self.seen_before_sleep = std::mem::replace(&mut self.seen, Word(0));
-        self.value_before_sleep = std::mem::replace(&mut self.value, std::ptr::null());
-        true
+        Some(Asleep { reader: self })
     }
 
-    /// Ends a sleep, if there is one.
-    fn wake(&mut self) {
-        if std::mem::take(&mut self.asleep) {
-            self.seen = self.seen_before_sleep;
-            self.value = self.value_before_sleep;
-            self.come_online();
-        }
+    /// Asleep, and W says `word`: whether the gate that it tells of has us as arrived already, so that we can sleep on.
+    fn is_taken(&self, word: Word) -> bool {
+        // Relaxed: nothing is read on the strength of it.
+        let slot = SlotWord(self.cell.slot(self.index).word.load(Ordering::Relaxed));
+        slot.kind() == Kind::Asleep
+            && (word == Word::shut(slot.epoch())
+                || planted(Mutation::SleepOnAnyClaim) && slot.epoch() != self.before.0.epoch())
+    }
+}
+
+#[cold]
+#[inline(never)]
+#[track_caller]
+fn not_online() -> ! {
+    panic!("the guard of this reader's sleep was leaked: pass() before read()")
+}
+
+/// A reader that sleeps. Dropping it wakes the reader.
+#[must_use = "dropping it ends the sleep at once"]
+pub struct Asleep<'r, T: Send + Sync> {
+    reader: &'r mut Reader<T>,
+}
+
+impl<T: Send + Sync> Drop for Asleep<'_, T> {
+    fn drop(&mut self) {
+        self.reader.come_online();
     }
 }
 
 impl<T: Send + Sync> Drop for Reader<T> {
     /// Leaves. Leaving counts as arriving, so whoever drops a reader must have nothing in flight; it may run an exchange.
     fn drop(&mut self) {
-        self.cell.slot(self.index).thread.store(0, Ordering::Relaxed);
         let slot = self.cell.slot(self.index);
-        let mut found = SlotWord(slot.word.load(Ordering::Acquire));
+        slot.thread.store(0, Ordering::Relaxed);
+        // Only a leaked guard makes it anything but `Online`. A claim stays what it is.
+        let mut found = SlotWord(slot.word.load(Ordering::Relaxed));
         loop {
-            // A sleeper that was claimed has been counted: it keeps the claim (case 4).
-            let epoch = if found.kind() == Kind::Asleep { found.epoch() } else { 0 };
-            // Release: every use of the value comes before (case 1).
+            let epoch = if matches!(found.kind(), Kind::Asleep | Kind::Arrived) { found.epoch() } else { 0 };
             let absent = SlotWord::new(epoch, Kind::Absent);
-            match slot.word.compare_exchange(found.0, absent.0, Ordering::AcqRel, Ordering::Acquire) {
+            // Release: every use of the value comes before (case 1). Acquire: so does what a claimer did.
+            let release = order(Ordering::AcqRel, Mutation::RelaxedAnnounce);
+            match slot.word.compare_exchange(found.0, absent.0, release, Ordering::Relaxed) {
                 Ok(_) => break,
                 Err(now) => found = SlotWord(now),
             }
         }
-        fence(Ordering::SeqCst); // Case 3.
+        full_fence(Mutation::NoFenceOutside); // Case 3: pairs with the upgrader's, after its store to W.
         let word = self.cell.word();
-        if word.is_shut() {
+        if word.is_shut() && !planted(Mutation::LeaveUncounted) {
             self.cell.claim(self.index, word.epoch());
         }
     }

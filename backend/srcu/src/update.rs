@@ -1,14 +1,17 @@
 //! The upgrader's side: swap and its grace period, handover and its rendezvous.
 
-use crate::sync::{Ordering, SPINS, fence, lock, yield_now};
+use crate::mutation::{Mutation, planted};
+use crate::sync::{Ordering, SPINS, full_fence, lock, order, this_thread, yield_now};
 use crate::word::{Kind, Pending, SlotWord, Word};
 use crate::{Cell, Desk};
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What runs while every reader is at the gate: gets the value, and returns its successor, or `None` to keep it.
+///
+/// It must not attach or wake a reader of the same cell: that panics, and is reported like any other panic of an exchange.
 pub type Exchange<T> = Box<dyn FnOnce(&T) -> Option<T> + Send>;
 
 /// Why an update was not begun.
@@ -69,14 +72,10 @@ pub(crate) struct Outcome<T> {
     panic: Option<Box<dyn Any + Send>>,
 }
 
-/// Which thread this is: an address that no other living thread has.
-pub(crate) fn this_thread() -> usize {
-    std::thread_local!(static HERE: u8 = const { 0 });
-    HERE.with(|here| std::ptr::from_ref(here).addr())
-}
-
 impl<T: Send + Sync> Cell<T> {
     /// Publishes `new` at once and returns the old value's grace period. No reader waits.
+    ///
+    /// Earlier grace periods need not have ended.
     ///
     /// # Errors
     /// Nothing was published.
@@ -86,24 +85,28 @@ impl<T: Send + Sync> Cell<T> {
         if !matches!(*desk, Desk::Empty) {
             return Err(UpdateError::Busy);
         }
+        let epoch = self.word().next_epoch();
         let new = Box::into_raw(Box::new(new));
         // AcqRel: Release publishes what `new` points to, Acquire takes over what the last publication did.
         let old = self.head.0.value.swap(new, Ordering::AcqRel);
-        let epoch = self.word().epoch() + 1;
         // Release pairs with the Acquire in `word`: who sees this sees the new pointer.
-        self.head.0.word.store(Word::open(epoch).0, Ordering::Release);
-        fence(Ordering::SeqCst); // Case 2: pairs with the fence of a reader that comes online.
+        self.say(Word::open(epoch));
+        full_fence(Mutation::NoFenceSwap); // Case 2: pairs with the fence of a reader that comes online.
         drop(desk);
         Ok(Grace { cell: Arc::clone(self), old, epoch, next: 0 })
     }
 
     /// Shuts the gate, waits until every reader has arrived or lies outside, runs `exchange`, and opens the gate.
     ///
-    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. The deadline `timeout` covers the rendezvous; an exchange that
-    /// runs is waited for. Whoever arrives last runs the exchange: any reader's thread, or this one.
+    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. It must not wait for anything that
+    /// waits for the gate. The deadline `timeout` covers the rendezvous; an exchange that runs is waited for. Whoever arrives
+    /// last runs the exchange: any reader's thread, or this one.
     ///
     /// # Errors
     /// The gate was not shut.
+    ///
+    /// # Panics
+    /// If `nudge` does, after the gate was opened again. The exchange may have run; the old value is then dropped here.
     pub fn handover(
         self: &Arc<Self>,
         exchange: Exchange<T>,
@@ -111,8 +114,13 @@ impl<T: Send + Sync> Cell<T> {
         timeout: Duration,
     ) -> Result<Handover<T>, UpdateError> {
         let gate = self.shut(exchange)?;
-        nudge();
-        Ok(self.await_exchange(gate, Some(timeout)))
+        match catch_unwind(AssertUnwindSafe(nudge)) {
+            Ok(()) => Ok(self.await_exchange(gate, Some(timeout))),
+            Err(panic) => {
+                drop(self.await_exchange(gate, Some(Duration::ZERO)));
+                resume_unwind(panic)
+            }
+        }
     }
 
     /// Shuts the gate and claims whoever is outside.
@@ -122,16 +130,23 @@ impl<T: Send + Sync> Cell<T> {
         if !matches!(*desk, Desk::Empty) {
             return Err(UpdateError::Busy);
         }
+        let epoch = self.word().next_epoch();
         *desk = Desk::Waiting(exchange);
-        let epoch = self.word().epoch() + 1;
+        // Relaxed: published by W. A late arrival at an earlier gate that sees it finds an epoch that is not its own.
         self.pending.0.store(Pending::new(epoch, self.slots.len() as u64).0, Ordering::Relaxed);
         drop(desk);
         let at = Instant::now();
         // Release pairs with the Acquire in `word`: who sees the gate sees the count and the desk.
-        self.head.0.word.store(Word::shut(epoch).0, Ordering::Release);
-        fence(Ordering::SeqCst); // Case 3: pairs with the fence of a reader that lies down or leaves.
+        self.say(Word::shut(epoch));
+        // Case 3: pairs with the fence of a reader that lies down or leaves.
+        full_fence(Mutation::NoFenceShut);
         self.claim_all(epoch);
         Ok(Shut { epoch, at })
+    }
+
+    /// Changes W. Only the one who has the desk does.
+    fn say(&self, word: Word) {
+        self.head.0.word.store(word.0, order(Ordering::Release, Mutation::RelaxedOpen));
     }
 
     /// Waits for the exchange of a shut gate, or gives it up after `timeout` (`None`: never).
@@ -169,34 +184,37 @@ impl<T: Send + Sync> Cell<T> {
 
     /// Opens the gate without an exchange, unless it has begun.
     pub(crate) fn give_up(&self, gate: Shut) -> Option<Handover<T>> {
-        let stalled = self.stalled(|slot| slot.kind() == Kind::Online || slot.kind() == Kind::Owing);
         let mut found = Pending(self.pending.0.load(Ordering::Relaxed));
-        loop {
-            if found.epoch() != gate.epoch || found.count() == 0 {
+        let stalled = loop {
+            if (found.epoch() != gate.epoch || found.count() == 0) && !planted(Mutation::GiveUpBlindly) {
                 return None;
             }
-            // AcqRel: case 5; an arrival that fails because of this must not run the exchange.
-            match self.pending.0.compare_exchange(
-                found.0,
-                Pending::NONE.0,
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => break,
+            let stalled = self.stalled(|slot| !slot.is_outside() || slot.epoch() != gate.epoch);
+            // Case 5: an arrival that comes after this counts nowhere. Relaxed: a failure reads nothing, a success publishes
+            // nothing; W does.
+            let nobody = Pending::NONE.0;
+            match self.pending.0.compare_exchange(found.0, nobody, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => break stalled,
                 Err(now) => found = Pending(now),
             }
+        };
+        if !planted(Mutation::ShutAfterGiveUp) {
+            self.say(Word::open(gate.epoch + 1));
         }
-        self.head.0.word.store(Word::open(gate.epoch + 1).0, Ordering::Release);
         let pause = gate.at.elapsed();
         let unrun = std::mem::replace(&mut *lock(&self.desk), Desk::Empty);
-        self.opened.notify_all();
+        // Case 6: after the mutex was taken, after W was stored.
+        if !planted(Mutation::NoNotify) {
+            self.opened.notify_all();
+        }
         drop(unrun);
         Some(Handover::TimedOut { stalled, pause })
     }
 
     /// Runs the exchange, publishes, opens. Called by whoever arrived last at the gate of `epoch`.
     pub(crate) fn run_exchange(&self, epoch: u64) {
-        let Desk::Waiting(exchange) = std::mem::replace(&mut *lock(&self.desk), Desk::Running) else {
+        let running = Desk::Running(this_thread());
+        let Desk::Waiting(exchange) = std::mem::replace(&mut *lock(&self.desk), running) else {
             unreachable!("the count reaches zero once per gate, with the exchange on the desk")
         };
         let started = Instant::now();
@@ -205,23 +223,34 @@ impl<T: Send + Sync> Cell<T> {
         let result = catch_unwind(AssertUnwindSafe(|| exchange(unsafe { &*value })));
         let (old, panic) = match result {
             Ok(Some(new)) => {
-                // Relaxed would do, the store to W publishes it too; Release keeps case 1 true for a reader that loads P directly.
+                // Release: P may be seen before W is, and then what it points to must be visible too.
                 self.head.0.value.store(Box::into_raw(Box::new(new)), Ordering::Release);
-                // SAFETY: it came from `Box::into_raw`, it is not in the cell any more, and every reader has arrived or lies outside: none
-                // uses it, and each reloads the pointer before it reads again.
+                // SAFETY: it came from `Box::into_raw`, it is not in the cell any more, and every reader has arrived or lies
+                // outside: none uses it, and each loads the pointer again before it reads (case 2).
                 (Some(unsafe { Box::from_raw(value) }), None)
             }
             Ok(None) => (None, None),
             Err(panic) => (None, Some(panic)),
         };
+        if planted(Mutation::ShutAfterPanic) && panic.is_some() {
+            return;
+        }
+        // Relaxed: the next one to look at it has the desk, or finds an epoch that is not its own either way.
         self.pending.0.store(Pending::NONE.0, Ordering::Relaxed);
         // Release pairs with the Acquire in `word`: who sees the gate open sees the new value.
-        self.head.0.word.store(Word::open(epoch + 1).0, Ordering::Release);
+        self.say(Word::open(epoch + 1));
         let opened = Instant::now();
         *lock(&self.desk) = Desk::Done(Outcome { old, started, opened, panic });
-        self.opened.notify_all();
+        // Case 6: after the mutex was taken, after W was stored.
+        if !planted(Mutation::NoNotify) {
+            self.opened.notify_all();
+        }
     }
 
+    /// A thread whose reader is online must not wait for it.
+    ///
+    /// Exact for a reader that stays on one thread. One that has moved is taken to be where it last attached, woke or found
+    /// something changed; the worst that follows is a refusal too many, or an update that waits until its time is out.
     fn check_outside(&self) -> Result<(), UpdateError> {
         let me = this_thread();
         let inside = |slot: &crate::Line<crate::Slot>| {
@@ -263,8 +292,9 @@ impl<T: Send + Sync> Grace<T> {
     /// Whether every reader has moved on.
     pub fn poll(&mut self) -> bool {
         while let Some(slot) = self.cell.slots.get(self.next) {
-            // Acquire pairs with the Release of the reader's announcement: its last use of the old value is before it (case 1).
-            let slot = SlotWord(slot.0.word.load(Ordering::Acquire));
+            // Acquire pairs with the Release of the reader's announcement: its last use of the old value is before it
+            // (case 1), through a claim or another reader's coming too, which are read-modify-writes.
+            let slot = SlotWord(slot.0.word.load(order(Ordering::Acquire, Mutation::RelaxedPoll)));
             if slot.kind() == Kind::Online && slot.epoch() < self.epoch {
                 return false;
             }

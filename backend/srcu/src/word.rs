@@ -1,7 +1,8 @@
-//! The two words that everything is said with: the cell's and a reader slot's.
+//! The three words that everything is said with: the cell's, a reader slot's, and the count of those who are missing.
 //!
-//! Both carry a 61-bit *epoch*, which only grows and never comes back, so that an old claim, arrival or announcement can be told from a new one
-//! without clearing anything.
+//! All carry an *epoch*, which only grows and never comes back, so that an old claim, arrival or announcement can be told
+//! from a new one without clearing anything. The narrowest has 48 bits for it ([`Pending`]): 4 years of a million
+//! handovers per second, and an assertion ([`Word::next_epoch`]).
 
 /// What the cell says to its readers: the epoch, and whether the gate is shut.
 ///
@@ -11,6 +12,8 @@ pub(crate) struct Word(pub(crate) u64);
 
 impl Word {
     pub(crate) const FIRST: Self = Self::open(1);
+    /// Never said by a cell: what a reader has seen that has seen nothing.
+    pub(crate) const NONE: Self = Self::open(0);
 
     pub(crate) const fn open(epoch: u64) -> Self {
         Self(epoch << 1)
@@ -22,6 +25,12 @@ impl Word {
 
     pub(crate) const fn epoch(self) -> u64 {
         self.0 >> 1
+    }
+
+    pub(crate) fn next_epoch(self) -> u64 {
+        let next = self.epoch() + 1;
+        assert!(next < Pending::EPOCHS, "the cell's 48-bit epoch is used up");
+        next
     }
 
     pub(crate) const fn is_shut(self) -> bool {
@@ -47,8 +56,8 @@ pub(crate) enum Kind {
 
 /// A slot: its kind, and an epoch whose meaning depends on it.
 ///
-/// `Online`, `Owing`: the last epoch at which the reader was between two read sections. `Absent`, `Asleep`, `Arrived`: if it is the epoch at which
-/// the gate was shut, the slot counts as arrived there.
+/// `Online`, `Owing`: the last epoch at which the reader was between two read sections, 0 if it has not looked yet.
+/// `Absent`, `Asleep`, `Arrived`: if it is the epoch at which the gate was shut, the slot counts as arrived there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SlotWord(pub(crate) u64);
 
@@ -59,6 +68,11 @@ impl SlotWord {
 
     pub(crate) const fn epoch(self) -> u64 {
         self.0 >> 3
+    }
+
+    /// Whether it can count as arrived.
+    pub(crate) fn is_outside(self) -> bool {
+        matches!(self.kind(), Kind::Absent | Kind::Asleep | Kind::Arrived)
     }
 
     pub(crate) fn kind(self) -> Kind {
@@ -75,12 +89,14 @@ impl SlotWord {
 
 /// How many slots have not arrived yet at the gate that was shut at an epoch: 48 bits of epoch, 16 of count.
 ///
-/// Epoch 0 stands for no gate. Count 0 of a live epoch: somebody is the last and runs the exchange.
+/// Epoch 0 stands for no gate. Count 0 of a live epoch: somebody is the last and runs the exchange. A cell has at most
+/// 65,535 slots, and a count starts there and only goes down, so it fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pending(pub(crate) u64);
 
 impl Pending {
     pub(crate) const NONE: Self = Self(0);
+    const EPOCHS: u64 = 1 << 48;
 
     pub(crate) const fn new(epoch: u64, count: u64) -> Self {
         Self(epoch << 16 | count)
