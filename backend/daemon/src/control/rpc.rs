@@ -1,0 +1,393 @@
+//! JSON-RPC 2.0, one line at a time: bytes to a call, a result to bytes. Pure; no socket is near.
+//!
+//! It is stricter than the specification asks, because what comes in commands a device. Unknown members are refused and
+//! named, so that a misspelled option cannot silently mean its default; so are members that come twice, of
+//! which one reader would believe the first and another the last, and ids that could not be returned exactly.
+//!
+//! The depth of a line is bounded by `serde_json`'s recursion limit, which stays on.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use domain_api::Params;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value, json};
+
+use super::{
+    DEFAULT_DRAIN_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError, RollbackRequest, UpgradeMode, UpgradeRequest,
+    WhenBusy,
+};
+
+/// A line that is a request: whether and how to answer it, and what it wants.
+#[derive(Debug)]
+pub(super) struct Call {
+    /// What the reply carries; `None` is a notification, which is not answered, whatever becomes of it.
+    pub id: Option<Value>,
+    /// What to do, or why not.
+    pub method: Result<Method, RpcError>,
+}
+
+/// A method with its parameters, checked.
+#[derive(Debug, PartialEq)]
+pub(super) enum Method {
+    Status,
+    Upgrade(UpgradeRequest),
+    Rollback(RollbackRequest),
+    History,
+    Watch,
+    Shutdown,
+}
+
+/// An error reply's content.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct RpcError {
+    code: i32,
+    name: &'static str,
+    message: String,
+    data: Option<Value>,
+}
+
+impl RpcError {
+    pub fn parse_error(message: impl Into<String>) -> Self {
+        Self { code: -32700, name: "parse_error", message: message.into(), data: None }
+    }
+
+    pub fn invalid_request(message: impl Into<String>) -> Self {
+        Self { code: -32600, name: "invalid_request", message: message.into(), data: None }
+    }
+
+    fn method_not_found(method: &str) -> Self {
+        let message = format!(
+            "there is no method `{method}`; there are status, upgrade, rollback, history, watch and shutdown"
+        );
+        Self { code: -32601, name: "method_not_found", message, data: None }
+    }
+
+    fn invalid_params(message: impl Into<String>) -> Self {
+        Self { code: -32602, name: "invalid_params", message: message.into(), data: None }
+    }
+
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self { code: -32603, name: "internal_error", message: message.into(), data: None }
+    }
+
+    /// An error of ours or of [`super::Operations`], told apart by its name alone.
+    pub fn refused(name: &'static str, message: impl Into<String>) -> Self {
+        Self { code: -32000, name, message: message.into(), data: None }
+    }
+}
+
+impl From<OperationError> for RpcError {
+    fn from(error: OperationError) -> Self {
+        Self { data: error.data, ..Self::refused(error.code, error.message) }
+    }
+}
+
+/// The reply to the call with `id`.
+pub(super) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
+    match result {
+        Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
+        Err(error) => {
+            let mut data = match error.data {
+                None => Map::new(),
+                Some(Value::Object(members)) => members,
+                Some(other) => Map::from_iter([("detail".to_owned(), other)]),
+            };
+            data.insert("code".to_owned(), error.name.into());
+            let error = json!({"code": error.code, "message": error.message, "data": data});
+            json!({"jsonrpc": "2.0", "id": id, "error": error})
+        }
+    }
+}
+
+/// The notification of event `number`, which its parameters carry as `sequence`.
+pub(super) fn event(number: u64, event: Value) -> Value {
+    let mut params = match event {
+        Value::Object(members) => members,
+        other => Map::from_iter([("event".to_owned(), other)]),
+    };
+    params.insert("sequence".to_owned(), number.into());
+    json!({"jsonrpc": "2.0", "method": "event", "params": params})
+}
+
+/// Reads one line.
+///
+/// # Errors
+/// What is no request at all; it is answered even without an id, with the id if there is a good one, else null.
+pub(super) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
+    let members = match parse_strictly(line) {
+        Ok(Value::Object(members)) => members,
+        Ok(Value::Array(_)) => {
+            return Err((
+                Value::Null,
+                RpcError::invalid_request("batches are not supported; send one object per line"),
+            ));
+        }
+        Ok(_) => return Err((Value::Null, RpcError::invalid_request("a request must be a JSON object"))),
+        Err(error) => return Err((Value::Null, error)),
+    };
+    let id = members.get("id").cloned();
+    if !id.as_ref().is_none_or(is_good_id) {
+        let error =
+            RpcError::invalid_request("`id` must be a string, an integer of at most 64 bits, or null");
+        return Err((Value::Null, error));
+    }
+    match check_envelope(members) {
+        Ok((method, params)) => Ok(Call { id, method: Method::read(&method, params) }),
+        Err(error) => Err((id.unwrap_or(Value::Null), error)),
+    }
+}
+
+fn is_good_id(id: &Value) -> bool {
+    match id {
+        Value::String(_) | Value::Null => true,
+        Value::Number(number) => !number.is_f64(),
+        _ => false,
+    }
+}
+
+/// The method's name and its parameters, if the members are those of a request.
+fn check_envelope(mut members: Map<String, Value>) -> Result<(String, Option<Value>), RpcError> {
+    if members.get("jsonrpc").and_then(Value::as_str) != Some("2.0") {
+        return Err(RpcError::invalid_request("`jsonrpc` must be \"2.0\""));
+    }
+    let Some(Value::String(method)) = members.remove("method") else {
+        return Err(RpcError::invalid_request("`method` must be a string"));
+    };
+    let params = members.remove("params");
+    if params.as_ref().is_some_and(|params| !params.is_object() && !params.is_array()) {
+        return Err(RpcError::invalid_request("`params` must be an object"));
+    }
+    match members.keys().find(|key| !["jsonrpc", "id"].contains(&key.as_str())) {
+        Some(key) => Err(RpcError::invalid_request(format!("a request has no member `{key}`"))),
+        None => Ok((method, params)),
+    }
+}
+
+impl Method {
+    fn read(method: &str, params: Option<Value>) -> Result<Self, RpcError> {
+        Ok(match method {
+            "status" => read_params::<Nothing>(params).map(|Nothing {}| Self::Status)?,
+            "history" => read_params::<Nothing>(params).map(|Nothing {}| Self::History)?,
+            "watch" => read_params::<Nothing>(params).map(|Nothing {}| Self::Watch)?,
+            "shutdown" => read_params::<Nothing>(params).map(|Nothing {}| Self::Shutdown)?,
+            "upgrade" => Self::Upgrade(read_params::<UpgradeParams>(params)?.check()?),
+            "rollback" => Self::Rollback(read_params::<RollbackParams>(params)?.check()?),
+            _ => return Err(RpcError::method_not_found(method)),
+        })
+    }
+}
+
+fn read_params<T: DeserializeOwned>(params: Option<Value>) -> Result<T, RpcError> {
+    let params = params.unwrap_or_else(|| Value::Object(Map::new()));
+    // A derived reader would take an array as the fields in their order.
+    if params.is_array() {
+        return Err(RpcError::invalid_params("parameters are given by name; send an object"));
+    }
+    T::deserialize(params).map_err(|e| RpcError::invalid_params(format!("bad parameters: {e}")))
+}
+
+/// The parameters of a method that takes none.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UpgradeParams {
+    name: String,
+    #[serde(default)]
+    params: BTreeMap<String, String>,
+    #[serde(default)]
+    mode: UpgradeMode,
+    #[serde(default = "default_drain_timeout_ms")]
+    drain_timeout_ms: u64,
+    #[serde(default)]
+    when_busy: WhenBusy,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RollbackParams {
+    #[serde(default = "default_drain_timeout_ms")]
+    drain_timeout_ms: u64,
+    #[serde(default)]
+    when_busy: WhenBusy,
+}
+
+fn default_drain_timeout_ms() -> u64 {
+    u64::try_from(DEFAULT_DRAIN_TIMEOUT.as_millis()).expect("half a second")
+}
+
+impl UpgradeParams {
+    fn check(self) -> Result<UpgradeRequest, RpcError> {
+        if self.name.is_empty() || self.name.contains('\0') {
+            return Err(RpcError::invalid_params("`name` must be a domain's name or a module's path"));
+        }
+        let mut params = Params::default();
+        for (key, value) in self.params {
+            // What the command line could not say either.
+            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+                return Err(RpcError::invalid_params(format!(
+                    "`params` has an impossible key or value at {key:?}"
+                )));
+            }
+            params.set(key, value);
+        }
+        let drain_timeout = check_drain_timeout(self.drain_timeout_ms)?;
+        Ok(UpgradeRequest {
+            name: self.name,
+            params,
+            mode: self.mode,
+            drain_timeout,
+            when_busy: self.when_busy,
+        })
+    }
+}
+
+impl RollbackParams {
+    fn check(self) -> Result<RollbackRequest, RpcError> {
+        let drain_timeout = check_drain_timeout(self.drain_timeout_ms)?;
+        Ok(RollbackRequest { drain_timeout, when_busy: self.when_busy })
+    }
+}
+
+fn check_drain_timeout(milliseconds: u64) -> Result<Duration, RpcError> {
+    let timeout = Duration::from_millis(milliseconds);
+    if timeout > MAX_DRAIN_TIMEOUT {
+        let most = MAX_DRAIN_TIMEOUT.as_millis();
+        return Err(RpcError::invalid_params(format!("`drain_timeout_ms` must be at most {most}")));
+    }
+    Ok(timeout)
+}
+
+/// Reads a JSON text in which no object has a member twice.
+fn parse_strictly(line: &[u8]) -> Result<Value, RpcError> {
+    serde_json::from_slice::<Unique>(line).map(|Unique(value)| value).map_err(|e| match e.classify() {
+        // Good JSON, but `Unique` refused it.
+        serde_json::error::Category::Data => RpcError::invalid_request(e.to_string()),
+        _ => RpcError::parse_error(format!("this is not JSON: {e}")),
+    })
+}
+
+/// A [`Value`] without members that come twice.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(UniqueVisitor).map(Unique)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut array = Vec::new();
+        while let Some(Unique(item)) = items.next_element()? {
+            array.push(item);
+        }
+        Ok(array.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some((key, Unique(value))) = members.next_entry::<String, Unique>()? {
+            if object.contains_key(&key) {
+                return Err(A::Error::custom(format_args!("member `{key}` comes twice")));
+            }
+            object.insert(key, value);
+        }
+        Ok(object.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn method(line: &str) -> Method {
+        parse(line.as_bytes()).unwrap().method.unwrap()
+    }
+
+    #[test]
+    fn an_upgrade_with_everything() {
+        let line = r#"{"jsonrpc":"2.0","id":1,"method":"upgrade","params":{"name":"./x.so","params":{"size":"1M"},
+            "mode":"handover","drain_timeout_ms":0,"when_busy":"refuse"}}"#;
+        let expected = UpgradeRequest {
+            name: "./x.so".into(),
+            params: Params::from_pairs(["size=1M"]).unwrap(),
+            mode: UpgradeMode::Handover,
+            drain_timeout: Duration::ZERO,
+            when_busy: WhenBusy::Refuse,
+        };
+        assert_eq!(method(line), Method::Upgrade(expected));
+    }
+
+    #[test]
+    fn defaults() {
+        let Method::Upgrade(upgrade) =
+            method(r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a"}}"#)
+        else {
+            panic!("not an upgrade");
+        };
+        assert_eq!((upgrade.mode, upgrade.when_busy), (UpgradeMode::Auto, WhenBusy::Queue));
+        assert_eq!(upgrade.drain_timeout, Duration::from_millis(500));
+        let rollback = RollbackRequest { drain_timeout: upgrade.drain_timeout, when_busy: WhenBusy::Queue };
+        assert_eq!(method(r#"{"jsonrpc":"2.0","method":"rollback"}"#), Method::Rollback(rollback));
+    }
+
+    #[test]
+    fn strict_reading_gives_what_serde_json_gives() {
+        let text = r#"{"a":[1,-2,3.5,null,true,"\u00e9\n"],"b":{"c":{}},"d":18446744073709551615,"e":1e300}"#;
+        assert_eq!(parse_strictly(text.as_bytes()).unwrap(), serde_json::from_str::<Value>(text).unwrap());
+    }
+
+    #[test]
+    fn the_code_of_an_error_cannot_be_overwritten_by_its_data() {
+        let error =
+            OperationError { code: "busy", message: "x".into(), data: Some(json!({"code": 1, "queue": 2})) };
+        assert_eq!(reply(1.into(), Err(error.into()))["error"]["data"], json!({"code": "busy", "queue": 2}));
+        let error = OperationError { code: "busy", message: "x".into(), data: Some(json!([1])) };
+        assert_eq!(
+            reply(1.into(), Err(error.into()))["error"]["data"],
+            json!({"code": "busy", "detail": [1]})
+        );
+    }
+}

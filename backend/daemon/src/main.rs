@@ -1,0 +1,168 @@
+//! `vhost-hotswap`: serves one virtio block device to a QEMU guest, and lets its implementation be replaced under it.
+//!
+//! Start: arguments, domain, sockets. Then one session after the other, until SIGTERM, SIGINT or `hotswapctl shutdown`. End: the session's workers leave, the
+//! domain writes down what it has, the sockets are removed.
+
+use loader::FileLoader;
+use proxy::DomainProxy;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use vhost_hotswap::args::{Args, Config, Listen};
+use vhost_hotswap::control::{Server, SocketFile};
+use vhost_hotswap::device::Device;
+use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
+
+/// How long stopping may take before what is left is left.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+fn main() -> ExitCode {
+    let config = Args::from_command_line();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    match run(config) {
+        Ok(left) if left.is_empty() => ExitCode::SUCCESS,
+        Ok(left) => {
+            left.iter().for_each(|what| log::error!("left behind: {what}"));
+            ExitCode::FAILURE
+        }
+        Err(sentence) => {
+            eprintln!("vhost-hotswap: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Where frontends come in.
+enum Front {
+    /// A socket of ours, removed at the end.
+    Path(SocketFile),
+    /// A socket that we were given.
+    Inherited(UnixListener),
+}
+
+impl Front {
+    fn listener(&self) -> &UnixListener {
+        match self {
+            Self::Path(socket) => socket.listener(),
+            Self::Inherited(listener) => listener,
+        }
+    }
+}
+
+fn front(listen: &Listen) -> Result<Front, String> {
+    match listen {
+        Listen::Path(path) => {
+            SocketFile::listen(path, 0o600).map(Front::Path).map_err(|error| error.to_string())
+        }
+        Listen::Fd(fd) => inherited(*fd).map(Front::Inherited),
+    }
+}
+
+/// Takes over a descriptor that whoever started us says is a listening Unix socket.
+fn inherited(fd: RawFd) -> Result<UnixListener, String> {
+    let wrong = |why: &str| {
+        format!(
+            "descriptor {fd} {why}; give --fd the number of a listening Unix stream socket, or use --socket-path"
+        )
+    };
+    if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(wrong("was not passed to this process"));
+    }
+    // SAFETY: it is open, and by the convention of `--fd` (QEMU, vhost-user backend program conventions) it is ours alone; nothing else in this process has
+    // been opened yet that could have the number.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    match rustix::net::sockopt::socket_acceptconn(&fd) {
+        Ok(true) => Ok(UnixListener::from(fd)),
+        Ok(false) => Err(wrong("is a socket that does not listen")),
+        Err(error) => Err(wrong(&format!("is no socket ({error})"))),
+    }
+}
+
+/// Serves until told to stop. Returns what had to be left.
+fn run(config: Config) -> Result<Vec<String>, String> {
+    // First of all, while no other descriptor can have the number.
+    let front = front(&config.listen)?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT]).map_err(|error| format!("cannot handle signals: {error}"))?;
+    let stop = Arc::new(
+        eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| format!("cannot make an eventfd: {error}"))?,
+    );
+
+    let loader = Box::new(FileLoader::new(config.domain_dirs));
+    let proxy = DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
+        .map_err(|refusal| refusal.to_string())?;
+    let sessions = Arc::new(SessionHandle::default());
+    let ask_to_stop = {
+        let (proxy, sessions, stop) = (Arc::clone(&proxy), Arc::clone(&sessions), Arc::clone(&stop));
+        move || {
+            proxy.begin_stop();
+            sessions.stop();
+            let _ = rustix::io::write(&stop, &1u64.to_ne_bytes());
+        }
+    };
+    let device = Arc::new(Device::new(Arc::clone(&proxy), ask_to_stop.clone()));
+    let control =
+        Server::start(&config.control_path, Arc::clone(&device)).map_err(|error| error.to_string())?;
+    let paths = match &front {
+        Front::Path(socket) => vec![socket.path().to_owned(), config.control_path.clone()],
+        Front::Inherited(_) => vec![config.control_path.clone()],
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in signals.forever() {
+                log::info!("signal {signal}: stopping");
+                ask_to_stop();
+                let paths = paths.clone();
+                // A domain that does not come back must not keep the process.
+                std::thread::spawn(move || {
+                    std::thread::sleep(STOP_TIMEOUT);
+                    log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
+                    paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
+                    std::process::exit(1);
+                });
+            }
+        })
+        .map_err(|error| format!("cannot start a thread: {error}"))?;
+
+    let domain = proxy.domain();
+    log::info!(
+        "serving `{}` {} of {} bytes, {} queues of {}; commands at {}",
+        domain.name,
+        domain.version,
+        domain.info.capacity,
+        config.queues,
+        config.queue_size,
+        config.control_path.display()
+    );
+    let session_config =
+        SessionConfig { queues: config.queues, queue_size: config.queue_size, poll: config.poll };
+    while wait_for_frontend(front.listener(), &stop)? {
+        match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
+            Ok(()) => log::info!("the frontend has disconnected"),
+            Err(error) => log::warn!("the session ended: {error}"),
+        }
+    }
+    drop(control);
+    drop(front);
+    Ok(proxy.stop())
+}
+
+/// Waits until a frontend wants in. `false` if it is time to stop.
+fn wait_for_frontend(listener: &UnixListener, stop: &OwnedFd) -> Result<bool, String> {
+    loop {
+        let mut fds =
+            [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) if !fds[1].revents().is_empty() => return Ok(false),
+            Ok(_) if !fds[0].revents().is_empty() => return Ok(true),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(format!("cannot wait for a frontend: {error}")),
+        }
+    }
+}

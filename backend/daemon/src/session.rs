@@ -1,0 +1,470 @@
+//! One frontend's connection: from accept to the last worker's leaving.
+//!
+//! `vhost-user-backend` makes the worker threads, one per queue, when a session begins, and joins them when it ends; it has no hook for either. So a
+//! worker comes into being at its thread's first event, and is told to leave by an event too, before the threads are joined.
+//!
+//! ```text
+//!   accept -> negotiate -> rings start -> serve -> (rings stop -> start ...) -> disconnect -> drain -> leave -> join
+//! ```
+//!
+//! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
+//! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
+
+use crate::exit_event::ExitEvents;
+use crate::worker::{Orders, QueueWorker};
+use domain_api::DeviceInfo;
+use proxy::{DomainProxy, Notifier};
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use vhost::vhost_user::Listener;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex};
+use virtio_blk::{ConfigSpace, Limits, features};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// After so long a drain asks the domain to cancel what is in flight.
+const CANCEL_AFTER: Duration = Duration::from_secs(1);
+/// After so long a drain is given up.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What does not change from session to session.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// Number of queues.
+    pub queues: u16,
+    /// Largest size of a queue.
+    pub queue_size: u16,
+    /// How long a worker polls before it sleeps.
+    pub poll: Duration,
+}
+
+/// What the worker of a queue and the session say to each other.
+struct QueuePost {
+    /// Only the queue's thread looks inside; the lock is never contended.
+    worker: Mutex<Option<QueueWorker>>,
+    /// Makes the queue's thread look.
+    wake: EventFd,
+    /// How often somebody asked the worker to settle.
+    asked: AtomicU64,
+    /// The newest request to settle that was met: nothing in flight, nothing being popped.
+    settled: Mutex<u64>,
+    settled_changed: Condvar,
+    /// Ask the domain to cancel.
+    cancel: AtomicBool,
+    /// Leave even if something is in flight.
+    abandon: AtomicBool,
+    /// The queue's thread has ended.
+    gone: AtomicBool,
+}
+
+struct Wake(EventFd);
+
+impl Notifier for Wake {
+    fn notify(&self) {
+        // Fails only if the counter is full, and then the worker is about to be woken anyway.
+        let _ = self.0.write(1);
+    }
+}
+
+/// The backend of one connection.
+pub(crate) struct Session {
+    proxy: Arc<DomainProxy>,
+    config: SessionConfig,
+    info: DeviceInfo,
+    space: Mutex<ConfigSpace>,
+    limits: Mutex<Arc<Limits>>,
+    acked: AtomicU64,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory_version: AtomicU64,
+    told_memory: Mutex<Vec<(usize, usize)>>,
+    posts: Box<[QueuePost]>,
+    exit_events: ExitEvents,
+    ending: AtomicBool,
+    /// Ends the connection, once there is one.
+    shutdown: Mutex<Option<ShutdownHandle>>,
+}
+
+thread_local! {
+    /// Set on a queue's thread; dropped when that thread ends, for whatever reason.
+    static PRESENCE: RefCell<Option<Presence>> = const { RefCell::new(None) };
+}
+
+/// Notices that a queue's thread has ended: the library ends it without a word if, say, the frontend's kick descriptor cannot be read.
+struct Presence {
+    session: Weak<Session>,
+    queue: usize,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        let Some(session) = self.session.upgrade() else { return };
+        let post = &session.posts[self.queue];
+        post.gone.store(true, Ordering::Release);
+        if !session.ending.load(Ordering::Acquire) {
+            log::error!(
+                "the thread of queue {} has ended; ending the session, so that the frontend connects again",
+                self.queue
+            );
+            if let Some(handle) = lock(&session.shutdown).as_ref() {
+                handle.shutdown();
+            }
+        }
+        // Nobody else will: the worker leaves here, on its own thread.
+        *lock(&post.worker) = None;
+        *lock(&post.settled) = u64::MAX;
+        post.settled_changed.notify_all();
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    fn new(
+        proxy: &Arc<DomainProxy>,
+        config: &SessionConfig,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    ) -> io::Result<Self> {
+        let info = proxy.domain().info;
+        let space = ConfigSpace::new(&info, config.queues, config.queue_size);
+        proxy.require(space.required_capabilities());
+        let post = |_| {
+            Ok(QueuePost {
+                worker: Mutex::new(None),
+                wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+                asked: AtomicU64::new(0),
+                settled: Mutex::new(0),
+                settled_changed: Condvar::new(),
+                cancel: AtomicBool::new(false),
+                abandon: AtomicBool::new(false),
+                gone: AtomicBool::new(false),
+            })
+        };
+        Ok(Self {
+            limits: Mutex::new(Arc::new(Limits::new(&info, 0))),
+            space: Mutex::new(space),
+            acked: AtomicU64::new(0),
+            info,
+            proxy: Arc::clone(proxy),
+            config: config.clone(),
+            memory,
+            memory_version: AtomicU64::new(1),
+            told_memory: Mutex::default(),
+            posts: (0..config.queues).map(post).collect::<io::Result<_>>()?,
+            exit_events: ExitEvents::new(usize::from(config.queues))?,
+            ending: AtomicBool::new(false),
+            shutdown: Mutex::default(),
+        })
+    }
+
+    /// Runs on the queue's thread: serves it, settles it, leaves it.
+    fn attend(self: &Arc<Self>, queue: usize, vring: &VringMutex) {
+        PRESENCE.with_borrow_mut(|presence| {
+            presence.get_or_insert_with(|| Presence { session: Arc::downgrade(self), queue });
+        });
+        let post = &self.posts[queue];
+        let mut worker = lock(&post.worker);
+        // Before anything is looked at: what was asked until now is what we can say is settled afterwards.
+        let asked = post.asked.load(Ordering::Acquire);
+        let ending = self.ending.load(Ordering::Acquire);
+        if worker.is_none() && !ending {
+            *worker = self.hire(queue, post);
+        }
+        let mut idle = true;
+        if let Some(serving) = worker.as_mut() {
+            let limits = Arc::clone(&lock(&self.limits));
+            serving.serve(vring, || Orders {
+                stop_popping: self.ending.load(Ordering::Relaxed)
+                    || post.asked.load(Ordering::Relaxed) != asked,
+                limits: &limits,
+                memory_version: self.memory_version.load(Ordering::Acquire),
+                memory: &self.memory,
+            });
+            if post.cancel.swap(false, Ordering::Relaxed) {
+                serving.cancel();
+            }
+            idle = serving.in_flight() == 0;
+            if ending && (idle || post.abandon.load(Ordering::Relaxed)) {
+                *worker = None;
+                idle = true;
+            }
+        }
+        drop(worker);
+        if post.asked.load(Ordering::Acquire) != asked {
+            // Somebody asked while we served; look again from the start.
+            let _ = post.wake.write(1);
+        }
+        if idle {
+            let mut settled = lock(&post.settled);
+            if *settled < asked {
+                *settled = asked;
+                drop(settled);
+                post.settled_changed.notify_all();
+            }
+        }
+    }
+
+    fn hire(&self, queue: usize, post: &QueuePost) -> Option<QueueWorker> {
+        let wake = match post.wake.try_clone() {
+            Ok(wake) => wake,
+            Err(error) => {
+                log::error!("queue {queue} cannot be served: no descriptor for its wake-ups: {error}");
+                return None;
+            }
+        };
+        let slots = usize::from(self.config.queue_size);
+        let lane = self.proxy.worker(queue, slots, Box::new(Wake(wake)));
+        if lane.is_none() {
+            log::error!("queue {queue} cannot be served: a worker of an earlier session has not left");
+        }
+        lane.map(|lane| QueueWorker::new(lane, queue, self.config.queue_size, self.config.poll))
+    }
+
+    /// Waits until nothing of `queue` is in flight. The ring must be off or the session ending, or it goes on at once.
+    fn settle(&self, queue: usize) -> io::Result<()> {
+        let post = &self.posts[queue];
+        let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let _ = post.wake.write(1);
+        let started = Instant::now();
+        let mut cancelled = false;
+        let mut settled = lock(&post.settled);
+        while *settled < asked {
+            let waited = started.elapsed();
+            if waited >= DRAIN_TIMEOUT {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("queue {queue} was not drained in {} s", DRAIN_TIMEOUT.as_secs()),
+                ));
+            }
+            if waited >= CANCEL_AFTER && !cancelled {
+                cancelled = true;
+                post.cancel.store(true, Ordering::Relaxed);
+                let _ = post.wake.write(1);
+            }
+            let limit = if cancelled { DRAIN_TIMEOUT } else { CANCEL_AFTER };
+            settled = post
+                .settled_changed
+                .wait_timeout(settled, limit.saturating_sub(waited))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// Ends the session's workers, on their own threads. What never ends is left, and stays mapped.
+    fn leave(&self) {
+        self.ending.store(true, Ordering::Release);
+        for queue in 0..self.posts.len() {
+            if let Err(error) = self.settle(queue) {
+                log::error!("{error}; its requests are left to the domain");
+                let post = &self.posts[queue];
+                post.abandon.store(true, Ordering::Relaxed);
+                let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
+                let _ = post.wake.write(1);
+                let mut settled = lock(&post.settled);
+                while *settled < asked {
+                    // A thread that is inside the domain cannot be taken out of it.
+                    settled = post.settled_changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+        for (address, len) in std::mem::take(&mut *lock(&self.told_memory)) {
+            self.proxy.memory_changed(address, len, false);
+        }
+        // A frontend that comes back with the same guest relies on what that guest has acknowledged.
+        self.proxy.require(features::required_capabilities(self.acked.load(Ordering::Relaxed)));
+    }
+}
+
+/// The session as `vhost-user-backend` sees it.
+#[derive(Clone)]
+struct Backend(Arc<Session>);
+
+impl std::ops::Deref for Backend {
+    type Target = Session;
+    fn deref(&self) -> &Session {
+        &self.0
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.config.queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(self.config.queue_size)
+    }
+
+    fn features(&self) -> u64 {
+        features::offered(&self.info) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, acked: u64) {
+        self.acked.store(acked, Ordering::Relaxed);
+        *lock(&self.limits) = Arc::new(Limits::new(&self.info, acked));
+        let on = lock(&self.space).set_acked_features(acked);
+        self.proxy.set_write_cache(on);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        for queue in 0..self.posts.len() {
+            if let Err(error) = self.settle(queue) {
+                log::error!("device reset: {error}");
+            }
+        }
+        self.acked.store(0, Ordering::Relaxed);
+        let on = lock(&self.space).reset();
+        self.proxy.set_write_cache(on);
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The queue itself knows.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        lock(&self.space).read(offset, size)
+    }
+
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        let changed = lock(&self.space)
+            .write(offset, buf)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        if let Some(on) = changed {
+            self.proxy.set_write_cache(on);
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        let now: Vec<_> =
+            memory.memory().iter().map(|region| (region.as_ptr() as usize, region.len() as usize)).collect();
+        let before = std::mem::replace(&mut *lock(&self.told_memory), now.clone());
+        for &(address, len) in before.iter().filter(|range| !now.contains(range)) {
+            self.proxy.memory_changed(address, len, false);
+        }
+        for &(address, len) in now.iter().filter(|range| !before.contains(range)) {
+            self.proxy.memory_changed(address, len, true);
+        }
+        // Release pairs with the Acquire in `attend`: who sees the version finds the map.
+        self.memory_version.fetch_add(1, Ordering::Release);
+        for post in &self.posts {
+            let _ = post.wake.write(1);
+        }
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.config.queues).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.exit_events.take(thread_index)
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        self.settle(queue_index as usize)
+    }
+
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _evset: EventSet,
+        vrings: &[VringMutex],
+        thread_id: usize,
+    ) -> io::Result<()> {
+        // One queue per thread: every event is about that queue, be it a kick or a wake-up.
+        if device_event != 0 {
+            let _ = self.posts[thread_id].wake.read();
+        }
+        self.0.attend(thread_id, &vrings[0]);
+        Ok(())
+    }
+}
+
+/// Makes the session that runs now end, from any thread.
+#[derive(Default)]
+pub struct SessionHandle {
+    current: Mutex<(bool, Option<ShutdownHandle>)>,
+}
+
+impl SessionHandle {
+    /// Ends the session that runs now, and every later one at its start.
+    pub fn stop(&self) {
+        let mut current = lock(&self.current);
+        current.0 = true;
+        if let Some(handle) = &current.1 {
+            handle.shutdown();
+        }
+    }
+
+    fn set(&self, handle: Option<ShutdownHandle>) {
+        let mut current = lock(&self.current);
+        if let (true, Some(handle)) = (current.0, &handle) {
+            handle.shutdown();
+        }
+        current.1 = handle;
+    }
+}
+
+/// Serves one connection, which must be waiting at `listener`, until it ends.
+///
+/// # Errors
+/// The session could not be set up, or the frontend broke the protocol. The device is ready for the next one in any case.
+pub fn serve(
+    proxy: &Arc<DomainProxy>,
+    config: &SessionConfig,
+    listener: &UnixListener,
+    handle: &SessionHandle,
+    connected: &AtomicBool,
+) -> io::Result<()> {
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let session = Arc::new(Session::new(proxy, config, memory.clone())?);
+    let other = |error: vhost_user_backend::Error| io::Error::other(error.to_string());
+    let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), Backend(Arc::clone(&session)), memory)
+        .map_err(other)?;
+    let wake_id = u64::from(config.queues) + 1;
+    for (post, threads) in session.posts.iter().zip(daemon.get_epoll_handlers()) {
+        threads.register_listener(post.wake.as_raw_fd(), EventSet::IN, wake_id)?;
+    }
+    let started = daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(other);
+    let ended = started.and_then(|()| {
+        handle.set(daemon.shutdown_handle());
+        *lock(&session.shutdown) = daemon.shutdown_handle();
+        connected.store(true, Ordering::Relaxed);
+        proxy.connected(true);
+        let ended = daemon.wait();
+        connected.store(false, Ordering::Relaxed);
+        proxy.connected(false);
+        handle.set(None);
+        lock(&session.shutdown).take();
+        ended.map_err(other)
+    });
+    session.leave();
+    // Joins the threads; their workers have left.
+    drop(daemon);
+    session.exit_events.close();
+    ended
+}
