@@ -1,1 +1,20 @@
-//! guest tests
+//! End-to-end tests: the shipped binaries, driven from outside, as a guest and an operator would.
+//!
+//! The crate links none of the product. It starts `vhost-hotswap`, talks to it over its two sockets
+//! and believes only what comes back, so a fault that both sides share cannot hide here.
+//!
+//! `HOTSWAP_BIN_DIR` says where the binaries and modules are, if not in the release directory;
+//! `HOTSWAP_SEED` repeats the random numbers of a load.
+//!
+//! - [`daemon`]: starts and ends the daemon, runs `hotswapctl`, speaks JSON-RPC by hand.
+//! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
+//! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
+//! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
+//! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
+
+pub mod client;
+pub mod daemon;
+pub mod guest;
+pub mod initramfs;
+pub mod operator;
+pub mod stamp;

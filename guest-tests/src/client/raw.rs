@@ -1,0 +1,223 @@
+//! A ring written by hand: a guest that may break every rule.
+//!
+//! The rings and buffers live in a memfd that is shared with the backend and reached with `pread` and
+//! `pwrite`, so any bytes can go anywhere at any time, and nothing here checks them. The guest-physical
+//! and the frontend's addresses differ on purpose: a backend that mixes them up fails at once.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Where the guest's only memory region starts, as the guest sees it.
+pub const GUEST_BASE: u64 = 0x4000_0000;
+/// Where the same region would be mapped in the frontend.
+const USER_BASE: u64 = 0x7000_0000_0000;
+/// Size of the region.
+pub const MEMORY_BYTES: u64 = 1 << 20;
+
+const DESCRIPTORS: u64 = 0;
+const AVAIL: u64 = 0x1_0000;
+const USED: u64 = 0x2_0000;
+/// Offset in the region from where on it is free for headers and data.
+pub const FREE: u64 = 0x4_0000;
+
+/// Descriptor flags (virtio 1.2, section 2.7.5).
+pub const NEXT: u16 = 1;
+/// The device writes this buffer.
+pub const WRITE: u16 = 2;
+/// The buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
+
+/// One entry of a descriptor table.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptor {
+    /// Guest-physical address.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u32,
+    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    pub flags: u16,
+    /// Index of the next entry.
+    pub next: u16,
+}
+
+impl Descriptor {
+    /// As it lies in memory.
+    pub fn bytes(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// A vhost-user session with one hand-made queue, number 0.
+pub struct RawSession {
+    /// For messages of one's own.
+    pub frontend: Frontend,
+    memory: File,
+    kick: EventFd,
+    call: EventFd,
+    size: u16,
+    avail_index: u16,
+    used_index: u16,
+}
+
+impl RawSession {
+    /// Connects and negotiates `features`, but sets up neither memory nor ring.
+    ///
+    /// Like every wait on this session, a missing reply is an error after 10 s.
+    pub fn connect(socket: &Path, features: u64) -> io::Result<RawSession> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        // The queue number is checked on this side as well; a large maximum lets wrong ones through.
+        let mut frontend = Frontend::from_stream(stream, 64);
+        frontend.set_owner().map_err(other)?;
+        let offered = frontend.get_features().map_err(other)?;
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        frontend.set_features(offered & (features | protocol)).map_err(other)?;
+        let wanted = VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        let offered = frontend.get_protocol_features().map_err(other)?;
+        frontend.set_protocol_features(offered & wanted).map_err(other)?;
+        if offered.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        let memory = File::from(memfd_create("raw-guest", MemfdFlags::CLOEXEC)?);
+        ftruncate(&memory, MEMORY_BYTES)?;
+        let (kick, call) = (EventFd::new(0)?, EventFd::new(0)?);
+        Ok(RawSession { frontend, memory, kick, call, size: 0, avail_index: 0, used_index: 0 })
+    }
+
+    /// Connects, negotiates, and starts a ring of `size` descriptors.
+    pub fn start(socket: &Path, features: u64, size: u16) -> io::Result<RawSession> {
+        let mut session = RawSession::connect(socket, features)?;
+        session.share_memory()?;
+        session.start_ring(size)?;
+        Ok(session)
+    }
+
+    /// Shares the memory region (SET_MEM_TABLE).
+    pub fn share_memory(&self) -> io::Result<()> {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: GUEST_BASE,
+            memory_size: MEMORY_BYTES,
+            userspace_addr: USER_BASE,
+            mmap_offset: 0,
+            mmap_handle: self.memory.as_raw_fd(),
+        };
+        self.frontend.set_mem_table(&[region]).map(drop).map_err(other)
+    }
+
+    /// Starts the ring, empty.
+    pub fn start_ring(&mut self, size: u16) -> io::Result<()> {
+        self.put(AVAIL, &[0; 4])?;
+        self.put(USED, &[0; 4])?;
+        (self.size, self.avail_index, self.used_index) = (size, 0, 0);
+        self.frontend.set_vring_num(0, size).map_err(other)?;
+        self.frontend.set_vring_base(0, 0).map_err(other)?;
+        self.place_ring(DESCRIPTORS, AVAIL, USED)?;
+        self.frontend.set_vring_call(0, &self.call).map_err(other)?;
+        self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
+        self.frontend.set_vring_enable(0, true).map_err(other)
+    }
+
+    /// Says where the parts of the ring are, as offsets in the region; they may lie outside.
+    pub fn place_ring(&self, descriptors: u64, avail: u64, used: u64) -> io::Result<()> {
+        let ring = VringConfigData {
+            queue_max_size: self.size,
+            queue_size: self.size,
+            flags: 0,
+            desc_table_addr: USER_BASE.wrapping_add(descriptors),
+            avail_ring_addr: USER_BASE.wrapping_add(avail),
+            used_ring_addr: USER_BASE.wrapping_add(used),
+            log_addr: None,
+        };
+        self.frontend.set_vring_addr(0, &ring).map_err(other)
+    }
+
+    /// Stops the ring; says the index of the next chain it would have taken.
+    pub fn stop_ring(&self) -> io::Result<u32> {
+        self.frontend.get_vring_base(0).map_err(other)
+    }
+
+    /// Writes guest memory; `offset` counts from the region's start.
+    pub fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.memory.write_all_at(bytes, offset)
+    }
+
+    /// Reads guest memory.
+    pub fn get(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.memory.read_exact_at(&mut bytes, offset).map(|()| bytes)
+    }
+
+    /// Writes one entry of the ring's descriptor table.
+    pub fn describe(&self, index: u16, descriptor: Descriptor) -> io::Result<()> {
+        self.put(DESCRIPTORS + u64::from(index) * 16, &descriptor.bytes())
+    }
+
+    /// Writes a chain of descriptors, from table entry `head` on, linked in their order.
+    pub fn chain(&self, head: u16, buffers: &[(u64, u32, u16)]) -> io::Result<()> {
+        for (index, &(addr, len, flags)) in buffers.iter().enumerate() {
+            let more = if index + 1 < buffers.len() { NEXT } else { 0 };
+            let at = head + index as u16;
+            self.describe(at, Descriptor { addr, len, flags: flags | more, next: at + 1 })?;
+        }
+        Ok(())
+    }
+
+    /// Offers the chain that starts at `head`, and kicks.
+    pub fn offer(&mut self, head: u16) -> io::Result<()> {
+        let place = u64::from(self.avail_index % self.size);
+        self.put(AVAIL + 4 + place * 2, &head.to_le_bytes())?;
+        self.jump(1)
+    }
+
+    /// Moves the available index on by `count` entries, written or not, and kicks.
+    pub fn jump(&mut self, count: u16) -> io::Result<()> {
+        self.avail_index = self.avail_index.wrapping_add(count);
+        self.put(AVAIL + 2, &self.avail_index.to_le_bytes())?;
+        self.kick.write(1)
+    }
+
+    /// The next used entry, head and length; `None` when there is none within `limit`.
+    pub fn used(&mut self, limit: Duration) -> io::Result<Option<(u32, u32)>> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let index = self.get(USED + 2, 2)?;
+            if u16::from_le_bytes([index[0], index[1]]) != self.used_index {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Ok(None);
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+        let place = u64::from(self.used_index % self.size);
+        let entry = self.get(USED + 4 + place * 8, 8)?;
+        self.used_index = self.used_index.wrapping_add(1);
+        let word = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().expect("4 bytes"));
+        Ok(Some((word(0), word(4))))
+    }
+}
+
+fn other(error: vhost::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}

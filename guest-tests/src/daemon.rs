@@ -1,0 +1,373 @@
+//! Starts the daemon under test and speaks to it: as an operator through `hotswapctl`, and by hand.
+//!
+//! Every wait here has an end, and every failure carries the daemon's log, because "it hung" from a
+//! test on another machine is worth nothing. What is started is what is shipped: the release build
+//! that `scripts/build` leaves, or the one in `HOTSWAP_BIN_DIR`.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// How long a command may take; nothing the daemon does comes near it.
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a command left behind.
+#[derive(Clone, Debug)]
+pub struct CtlOutput {
+    /// Exit status; -1 when a signal ended it.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// A running daemon in a directory of its own; it is killed when this is dropped.
+pub struct Daemon {
+    child: Child,
+    directory: TempDir,
+    socket: PathBuf,
+    control: PathBuf,
+}
+
+impl Daemon {
+    /// Starts `vhost-hotswap ARGS` and waits until its control socket answers `status`.
+    ///
+    /// Panics with the daemon's log when it does not come up.
+    pub fn start(args: &[&str]) -> Daemon {
+        let directory =
+            tempfile::Builder::new().prefix("hotswap-test-").tempdir().expect("a temporary directory");
+        let socket = directory.path().join("vhost.sock");
+        // The default of the daemon, unless the test says something else.
+        let control = match args.iter().position(|&arg| arg == "--control-path") {
+            Some(at) => PathBuf::from(args[at + 1]),
+            None => directory.path().join("vhost.sock.control"),
+        };
+        let log = File::create(directory.path().join("log")).expect("a log file");
+        let child = Command::new(binary("vhost-hotswap"))
+            .arg("--socket-path")
+            .arg(&socket)
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("another handle of the log"))
+            .stderr(log)
+            .spawn()
+            .expect("vhost-hotswap can be started");
+        let mut daemon = Daemon { child, directory, socket, control };
+        daemon.wait_until_it_answers(args);
+        daemon
+    }
+
+    fn wait_until_it_answers(&mut self, args: &[&str]) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+                panic!("vhost-hotswap {args:?} ended with {status}:\n{}", self.log());
+            }
+            if let Ok(mut control) = Control::connect(&self.control)
+                && control.request("status", json!({})).is_ok()
+            {
+                return;
+            }
+            assert!(Instant::now() < deadline, "vhost-hotswap {args:?} does not answer:\n{}", self.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The vhost-user socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// A directory that lasts as long as the daemon.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What the daemon has written so far.
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.directory.path().join("log")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A new connection to the control socket.
+    pub fn rpc(&self) -> Control {
+        Control::connect(&self.control).unwrap_or_else(|e| panic!("control socket: {e}\n{}", self.log()))
+    }
+
+    /// Runs `hotswapctl --json ARGS` against this daemon.
+    pub fn ctl(&self, args: &[&str]) -> CtlOutput {
+        let mut command = Command::new(binary("hotswapctl"));
+        command.arg("--control-path").arg(&self.control).arg("--json").args(args);
+        run(&mut command).unwrap_or_else(|| panic!("hotswapctl {args:?} hangs; daemon:\n{}", self.log()))
+    }
+
+    /// A command that must succeed; its JSON reply.
+    pub fn call(&self, args: &[&str]) -> Value {
+        let output = self.ctl(args);
+        assert_eq!(output.status, 0, "hotswapctl {args:?}: {}\ndaemon:\n{}", output.stderr, self.log());
+        serde_json::from_str(&output.stdout)
+            .unwrap_or_else(|e| panic!("hotswapctl {args:?} printed no JSON ({e}): {}", output.stdout))
+    }
+
+    /// A command that must be refused (exit 1); the sentence on standard error.
+    pub fn refuse(&self, args: &[&str]) -> String {
+        let output = self.ctl(args);
+        assert_eq!(output.status, 1, "hotswapctl {args:?}: {output:?}\ndaemon:\n{}", self.log());
+        let sentence = output.stderr.trim().to_owned();
+        assert!(!sentence.is_empty(), "hotswapctl {args:?} was refused without a word");
+        sentence
+    }
+
+    /// The daemon's status.
+    pub fn status(&self) -> Value {
+        self.call(&["status"])
+    }
+
+    /// Number of open file descriptors of the daemon.
+    pub fn open_fds(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the daemon lives").count()
+    }
+
+    /// Resident memory of the daemon in KiB.
+    pub fn rss_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the daemon lives");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a VmRSS line");
+        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
+    }
+
+    /// Sends SIGTERM and waits for the end, at most 10 s: the exit code, and how long it took.
+    ///
+    /// The directory stays, so that the caller can see what was left in it.
+    pub fn stop(&mut self) -> (i32, Duration) {
+        let started = Instant::now();
+        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon lives");
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
+                return (status.code().unwrap_or(-1), started.elapsed());
+            }
+            if started.elapsed() > Duration::from_secs(10) {
+                panic!("vhost-hotswap ignores SIGTERM:\n{}", self.log());
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Sends SIGTERM, waits for the end (less than 10 s) and returns the exit code.
+    pub fn terminate(mut self) -> i32 {
+        self.stop().0
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only when it has already been waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- the daemon's log, last lines ---\n{}", last_lines(&self.log(), 40));
+        }
+    }
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// Runs `vhost-hotswap ARGS`, which must end by itself, for bad command lines.
+///
+/// Panics when it is still running after 10 s: it then has accepted what it should not.
+pub fn run_daemon(args: &[&str]) -> CtlOutput {
+    let mut command = Command::new(binary("vhost-hotswap"));
+    command.args(args);
+    run_for(&mut command, Duration::from_secs(10))
+        .unwrap_or_else(|| panic!("vhost-hotswap {args:?} runs, but should have been refused"))
+}
+
+/// Runs `hotswapctl ARGS` as they are, without a control path.
+pub fn run_ctl(args: &[&str]) -> CtlOutput {
+    let mut command = Command::new(binary("hotswapctl"));
+    command.args(args);
+    run(&mut command).unwrap_or_else(|| panic!("hotswapctl {args:?} hangs"))
+}
+
+fn run(command: &mut Command) -> Option<CtlOutput> {
+    run_for(command, COMMAND_LIMIT)
+}
+
+/// Runs a command to its end; `None`, and the command killed, when `limit` has passed.
+fn run_for(command: &mut Command, limit: Duration) -> Option<CtlOutput> {
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the command can be started");
+    let stdout = collect(child.stdout.take().expect("a pipe"));
+    let stderr = collect(child.stderr.take().expect("a pipe"));
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("the child can be waited for") {
+            break status;
+        }
+        if started.elapsed() > limit {
+            let _ = child.kill();
+            let _ = child.wait();
+            return None;
+        }
+        thread::sleep(Duration::from_micros(500));
+    };
+    let text = |reader: thread::JoinHandle<Vec<u8>>| {
+        String::from_utf8_lossy(&reader.join().expect("the reader does not panic")).into_owned()
+    };
+    Some(CtlOutput { status: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// An error reply.
+#[derive(Clone, Debug)]
+pub struct RpcError {
+    /// JSON-RPC's number.
+    pub code: i64,
+    /// The sentence for people.
+    pub message: String,
+    /// What else was said; `data.code` is the stable name.
+    pub data: Value,
+}
+
+impl RpcError {
+    /// The stable name of the error, `data.code`; empty when there is none.
+    pub fn name(&self) -> &str {
+        self.data["code"].as_str().unwrap_or("")
+    }
+
+    /// Reads the `error` member of a reply.
+    pub fn from_reply(error: &Value) -> RpcError {
+        RpcError {
+            code: error["code"].as_i64().unwrap_or(0),
+            message: error["message"].as_str().unwrap_or("").to_owned(),
+            data: error["data"].clone(),
+        }
+    }
+}
+
+/// A connection to the control socket: JSON-RPC 2.0, one object per line.
+pub struct Control {
+    stream: BufReader<UnixStream>,
+    next_id: u64,
+}
+
+impl Control {
+    /// Connects.
+    pub fn connect(path: &Path) -> io::Result<Control> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(COMMAND_LIMIT))?;
+        stream.set_write_timeout(Some(COMMAND_LIMIT))?;
+        Ok(Control { stream: BufReader::new(stream), next_id: 1 })
+    }
+
+    /// Calls a method and waits for its reply.
+    ///
+    /// Panics when the daemon hangs up or answers something that is not a reply to this call.
+    pub fn request(&mut self, method: &str, params: Value) -> Result<Value, RpcError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let call = json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
+        self.send_raw(format!("{call}\n").as_bytes()).unwrap_or_else(|e| panic!("sending {method}: {e}"));
+        let reply = self.receive().unwrap_or_else(|e| panic!("waiting for the reply to {method}: {e}"));
+        let reply = reply.unwrap_or_else(|| panic!("the daemon hung up on {method}"));
+        assert_eq!(reply["id"], id, "a reply to something else: {reply}");
+        match reply.get("error") {
+            Some(error) => Err(RpcError::from_reply(error)),
+            None => Ok(reply["result"].clone()),
+        }
+    }
+
+    /// Sends bytes as they are.
+    pub fn send_raw(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.get_mut().write_all(bytes)
+    }
+
+    /// Receives one line; `None` when the daemon has hung up.
+    pub fn receive(&mut self) -> io::Result<Option<Value>> {
+        let mut line = Vec::new();
+        match self.stream.read_until(b'\n', &mut line) {
+            Ok(0) => Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+            Err(e) => Err(e),
+            Ok(_) => serde_json::from_slice(&line).map(Some).map_err(io::Error::other),
+        }
+    }
+}
+
+/// A binary of the product: `vhost-hotswap` or `hotswapctl`.
+pub fn binary(name: &str) -> PathBuf {
+    product(name)
+}
+
+/// The module of domain `name`.
+pub fn module(name: &str) -> PathBuf {
+    product(&format!("libdomain_{name}.so"))
+}
+
+fn product(file: &str) -> PathBuf {
+    let directory = match std::env::var_os("HOTSWAP_BIN_DIR") {
+        Some(directory) => PathBuf::from(directory),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release"),
+    };
+    let path = directory.join(file);
+    assert!(path.is_file(), "{} is missing: run scripts/build first", path.display());
+    path
+}
+
+/// The first bytes of a module's descriptor, ELF section `.hotswap.domain`.
+const DESCRIPTOR_MAGIC: &[u8; 16] = b"vhost-hotswap\0\0\0";
+/// Where the descriptor says its ABI version, a little-endian `u32`.
+const DESCRIPTOR_ABI: usize = 20;
+
+/// A copy of the ramdisk module in `directory` whose descriptor claims an ABI from the future.
+pub fn module_with_wrong_abi(directory: &Path) -> PathBuf {
+    let mut bytes = fs::read(module("ramdisk")).expect("the module can be read");
+    let places: Vec<usize> = bytes
+        .windows(DESCRIPTOR_MAGIC.len())
+        .enumerate()
+        .filter_map(|(at, window)| (window == DESCRIPTOR_MAGIC).then_some(at))
+        // The module may hold the magic a second time, as the constant it was made from.
+        .filter(|at| bytes.get(at + 16..at + 20).is_some_and(|size| (24..65536).contains(&le32(size))))
+        .collect();
+    assert!(!places.is_empty(), "the ramdisk module has no descriptor");
+    for at in places {
+        let field = at + DESCRIPTOR_ABI;
+        let version = le32(&bytes[field..field + 4]);
+        bytes[field..field + 4].copy_from_slice(&(version + 1000).to_le_bytes());
+    }
+    let path = directory.join("libdomain_wrong_abi.so");
+    fs::write(&path, bytes).expect("the copy can be written");
+    path
+}
+
+fn le32(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(bytes.try_into().expect("four bytes"))
+}

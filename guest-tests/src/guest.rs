@@ -1,0 +1,428 @@
+//! A real Linux guest under QEMU, to do I/O in and to run commands in while its disk is upgraded.
+//!
+//! [`Guest::boot`] starts QEMU with the kernel and initramfs of [`crate::initramfs`] and comes back when the guest's
+//! agent answers. Commands then go over a virtio-serial port, machine commands over QMP, and the kernel's console into a
+//! file whose end is part of every error.
+//!
+//! Invariants: every wait has a deadline; a guest that panics or a QEMU that exits ends a wait at once; QEMU dies with
+//! its [`Guest`]; and at most one guest runs at a time per target directory, because two on a small machine would
+//! only make each other's deadlines pass. So a test that boots a second guest before it drops the first would
+//! wait for itself for ever.
+//!
+//! It knows a vhost-user socket, but not who listens there: nothing in here is about upgrades.
+
+mod agent;
+pub mod fio;
+mod qmp;
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+pub use self::agent::Output;
+use self::agent::{Agent, Ticket};
+use self::qmp::Qmp;
+use crate::initramfs;
+
+/// Boots take about 5 s under TCG on an idle machine; a busy one gets plenty of slack.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The deadline of [`Guest::run`], for commands that take a second or so.
+const RUN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How much of the console goes into an error.
+const CONSOLE_TAIL_LINES: usize = 80;
+
+/// Mitigations flush translations that TCG then has to make again, and they guard nothing here.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 quiet loglevel=4 rdinit=/init random.trust_cpu=on panic=0 mitigations=off";
+
+/// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device access for every
+/// look at the clock: fio then does half the I/O.
+const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc";
+
+/// What to boot. The defaults suit a disk with two queues.
+#[derive(Debug, Clone)]
+pub struct GuestOptions {
+    /// The disks: `vda`, `vdb` and so on, each served behind its vhost-user socket.
+    pub vhost_sockets: Vec<PathBuf>,
+    /// Virtqueues per disk.
+    pub queues: u16,
+    /// Entries per virtqueue, a power of two.
+    pub queue_size: u16,
+    /// The guest's memory.
+    pub memory_mib: u32,
+    /// The guest's CPUs.
+    pub smp: u32,
+    /// Seconds after which QEMU reconnects to a backend that went away; without it, it does not.
+    pub reconnect: Option<u32>,
+    /// More arguments for QEMU.
+    pub extra_args: Vec<String>,
+}
+
+impl Default for GuestOptions {
+    fn default() -> Self {
+        GuestOptions {
+            vhost_sockets: Vec::new(),
+            queues: 2,
+            queue_size: 128,
+            memory_mib: 512,
+            smp: 2,
+            reconnect: None,
+            extra_args: Vec::new(),
+        }
+    }
+}
+
+impl GuestOptions {
+    /// A guest with one disk, and the defaults for everything else.
+    pub fn with_disk(vhost_socket: &Path) -> Self {
+        GuestOptions { vhost_sockets: vec![vhost_socket.to_owned()], ..Self::default() }
+    }
+}
+
+/// What went wrong, and the last the guest's console said before.
+///
+/// `Debug` is the same readable text as `Display`, because a test shows it by `unwrap`.
+pub struct GuestError {
+    what: String,
+    console_tail: String,
+}
+
+impl fmt::Display for GuestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.what)?;
+        match self.console_tail.as_str() {
+            "" => write!(f, " (the guest's console is empty)"),
+            tail => write!(f, "\n--- the end of the guest's console ---\n{tail}\n---"),
+        }
+    }
+}
+
+impl fmt::Debug for GuestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for GuestError {}
+
+/// The result of everything that involves the guest.
+pub type Result<T> = std::result::Result<T, GuestError>;
+
+/// A running guest.
+pub struct Guest {
+    qemu: Mutex<Child>,
+    agent: Agent,
+    qmp: Mutex<Qmp>,
+    console: Console,
+    boot_time: Duration,
+    /// Removed after QEMU is gone.
+    _directory: tempfile::TempDir,
+    /// The right to run a guest, given back last.
+    _turn: File,
+}
+
+impl Guest {
+    /// Waits for its turn, starts QEMU, and comes back when the guest answers.
+    pub fn boot(options: GuestOptions) -> Result<Guest> {
+        let failed = |what: &str, error: io::Error| GuestError {
+            what: format!("{what}: {error}"),
+            console_tail: String::new(),
+        };
+        let target = target_dir();
+        let boot_files = initramfs::boot_files(&target).map_err(|e| failed("cannot make an initramfs", e))?;
+        let turn = take_turn(&target).map_err(|e| failed("cannot lock guest-tests.lock", e))?;
+        let directory = tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
+        let console = Console { path: directory.path().join("console.log") };
+
+        let started = Instant::now();
+        let (child, agent, qmp) = start_qemu(&options, &boot_files, directory.path())
+            .map_err(|error| console.error(format!("QEMU did not start: {error}")))?;
+        let mut guest = Guest {
+            qemu: Mutex::new(child),
+            agent,
+            qmp: Mutex::new(qmp),
+            console,
+            boot_time: Duration::ZERO,
+            _directory: directory,
+            _turn: turn,
+        };
+        guest.wait_for_boot(0)?;
+        guest.boot_time = started.elapsed();
+        Ok(guest)
+    }
+
+    /// How long it took from starting QEMU to the agent's greeting.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// Runs a shell script in the guest and waits for its end, a minute at most.
+    ///
+    /// # Panics
+    /// If it does not end in time, or the guest dies: with the end of the console.
+    #[track_caller]
+    pub fn run(&self, script: &str) -> Output {
+        self.run_within(script, RUN_TIMEOUT)
+    }
+
+    /// Like [`run`](Self::run) with a deadline of the caller's choice.
+    #[track_caller]
+    pub fn run_within(&self, script: &str, deadline: Duration) -> Output {
+        self.spawn(script).wait(deadline)
+    }
+
+    /// Runs a script that has to exit with 0, and gives back its output without the newline at its end.
+    #[track_caller]
+    pub fn sh(&self, script: &str) -> String {
+        let output = self.run(script);
+        assert_eq!(output.status, 0, "`{script}` in the guest said: {}", output.stdout);
+        output.stdout.trim_end().to_owned()
+    }
+
+    /// Starts a shell script in the guest and lets it run in the background.
+    #[track_caller]
+    pub fn spawn(&self, script: &str) -> Job<'_> {
+        match self.agent.send(script) {
+            Ok(ticket) => Job { guest: self, script: script.to_owned(), ticket },
+            Err(error) => panic!("{}", self.console.error(format!("cannot send `{script}`: {error}"))),
+        }
+    }
+
+    /// Runs a QMP command without arguments.
+    pub fn qmp(&self, command: &str) -> Result<Value> {
+        self.qmp_with(command, Value::Null)
+    }
+
+    /// Runs a QMP command with arguments.
+    pub fn qmp_with(&self, command: &str, arguments: Value) -> Result<Value> {
+        let mut qmp = self.qmp.lock().unwrap_or_else(PoisonError::into_inner);
+        qmp.execute(command, arguments).map_err(|error| self.console.error(error.to_string()))
+    }
+
+    /// Runs a command of the human monitor, such as `info virtio`, and gives back what it prints.
+    pub fn monitor(&self, command_line: &str) -> Result<String> {
+        let text = self.qmp_with("human-monitor-command", json!({ "command-line": command_line }))?;
+        Ok(text.as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Resets the machine as its reset button would, and waits until the guest is up again.
+    pub fn reset(&self) -> Result<()> {
+        let boots = self.agent.boots();
+        self.qmp("system_reset")?;
+        self.wait_for_boot(boots)
+    }
+
+    /// Powers the guest off from inside and waits until QEMU has ended.
+    pub fn shutdown(self) -> Result<()> {
+        let told = self.agent.send("sync; poweroff -f");
+        told.map_err(|error| self.console.error(format!("cannot power the guest off: {error}")))?;
+        let deadline = Instant::now() + RUN_TIMEOUT;
+        while Instant::now() < deadline {
+            if self.has_exited() {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Err(self.console.error(format!("the guest was not off within {RUN_TIMEOUT:?}")))
+    }
+
+    /// Everything the guest's kernel has put on its console so far, over all boots.
+    pub fn console(&self) -> String {
+        self.console.text()
+    }
+
+    fn wait_for_boot(&self, boots: u64) -> Result<()> {
+        self.agent
+            .wait_for_boot(boots, BOOT_TIMEOUT, || self.trouble())
+            .map_err(|what| self.console.error(what))
+    }
+
+    /// A reason why no command will ever be answered again.
+    fn trouble(&self) -> Option<String> {
+        if self.has_exited() {
+            return Some("QEMU has exited".to_owned());
+        }
+        self.console.text().contains("Kernel panic - not syncing").then(|| "the guest panicked".to_owned())
+    }
+
+    fn has_exited(&self) -> bool {
+        let mut qemu = self.qemu.lock().unwrap_or_else(PoisonError::into_inner);
+        !matches!(qemu.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let qemu = self.qemu.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Both fail only if it is gone already.
+        let _ = qemu.kill();
+        let _ = qemu.wait();
+    }
+}
+
+/// A script that runs in the background of a guest.
+pub struct Job<'guest> {
+    guest: &'guest Guest,
+    script: String,
+    ticket: Ticket,
+}
+
+impl Job<'_> {
+    /// Whether the script has ended, one way or another; a later [`wait`](Self::wait) then returns at once.
+    pub fn has_ended(&self) -> bool {
+        self.guest.agent.has_ended(self.ticket)
+    }
+
+    /// Waits for the script's end.
+    ///
+    /// # Panics
+    /// If it does not end in time, or the guest dies or reboots: with the end of the console.
+    #[track_caller]
+    pub fn wait(self, deadline: Duration) -> Output {
+        let guest = self.guest;
+        match guest.agent.wait(self.ticket, deadline, || guest.trouble()) {
+            Ok(output) => output,
+            Err(what) => panic!("{}", guest.console.error(format!("`{}` in the guest: {what}", self.script))),
+        }
+    }
+}
+
+/// The file that QEMU writes the guest's serial console to, and its own complaints.
+struct Console {
+    path: PathBuf,
+}
+
+impl Console {
+    fn text(&self) -> String {
+        fs::read(&self.path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
+    fn error(&self, what: String) -> GuestError {
+        let qemu = fs::read_to_string(self.path.with_file_name("qemu.log")).unwrap_or_default();
+        let text = self.text() + &qemu;
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n");
+        GuestError { what, console_tail: tail }
+    }
+}
+
+/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so there is no
+/// moment at which a socket is not there yet.
+fn start_qemu(
+    options: &GuestOptions,
+    boot_files: &initramfs::BootFiles,
+    directory: &Path,
+) -> io::Result<(Child, Agent, Qmp)> {
+    let agent_path = directory.join("agent.sock");
+    let qmp_path = directory.join("qmp.sock");
+    let agent_listener = UnixListener::bind(&agent_path)?;
+    let qmp_listener = UnixListener::bind(&qmp_path)?;
+
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    command.args(["-machine", "q35,memory-backend=mem"]);
+    let command_line = if kvm_is_usable() {
+        command.args(["-accel", "kvm", "-cpu", "host"]);
+        KERNEL_COMMAND_LINE.to_owned()
+    } else {
+        // The more features an emulated CPU has, the more a kernel sets up: "max" boots 2 s later.
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]);
+        format!("{KERNEL_COMMAND_LINE} {TCG_COMMAND_LINE}")
+    };
+    command.arg("-object");
+    command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", options.memory_mib));
+    command.args(["-m", &format!("{}M", options.memory_mib), "-smp", &options.smp.to_string()]);
+    command.arg("-kernel").arg(&boot_files.kernel).arg("-initrd").arg(&boot_files.initramfs);
+    command.args(["-append", &command_line, "-serial"]);
+    command.arg(format!("file:{}", directory.join("console.log").display()));
+    command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=agent"]);
+    command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent_path.display()));
+    command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp_path.display()));
+    command.args(["-mon", "chardev=qmp,mode=control"]);
+    for (index, socket) in options.vhost_sockets.iter().enumerate() {
+        let reconnect = options.reconnect.map(|seconds| format!(",reconnect={seconds}")).unwrap_or_default();
+        command.arg("-chardev").arg(format!("socket,id=disk{index},path={}{reconnect}", socket.display()));
+        command.arg("-device").arg(format!(
+            "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},queue-size={}",
+            options.queues, options.queue_size
+        ));
+    }
+    command.args(&options.extra_args);
+    let log = File::create(directory.join("qemu.log"))?;
+    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+    // From here on, an error must not leave the process behind.
+    let mut child = KillOnDrop(Some(child));
+    let agent = accept(&agent_listener, &mut child)?;
+    let qmp = accept(&qmp_listener, &mut child)?;
+    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
+    let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
+    Ok((child, agent, qmp))
+}
+
+struct KillOnDrop(Option<Child>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Accepts the connection of a QEMU that may also die of a wrong argument before it connects.
+fn accept(listener: &UnixListener, qemu: &mut KillOnDrop) -> io::Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        if let Some(status) = qemu.0.as_mut().and_then(|child| child.try_wait().transpose()) {
+            return Err(io::Error::other(format!("it exited with {}", status?)));
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::other("it did not connect to us within 30 s"));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A `/dev/kvm` alone proves nothing: it also exists where the CPU offers no virtualization.
+fn kvm_is_usable() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let virtualizes = cpus.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    virtualizes && File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+fn take_turn(target: &Path) -> io::Result<File> {
+    fs::create_dir_all(target)?;
+    let lock =
+        File::options().create(true).truncate(false).write(true).open(target.join("guest-tests.lock"))?;
+    lock.lock()?;
+    Ok(lock)
+}
+
+/// The target directory that the running test binary came from; Cargo tags it so that backups skip it.
+fn target_dir() -> PathBuf {
+    let running = std::env::current_exe().unwrap_or_default();
+    running
+        .ancestors()
+        .find(|directory| directory.join("CACHEDIR.TAG").exists())
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), Path::to_owned)
+}

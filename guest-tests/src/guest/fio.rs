@@ -1,0 +1,94 @@
+//! `fio` in the guest, as the witness: it stamps what it writes and checks what it reads.
+//!
+//! Every block carries a checksum and its own offset, so a lost, torn, misplaced or stale write is found, and the first
+//! one ends the run with an error. Checking goes on all the while (`verify_backlog`) and again at the end.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Guest, Job, Output};
+
+/// A verifying run that was started in a guest.
+pub struct Fio<'guest> {
+    job: Job<'guest>,
+    seconds: u32,
+}
+
+/// What a run did, over all its jobs.
+#[derive(Debug)]
+pub struct FioReport {
+    /// Reads, those that checked a write included.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// The longest any request took.
+    pub longest: Duration,
+}
+
+impl<'guest> Fio<'guest> {
+    /// Starts two jobs of mixed random 4 KiB requests, 16 deep each, on the two halves of the first 32 MiB of `/dev/vda`,
+    /// and comes back when they have done I/O.
+    #[track_caller]
+    pub fn start(guest: &'guest Guest, seconds: u32) -> Self {
+        let before = requests(guest);
+        let job = guest.spawn(&format!(
+            "fio --name=witness --filename=/dev/vda --ioengine=io_uring --direct=1 --rw=randrw --bs=4k \
+             --iodepth=16 --numjobs=2 --size=16M --offset_increment=16M --time_based --runtime={seconds} \
+             --verify=crc32c --verify_fatal=1 --verify_backlog=256 --verify_state_save=0 --group_reporting \
+             --output-format=json --output=/run/fio.json
+             status=$?
+             cat /run/fio.json
+             exit $status"
+        ));
+        while requests(guest) < before + 100 {
+            if job.has_ended() {
+                panic!("fio ended at once: {:?}", job.wait(Duration::ZERO));
+            }
+        }
+        Fio { job, seconds }
+    }
+
+    /// Whether requests are still coming.
+    pub fn is_running(&self) -> bool {
+        !self.job.has_ended()
+    }
+
+    /// Waits for the end; the exit status and output as they are, for those who expect a failure.
+    #[track_caller]
+    pub fn wait(self) -> Output {
+        self.job.wait(Duration::from_secs(u64::from(self.seconds) * 2 + 60))
+    }
+
+    /// Waits for the end, which must be free of errors and wrong blocks.
+    #[track_caller]
+    pub fn finish(self) -> FioReport {
+        let output = self.wait();
+        assert_eq!(output.status, 0, "fio failed: {}", output.stdout);
+        let report = &output.stdout[output.stdout.find('{').expect("a JSON report")..];
+        let report: Value = serde_json::from_str(report).expect("a JSON report");
+        let job = &report["jobs"][0];
+        assert_eq!(job["error"], 0, "{report}");
+        let number =
+            |value: &Value| value.as_u64().unwrap_or_else(|| panic!("a number is missing: {report}"));
+        let longest_ns = number(&job["read"]["clat_ns"]["max"]).max(number(&job["write"]["clat_ns"]["max"]));
+        let report = FioReport {
+            reads: number(&job["read"]["total_ios"]),
+            writes: number(&job["write"]["total_ios"]),
+            longest: Duration::from_nanos(longest_ns),
+        };
+        assert!(report.reads > 1000 && report.writes > 1000, "hardly anything was tested: {report:?}");
+        report
+    }
+}
+
+/// Requests that the guest has completed on its first disk since the driver was bound.
+fn requests(guest: &Guest) -> u64 {
+    let statistics = guest.sh("cat /sys/block/vda/stat");
+    let field =
+        |index| statistics.split_whitespace().nth(index).and_then(|word: &str| word.parse::<u64>().ok());
+    // Documentation/block/stat.rst in the kernel's sources: reads, ..., writes in the fifth.
+    field(0)
+        .zip(field(4))
+        .map_or_else(|| panic!("not statistics: {statistics}"), |(reads, writes)| reads + writes)
+}

@@ -1,0 +1,78 @@
+//! The promise itself: `fio` checks every block it wrote while the device is exchanged under it, in each mode.
+
+use std::fs::File;
+use std::thread;
+use std::time::Duration;
+
+use guest_tests::daemon::Daemon;
+use guest_tests::guest::fio::Fio;
+use guest_tests::guest::{Guest, GuestOptions};
+use guest_tests::operator::Operator;
+
+const FIO_SECONDS: u32 = 15;
+const INTERVAL: Duration = Duration::from_millis(200);
+/// A slow machine makes fewer upgrades in the time that fio runs, but not fewer than this.
+const AT_LEAST: u64 = 20;
+/// A request that waited for a lost kick takes longer than this; fio's own tail under TCG is below a tenth of it.
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// Calls `exchange` again and again while fio runs, then checks what fio, the daemon and the guest's kernel say.
+fn exchange_under_fio(daemon: Daemon, mut exchange: impl FnMut(&mut Operator<'_>, usize)) {
+    let guest = Guest::boot(GuestOptions::with_disk(daemon.socket())).unwrap();
+    let mut operator = Operator::new(&daemon);
+    let fio = Fio::start(&guest, FIO_SECONDS);
+    let mut under_io = 0;
+    for round in 0.. {
+        exchange(&mut operator, round);
+        if !fio.is_running() {
+            break;
+        }
+        under_io = operator.exchanges();
+        thread::sleep(INTERVAL);
+    }
+    let report = fio.finish();
+    println!("{under_io} exchanges under {report:?}");
+    assert!(under_io >= AT_LEAST, "only {under_io} exchanges while fio ran");
+    assert!(report.longest < LONGEST, "{report:?}");
+
+    operator.settle();
+    let status = daemon.status();
+    for queue in status["queues"].as_array().unwrap() {
+        assert!(queue["requests"].as_u64().is_some_and(|count| count > 1000), "both queues work: {status}");
+    }
+    let dmesg = guest.sh("dmesg");
+    assert!(!dmesg.contains("I/O error"), "{dmesg}");
+    guest.shutdown().unwrap();
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn handovers_lose_nothing() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    let mut names = ["ramdisk_v2", "ramdisk"].into_iter().cycle();
+    exchange_under_fio(daemon, |operator, round| {
+        let reply = operator.upgrade(names.next().unwrap(), "handover", &[]);
+        if round % 6 == 5 {
+            let back = operator.roll_back("handover");
+            assert_eq!(back["to"]["sha256"], reply["from"]["sha256"], "{back}");
+            // The live one is the other one again.
+            names.next();
+        }
+    });
+}
+
+#[test]
+fn swaps_lose_nothing_and_pause_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let path = image.to_str().unwrap();
+    let parameter = format!("path={path}");
+    let daemon = Daemon::start(&["--blk-file", path, "--queues", "2"]);
+    exchange_under_fio(daemon, |operator, round| {
+        operator.upgrade("file", "swap", &["--param", &parameter]);
+        if round % 6 == 5 {
+            operator.roll_back("swap");
+        }
+    });
+}

@@ -1,0 +1,235 @@
+//! Clients that come, go and vanish, and upgrades at moments when nobody, or hardly anybody, is there.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::client::raw::RawSession;
+use guest_tests::client::{Client, Options, Request, Status, features};
+use guest_tests::daemon::Daemon;
+use guest_tests::stamp::{Load, LoadOptions, assert_intact, run_load};
+use serde_json::json;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn ramdisk() -> Daemon {
+    Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"])
+}
+
+/// Waits until `status` says whether a client is connected.
+fn wait_for_connected(daemon: &Daemon, connected: bool) {
+    let deadline = Instant::now() + 10 * SECOND;
+    let mut control = daemon.rpc();
+    while control.request("status", json!({})).expect("a status")["connected"] != connected {
+        assert!(Instant::now() < deadline, "`connected` never becomes {connected}: {}", daemon.status());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn an_upgrade_without_any_client() {
+    let daemon = ramdisk();
+    assert_eq!(daemon.status()["connected"], false);
+    let reply = daemon.call(&["upgrade", "ramdisk_v2"]);
+    assert_eq!(reply["generation"], 2);
+    assert_eq!(daemon.call(&["rollback"])["generation"], 3);
+    run_load(daemon.socket(), &LoadOptions::new(2, 32), SECOND / 2).assert_clean();
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn an_upgrade_between_two_clients_keeps_the_data() {
+    let daemon = ramdisk();
+    let options = LoadOptions::new(2, 32);
+    let first = run_load(daemon.socket(), &options, SECOND / 2);
+    first.assert_clean();
+    assert_intact(daemon.socket(), &first.ledgers);
+    wait_for_connected(&daemon, false);
+    daemon.call(&["upgrade", "ramdisk_v2"]);
+    assert_intact(daemon.socket(), &first.ledgers);
+    let second = Load::resume(daemon.socket(), &options, first.ledgers);
+    second.wait_for(5000);
+    let second = second.stop();
+    second.assert_clean();
+    assert_intact(daemon.socket(), &second.ledgers);
+}
+
+#[test]
+fn an_upgrade_at_every_step_of_the_set_up() {
+    let daemon = ramdisk();
+    let upgrade = |generation: u64, name: &str| {
+        let reply = daemon.call(&["upgrade", name]);
+        assert_eq!(reply["generation"], generation, "{reply}");
+    };
+    let mut raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+    upgrade(2, "ramdisk_v2");
+    raw.share_memory().expect("memory shared");
+    upgrade(3, "ramdisk");
+    raw.start_ring(64).expect("a ring");
+    upgrade(4, "ramdisk_v2");
+    assert_one_read(&mut raw);
+    upgrade(5, "ramdisk");
+    assert_one_read(&mut raw);
+    assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
+    upgrade(6, "ramdisk_v2");
+    raw.start_ring(64).expect("started again");
+    assert_one_read(&mut raw);
+}
+
+/// Reads one sector through a hand-made ring.
+fn assert_one_read(raw: &mut RawSession) {
+    use guest_tests::client::raw::{FREE, GUEST_BASE, WRITE};
+    raw.put(FREE, &[0; 16]).expect("memory");
+    raw.put(FREE + 0x1000, &[0xee]).expect("memory");
+    let at = GUEST_BASE + FREE;
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.offer(0).expect("a kick");
+    assert_eq!(raw.used(5 * SECOND).expect("memory"), Some((0, 513)));
+    assert_eq!(raw.get(FREE + 0x1000, 1).expect("memory"), [0]);
+}
+
+#[test]
+fn upgrades_with_an_idle_client_wake_nobody_and_break_nothing() {
+    let daemon = ramdisk();
+    let mut client =
+        Client::connect(daemon.socket(), &Options { queues: 2, ..Options::default() }).expect("connected");
+    let data = vec![0xa5; 4096];
+    let write = |client: &mut Client, queue: usize, offset| {
+        let request = Request::Write { offset, data: &data };
+        assert_eq!(client.queue(queue).execute(request, 5 * SECOND).expect("an answer").0, Status::Ok);
+    };
+    for (round, name) in ["ramdisk_v2", "ramdisk"].into_iter().cycle().take(20).enumerate() {
+        write(&mut client, round % 2, round as u64 * 4096);
+        daemon.call(&["upgrade", name]);
+    }
+    for round in 0..20 {
+        let read = Request::Read { offset: round * 4096, len: 4096 };
+        let answer = client.queue(1).execute(read, 5 * SECOND).expect("an answer");
+        assert_eq!(answer, (Status::Ok, data.clone()), "block {round}");
+    }
+}
+
+#[test]
+fn a_thousand_sessions_leave_nothing_behind() {
+    const SLACK_KIB: u64 = 2048;
+    let daemon = ramdisk();
+    let sessions = |count: usize| {
+        for round in 0..count {
+            let queues = 1 + round % 2;
+            let mut client = Client::connect(daemon.socket(), &Options { queues, ..Options::default() })
+                .expect("connected");
+            // Always the same block, so that the ramdisk itself does not grow.
+            let request = Request::Write { offset: 0, data: &[round as u8; 4096] };
+            assert_eq!(
+                client.queue(queues - 1).execute(request, 5 * SECOND).expect("an answer").0,
+                Status::Ok
+            );
+            if round % 3 == 0 {
+                // Gone without having waited for the answer.
+                client.queue(0).submit(Request::Read { offset: 0, len: 4096 }, 0).expect("submitted");
+                client.queue(0).kick().expect("kicked");
+            }
+        }
+        wait_for_connected(&daemon, false);
+        // The last session is taken down behind `connected`; the numbers settle shortly after.
+        thread::sleep(SECOND / 5);
+        (daemon.open_fds(), daemon.rss_kib(), threads(&daemon))
+    };
+    let (fds, rss_kib, threads) = sessions(100);
+    let (fds_after, rss_kib_after, threads_after) = sessions(1000);
+    println!(
+        "fds {fds} -> {fds_after}, rss {rss_kib} -> {rss_kib_after} KiB, threads {threads} -> {threads_after}"
+    );
+    assert_eq!(fds, fds_after, "file descriptors leak");
+    assert_eq!(threads, threads_after, "threads leak");
+    assert!(rss_kib_after <= rss_kib + SLACK_KIB, "memory leaks: {rss_kib} -> {rss_kib_after} KiB");
+}
+
+fn threads(daemon: &Daemon) -> usize {
+    std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives").count()
+}
+
+#[test]
+fn a_client_that_vanishes_with_requests_in_flight_is_followed_by_another() {
+    let daemon = ramdisk();
+    let options = LoadOptions::new(2, 32);
+    let mut ledgers = None;
+    for round in 0..20 {
+        let load = match ledgers.take() {
+            None => Load::start(daemon.socket(), &options),
+            Some(ledgers) => Load::resume(daemon.socket(), &options, ledgers),
+        };
+        load.wait_for(500);
+        if round % 4 == 3 {
+            daemon.call(&["upgrade", if round % 8 == 3 { "ramdisk_v2" } else { "ramdisk" }]);
+        }
+        let report = load.abandon();
+        report.assert_clean();
+        ledgers = Some(report.ledgers);
+    }
+    assert_intact(daemon.socket(), &ledgers.expect("twenty rounds"));
+    assert_eq!(daemon.status()["state"], "serving");
+}
+
+#[test]
+fn clients_vanish_while_upgrades_run() {
+    let daemon = ramdisk();
+    let options = LoadOptions::new(2, 32);
+    let mut report = run_load(daemon.socket(), &options, SECOND / 10);
+    for round in 0..20 {
+        let load = Load::resume(daemon.socket(), &options, report.ledgers);
+        load.wait_for(100);
+        report = thread::scope(|scope| {
+            let name = if round % 2 == 0 { "ramdisk_v2" } else { "ramdisk" };
+            let daemon = &daemon;
+            let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", json!({"name": name})));
+            let report = load.abandon();
+            let reply = upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("upgrade: {e:?}"));
+            assert_eq!(reply["generation"], round + 2, "{reply}");
+            report
+        });
+        report.assert_clean();
+    }
+    assert_intact(daemon.socket(), &report.ledgers);
+}
+
+#[test]
+fn sigterm_under_load_ends_quickly_and_cleanly() {
+    let mut daemon = ramdisk();
+    let options = LoadOptions { patience: SECOND, ..LoadOptions::new(2, 32) };
+    let load = Load::start(daemon.socket(), &options);
+    load.wait_for(1000);
+    let (code, took) = daemon.stop();
+    assert_eq!(code, 0, "{}", daemon.log());
+    assert!(took < 5 * SECOND, "SIGTERM took {took:?}");
+    assert!(!daemon.socket().exists(), "the vhost-user socket is left");
+    assert!(!daemon.control().exists(), "the control socket is left");
+    // What was not answered before the end is unanswered; what was answered was answered rightly.
+    let report = load.stop();
+    assert_eq!((report.errors, report.mismatches, report.spurious), (0, 0, 0), "{report:?}");
+}
+
+#[test]
+fn shutdown_by_command_ends_as_sigterm_does() {
+    let daemon = ramdisk();
+    let output = daemon.ctl(&["shutdown"]);
+    assert_eq!(output.status, 0, "{output:?}");
+    let deadline = Instant::now() + 5 * SECOND;
+    while daemon.control().exists() || daemon.socket().exists() {
+        assert!(Instant::now() < deadline, "the sockets are still there:\n{}", daemon.log());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn the_control_socket_is_private_and_a_stale_one_is_replaced() {
+    use std::os::unix::fs::PermissionsExt;
+    let daemon = ramdisk();
+    let mode = |path: &Path| path.metadata().expect("a socket").permissions().mode() & 0o777;
+    assert_eq!(mode(daemon.control()), 0o600);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let stale = directory.path().join("stale.control");
+    drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket that nobody listens on"));
+    let second = Daemon::start(&["--control-path", stale.to_str().expect("UTF-8")]);
+    assert_eq!(second.status()["generation"], 1);
+}

@@ -1,0 +1,306 @@
+//! The walls between the rooms: which crate may know which, and where `unsafe` may stand.
+//!
+//! The arrows are those of the design. They are read from the manifests with `cargo metadata`, so that
+//! an arrow which nobody drew fails here before anyone builds on it. The checkers are pure functions
+//! over plain data, and each has a test that shows it something forbidden.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Who may depend on whom, in the product.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("srcu", &[]),
+    ("shared-heap", &[]),
+    ("domain-api", &[]),
+    ("virtio-blk", &["domain-api"]),
+    ("loader", &["domain-api"]),
+    ("proxy", &["srcu", "shared-heap", "domain-api"]),
+    ("vhost-hotswap", &["proxy", "loader", "virtio-blk", "domain-api"]),
+    ("domain-empty", &["domain-api"]),
+    ("domain-ramdisk", &["domain-api"]),
+    ("domain-file", &["domain-api"]),
+    ("domain-faulty", &["domain-api"]),
+    ("guest-tests", &[]),
+];
+
+/// More arrows that tests, benchmarks and examples may have.
+const ARROWS_OF_TESTS: &[(&str, &[&str])] =
+    &[("guest-tests", &["domain-empty", "domain-ramdisk", "domain-file", "domain-faulty"])];
+
+/// What a domain may use from the registry: nothing that starts threads, logs or knows virtio.
+const CRATES_FOR_DOMAINS: &[&str] = &["rustix", "thiserror"];
+
+/// Where `unsafe` may stand, and why.
+const UNSAFE_ROOMS: &[(&str, &str)] = &[
+    ("backend/srcu", "pointers that live until the last reader has left"),
+    ("backend/loader", "mapping a module and calling into it"),
+    ("domains/api", "the C ABI below the safe traits"),
+    ("backend/virtio-blk", "guest memory is handed to the kernel as iovecs"),
+    ("guest-tests/src/client.rs", "rings and buffers that another process shares"),
+];
+
+/// One dependency, as a manifest has it.
+#[derive(Debug)]
+struct Arrow {
+    from: String,
+    to: String,
+    is_for_tests: bool,
+}
+
+fn arrow(from: &str, to: &str, is_for_tests: bool) -> Arrow {
+    Arrow { from: from.into(), to: to.into(), is_for_tests }
+}
+
+fn allowed(table: &[(&str, &[&str])], arrow: &Arrow) -> bool {
+    table.iter().any(|(from, to)| *from == arrow.from && to.contains(&arrow.to.as_str()))
+}
+
+/// Says which arrows are not in the tables. `rooms` are the names of our own crates.
+fn wrong_arrows(rooms: &BTreeSet<String>, arrows: &[Arrow]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for room in rooms {
+        if !ARROWS.iter().any(|(name, _)| name == room) {
+            wrong.push(format!("`{room}` is a room that the design does not have"));
+        }
+    }
+    for arrow in arrows {
+        let Arrow { from, to, is_for_tests } = arrow;
+        let is_domain = from.starts_with("domain-") && from != "domain-api";
+        if rooms.contains(to) {
+            let also_for_tests = *is_for_tests && allowed(ARROWS_OF_TESTS, arrow);
+            // A crate may take itself for its own tests, to switch on a feature.
+            let is_itself = *is_for_tests && from == to;
+            if !allowed(ARROWS, arrow) && !also_for_tests && !is_itself {
+                wrong.push(format!("`{from}` must not depend on `{to}`"));
+            }
+        } else if is_domain && !is_for_tests && !CRATES_FOR_DOMAINS.contains(&to.as_str()) {
+            wrong.push(format!("`{from}` is a domain and must not use `{to}`"));
+        }
+    }
+    wrong
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
+}
+
+/// The members of the workspace: name, directory, dependencies.
+fn members() -> Vec<(String, PathBuf, Vec<Arrow>)> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
+        .current_dir(workspace())
+        .output()
+        .expect("cargo can be run");
+    assert!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let text = |value: &Value| value.as_str().expect("a string").to_owned();
+    let packages = metadata["packages"].as_array().expect("a list of packages");
+    packages
+        .iter()
+        .map(|package| {
+            let from = text(&package["name"]);
+            let dependencies = package["dependencies"].as_array().expect("a list of dependencies");
+            let arrows =
+                dependencies.iter().map(|d| arrow(&from, &text(&d["name"]), d["kind"] == "dev")).collect();
+            let manifest = PathBuf::from(text(&package["manifest_path"]));
+            (from, manifest.parent().expect("a directory").to_owned(), arrows)
+        })
+        .collect()
+}
+
+#[test]
+fn only_the_drawn_arrows_exist() {
+    let members = members();
+    let rooms = members.iter().map(|(name, ..)| name.clone()).collect();
+    let arrows: Vec<Arrow> = members.into_iter().flat_map(|(_, _, arrows)| arrows).collect();
+    assert!(arrows.len() > 10, "hardly any dependency was found: {arrows:?}");
+    let wrong = wrong_arrows(&rooms, &arrows);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_made_up_arrow_is_found() {
+    let rooms: BTreeSet<String> = ARROWS.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let good = [
+        arrow("proxy", "srcu", false),
+        arrow("srcu", "loom", true),
+        arrow("domain-file", "rustix", false),
+        arrow("domain-file", "tempfile", true),
+        arrow("domain-file", "domain-api", true),
+        arrow("guest-tests", "domain-ramdisk", true),
+        arrow("domain-api", "domain-api", true),
+    ];
+    assert_eq!(wrong_arrows(&rooms, &good), Vec::<String>::new());
+    for bad in [
+        arrow("srcu", "proxy", false),
+        arrow("virtio-blk", "proxy", false),
+        arrow("domain-api", "srcu", false),
+        arrow("domain-ramdisk", "virtio-blk", false),
+        arrow("domain-file", "domain-empty", false),
+        arrow("domain-file", "domain-empty", true),
+        arrow("domain-file", "vhost", false),
+        arrow("guest-tests", "domain-ramdisk", false),
+        arrow("guest-tests", "vhost-hotswap", true),
+        arrow("loader", "domain-ramdisk", true),
+    ] {
+        assert_eq!(wrong_arrows(&rooms, std::slice::from_ref(&bad)).len(), 1, "{bad:?} went through");
+    }
+    let more: BTreeSet<String> = rooms.into_iter().chain(["attic".to_owned()]).collect();
+    assert_eq!(wrong_arrows(&more, &[]).len(), 1, "a new room went through");
+}
+
+/// Rust code without its comments, strings and characters.
+fn code_only(source: &str) -> String {
+    let mut code = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(first) = rest.chars().next() {
+        let after_word = code.ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        let skip = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("/*") {
+            block_comment(rest)
+        } else if let Some(length) = raw_string(rest).filter(|_| !after_word) {
+            length
+        } else if first == '"' {
+            quoted(rest, '"')
+        } else if first == '\'' {
+            character(rest)
+        } else {
+            0
+        };
+        if skip == 0 {
+            code.push(first);
+            rest = &rest[first.len_utf8()..];
+        } else {
+            code.push(' ');
+            rest = &rest[skip..];
+        }
+    }
+    code
+}
+
+/// Length of a block comment; they nest.
+fn block_comment(text: &str) -> usize {
+    let (mut depth, mut at) = (0, 0);
+    while at < text.len() {
+        let here = &text.as_bytes()[at..];
+        let step = match here {
+            [b'/', b'*', ..] => 1,
+            [b'*', b'/', ..] => -1,
+            _ => 0,
+        };
+        depth += step;
+        at += if step == 0 { 1 } else { 2 };
+        if depth == 0 {
+            break;
+        }
+    }
+    at
+}
+
+/// Length of a raw string (`r"`, `r#"`, `br"`), when one starts here.
+fn raw_string(text: &str) -> Option<usize> {
+    let body = text.strip_prefix("br").or_else(|| text.strip_prefix('r'))?;
+    let hashes = body.len() - body.trim_start_matches('#').len();
+    let inner = body[hashes..].strip_prefix('"')?;
+    let end = format!("\"{}", "#".repeat(hashes));
+    let length = inner.find(&end).map_or(inner.len(), |at| at + end.len());
+    Some(text.len() - inner.len() + length)
+}
+
+/// Length of a text in quotes with escapes.
+fn quoted(text: &str, quote: char) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            c if c == quote => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// Length of a character, or 0 when the quote starts a lifetime.
+fn character(text: &str) -> usize {
+    let mut following = text.chars().skip(1);
+    match (following.next(), following.next()) {
+        (Some('\\'), _) | (Some(_), Some('\'')) => quoted(text, '\''),
+        _ => 0,
+    }
+}
+
+/// Whether the word `unsafe` stands in the code.
+fn has_unsafe(source: &str) -> bool {
+    let code = code_only(source);
+    code.split(|c: char| !(c.is_alphanumeric() || c == '_')).any(|word| word == "unsafe")
+}
+
+#[test]
+fn the_word_is_found_in_code_and_only_there() {
+    for code in
+        ["unsafe { f() }", "unsafe fn f() {}", "x.map(|y| unsafe{y})", "#[unsafe(no_mangle)]", "'a' unsafe"]
+    {
+        assert!(has_unsafe(code), "not found in: {code}");
+    }
+    let raw = "r##\"unsafe \"# unsafe\"##";
+    for other in [
+        "// unsafe",
+        "/* /* unsafe */ unsafe */",
+        "\"unsafe \\\" unsafe\"",
+        raw,
+        "#![forbid(unsafe_code)]",
+        "fn is_unsafe<'a>(x: &'a str) {}",
+        "'\"' // unsafe",
+    ] {
+        assert!(!has_unsafe(other), "found in: {other}");
+    }
+    assert!(has_unsafe(&format!("let x = {raw}; let y = '\\''; unsafe {{}}")));
+}
+
+/// All Rust files below a directory.
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).expect("a directory") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() && path.file_name() != Some("target".as_ref()) {
+            sources(&path, found);
+        } else if path.extension() == Some("rs".as_ref()) {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn unsafe_stands_only_where_it_is_needed() {
+    let workspace = workspace();
+    let mut files = Vec::new();
+    for (_, directory, _) in members() {
+        sources(&directory, &mut files);
+    }
+    assert!(files.len() > 20, "hardly any source was found: {files:?}");
+    let wrong: Vec<_> = files
+        .iter()
+        .map(|path| path.strip_prefix(&workspace).expect("a path in the workspace"))
+        .filter(|path| !UNSAFE_ROOMS.iter().any(|(room, _)| path.starts_with(room)))
+        .filter(|path| has_unsafe(&fs::read_to_string(workspace.join(path)).expect("a source in UTF-8")))
+        .collect();
+    assert!(wrong.is_empty(), "`unsafe` stands outside of its rooms, in {wrong:?}");
+}
+
+#[test]
+fn every_domain_forbids_unsafe_code() {
+    let mut domains = 0;
+    for (name, directory, _) in members() {
+        if name.starts_with("domain-") && name != "domain-api" {
+            let source = fs::read_to_string(directory.join("src/lib.rs")).expect("a lib.rs");
+            assert!(code_only(&source).contains("#![forbid(unsafe_code)]"), "`{name}` does not forbid it");
+            domains += 1;
+        }
+    }
+    assert!(domains >= 4, "only {domains} domains were found");
+}
