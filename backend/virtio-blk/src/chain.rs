@@ -50,8 +50,9 @@ pub enum MalformedChain {
     /// A descriptor table is not in guest memory.
     #[error("a descriptor table is outside of guest memory")]
     TableOutside,
-    /// An indirect table in an indirect table, or one whose length is not that of 1 to 65535 descriptors (2.7.5.3).
-    #[error("an indirect descriptor table is nested or has a length of {len} bytes")]
+    /// An indirect table in an indirect table, one that is not the end of its chain, or one whose length is not that of 1 to 65535 descriptors
+    /// (2.7.5.3).
+    #[error("an indirect descriptor table is nested, has a successor, or has a length of {len} bytes")]
     Indirect {
         /// The length that its descriptor gives.
         len: u32,
@@ -140,12 +141,13 @@ impl Descriptors {
         Ok(Descriptor { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 })
     }
 
-    /// Goes on in an indirect table, from its first descriptor (2.7.5.3.2: whatever the reference says about writing or
-    /// about a next one).
+    /// Goes on in an indirect table, from its first descriptor, whatever the reference says about writing (2.7.5.3.2). It must be the chain's last:
+    /// with a next one it would mean something else to whoever follows that (2.7.5.3.1 forbids it).
     fn enter(&mut self, reference: &Descriptor) -> Result<(), MalformedChain> {
         let len = reference.len;
         let size = u16::try_from(len / DESCRIPTOR_SIZE).unwrap_or(0);
-        if self.is_indirect || size == 0 || !len.is_multiple_of(DESCRIPTOR_SIZE) {
+        let last = reference.flags & NEXT == 0;
+        if self.is_indirect || !last || size == 0 || !len.is_multiple_of(DESCRIPTOR_SIZE) {
             return Err(MalformedChain::Indirect { len });
         }
         self.table = DescriptorTable { addr: reference.addr, size };

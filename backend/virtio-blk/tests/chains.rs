@@ -282,7 +282,7 @@ fn indirect_tables_are_followed_wherever_they_are() {
         write_table(&guest.memory, at, &inner);
         assert_eq!(request(guest.parse_table(&[(at, 48, INDIRECT, 0)])), (op::READ, 0, 9 * 512, 512));
         // 2.7.5.3.2: what else its flags say is ignored.
-        assert_eq!(request(guest.parse_table(&[(at, 48, INDIRECT | WRITE | NEXT, 99)])).3, 512);
+        assert_eq!(request(guest.parse_table(&[(at, 48, INDIRECT | WRITE, 99)])).3, 512);
     }
     // Some descriptors of the queue, then the table (2.7.5.3.2).
     write_table(&guest.memory, INDIRECT_TABLE, &[(DATA, 512, WRITE | NEXT, 1), (STATUS, 1, WRITE, 0)]);
@@ -305,6 +305,8 @@ fn bad_indirect_tables_cannot_be_answered() {
     let looping = [(HEADER, 16, NEXT, 1), (DATA, 512, WRITE | NEXT, 1)];
     write_table(&guest.memory, INDIRECT_TABLE, &looping);
     assert_eq!(malformed(guest.parse_table(&table(32))), MalformedChain::Loop);
+    let followed = [(INDIRECT_TABLE, 48, INDIRECT | NEXT, 1), (STATUS, 1, WRITE, 0)];
+    assert_eq!(malformed(guest.parse_table(&followed)), MalformedChain::Indirect { len: 48 });
     let nested = [(HEADER, 16, NEXT, 1), (INDIRECT_TABLE, 48, INDIRECT, 0)];
     write_table(&guest.memory, INDIRECT_TABLE, &nested);
     assert_eq!(malformed(guest.parse_table(&table(48))), MalformedChain::Indirect { len: 48 });
