@@ -11,9 +11,9 @@
 pub mod args;
 pub mod control;
 pub mod device;
-mod exit_event;
 mod guest_memory;
 mod json;
+pub mod raw_fd;
 mod ring;
 pub mod session;
 mod worker;

@@ -8,7 +8,7 @@ use proxy::DomainProxy;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::control::{Server, SocketFile};
 use vhost_hotswap::device::Device;
+use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
 
 /// How long stopping may take before what is left is left.
@@ -60,26 +61,6 @@ fn front(listen: &Listen) -> Result<Front, String> {
             SocketFile::listen(path, 0o600).map(Front::Path).map_err(|error| error.to_string())
         }
         Listen::Fd(fd) => inherited(*fd).map(Front::Inherited),
-    }
-}
-
-/// Takes over a descriptor that whoever started us says is a listening Unix socket.
-fn inherited(fd: RawFd) -> Result<UnixListener, String> {
-    let wrong = |why: &str| {
-        format!(
-            "descriptor {fd} {why}; give --fd the number of a listening Unix stream socket, or use --socket-path"
-        )
-    };
-    if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
-        return Err(wrong("was not passed to this process"));
-    }
-    // SAFETY: it is open, and by the convention of `--fd` (QEMU, vhost-user backend program conventions) it is ours alone; nothing else in this process has
-    // been opened yet that could have the number.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    match rustix::net::sockopt::socket_acceptconn(&fd) {
-        Ok(true) => Ok(UnixListener::from(fd)),
-        Ok(false) => Err(wrong("is a socket that does not listen")),
-        Err(error) => Err(wrong(&format!("is no socket ({error})"))),
     }
 }
 

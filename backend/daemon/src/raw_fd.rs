@@ -1,13 +1,37 @@
-//! The events that end the worker threads of a session, and the descriptors behind them.
+//! Descriptors that come or go as bare numbers: the listening socket of `--fd`, and the events that end a session's threads.
 //!
-//! `vhost-user-backend` takes each event's reading end and forgets it when the session is over: one descriptor lost per queue and session. So we keep the
+//! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is over: one descriptor lost per queue and session. So we keep the
 //! numbers and close them, once the threads that used them are gone.
 
 use crate::session::lock;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::sync::Mutex;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+/// Takes over a descriptor that whoever started us says is a listening Unix socket.
+///
+/// # Errors
+/// It is no such descriptor; the sentence says what to give instead.
+pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
+    let wrong = |why: &str| {
+        format!(
+            "descriptor {fd} {why}; give --fd the number of a listening Unix stream socket, or use --socket-path"
+        )
+    };
+    if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(wrong("was not passed to this process"));
+    }
+    // SAFETY: it is open, and by the convention of `--fd` (QEMU, vhost-user backend program conventions) it is ours alone; nothing else in this process has
+    // been opened yet that could have the number.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    match rustix::net::sockopt::socket_acceptconn(&fd) {
+        Ok(true) => Ok(UnixListener::from(fd)),
+        Ok(false) => Err(wrong("is a socket that does not listen")),
+        Err(error) => Err(wrong(&format!("is no socket ({error})"))),
+    }
+}
 
 /// The events of one session.
 pub(crate) struct ExitEvents {

@@ -10,7 +10,7 @@
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
 //! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
-use crate::exit_event::ExitEvents;
+use crate::raw_fd::ExitEvents;
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
 use proxy::{DomainProxy, Notifier};
@@ -32,9 +32,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// After so long a drain asks the domain to cancel what is in flight.
-const CANCEL_AFTER: Duration = Duration::from_secs(1);
-/// After so long a drain is given up.
+/// After so long a drain is given up. Nothing is cancelled before: a guest that comes back must not find errors that were made by our leaving.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What does not change from session to session.
@@ -59,8 +57,6 @@ struct QueuePost {
     /// The newest request to settle that was met: nothing in flight, nothing being popped.
     settled: Mutex<u64>,
     settled_changed: Condvar,
-    /// Ask the domain to cancel.
-    cancel: AtomicBool,
     /// Leave even if something is in flight.
     abandon: AtomicBool,
     /// The queue's thread has ended.
@@ -146,7 +142,6 @@ impl Session {
                 asked: AtomicU64::new(0),
                 settled: Mutex::new(0),
                 settled_changed: Condvar::new(),
-                cancel: AtomicBool::new(false),
                 abandon: AtomicBool::new(false),
                 gone: AtomicBool::new(false),
             })
@@ -191,13 +186,13 @@ impl Session {
                 memory_version: self.memory_version.load(Ordering::Acquire),
                 memory: &self.memory,
             });
-            if post.cancel.swap(false, Ordering::Relaxed) {
-                serving.cancel();
-            }
             idle = serving.in_flight() == 0;
-            if ending && (idle || post.abandon.load(Ordering::Relaxed)) {
-                *worker = None;
+            if ending && !idle && post.abandon.load(Ordering::Relaxed) {
+                serving.abandon();
                 idle = true;
+            }
+            if ending && idle {
+                *worker = None;
             }
         }
         drop(worker);
@@ -236,28 +231,18 @@ impl Session {
         let post = &self.posts[queue];
         let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let _ = post.wake.write(1);
-        let started = Instant::now();
-        let mut cancelled = false;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         let mut settled = lock(&post.settled);
         while *settled < asked {
-            let waited = started.elapsed();
-            if waited >= DRAIN_TIMEOUT {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     format!("queue {queue} was not drained in {} s", DRAIN_TIMEOUT.as_secs()),
                 ));
             }
-            if waited >= CANCEL_AFTER && !cancelled {
-                cancelled = true;
-                post.cancel.store(true, Ordering::Relaxed);
-                let _ = post.wake.write(1);
-            }
-            let limit = if cancelled { DRAIN_TIMEOUT } else { CANCEL_AFTER };
-            settled = post
-                .settled_changed
-                .wait_timeout(settled, limit.saturating_sub(waited))
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            settled =
+                post.settled_changed.wait_timeout(settled, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(())
     }
@@ -267,7 +252,9 @@ impl Session {
         self.ending.store(true, Ordering::Release);
         for queue in 0..self.posts.len() {
             if let Err(error) = self.settle(queue) {
-                log::error!("{error}; its requests are left to the domain");
+                log::error!("{error}; its requests stay unanswered");
+                self.proxy
+                    .leave_behind(&format!("requests of queue {queue}, in flight when the session ended"));
                 let post = &self.posts[queue];
                 post.abandon.store(true, Ordering::Relaxed);
                 let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
@@ -442,6 +429,9 @@ pub fn serve(
 ) -> io::Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let session = Arc::new(Session::new(proxy, config, memory.clone())?);
+    use vhost::vhost_user::Error::{Disconnected, PartialMessage};
+    use vhost_user_backend::Error::HandleRequest;
+
     let other = |error: vhost_user_backend::Error| io::Error::other(error.to_string());
     let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), Backend(Arc::clone(&session)), memory)
         .map_err(other)?;
@@ -460,7 +450,11 @@ pub fn serve(
         proxy.connected(false);
         handle.set(None);
         lock(&session.shutdown).take();
-        ended.map_err(other)
+        match ended {
+            // How frontends go: between two messages, or in the middle of one.
+            Err(HandleRequest(Disconnected | PartialMessage)) => Ok(()),
+            ended => ended.map_err(other),
+        }
     });
     session.leave();
     // Joins the threads; their workers have left.

@@ -129,9 +129,10 @@ impl QueueWorker {
         self.lane.in_flight()
     }
 
-    /// Asks the domain to end what is in flight.
-    pub(crate) fn cancel(&self) {
+    /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to anybody.
+    pub(crate) fn abandon(&mut self) {
         self.lane.cancel();
+        self.lane.reap(|_| {});
     }
 
     /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades are concerned.

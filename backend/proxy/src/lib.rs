@@ -122,6 +122,7 @@ struct View {
     counts: Counts,
     resident: Vec<String>,
     leaving: Option<String>,
+    left: Vec<String>,
     history: VecDeque<Entry>,
 }
 
@@ -372,13 +373,18 @@ impl DomainProxy {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
+    /// Records something that had to be left, for the end.
+    pub fn leave_behind(&self, what: &str) {
+        lock(&self.view).left.push(what.to_owned());
+    }
+
     /// Ends the device, after all workers have left: the live domain writes down and flushes what it has.
     ///
     /// Returns what had to be left, in sentences.
     pub fn stop(&self) -> Vec<String> {
         self.begin_stop();
         let mut upgrades = lock(&self.upgrades);
-        let mut left = Vec::new();
+        let mut left = std::mem::take(&mut lock(&self.view).left);
         if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
             && let Err(error) = live.instance.quiesce()
         {
