@@ -137,7 +137,11 @@ fn attach_against_swap() {
     model(4, || {
         let cell = cell(1);
         let other = Arc::clone(&cell);
-        let worker = thread::spawn(move || work(&mut attach(&other), 1));
+        let worker = thread::spawn(move || {
+            let mut reader = attach(&other);
+            reader.read().check();
+            work(&mut reader, 1);
+        });
         swap(&cell, 2);
         worker.join().unwrap();
     });
@@ -419,19 +423,16 @@ fn late_claim_against_next_gate() {
     });
 }
 
-/// The same claimer comes upon somebody who lies down at the next gate, and leaves without claiming anybody for it.
+/// The same claimer, reduced to its claim, comes upon somebody who lies down at the next gate.
 #[test]
 fn late_claim_against_sleeper() {
-    model(2, || {
-        let cell = cell(2);
-        let mut late = attach(&cell);
+    model(4, || {
+        let cell = cell(1);
         let mut sleeper = attach(&cell);
         let gate = cell.shut(exchange(2)).unwrap();
-        let late = thread::spawn(move || {
-            late.arrive();
-            late.read().check();
-        });
-        assert!(cell.give_up(gate).is_some(), "the other one has not arrived");
+        assert!(cell.give_up(gate).is_some(), "nobody has arrived");
+        let other = Arc::clone(&cell);
+        let late = thread::spawn(move || other.claim_all(gate.epoch));
         let gate = cell.shut(exchange(2)).unwrap();
         if !leak_sleep(&mut sleeper) {
             work(&mut sleeper, 1);

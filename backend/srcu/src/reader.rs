@@ -2,11 +2,11 @@
 //!
 //! Read the cases on the crate's page first; each fence and ordering below names its case.
 //!
-//! One invariant besides them: [`Reader`]'s `value` is null exactly while the slot is not `Online`. Safe code can leak the
+//! One invariant besides them: [`Reader`]'s `value` is null exactly while the slot is not `Online`. Safe code can let go of the
 //! guard of a sleep and have the reader in its hands while the slot says `Asleep`; every method finds out by this.
 
 use crate::mutation::{Mutation, planted};
-use crate::sync::{Ordering, SPINS, full_fence, lock, order, this_thread};
+use crate::sync::{Ordering, full_fence, lock, order, spins, this_thread};
 use crate::word::{Kind, Pending, SlotWord, Word};
 use crate::{Cell, Desk, Slot};
 use std::ptr;
@@ -34,6 +34,8 @@ pub struct Reader<T: Send + Sync> {
     index: usize,
     /// W as of the last time that we looked.
     seen: Word,
+    /// The same if the gate was open then, else nothing: all that the usual case compares.
+    open: Word,
     /// P as loaded after `seen`. Null: the slot is not online.
     value: *const T,
     /// Both, as of lying down: still good if W has not changed when we wake.
@@ -77,6 +79,7 @@ impl<T: Send + Sync> Cell<T> {
                     cell: Arc::clone(self),
                     index,
                     seen: Word::NONE,
+                    open: Word::NONE,
                     value: ptr::null(),
                     before: Reader::<T>::NOTHING,
                 };
@@ -112,7 +115,7 @@ impl<T: Send + Sync> Cell<T> {
 
     /// Waits until W is no longer `shut`.
     fn wait_open(&self, shut: Word) {
-        for _ in 0..SPINS {
+        for _ in 0..spins() {
             if self.word() != shut {
                 return;
             }
@@ -198,16 +201,17 @@ impl<T: Send + Sync> Reader<T> {
     }
 
     /// Stands between two read sections. The usual case, nothing changed, is one load and a compare.
+    ///
+    /// Wakes a reader whose sleep was not ended ([`Asleep::until_pass`]); that waits while it counts as arrived at a shut gate.
     #[inline]
     pub fn pass(&mut self) -> Gate {
-        let word = self.cell.word();
-        if word == self.seen && !word.is_shut() { Gate::Open } else { self.look() }
+        if self.cell.word() == self.open { Gate::Open } else { self.look() }
     }
 
     /// The value. Stays the same, and valid, until the next call that takes `&mut self`.
     ///
     /// # Panics
-    /// If the guard of a [`sleep`](Self::sleep) was leaked, and [`pass`](Self::pass) not called since.
+    /// In a sleep that was left to end with the next [`pass`](Self::pass) ([`Asleep::until_pass`]), or whose guard was leaked.
     #[inline]
     #[must_use]
     pub fn read(&self) -> &T {
@@ -222,7 +226,7 @@ impl<T: Send + Sync> Reader<T> {
     #[cold]
     #[inline(never)]
     fn look(&mut self) -> Gate {
-        self.wake_if_leaked();
+        self.wake_if_asleep();
         let word = self.cell.word();
         if word != self.seen {
             return self.adopt(word);
@@ -232,6 +236,7 @@ impl<T: Send + Sync> Reader<T> {
 
     /// Online, and between two sections: takes note of a W that is new to us, and takes up the value of now.
     fn adopt(&mut self, word: Word) -> Gate {
+        self.open = if word.is_shut() { Word::NONE } else { word };
         if planted(Mutation::KeepOldAtGate) && word.is_shut() && !self.value.is_null() {
             self.seen = word;
             return Gate::Shut;
@@ -255,7 +260,7 @@ impl<T: Send + Sync> Reader<T> {
     ///
     /// Afterwards [`pass`](Self::pass) tells what is there now. Does nothing if the gate is open.
     pub fn arrive(&mut self) {
-        self.wake_if_leaked();
+        self.wake_if_asleep();
         let word = self.cell.word();
         if !word.is_shut() {
             return;
@@ -270,12 +275,12 @@ impl<T: Send + Sync> Reader<T> {
 
     /// Announces that we are outside, after the last use of the value (case 1).
     fn go_outside(&mut self, slot: SlotWord) {
-        self.seen = Word::NONE;
+        (self.seen, self.open) = (Word::NONE, Word::NONE);
         self.value = ptr::null();
         self.announce(slot);
     }
 
-    fn wake_if_leaked(&mut self) {
+    fn wake_if_asleep(&mut self) {
         if self.value.is_null() {
             self.come_online();
         }
@@ -311,6 +316,7 @@ impl<T: Send + Sync> Reader<T> {
             // Nothing has happened; say so, because `pass` will not say it again.
             self.announce(SlotWord::new(word.epoch(), Kind::Online));
             (self.seen, self.value) = self.before;
+            self.open = if word.is_shut() { Word::NONE } else { word };
         } else {
             // Not the pointer from before: while we were outside it may have been freed. `seen` stays nothing, so that the
             // next `pass` says that something changed.
@@ -327,7 +333,7 @@ impl<T: Send + Sync> Reader<T> {
     /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass): look again first. A
     /// reader that owes may sleep at a shut gate that it has seen, one that does not must [`arrive`](Self::arrive).
     pub fn sleep(&mut self, owing: bool) -> Option<Asleep<'_, T>> {
-        self.wake_if_leaked();
+        self.wake_if_asleep();
         if !owing && self.seen.is_shut() {
             return None;
         }
@@ -346,11 +352,14 @@ impl<T: Send + Sync> Reader<T> {
 
     /// Asleep, and W says `word`: whether the gate that it tells of has us as arrived already, so that we can sleep on.
     fn is_taken(&self, word: Word) -> bool {
+        let slot = &self.cell.slot(self.index).word;
+        if planted(Mutation::SleepOnAnyClaim) {
+            let lying = SlotWord::new(self.before.0.epoch(), Kind::Asleep).0;
+            return slot.compare_exchange(lying, lying, Ordering::AcqRel, Ordering::Relaxed).is_err();
+        }
         // Relaxed: nothing is read on the strength of it.
-        let slot = SlotWord(self.cell.slot(self.index).word.load(Ordering::Relaxed));
-        slot.kind() == Kind::Asleep
-            && (word == Word::shut(slot.epoch())
-                || planted(Mutation::SleepOnAnyClaim) && slot.epoch() != self.before.0.epoch())
+        let slot = SlotWord(slot.load(Ordering::Relaxed));
+        slot.kind() == Kind::Asleep && word == Word::shut(slot.epoch())
     }
 }
 
@@ -358,13 +367,20 @@ impl<T: Send + Sync> Reader<T> {
 #[inline(never)]
 #[track_caller]
 fn not_online() -> ! {
-    panic!("the guard of this reader's sleep was leaked: pass() before read()")
+    panic!("a reader that sleeps has no value: pass() before read()")
 }
 
 /// A reader that sleeps. Dropping it wakes the reader.
 #[must_use = "dropping it ends the sleep at once"]
 pub struct Asleep<'r, T: Send + Sync> {
     reader: &'r mut Reader<T>,
+}
+
+impl<T: Send + Sync> Asleep<'_, T> {
+    /// Lets the reader sleep on until its next [`pass`](Reader::pass), for an event loop that cannot hold the guard.
+    pub fn until_pass(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl<T: Send + Sync> Drop for Asleep<'_, T> {

@@ -21,12 +21,11 @@ pub(crate) use loom::{
 use crate::mutation::{Mutation, planted};
 
 /// How often a waiter looks again before it asks the kernel to put it to sleep: some 10 µs, the length of a
-/// handover between busy workers that all have a CPU.
-#[cfg(not(loom))]
-pub(crate) const SPINS: u32 = 400;
-/// A model explores each look separately; the one under the lock is enough.
-#[cfg(loom)]
-pub(crate) const SPINS: u32 = 0;
+/// handover between busy workers that all have a CPU. A model explores each look separately; the last one is enough.
+#[inline]
+pub(crate) const fn spins() -> u32 {
+    if cfg!(loom) { 0 } else { 400 }
+}
 
 /// Locks; a panic of another holder does not make our own state invalid, because every critical section here is a
 /// few stores.

@@ -1,7 +1,7 @@
 //! The upgrader's side: swap and its grace period, handover and its rendezvous.
 
 use crate::mutation::{Mutation, planted};
-use crate::sync::{Ordering, SPINS, full_fence, lock, order, this_thread, yield_now};
+use crate::sync::{Ordering, full_fence, lock, order, spins, this_thread, yield_now};
 use crate::word::{Kind, Pending, SlotWord, Word};
 use crate::{Cell, Desk};
 use std::any::Any;
@@ -269,7 +269,7 @@ impl<T: Send + Sync> Cell<T> {
 /// A gate that is shut.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shut {
-    epoch: u64,
+    pub(crate) epoch: u64,
     at: Instant,
 }
 
@@ -313,7 +313,7 @@ impl<T: Send + Sync> Grace<T> {
         while !self.poll() {
             // Readers must not pay for telling us, so we look: at once for a while, then ever more rarely.
             looks += 1;
-            if looks <= SPINS {
+            if looks <= spins() {
                 std::hint::spin_loop();
                 continue;
             }
@@ -325,7 +325,7 @@ impl<T: Send + Sync> Grace<T> {
             if cfg!(loom) {
                 yield_now();
             } else {
-                std::thread::sleep(Duration::from_micros(u64::from(looks - SPINS).min(50) * 20));
+                std::thread::sleep(Duration::from_micros(u64::from(looks - spins()).min(50) * 20));
             }
         }
         // SAFETY: it came from `Box::into_raw`, `swap` took it out of the cell, and no reader uses it any more (cases 1 and 2).

@@ -297,7 +297,7 @@ fn a_leaked_sleep_leaves_nothing_to_read_before_the_next_pass() {
     std::mem::forget(reader.sleep(false).unwrap());
     assert_eq!(reader.sleep(false).map(drop), Some(()), "awake again, and asleep again");
     assert_eq!(*reader.read(), 2);
-    std::mem::forget(reader.sleep(true).unwrap());
+    reader.sleep(true).unwrap().until_pass();
     reader.arrive();
     assert_eq!(*reader.read(), 2);
 }

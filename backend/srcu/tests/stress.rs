@@ -140,8 +140,9 @@ impl World {
                 } else {
                     chance.dawdle();
                 }
-                if owes == 0 && chance.one_in(50) {
-                    asleep.map(std::mem::forget);
+                match asleep {
+                    Some(asleep) if owes == 0 && chance.one_in(50) => std::mem::forget(asleep),
+                    _ => {}
                 }
             }
         }
@@ -162,8 +163,11 @@ impl World {
     }
 
     fn swap(&self, cell: &Arc<Cell<Value>>, chance: &mut Chance) {
+        let turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let generation = self.newest.fetch_add(1, Ordering::Relaxed) + 1;
-        match cell.swap(Value::new(generation)) {
+        let swapped = cell.swap(Value::new(generation));
+        drop(turn);
+        match swapped {
             Ok(mut grace) => {
                 self.count(&self.swaps);
                 loop {
@@ -178,7 +182,7 @@ impl World {
         }
     }
 
-    fn handover(self: &Arc<Self>, cell: &Arc<Cell<Value>>, chance: &mut Chance) {
+    fn handover(self: &Arc<Self>, cell: &Arc<Cell<Value>>, publishes: bool, chance: &mut Chance) {
         let (world, panics) = (Arc::clone(self), chance.one_in(10));
         let exchange = Box::new(move |old: &Value| {
             let alone = || assert_eq!(world.inside.load(Ordering::SeqCst), 0, "a reader is inside");
@@ -189,7 +193,7 @@ impl World {
             if panics {
                 resume_unwind(Box::new("on purpose"));
             }
-            Some(Value::new(world.newest.fetch_add(1, Ordering::Relaxed) + 1))
+            publishes.then(|| Value::new(world.newest.fetch_add(1, Ordering::Relaxed) + 1))
         });
         let timeout = Duration::from_micros(chance.below(3_000));
         match cell.handover(exchange, || {}, timeout) {
@@ -198,8 +202,7 @@ impl World {
                 if let Some(panic) = panic.filter(|panic| panic.downcast_ref() != Some(&"on purpose")) {
                     resume_unwind(panic);
                 }
-                assert_eq!(old.is_none(), panics);
-                old.iter().for_each(|old| drop(old.check()));
+                assert_eq!(old.map(|old| old.check()).is_some(), publishes && !panics);
             }
             Ok(Handover::TimedOut { .. }) => self.count(&self.timeouts),
             Err(UpdateError::Busy) => self.count(&self.busy),
@@ -207,19 +210,17 @@ impl World {
         }
     }
 
-    /// Swaps and handovers. A swap's generation is drawn before it is published, so two upgraders take turns, but for handovers,
-    /// which draw theirs inside; those may contend.
+    /// Handovers: in turn, or out of turn, to contend. The latter do not publish, because a swap draws its generation first.
     fn upgrade(self: &Arc<Self>, cell: &Arc<Cell<Value>>) {
         let mut chance = Chance::new();
         while !self.stop.load(Ordering::Relaxed) {
             if chance.one_in(4) {
-                self.handover(cell, &mut chance);
+                self.handover(cell, false, &mut chance);
             } else {
-                let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                if chance.one_in(2) {
-                    self.handover(cell, &mut chance);
-                }
-                chance.dawdle();
+                let turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                self.handover(cell, true, &mut chance);
+                drop(turn);
+                thread::sleep(Duration::from_micros(chance.below(200)));
             }
         }
     }
