@@ -39,6 +39,7 @@ fn queue(status: &QueueStatus) -> Value {
         "errors": status.errors,
         "malformed": status.malformed,
         "parks": status.parks,
+        "replayed": status.replayed,
     })
 }
 
@@ -56,6 +57,7 @@ pub(crate) fn status(status: &Status, connected: bool) -> Value {
             "committed": status.counts.committed,
             "refused": status.counts.refused,
             "rolled_back": status.counts.rolled_back,
+            "takeovers": status.counts.takeovers,
         },
         "resident_modules": status.resident,
         "connected": connected,

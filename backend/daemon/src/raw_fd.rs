@@ -5,10 +5,11 @@
 
 use crate::session::lock;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Mutex;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Takes over a descriptor that whoever started us says is a listening Unix socket.
 ///
@@ -31,6 +32,16 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
         Ok(false) => Err(wrong("is a socket that does not listen")),
         Err(error) => Err(wrong(&format!("is no socket ({error})"))),
     }
+}
+
+/// A dup of an event's descriptor.
+///
+/// # Errors
+/// There are no descriptors left.
+pub(crate) fn dup(event: &EventFd) -> io::Result<OwnedFd> {
+    let dup = event.try_clone()?;
+    // SAFETY: the dup is ours, open, and given away by `into_raw_fd`.
+    Ok(unsafe { OwnedFd::from_raw_fd(dup.into_raw_fd()) })
 }
 
 /// The events of one session.

@@ -10,13 +10,13 @@
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
 //! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
-use crate::raw_fd::ExitEvents;
+use crate::raw_fd::{self, ExitEvents};
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
 use proxy::{DomainProxy, Notifier};
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -69,6 +69,10 @@ impl Notifier for Wake {
     fn notify(&self) {
         // Fails only if the counter is full, and then the worker is about to be woken anyway.
         let _ = self.0.write(1);
+    }
+
+    fn fd(&self) -> Option<OwnedFd> {
+        raw_fd::dup(&self.0).ok()
     }
 }
 

@@ -143,7 +143,7 @@ impl QueueWorker {
         let mut promised = false;
         loop {
             if self.lane.gate() == Gate::Shut {
-                if self.lane.in_flight() == 0 {
+                if self.lane.owing() == 0 {
                     self.lane.wait_at_gate();
                 } else if self.collect(vring) == Round::Idle && self.lane.sleep() {
                     // What is owed comes with a notification, and so does the gate's opening.

@@ -14,9 +14,11 @@
 
 mod environment;
 mod events;
+mod fence;
 mod queue;
 mod report;
 mod storage;
+mod takeover;
 mod upgrade;
 mod worker;
 
@@ -30,10 +32,11 @@ use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Residency};
 use domain_api::{Capabilities, Params};
 use environment::Environment;
 use events::Events;
+use fence::Fence;
 use queue::Queues;
 use shared_heap::DomainId;
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 use storage::Storage;
@@ -47,7 +50,20 @@ const HISTORY: usize = 1024;
 pub(crate) struct Member {
     pub(crate) id: DomainId,
     pub(crate) instance: Arc<Instance>,
+    pub(crate) fence: Arc<Fence>,
     pub(crate) record: DomainRecord,
+}
+
+/// Whether there is somebody to submit to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Service {
+    /// The live domain serves.
+    Up = 0,
+    /// It has died; requests wait for the takeover.
+    Held = 1,
+    /// It has died and nobody took over; requests end with I/O errors.
+    Failed = 2,
 }
 
 /// What the upgrade lock protects.
@@ -89,6 +105,8 @@ pub struct Counts {
     pub refused: u64,
     /// Committed rollbacks.
     pub rolled_back: u64,
+    /// Takeovers by the standby.
+    pub takeovers: u64,
 }
 
 /// Everything that `status` tells.
@@ -116,6 +134,13 @@ pub struct Status {
 #[derive(Default)]
 struct View {
     live: Option<Member>,
+    /// The live domain, or the last one that was.
+    record: Option<DomainRecord>,
+    generation: u64,
+    /// Instances whose death is known and not dealt with yet, by address.
+    dying: HashSet<usize>,
+    /// The fence of the live domain that has died last: what came since waits for it.
+    holding: Arc<Fence>,
     standby: Option<DomainRecord>,
     changing: bool,
     fault: Option<String>,
@@ -128,17 +153,21 @@ struct View {
 
 /// The device's side of the live domain. See the crate's page.
 pub struct DomainProxy {
-    cell: OnceLock<Arc<srcu::Cell<Arc<Instance>>>>,
+    cell: OnceLock<Arc<srcu::Cell<Option<Member>>>>,
     loader: Box<dyn ModuleLoader>,
     storage: Arc<Storage>,
     queues: Arc<Queues>,
     environment: Environment,
     events: Events,
+    /// Held by the operator's command that is being carried out.
+    operator: Mutex<()>,
+    /// Held by whoever replaces the live domain: an operator's command, or a takeover, which comes between its phases.
     upgrades: Mutex<Upgrades>,
     view: Mutex<View>,
     /// What the guest was offered, as capabilities that a successor must have.
     required: AtomicU64,
     next_id: AtomicU64,
+    service: AtomicU8,
     stopping: AtomicBool,
 }
 
@@ -164,7 +193,9 @@ impl DomainProxy {
             queues: Arc::new(Queues::new(queues)),
             environment: Environment::default(),
             events: Events::default(),
+            operator: Mutex::default(),
             upgrades: Mutex::default(),
+            service: AtomicU8::new(Service::Up as u8),
             view: Mutex::default(),
             required: AtomicU64::new(0),
             next_id: AtomicU64::new(0),
@@ -179,13 +210,13 @@ impl DomainProxy {
             ));
         }
         member.instance.set_generation(1);
-        let cell = srcu::Cell::new(Arc::clone(&member.instance), queues);
+        let cell = srcu::Cell::new(Some(member.clone()), queues);
         proxy.cell.set(cell).unwrap_or_else(|_| unreachable!("set once, here"));
         proxy.set_live(member);
         Ok(Arc::new(proxy))
     }
 
-    pub(crate) fn cell(&self) -> &Arc<srcu::Cell<Arc<Instance>>> {
+    pub(crate) fn cell(&self) -> &Arc<srcu::Cell<Option<Member>>> {
         self.cell.get().expect("set when the device was started")
     }
 
@@ -202,15 +233,56 @@ impl DomainProxy {
         slots: usize,
         notifier: Box<dyn Notifier>,
     ) -> Option<Worker> {
-        let worker = Worker::new(Arc::clone(self), queue, slots)?;
+        // First, because attaching may ask for it.
         self.queues.set_notifier(queue, Some(notifier));
-        Some(worker)
+        Worker::new(Arc::clone(self), queue, slots)
     }
 
-    /// The live domain.
+    /// The live domain, or the last one that was.
+    ///
+    /// # Panics
+    /// Never: a started device has had one.
     #[must_use]
     pub fn domain(&self) -> DomainRecord {
-        self.live().expect("a started device has a live domain").record
+        self.record().expect("a started device has had a live domain")
+    }
+
+    pub(crate) fn record(&self) -> Option<DomainRecord> {
+        lock(&self.view).record.clone()
+    }
+
+    pub(crate) fn service(&self) -> Service {
+        match self.service.load(Ordering::Acquire) {
+            0 => Service::Up,
+            1 => Service::Held,
+            _ => Service::Failed,
+        }
+    }
+
+    pub(crate) fn set_service(&self, service: Service) {
+        // Release pairs with the Acquire in `service`: who sees it finds the fence that goes with it.
+        self.service.store(service as u8, Ordering::Release);
+    }
+
+    /// What a request waits for that finds nobody to be submitted to.
+    pub(crate) fn holding_fence(&self) -> Arc<Fence> {
+        Arc::clone(&lock(&self.view).holding)
+    }
+
+    /// Takes the live domain out of service, for good.
+    pub(crate) fn take_live(&self) -> Member {
+        lock(&self.view).live.take().expect("only a live domain dies as one")
+    }
+
+    /// Makes `next` what workers find, where they found nobody.
+    pub(crate) fn publish(&self, next: Member) {
+        let grace = self.cell().swap(Some(next.clone())).unwrap_or_else(|error| {
+            unreachable!("under the upgrade lock, on a thread without a reader: {error}")
+        });
+        self.set_live(next);
+        // What the old value was, nobody, does not matter to anybody.
+        drop(grace.wait(Duration::from_secs(1)));
+        self.queues.notify_all();
     }
 
     pub(crate) fn live(&self) -> Option<Member> {
@@ -220,7 +292,10 @@ impl DomainProxy {
     pub(crate) fn set_live(&self, member: Member) {
         let mut view = lock(&self.view);
         view.fault = None;
+        view.record = Some(member.record.clone());
+        view.generation = member.instance.generation();
         view.live = Some(member);
+        self.set_service(Service::Up);
     }
 
     pub(crate) fn next_id(&self) -> DomainId {
@@ -228,7 +303,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn next_generation(&self) -> u64 {
-        self.live().map_or(0, |live| live.instance.generation()) + 1
+        lock(&self.view).generation + 1
     }
 
     /// Says which capabilities the guest has been offered, so that every successor must have them. Called when a session begins, and
@@ -251,32 +326,17 @@ impl DomainProxy {
         self.environment.memory_changed(address, len, added);
     }
 
-    /// The live domain cannot be used any more.
-    pub(crate) fn fault(&self, instance: &Arc<Instance>, reason: &str) {
-        let mut view = lock(&self.view);
-        let live = view.live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.instance, instance));
-        let generation = instance.generation();
-        if live && view.fault.is_none() {
-            log::error!(
-                "generation {generation} is faulted: {reason}. Requests end with I/O errors until an upgrade"
-            );
-            view.fault = Some(reason.to_owned());
-            drop(view);
-            self.events.push(Event::Faulted { generation, reason: reason.to_owned() });
-        }
-    }
-
     /// Records that a frontend came or went.
     pub fn connected(&self, connected: bool) {
         self.events.push(Event::Connected(connected));
     }
 
-    fn started(&self, change: Change, target: &str) {
+    pub(crate) fn started(&self, change: Change, target: &str) {
         lock(&self.view).changing = true;
         self.events.push(Event::Started { change, target: target.to_owned() });
     }
 
-    fn ended(&self, upgrades: &mut Upgrades, change: Change, result: &Result<Report, Refusal>) {
+    pub(crate) fn ended(&self, upgrades: &Upgrades, change: Change, result: &Result<Report, Refusal>) {
         let entry = Entry { at: SystemTime::now(), change, result: result.clone() };
         match result {
             Ok(report) => log::info!(
@@ -290,11 +350,20 @@ impl DomainProxy {
                 report.protocol.name(),
                 report.phases.pause.as_micros()
             ),
+            Err(refusal) if change == Change::Takeover => {
+                log::error!("faulted ({}): {}", refusal.code, refusal.message);
+            }
             Err(refusal) => log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message),
         }
         let mut view = lock(&self.view);
         view.changing = false;
         match (change, result) {
+            (Change::Takeover, Ok(_)) => view.counts.takeovers += 1,
+            (Change::Takeover, Err(refusal)) => {
+                view.fault = Some(refusal.message.clone());
+                let (generation, reason) = (view.generation, refusal.message.clone());
+                self.events.push(Event::Faulted { generation, reason });
+            }
             (_, Err(_)) => view.counts.refused += 1,
             (Change::Upgrade, Ok(_)) => view.counts.committed += 1,
             (Change::Rollback, Ok(_)) => view.counts.rolled_back += 1,
@@ -315,7 +384,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {
-        if let Residency::Resident(reason) = residency {
+        if let Residency::Resident(reason) | Residency::Running(reason) = residency {
             log::warn!("the module of {label} stays resident: {reason}");
             lock(&self.view).resident.push(format!("{label}: {reason}"));
         }
@@ -326,16 +395,16 @@ impl DomainProxy {
     pub fn status(&self) -> Status {
         let queues = self.queues.status();
         let view = lock(&self.view);
-        let live = view.live.as_ref().expect("a started device has a live domain");
+        let record = view.record.as_ref().expect("a started device has had a live domain");
         Status {
-            generation: live.instance.generation(),
+            generation: view.generation,
             state: match (&view.fault, view.changing) {
                 (Some(_), _) => State::Faulted,
                 (None, true) => State::Upgrading,
                 (None, false) => State::Serving,
             },
             fault: view.fault.clone(),
-            domain: live.record.clone(),
+            domain: record.clone(),
             standby: view.standby.clone(),
             queues,
             counts: view.counts,

@@ -4,6 +4,7 @@
 //! shared line and no read-modify-write.
 
 use arc_swap::ArcSwapOption;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,6 +13,11 @@ use std::time::Duration;
 pub trait Notifier: Send + Sync {
     /// The worker looks at its queue soon. Called from any thread, any number of times.
     fn notify(&self);
+
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to, where it does; for domains that have the kernel notify.
+    fn fd(&self) -> Option<OwnedFd> {
+        None
+    }
 }
 
 /// How a queue is doing.
@@ -31,6 +37,8 @@ pub struct QueueStatus {
     pub malformed: u64,
     /// How often its worker waited at a shut gate.
     pub parks: u64,
+    /// Requests that were run again after a takeover.
+    pub replayed: u64,
 }
 
 /// One queue's line.
@@ -44,6 +52,7 @@ pub(crate) struct QueueLine {
     pub(crate) errors: AtomicU64,
     pub(crate) malformed: AtomicU64,
     pub(crate) parks: AtomicU64,
+    pub(crate) replayed: AtomicU64,
 }
 
 /// Adds to a counter that only the calling thread writes.
@@ -91,6 +100,10 @@ impl Queues {
         }
     }
 
+    pub(crate) fn notifier_fd(&self, queue: usize) -> Option<OwnedFd> {
+        self.notifiers.get(queue).and_then(|slot| slot.load_full()).and_then(|notifier| notifier.fd())
+    }
+
     pub(crate) fn notify_all(&self) {
         (0..self.len()).for_each(|queue| self.notify(queue));
     }
@@ -109,6 +122,7 @@ impl Queues {
                 errors: line.errors.load(Ordering::Relaxed),
                 malformed: line.malformed.load(Ordering::Relaxed),
                 parks: line.parks.load(Ordering::Relaxed),
+                replayed: line.replayed.load(Ordering::Relaxed),
             }
         };
         self.lines.iter().enumerate().map(one).collect()

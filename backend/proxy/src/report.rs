@@ -24,6 +24,8 @@ pub enum Protocol {
     Swap,
     /// The gate was shut for a moment.
     Handover,
+    /// The live domain had died: what it left was run again by its successor.
+    Takeover,
 }
 
 impl Protocol {
@@ -33,6 +35,7 @@ impl Protocol {
         match self {
             Self::Swap => "swap",
             Self::Handover => "handover",
+            Self::Takeover => "takeover",
         }
     }
 }
@@ -71,6 +74,8 @@ pub struct DomainRecord {
     pub name: String,
     /// Its version.
     pub version: String,
+    /// Name of the layout in which it keeps its storage.
+    pub schema_name: String,
     /// SHA-256 of its module, in hex.
     pub sha256: String,
     /// The GNU build id of its module, in hex, where it has one.
@@ -144,8 +149,10 @@ impl Refusal {
 pub enum Change {
     /// A module was to be loaded.
     Upgrade,
-    /// The standby was to take over.
+    /// The standby was to come back.
     Rollback,
+    /// The live domain had died, and the standby was to go on in its place.
+    Takeover,
 }
 
 impl Change {
@@ -155,6 +162,7 @@ impl Change {
         match self {
             Self::Upgrade => "upgrade",
             Self::Rollback => "rollback",
+            Self::Takeover => "takeover",
         }
     }
 }

@@ -10,6 +10,7 @@ use domain_api::{DomainError, Level, QueueIndex};
 use shared_heap::{DomainId, RRef, RRefVec, SharedHeap};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::queue::Queues;
@@ -54,9 +55,17 @@ impl Storage {
         inner.owner = Some(to);
     }
 
-    /// Frees what an instance that ended still owned; never the storage, which has moved on by then.
+    /// Keeps everything without an owner, until somebody takes it up: the host itself holds it meanwhile.
+    pub(crate) fn orphan(&self) {
+        self.move_to(DomainId(0));
+    }
+
+    /// Frees what an instance that ended still owned; never the storage.
     pub(crate) fn reclaim(&self, id: DomainId) -> usize {
-        assert_ne!(self.lock().owner, Some(id), "the storage's owner is still in use");
+        if self.lock().owner == Some(id) {
+            // It died as the owner.
+            self.orphan();
+        }
         self.heap.reclaim(id).objects
     }
 }
@@ -95,6 +104,10 @@ impl HostServices for Services {
 
     fn notify(&self, queue: QueueIndex) {
         self.queues.notify(queue.0 as usize);
+    }
+
+    fn notifier_fd(&self, queue: QueueIndex) -> Option<OwnedFd> {
+        self.queues.notifier_fd(queue.0 as usize)
     }
 
     fn schema(&self) -> u32 {

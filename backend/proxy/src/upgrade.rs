@@ -15,6 +15,7 @@
 //! Invariants: everything that can be refused without touching the live domain is refused before the gate shuts. Inside the bracket each failure puts the
 //! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
 
+use crate::fence::Verdict;
 use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
 use crate::storage::Services;
 use crate::{DomainProxy, Member, Upgrades};
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Times a phase.
-fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
+pub(crate) fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
     let started = Instant::now();
     let result = f();
     *phase = started.elapsed();
@@ -49,11 +50,17 @@ impl DomainProxy {
     ///
     /// # Errors
     /// Why it was refused; the device is as it was.
-    pub fn upgrade(&self, name: &str, params: Params, options: Options) -> Result<Report, Refusal> {
-        self.recorded(Change::Upgrade, name, options, |upgrades| {
+    pub fn upgrade(
+        self: &Arc<Self>,
+        name: &str,
+        params: Params,
+        options: Options,
+    ) -> Result<Report, Refusal> {
+        self.recorded(Change::Upgrade, name, options, || {
             let mut phases = Phases::default();
+            // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
             let member = self.prepare(name, params, &mut phases)?;
-            self.replace(upgrades, member, options, phases)
+            self.replace(&mut lock(&self.upgrades), member, options, phases)
         })
     }
 
@@ -61,16 +68,17 @@ impl DomainProxy {
     ///
     /// # Errors
     /// Why it was refused; the device is as it was.
-    pub fn rollback(&self, options: Options) -> Result<Report, Refusal> {
-        self.recorded(Change::Rollback, "standby", options, |upgrades| {
+    pub fn rollback(self: &Arc<Self>, options: Options) -> Result<Report, Refusal> {
+        self.recorded(Change::Rollback, "standby", options, || {
+            let mut upgrades = lock(&self.upgrades);
             let Some(standby) = upgrades.standby.take() else {
                 return Err(Refusal::new(
                     "no_standby",
-                    "there is no standby to roll back to: none was upgraded away from yet, or it was retired; upgrade to the module that you want",
+                    "there is no standby to roll back to: none was upgraded away from yet, or it was used up; upgrade to the module that you want",
                 ));
             };
             let kept = standby.clone();
-            let result = self.replace(upgrades, standby, options, Phases::default());
+            let result = self.replace(&mut upgrades, standby, options, Phases::default());
             if result.is_err() && !kept.instance.is_dead() {
                 upgrades.standby = Some(kept);
             }
@@ -78,18 +86,18 @@ impl DomainProxy {
         })
     }
 
-    /// Takes the upgrade lock, and puts what happens under it into state, history and log.
+    /// One at a time; puts what happens into state, history and log.
     fn recorded(
         &self,
         change: Change,
         target: &str,
         options: Options,
-        f: impl FnOnce(&mut Upgrades) -> Result<Report, Refusal>,
+        f: impl FnOnce() -> Result<Report, Refusal>,
     ) -> Result<Report, Refusal> {
-        let mut upgrades = match (options.when_busy, self.upgrades.try_lock()) {
-            (_, Ok(upgrades)) => upgrades,
+        let _operator = match (options.when_busy, self.operator.try_lock()) {
+            (_, Ok(operator)) => operator,
             (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
-            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.upgrades),
+            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
             (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => {
                 return Err(Refusal::new(
                     "busy",
@@ -99,8 +107,8 @@ impl DomainProxy {
         };
         self.started(change, target);
         let result =
-            self.check_stopping().and_then(|()| self.settle(&mut upgrades)).and_then(|()| f(&mut upgrades));
-        self.ended(&mut upgrades, change, &result);
+            self.check_stopping().and_then(|()| self.settle(&mut lock(&self.upgrades))).and_then(|()| f());
+        self.ended(&lock(&self.upgrades), change, &result);
         result
     }
 
@@ -111,16 +119,15 @@ impl DomainProxy {
         let description = verified.description().clone();
         let identity = verified.identity().clone();
         let label = format!("`{}` {}", description.name, description.version);
-        let live = self.live();
+        let live = self.record();
         if let Some(live) = &live {
-            let held = live.instance.description();
             let schema = self.storage.schema();
-            if held.schema_name != description.schema_name {
+            if live.schema_name != description.schema_name {
                 return Err(Refusal::new(
                     "schema_not_accepted",
                     format!(
                         "{label} keeps its data as `{}`, this disk is kept as `{}`; moving a disk to another kind of storage is no upgrade",
-                        description.schema_name, held.schema_name
+                        description.schema_name, live.schema_name
                     ),
                 ));
             }
@@ -136,7 +143,7 @@ impl DomainProxy {
         }
         let mut params = given;
         if let Some(live) = &live {
-            params.inherit(&live.record.params, &description.inherited);
+            params.inherit(&live.params, &description.inherited);
         }
         params
             .check_known(&description.params)
@@ -174,36 +181,41 @@ impl DomainProxy {
         let record = DomainRecord {
             name: description.name,
             version: description.version,
+            schema_name: description.schema_name,
             sha256: identity.sha256,
             build_id: identity.build_id,
             path: identity.path,
             params,
             info,
         };
-        let member = Member { id, instance: Arc::new(instance), record };
+        let member = Member { id, instance: Arc::new(instance), fence: Arc::default(), record };
         self.environment.apply(&member.instance);
         Ok(member)
     }
 
     /// Brings `next` into service in place of the live domain.
     fn replace(
-        &self,
+        self: &Arc<Self>,
         upgrades: &mut Upgrades,
         next: Member,
         options: Options,
         mut phases: Phases,
     ) -> Result<Report, Refusal> {
-        let live = self.live().expect("a device that takes upgrades has a live domain");
+        let from = self.record().expect("a device that takes upgrades has had a live domain");
+        let live = self.live();
         let decided = self
             .check_stopping()
-            .and_then(|()| self.check_compatible(&live.record.info, &next.record.info))
-            .and_then(|()| decide(options.mode, &live, &next));
-        let changed = match decided {
-            Ok(Protocol::Swap) => self.swap(&live, &next, &mut phases).map(|grace| (Protocol::Swap, grace)),
-            Ok(Protocol::Handover) => self
-                .handover(&live, &next, options.drain_timeout, &mut phases)
+            .and_then(|()| self.check_compatible(&from.info, &next.record.info))
+            .and_then(|()| decide(options.mode, live.as_ref(), &next));
+        let changed = match (decided, &live) {
+            (Ok(_), None) => self.revive(&next, &mut phases).map(|()| (Protocol::Handover, None)),
+            (Ok(Protocol::Swap), Some(live)) => {
+                self.swap(live, &next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
+            }
+            (Ok(_), Some(live)) => self
+                .handover(live, &next, options.drain_timeout, &mut phases)
                 .map(|()| (Protocol::Handover, None)),
-            Err(refusal) => Err(refusal),
+            (Err(refusal), _) => Err(refusal),
         };
         let (protocol, grace) = match changed {
             Ok(changed) => changed,
@@ -218,10 +230,24 @@ impl DomainProxy {
         let generation = next.instance.generation();
         self.set_live(next.clone());
         self.queues.notify_all();
-        let report =
-            Report { generation, protocol, from: live.record.clone(), to: next.record.clone(), phases };
+        let report = Report { generation, protocol, from, to: next.record.clone(), phases };
         drop(next);
-        Ok(self.settle_old(upgrades, live, grace, report))
+        Ok(match live {
+            Some(live) => self.settle_old(upgrades, live, grace, report),
+            None => report,
+        })
+    }
+
+    /// Brings the device back whose live domain has died.
+    fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
+        self.storage.move_to(next.id);
+        if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
+            self.storage.orphan();
+            return Err(phase_refusal("activate", &next.record, &error));
+        }
+        next.instance.set_generation(self.next_generation());
+        self.publish(next.clone());
+        Ok(())
     }
 
     fn swap(
@@ -229,24 +255,21 @@ impl DomainProxy {
         live: &Member,
         next: &Member,
         phases: &mut Phases,
-    ) -> Result<Option<srcu::Grace<Arc<Instance>>>, Refusal> {
+    ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
         self.storage.move_to(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
             self.storage.move_to(live.id);
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
-        match self.cell().swap(Arc::clone(&next.instance)) {
-            Ok(grace) => Ok(Some(grace)),
-            Err(error) => {
-                self.storage.move_to(live.id);
-                Err(Refusal::new("busy", format!("the domain was not published: {error}")))
-            }
-        }
+        self.cell().swap(Some(next.clone())).map_err(|error| {
+            self.storage.move_to(live.id);
+            Refusal::new("busy", format!("the domain was not published: {error}"))
+        })
     }
 
     fn handover(
-        &self,
+        self: &Arc<Self>,
         live: &Member,
         next: &Member,
         drain_timeout: Duration,
@@ -264,7 +287,7 @@ impl DomainProxy {
         phases.quiesce = notes.quiesce;
         phases.activate = notes.activate;
         if let Some(fault) = notes.fault.take() {
-            self.fault(&live.instance, &fault);
+            self.died(&live.instance, &fault);
         }
         match outcome {
             srcu::Handover::Done { old, drain, pause, panic } => {
@@ -312,7 +335,7 @@ impl DomainProxy {
     }
 
     /// What must be true of a successor: the guest was told all this and cannot be told otherwise.
-    fn check_compatible(&self, live: &DeviceInfo, next: &DeviceInfo) -> Result<(), Refusal> {
+    pub(crate) fn check_compatible(&self, live: &DeviceInfo, next: &DeviceInfo) -> Result<(), Refusal> {
         let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
             Err(Refusal::new(
                 "device_differs",
@@ -363,26 +386,12 @@ impl DomainProxy {
         &self,
         upgrades: &mut Upgrades,
         old: Member,
-        grace: Option<srcu::Grace<Arc<Instance>>>,
+        grace: Option<srcu::Grace<Option<Member>>>,
         mut report: Report,
     ) -> Report {
-        let mut phases = report.phases;
         upgrades.leaving = Some(Leaving { member: old, grace });
-        let released = timed(&mut phases.grace, || self.release(upgrades, RELEASE_TIMEOUT));
-        if released {
-            let before = upgrades.standby.take();
-            upgrades.standby = upgrades.leaving.take().map(|leaving| leaving.member);
-            if upgrades.standby.as_ref().is_some_and(|standby| standby.instance.is_dead()) {
-                // Never a standby: it has shown that it breaks.
-                if let Some(dead) = upgrades.standby.take() {
-                    self.retire(dead, &mut phases);
-                }
-            }
-            if let Some(before) = before {
-                let earlier = phases.retire;
-                self.retire(before, &mut phases);
-                phases.retire += earlier;
-            }
+        if timed(&mut report.phases.grace, || self.release(upgrades, RELEASE_TIMEOUT)) {
+            self.finish_leaving(upgrades, &mut report.phases);
         } else {
             log::warn!(
                 "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
@@ -390,12 +399,28 @@ impl DomainProxy {
                 RELEASE_TIMEOUT.as_secs()
             );
         }
-        report.phases = phases;
         report
     }
 
+    /// What was leaving has been let go of: it becomes the standby, unless it is dead.
+    pub(crate) fn finish_leaving(&self, upgrades: &mut Upgrades, phases: &mut Phases) {
+        let Some(Leaving { member, .. }) = upgrades.leaving.take() else { return };
+        if !member.instance.is_dead() {
+            if let Some(before) = upgrades.standby.replace(member) {
+                self.retire(before, phases);
+            }
+            return;
+        }
+        // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what it left.
+        let fence = Arc::clone(&member.fence);
+        if !matches!(self.retire(member, phases), Residency::Running(_)) {
+            fence.decide(Verdict::Replay);
+            self.queues.notify_all();
+        }
+    }
+
     /// Whether the instance that is leaving is not used by any worker any more.
-    fn release(&self, upgrades: &mut Upgrades, timeout: Duration) -> bool {
+    pub(crate) fn release(&self, upgrades: &mut Upgrades, timeout: Duration) -> bool {
         let Some(leaving) = &mut upgrades.leaving else { return true };
         let deadline = Instant::now() + timeout;
         if let Some(grace) = leaving.grace.take() {
@@ -431,45 +456,61 @@ impl DomainProxy {
                 "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
             ));
         }
-        let mut phases = Phases::default();
-        let before = upgrades.standby.take();
-        upgrades.standby = upgrades.leaving.take().map(|leaving| leaving.member);
-        if let Some(before) = before {
-            self.retire(before, &mut phases);
-        }
+        self.finish_leaving(upgrades, &mut Phases::default());
         Ok(())
     }
 
     /// Ends an instance that nobody uses.
-    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) {
-        let Member { id, instance, record } = member;
+    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Residency {
+        let Member { id, instance, record, .. } = member;
         let label = format!("`{}` {}", record.name, record.version);
-        timed(&mut phases.retire, || match Arc::into_inner(instance) {
-            Some(instance) => {
+        let mut spent = Duration::ZERO;
+        let residency = timed(&mut spent, || match into_inner(instance) {
+            Ok(instance) => {
                 let retired = instance.retire();
                 if let Err(error) = retired.destroyed {
                     log::warn!("{label} did not end well: {error}");
                 }
-                self.note_residency(&label, &retired.residency);
                 self.storage.reclaim(id);
+                retired.residency
             }
-            None => self.note_residency(&label, &Residency::Resident("it is still in use".to_owned())),
+            Err(shared) => {
+                std::mem::forget(shared);
+                Residency::Running("it is still in use".to_owned())
+            }
         });
+        phases.retire += spent;
+        self.note_residency(&label, &residency);
+        residency
     }
+}
+
+/// Takes an instance out of its `Arc`. Whoever has looked at it through a `Weak` is gone in a moment.
+fn into_inner(mut instance: Arc<Instance>) -> Result<Instance, Arc<Instance>> {
+    for _ in 0..1000 {
+        instance = match Arc::try_unwrap(instance) {
+            Ok(instance) => return Ok(instance),
+            Err(shared) => shared,
+        };
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Err(instance)
 }
 
 /// An instance that was replaced and may still be in use.
 pub(crate) struct Leaving {
     pub(crate) member: Member,
-    grace: Option<srcu::Grace<Arc<Instance>>>,
+    grace: Option<srcu::Grace<Option<Member>>>,
 }
 
 /// Swap or handover?
-fn decide(mode: Mode, live: &Member, next: &Member) -> Result<Protocol, Refusal> {
+fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, Refusal> {
+    let Some(live) = live else { return Ok(Protocol::Handover) };
+    if live.instance.is_dead() {
+        return Err(preempted());
+    }
     let (a, b) = (&live.record.info, &next.record.info);
-    let why_not = if live.instance.is_dead() {
-        Some("the live domain has panicked")
-    } else if a.swap != Swap::SameBacking || b.swap != Swap::SameBacking {
+    let why_not = if a.swap != Swap::SameBacking || b.swap != Swap::SameBacking {
         Some("one of the two domains holds state of its own")
     } else if a.backing_cache != b.backing_cache {
         Some("they would use different caches of the same disk")
@@ -486,26 +527,34 @@ fn decide(mode: Mode, live: &Member, next: &Member) -> Result<Protocol, Refusal>
     }
 }
 
+fn preempted() -> Refusal {
+    Refusal::new(
+        "preempted",
+        "the live domain has died meanwhile and a takeover is under way; look at `status`, then try again",
+    )
+}
+
 /// What runs while every worker is at the gate.
 fn exchange(
     proxy: &DomainProxy,
     live: &Member,
     next: &Member,
     notes: &Arc<Mutex<ExchangeNotes>>,
-) -> srcu::Exchange<Arc<Instance>> {
+) -> srcu::Exchange<Option<Member>> {
     let (storage, generation) = (Arc::clone(&proxy.storage), proxy.next_generation());
     let (live, next, notes) = (live.clone(), next.clone(), Arc::clone(notes));
     Box::new(move |_| {
         let mut notes = lock(&notes);
-        // A dead instance cannot write anything down; storage is valid at every instant.
-        let dead = live.instance.is_dead();
+        if live.instance.is_dead() {
+            notes.refusal = Some(preempted());
+            return None;
+        }
         let resume = |notes: &mut ExchangeNotes| {
-            if let (false, Err(error)) = (dead, live.instance.resume()) {
+            if let Err(error) = live.instance.resume() {
                 notes.fault = Some(format!("resume: {error}"));
             }
         };
-        let quiesced = if dead { Ok(()) } else { timed(&mut notes.quiesce, || live.instance.quiesce()) };
-        if let Err(error) = quiesced {
+        if let Err(error) = timed(&mut notes.quiesce, || live.instance.quiesce()) {
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;
@@ -518,7 +567,7 @@ fn exchange(
             return None;
         }
         next.instance.set_generation(generation);
-        Some(next.instance)
+        Some(Some(next))
     })
 }
 

@@ -1,15 +1,19 @@
 //! The read path: what a queue's worker does with the live domain.
 //!
 //! A worker is an SRCU reader. Between batches it passes the gate ([`Worker::gate`]); if the live instance has changed it attaches to the new one, on its own
-//! thread, and lets go of the old one as soon as nothing is in flight there. The usual case costs one load and a compare.
+//! thread, and lets go of the old one as soon as nothing is in flight there. The usual case costs a load and two compares.
+//!
+//! If an instance panics, its workers leave it at once. What it had not completed becomes *orphans*: requests that are the worker's again, and are submitted once
+//! more, in the order in which they came and before anything new, when the dead instance is fenced off and somebody else serves (`takeover.rs`).
 //!
 //! Invariants: only this worker completes what it submitted; each completion is checked against the table of what is in flight, so a stale or invented
-//! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it.
+//! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it, or its instance is dead.
 
-use crate::DomainProxy;
+use crate::fence::{Fence, Verdict};
 use crate::queue::{QueueLine, add, coarse_now_ns};
+use crate::{DomainProxy, Member, Service};
 use domain_api::abi::{self, RawRequest};
-use domain_api::host::{CallError, CompletionBuffer, Instance, QueueHandle};
+use domain_api::host::{CompletionBuffer, QueueHandle};
 use domain_api::{QueueIndex, Status};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +23,7 @@ use std::sync::atomic::Ordering;
 pub enum Gate {
     /// They may.
     Open,
-    /// They may not: reap what is in flight, and when nothing is, [`Worker::wait_at_gate`].
+    /// They may not: reap what the domain owes, and when it owes nothing, [`Worker::wait_at_gate`].
     Shut,
 }
 
@@ -37,21 +41,43 @@ pub struct Ended {
 /// One queue of one instance, as long as something is in flight there or it is the live one.
 struct Lane {
     handle: QueueHandle,
+    fence: Arc<Fence>,
     generation: u64,
     in_flight: usize,
+}
+
+/// A slot of the table of what is in flight.
+#[derive(Clone, Copy)]
+struct Flight {
+    /// The generation that has it; 0 if nobody has.
+    generation: u64,
+    /// The request as the host parsed it, to be run again.
+    request: RawRequest,
+}
+
+/// A request that a dead instance left unanswered.
+struct Orphan {
+    slot: usize,
+    fence: Arc<Fence>,
 }
 
 /// The worker's side of the proxy, for one queue. Stays on one thread.
 pub struct Worker {
     proxy: Arc<DomainProxy>,
     queue: usize,
-    reader: srcu::Reader<Arc<Instance>>,
+    reader: srcu::Reader<Option<Member>>,
     current: Option<Lane>,
     /// Earlier instances that still owe completions.
     earlier: Vec<Lane>,
-    /// Per slot the generation that it is in flight with, 0 if it is not.
-    flights: Box<[u64]>,
+    flights: Box<[Flight]>,
+    /// Per slot, the how-manieth request it was: what orphans are sorted by.
+    order: Box<[u64]>,
+    submitted: u64,
+    orphans: Vec<Orphan>,
+    replay: Vec<RawRequest>,
     completions: CompletionBuffer,
+    /// The generation that could not be attached to, so that it is not tried for ever.
+    unattachable: u64,
 }
 
 impl Worker {
@@ -63,8 +89,13 @@ impl Worker {
             reader,
             current: None,
             earlier: Vec::new(),
-            flights: vec![0; slots].into_boxed_slice(),
+            flights: vec![Flight { generation: 0, request: RawRequest::nothing() }; slots].into_boxed_slice(),
+            order: vec![0; slots].into_boxed_slice(),
+            submitted: 0,
+            orphans: Vec::new(),
+            replay: Vec::new(),
             completions: CompletionBuffer::new(slots),
+            unattachable: 0,
         };
         worker.adopt();
         Some(worker)
@@ -74,9 +105,15 @@ impl Worker {
         self.proxy.queues().line(self.queue)
     }
 
-    /// How many requests are in flight.
+    /// How many requests have been submitted and have not ended.
     #[must_use]
     pub fn in_flight(&self) -> usize {
+        self.owing() + self.orphans.len()
+    }
+
+    /// How many of them a domain has: this many must be reaped before the gate is waited at.
+    #[must_use]
+    pub fn owing(&self) -> usize {
         self.current.iter().chain(&self.earlier).map(|lane| lane.in_flight).sum()
     }
 
@@ -84,71 +121,122 @@ impl Worker {
     #[inline]
     pub fn gate(&mut self) -> Gate {
         match self.reader.pass() {
-            srcu::Gate::Open => Gate::Open,
-            srcu::Gate::Changed => {
-                self.adopt();
-                Gate::Open
+            srcu::Gate::Open
+                if self.current.as_ref().is_some_and(|lane| !lane.handle.instance().is_dead()) => {}
+            srcu::Gate::Open | srcu::Gate::Changed => self.adopt(),
+            srcu::Gate::Shut => {
+                self.bury();
+                return Gate::Shut;
             }
-            srcu::Gate::Shut => Gate::Shut,
         }
+        Gate::Open
     }
 
-    /// Waits until the gate opens, with nothing in flight. May run the exchange of the upgrade.
+    /// Waits until the gate opens, with nothing owed. May run the exchange of the upgrade.
     pub fn wait_at_gate(&mut self) {
-        debug_assert_eq!(self.in_flight(), 0, "whoever owes completions must reap them, not wait");
+        debug_assert_eq!(self.owing(), 0, "whoever is owed completions must reap them, not wait");
         add(&self.line().parks, 1);
         self.reader.arrive();
     }
 
     /// Says that this worker is about to sleep; the next [`gate`](Self::gate) wakes it. Returns `false` if it must look again first.
     pub fn sleep(&mut self) -> bool {
-        let owing = self.in_flight() > 0;
-        // The event loop cannot hold the guard; a reader whose guard is leaked is woken by its next `pass`.
-        self.reader.sleep(owing).map(std::mem::forget).is_some()
+        let owing = self.owing() > 0;
+        self.reader.sleep(owing).map(srcu::Asleep::until_pass).is_some()
     }
 
-    /// Attaches to the live instance.
+    /// Leaves instances that are dead, and attaches to the live one.
     #[cold]
     fn adopt(&mut self) {
-        let live = Arc::clone(self.reader.read());
-        if self.current.as_ref().is_some_and(|lane| Arc::ptr_eq(lane.handle.instance(), &live)) {
+        self.bury();
+        let live = self.reader.read().as_ref().filter(|live| !live.instance.is_dead());
+        let Some(Member { instance, fence, .. }) = live else {
+            self.leave_current();
+            return;
+        };
+        if self.current.as_ref().is_some_and(|lane| Arc::ptr_eq(lane.handle.instance(), instance)) {
             return;
         }
-        if let Some(lane) = self.current.take() {
-            self.earlier.push(lane);
+        let (instance, fence) = (Arc::clone(instance), Arc::clone(fence));
+        self.leave_current();
+        let generation = instance.generation();
+        if generation == self.unattachable {
+            return;
         }
+        match instance.attach(QueueIndex(self.queue as u32)) {
+            Ok(handle) => self.current = Some(Lane { handle, fence, generation, in_flight: 0 }),
+            Err(error) => {
+                self.unattachable = generation;
+                self.proxy.died(&instance, &format!("attaching queue {}: {error}", self.queue));
+            }
+        }
+    }
+
+    fn leave_current(&mut self) {
+        self.earlier.extend(self.current.take());
         self.drop_idle_lanes();
-        let generation = live.generation();
-        match live.attach(QueueIndex(self.queue as u32)) {
-            Ok(handle) => self.current = Some(Lane { handle, generation, in_flight: 0 }),
-            Err(error) => self.proxy.fault(&live, &format!("attaching queue {}: {error}", self.queue)),
-        }
     }
 
     fn drop_idle_lanes(&mut self) {
         self.earlier.retain(|lane| lane.in_flight > 0);
     }
 
+    /// Leaves every instance that has died: what it had becomes orphans.
+    fn bury(&mut self) {
+        let dead = |lane: &Lane| lane.handle.instance().is_dead();
+        if !self.current.iter().chain(&self.earlier).any(dead) {
+            return;
+        }
+        let lanes = std::mem::take(&mut self.earlier).into_iter().chain(self.current.take());
+        let (buried, alive): (Vec<_>, Vec<_>) = lanes.partition(dead);
+        // The live one, if it is alive, comes back from here at the next `adopt`, with what it owes.
+        self.earlier = alive;
+        for lane in buried {
+            for slot in 0..self.flights.len() {
+                if self.flights[slot].generation == lane.generation {
+                    self.flights[slot].generation = 0;
+                    self.orphans.push(Orphan { slot, fence: Arc::clone(&lane.fence) });
+                }
+            }
+        }
+        let order = &self.order;
+        self.orphans.sort_by_key(|orphan| order[orphan.slot]);
+        // The live lane may have been put among the earlier ones.
+        let live = self.reader.read().as_ref().map(|live| Arc::clone(&live.instance));
+        let at = live
+            .and_then(|live| self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &live)));
+        self.current = at.map(|at| self.earlier.swap_remove(at));
+    }
+
     /// Submits requests, whose tags are their slots, to the live domain; calls `ended` for each request that ended at once. Returns how many from the
     /// front were taken: the rest is the caller's again.
     pub fn submit(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
-        let Some(lane) = self.current.as_mut().filter(|lane| !lane.handle.instance().is_dead()) else {
-            // Nobody is there to do it. Answered, so that the guest does not hang; `status` says why.
-            let line = self.proxy.queues().line(self.queue);
-            for request in requests.iter() {
-                ended(Ended { slot: request.tag as usize, status: Status::IoError, written: 0 });
-            }
-            add(&line.requests, requests.len() as u64);
-            add(&line.errors, requests.len() as u64);
-            return requests.len();
-        };
+        if !self.orphans.is_empty() {
+            // Those come first.
+            return 0;
+        }
+        for request in requests.iter() {
+            self.submitted += 1;
+            self.order[request.tag as usize] = self.submitted;
+        }
+        if self.current.is_none() {
+            return self.submit_to_nobody(requests, ended);
+        }
+        let accepted = self.offer(requests, &mut ended);
+        self.publish_in_flight();
+        accepted
+    }
+
+    /// Submits to the current lane. Afterwards, what was not taken has its slot as its tag again.
+    fn offer(&mut self, requests: &mut [RawRequest], ended: &mut impl FnMut(Ended)) -> usize {
         let line = self.proxy.queues().line(self.queue);
+        let Some(lane) = self.current.as_mut() else { return 0 };
         for request in requests.iter_mut() {
             let slot = request.tag as usize;
-            debug_assert_eq!(self.flights[slot], 0, "a slot is submitted once at a time");
-            self.flights[slot] = lane.generation;
+            debug_assert_eq!(self.flights[slot].generation, 0, "a slot is submitted once at a time");
             request.tag = tag(self.queue, slot);
             request.generation = lane.generation;
+            self.flights[slot] = Flight { generation: lane.generation, request: *request };
         }
         if lane.in_flight == 0 {
             line.busy_since.store(coarse_now_ns(), Ordering::Relaxed);
@@ -157,65 +245,111 @@ impl Worker {
         line.in_flight.store((lane.in_flight + requests.len()) as u64, Ordering::Relaxed);
         let result = lane.handle.submit(requests, &mut self.completions);
         lane.in_flight += requests.len();
-        let accepted = match &result {
-            Ok(accepted) => *accepted,
-            Err(_) => requests.len(),
-        };
+        let accepted = *result.as_ref().unwrap_or(&requests.len());
         for request in &mut requests[accepted..] {
             let slot = untag(request.tag);
-            self.flights[slot] = 0;
+            self.flights[slot].generation = 0;
             request.tag = slot as u64;
             lane.in_flight -= 1;
         }
-        finish(&self.completions, &mut self.flights, self.queue, lane, line, &mut ended);
+        finish(&self.completions, &mut self.flights, self.queue, lane, line, ended);
         if let Err(error) = result {
-            self.lose(error, &mut ended);
+            self.proxy.died(lane.handle.instance(), &error.to_string());
+            self.bury();
         }
-        self.publish_in_flight();
         accepted
+    }
+
+    /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
+    #[cold]
+    fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
+        match self.proxy.service() {
+            service @ (Service::Up | Service::Held) => {
+                // Up: somebody has just come, and is found at the next look.
+                let held = service == Service::Held;
+                let fence = if held { self.proxy.holding_fence() } else { Arc::new(Fence::open()) };
+                for request in requests.iter() {
+                    let slot = request.tag as usize;
+                    self.flights[slot] = Flight { generation: 0, request: *request };
+                    self.orphans.push(Orphan { slot, fence: Arc::clone(&fence) });
+                }
+                self.publish_in_flight();
+            }
+            Service::Failed => {
+                for request in requests.iter() {
+                    ended(Ended { slot: request.tag as usize, status: Status::IoError, written: 0 });
+                }
+                add(&self.line().requests, requests.len() as u64);
+                add(&self.line().errors, requests.len() as u64);
+            }
+        }
+        requests.len()
     }
 
     /// Collects what has ended since; calls `ended` for each.
     pub fn reap(&mut self, mut ended: impl FnMut(Ended)) {
         let line = self.proxy.queues().line(self.queue);
-        let mut failed = None;
+        let mut died = false;
         for lane in self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0) {
             let result = lane.handle.reap(&mut self.completions);
             finish(&self.completions, &mut self.flights, self.queue, lane, line, &mut ended);
             if let Err(error) = result {
-                failed = Some(error);
+                self.proxy.died(lane.handle.instance(), &error.to_string());
+                died = true;
             }
         }
-        if let Some(error) = failed {
-            self.lose(error, &mut ended);
+        if died {
+            self.bury();
         }
         self.drop_idle_lanes();
+        if !self.orphans.is_empty() {
+            self.settle_orphans(&mut ended);
+        }
         self.publish_in_flight();
+    }
+
+    /// Runs again, or answers, what dead instances left.
+    #[cold]
+    fn settle_orphans(&mut self, ended: &mut impl FnMut(Ended)) {
+        let line = self.proxy.queues().line(self.queue);
+        self.orphans.retain(|orphan| {
+            let fails = orphan.fence.verdict() == Verdict::Fail;
+            if fails {
+                ended(Ended { slot: orphan.slot, status: Status::IoError, written: 0 });
+                add(&line.requests, 1);
+                add(&line.errors, 1);
+            }
+            !fails
+        });
+        // In order: one that has to wait holds up those behind it.
+        let ready =
+            self.orphans.iter().take_while(|orphan| orphan.fence.verdict() == Verdict::Replay).count();
+        if ready == 0 || self.current.is_none() {
+            return;
+        }
+        let mut replay = std::mem::take(&mut self.replay);
+        replay.clear();
+        replay.extend(self.orphans.iter().take(ready).map(|orphan| {
+            let mut request = self.flights[orphan.slot].request;
+            request.tag = orphan.slot as u64;
+            request
+        }));
+        // Out of the list first: if this instance dies too, it makes orphans of its own.
+        let rest = self.orphans.split_off(ready);
+        let mut given = std::mem::take(&mut self.orphans);
+        let accepted = self.offer(&mut replay, ended);
+        add(&self.line().replayed, accepted as u64);
+        let mut left = given.split_off(accepted);
+        left.append(&mut self.orphans);
+        left.extend(rest);
+        let order = &self.order;
+        left.sort_by_key(|orphan| order[orphan.slot]);
+        self.orphans = left;
+        self.replay = replay;
     }
 
     fn publish_in_flight(&self) {
         self.line().in_flight.store(self.in_flight() as u64, Ordering::Relaxed);
-    }
-
-    /// An instance has panicked: what it had not completed ends with an I/O error.
-    #[cold]
-    fn lose(&mut self, error: CallError, ended: &mut impl FnMut(Ended)) {
-        let line = self.proxy.queues().line(self.queue);
-        for lane in self.current.iter_mut().chain(&mut self.earlier) {
-            if matches!(error, CallError::Panicked(_)) && !lane.handle.instance().is_dead() {
-                continue;
-            }
-            self.proxy.fault(lane.handle.instance(), &error.to_string());
-            for (slot, flight) in self.flights.iter_mut().enumerate().filter(|(_, f)| **f == lane.generation)
-            {
-                *flight = 0;
-                lane.in_flight -= 1;
-                ended(Ended { slot, status: Status::IoError, written: 0 });
-                add(&line.requests, 1);
-                add(&line.errors, 1);
-            }
-        }
-        self.drop_idle_lanes();
     }
 
     /// Asks the domain to end what is in flight.
@@ -243,7 +377,7 @@ impl Worker {
 #[inline]
 fn finish(
     completions: &CompletionBuffer,
-    flights: &mut [u64],
+    flights: &mut [Flight],
     queue: usize,
     lane: &mut Lane,
     line: &QueueLine,
@@ -255,7 +389,7 @@ fn finish(
         let slot = untag(completion.tag);
         let known = completion.tag == tag(queue, slot)
             && completion.generation == lane.generation
-            && flights.get(slot) == Some(&lane.generation);
+            && flights.get(slot).is_some_and(|flight| flight.generation == lane.generation);
         if !known {
             log::error!(
                 "queue {queue}: generation {} completed request {:#x} of generation {}, which is not in flight; dropped",
@@ -265,7 +399,7 @@ fn finish(
             );
             continue;
         }
-        flights[slot] = 0;
+        flights[slot].generation = 0;
         lane.in_flight -= 1;
         count += 1;
         let status = match completion.status {

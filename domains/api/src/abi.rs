@@ -133,6 +133,13 @@ impl RawRequest {
         }
     }
 
+    /// A request that stands for none: a flush that nobody submits, to fill tables with.
+    #[must_use]
+    pub const fn nothing() -> Self {
+        // SAFETY: the list is empty and `'static`.
+        unsafe { Self::new(op::FLUSH, 0, 0, 0, &[]) }
+    }
+
     /// One of [`op`].
     #[must_use]
     pub const fn op(&self) -> u32 {
@@ -319,6 +326,9 @@ pub struct HostVtable {
         arg: *mut c_void,
         message: *mut RawMessage,
     ) -> u32,
+    /// A dup (close-on-exec) of the eventfd that `notify` writes to for `queue`, or -1 if there is none. A domain can give it to the kernel, so that
+    /// completions wake the worker without a thread between. The worker's for as long as the queue is attached.
+    pub notifier_fd: unsafe extern "C" fn(ctx: *mut c_void, queue: u32) -> i32,
 }
 
 /// What a module offers: the static behind [`ENTRY_SYMBOL`].

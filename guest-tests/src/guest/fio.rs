@@ -77,7 +77,7 @@ impl<'guest> Fio<'guest> {
             writes: number(&job["write"]["total_ios"]),
             longest: Duration::from_nanos(longest_ns),
         };
-        assert!(report.reads > 1000 && report.writes > 1000, "hardly anything was tested: {report:?}");
+        assert!(report.reads > 100 && report.writes > 100, "hardly anything was tested: {report:?}");
         report
     }
 }

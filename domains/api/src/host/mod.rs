@@ -49,6 +49,8 @@ pub enum Residency {
     Gone,
     /// Still mapped, for the reason given.
     Resident(String),
+    /// Still mapped, because code of it still runs, for the reason given.
+    Running(String),
 }
 
 /// Why a module was not loaded: a stable code and a sentence that says what to do.
@@ -230,6 +232,11 @@ impl Instance {
         self.generation.store(generation, Ordering::Relaxed);
     }
 
+    /// From now on it counts as having panicked.
+    pub fn condemn(&self) {
+        self.dead.store(true, Ordering::Relaxed);
+    }
+
     /// Whether it has panicked.
     #[must_use]
     pub fn is_dead(&self) -> bool {
@@ -400,7 +407,7 @@ impl Instance {
             let reason =
                 format!("its {stuck} still runs {} s after the instance ended", JOIN_TIMEOUT.as_secs());
             std::mem::forget((host, module));
-            return Retired { destroyed, residency: Residency::Resident(reason) };
+            return Retired { destroyed, residency: Residency::Running(reason) };
         }
         // SAFETY: no instance is left, no task runs, so no other thread runs code of the module.
         unsafe { (self.vtable.fini)() };

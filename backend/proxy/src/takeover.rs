@@ -1,0 +1,152 @@
+//! Takeover: the live domain has panicked, and the standby goes on in its place.
+//!
+//! ```text
+//!   a worker sees the panic -> service is held -> every worker leaves the dead instance -> the cell is vacated
+//!        -> the dead instance is destroyed, its threads joined: fenced
+//!             -> a standby that fits: storage moves, it is activated, published; unanswered requests run again
+//!             -> none: they get I/O errors, the device is faulted until an upgrade
+//! ```
+//!
+//! Invariants: nothing of a dead instance runs beside its successor; what it had completed is answered once, what it had not is run again once per takeover;
+//! an instance that died never serves again. A takeover uses the standby up, so a request that kills every domain ends with an I/O error and not in a circle.
+
+use crate::fence::Verdict;
+use crate::report::{Change, Phases, Protocol, Refusal, Report};
+use crate::upgrade::{lock, timed};
+use crate::{DomainProxy, Member, Service, Upgrades};
+use domain_api::host::{Instance, Residency};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// After so long a worker that does not come out of the dead instance is reported; it is waited for all the same.
+const REPORT_AFTER: Duration = Duration::from_secs(2);
+
+impl DomainProxy {
+    /// An instance has died: called by the worker that saw it, which has left it. Any number of workers may.
+    pub(crate) fn died(self: &Arc<Self>, instance: &Arc<Instance>, reason: &str) {
+        instance.condemn();
+        {
+            let mut view = lock(&self.view);
+            let is_live = view.live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.instance, instance));
+            if !view.dying.insert(Arc::as_ptr(instance).addr()) {
+                return;
+            }
+            log::error!("generation {} has died: {reason}", instance.generation());
+            if is_live {
+                view.holding = view.live.as_ref().map(|live| Arc::clone(&live.fence)).unwrap_or_default();
+                self.set_service(Service::Held);
+                view.fault = Some(reason.to_owned());
+            }
+        }
+        let (proxy, address, reason) = (Arc::clone(self), Arc::as_ptr(instance).addr(), reason.to_owned());
+        let spawned = std::thread::Builder::new()
+            .name("takeover".to_owned())
+            .spawn(move || proxy.take_over(address, &reason));
+        if let Err(error) = spawned {
+            log::error!("no thread for the takeover: {error}; its requests wait until the next upgrade");
+        }
+    }
+
+    fn take_over(&self, address: usize, reason: &str) {
+        // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it finds it dead and gives up.
+        self.queues.notify_all();
+        let mut upgrades = lock(&self.upgrades);
+        lock(&self.view).dying.remove(&address);
+        let is = |member: &Member| Arc::as_ptr(&member.instance).addr() == address;
+        if upgrades.leaving.as_ref().is_some_and(|leaving| is(&leaving.member)) {
+            // It had been replaced already: its successor answers what it left.
+            while !self.release(&mut upgrades, REPORT_AFTER) {
+                log::error!("a worker is still inside the dead domain; what it left unanswered waits for it");
+            }
+            self.finish_leaving(&mut upgrades, &mut Phases::default());
+            return;
+        }
+        if !self.live().as_ref().is_some_and(is) {
+            return;
+        }
+        self.started(Change::Takeover, "standby");
+        let result = self.replace_dead(&mut upgrades, reason);
+        self.ended(&upgrades, Change::Takeover, &result);
+        drop(upgrades);
+        self.queues.notify_all();
+    }
+
+    fn replace_dead(&self, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
+        let started = Instant::now();
+        let mut phases = Phases::default();
+        let dead = self.vacate(&mut phases);
+        let (from, fence, generation) =
+            (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
+        let residency = self.retire(dead, &mut phases);
+        if let Residency::Running(why) = residency {
+            return Err(Refusal::new(
+                "not_fenced",
+                format!(
+                    "the dead domain cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
+                ),
+            ));
+        }
+        let next = upgrades.standby.take().ok_or_else(|| {
+            Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
+        });
+        let taken = next.and_then(|next| {
+            let fits = self.check_compatible(&from.info, &next.record.info).and_then(|()| {
+                self.storage.move_to(next.id);
+                timed(&mut phases.activate, || next.instance.activate()).map_err(|error| {
+                    Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
+                })
+            });
+            match fits {
+                Ok(()) => Ok(next),
+                Err(refusal) => {
+                    self.storage.orphan();
+                    self.retire(next, &mut phases);
+                    Err(refusal)
+                }
+            }
+        });
+        match taken {
+            Ok(next) => {
+                next.instance.set_generation(generation + 1);
+                self.publish(next.clone());
+                fence.decide(Verdict::Replay);
+                phases.pause = started.elapsed();
+                let protocol = Protocol::Takeover;
+                Ok(Report { generation: generation + 1, protocol, from, to: next.record, phases })
+            }
+            Err(refusal) => {
+                self.set_service(Service::Failed);
+                fence.decide(Verdict::Fail);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Takes the dead instance out of the cell, and waits until every worker has left it.
+    fn vacate(&self, phases: &mut Phases) -> Member {
+        let waited = Instant::now();
+        let dead = self.take_live();
+        let mut grace = Some(self.cell().swap(None).unwrap_or_else(|error| {
+            unreachable!("under the upgrade lock, on a thread without a reader: {error}")
+        }));
+        let mut reported = false;
+        loop {
+            self.queues.notify_all();
+            grace =
+                grace.and_then(|grace| grace.wait(Duration::from_millis(20)).err().map(|(grace, _)| grace));
+            if grace.is_none() && Arc::strong_count(&dead.instance) == 1 {
+                break;
+            }
+            if !reported && waited.elapsed() >= REPORT_AFTER {
+                reported = true;
+                log::error!(
+                    "a worker is still inside the dead domain after {} s; the takeover waits for it",
+                    REPORT_AFTER.as_secs()
+                );
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        phases.drain = waited.elapsed();
+        dead
+    }
+}
