@@ -398,7 +398,7 @@ impl DomainProxy {
         let record = view.record.as_ref().expect("a started device has had a live domain");
         Status {
             generation: view.generation,
-            state: match (&view.fault, view.changing) {
+            state: match (&view.fault, view.changing || self.service() == Service::Held) {
                 (Some(_), _) => State::Faulted,
                 (None, true) => State::Upgrading,
                 (None, false) => State::Serving,

@@ -35,7 +35,6 @@ impl DomainProxy {
             if is_live {
                 view.holding = view.live.as_ref().map(|live| Arc::clone(&live.fence)).unwrap_or_default();
                 self.set_service(Service::Held);
-                view.fault = Some(reason.to_owned());
             }
         }
         let (proxy, address, reason) = (Arc::clone(self), Arc::as_ptr(instance).addr(), reason.to_owned());

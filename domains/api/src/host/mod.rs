@@ -525,12 +525,15 @@ impl QueueHandle {
 
 impl Drop for QueueHandle {
     fn drop(&mut self) {
-        // SAFETY: a live instance, and we are the queue's only thread.
-        let detached = self.instance.call(|instance, message| unsafe {
-            (self.instance.vtable.detach_queue)(instance, self.queue.0, message)
-        });
-        if let (Err(error), Some(host)) = (detached, &self.instance.host) {
-            host.services().log(crate::Level::Warn, &format!("detaching queue {}: {error}", self.queue.0));
+        // What a dead instance keeps for the queue goes with the instance.
+        if !self.instance.is_dead() {
+            // SAFETY: a live instance, and we are the queue's only thread.
+            let detached = self.instance.call(|instance, message| unsafe {
+                (self.instance.vtable.detach_queue)(instance, self.queue.0, message)
+            });
+            if let (Err(error), Some(host)) = (detached, &self.instance.host) {
+                host.services().log(crate::Level::Warn, &format!("detaching queue {}: {error}", self.queue.0));
+            }
         }
         // Release pairs with the Acquire in `attach`.
         self.instance.attached[self.queue.0 as usize].store(false, Ordering::Release);
