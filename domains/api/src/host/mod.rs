@@ -111,22 +111,33 @@ pub enum CallError {
     Panicked(String),
 }
 
-/// A sentence's worth of host memory for a callee.
+/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not cleared for each call.
+#[derive(Debug)]
 struct MessageBuffer {
     text: [u8; 512],
 }
 
 impl MessageBuffer {
+    const fn new() -> Self {
+        Self { text: [0; 512] }
+    }
+
+    /// Makes one call with a buffer of its own.
     fn call(f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
-        let mut buffer = Self { text: [0; 512] };
-        let mut raw = RawMessage { bytes: buffer.text.as_mut_ptr(), capacity: buffer.text.len(), len: 0 };
+        Self::new().lend(f)
+    }
+
+    #[inline]
+    fn lend(&mut self, f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
+        let mut raw = RawMessage { bytes: self.text.as_mut_ptr(), capacity: self.text.len(), len: 0 };
         let code = f(&raw mut raw);
-        if code == abi::CALL_OK {
-            return Ok(());
-        }
-        let len = raw.len.min(buffer.text.len());
-        let text = String::from_utf8_lossy(&buffer.text[..len]).into_owned();
-        Err(if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) })
+        if code == abi::CALL_OK { Ok(()) } else { Err(self.error(code, raw.len)) }
+    }
+
+    #[cold]
+    fn error(&self, code: u32, len: usize) -> CallError {
+        let text = String::from_utf8_lossy(&self.text[..len.min(self.text.len())]).into_owned();
+        if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) }
     }
 }
 
@@ -244,10 +255,19 @@ impl Instance {
     }
 
     fn call(&self, f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32) -> Result<(), CallError> {
+        self.call_with(&mut MessageBuffer::new(), f)
+    }
+
+    #[inline]
+    fn call_with(
+        &self,
+        buffer: &mut MessageBuffer,
+        f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32,
+    ) -> Result<(), CallError> {
         if self.is_dead() {
             return Err(CallError::Failed("it has panicked before".to_owned()));
         }
-        let result = MessageBuffer::call(|message| f(self.raw, message));
+        let result = buffer.lend(|message| f(self.raw, message));
         if matches!(result, Err(CallError::Panicked(_))) {
             self.dead.store(true, Ordering::Relaxed);
         }
@@ -381,7 +401,7 @@ impl Instance {
             taken.store(false, Ordering::Release);
             return Err(error);
         }
-        Ok(QueueHandle { instance: Arc::clone(self), queue })
+        Ok(QueueHandle { instance: Arc::clone(self), queue, message: Box::new(MessageBuffer::new()) })
     }
 
     /// Ends the instance and unmaps its module.
@@ -470,6 +490,7 @@ impl CompletionBuffer {
 pub struct QueueHandle {
     instance: Arc<Instance>,
     queue: QueueIndex,
+    message: Box<MessageBuffer>,
 }
 
 impl QueueHandle {
@@ -493,7 +514,7 @@ impl QueueHandle {
         completions.fill(|out| {
             // SAFETY: a live instance; we are the queue's only thread (`&mut self`); all pointers are valid for the call, and whoever made
             // the requests answers for what they point to (RawRequest::new).
-            self.instance.call(|instance, message| unsafe {
+            self.instance.call_with(&mut self.message, |instance, message| unsafe {
                 (self.instance.vtable.submit)(
                     instance,
                     self.queue.0,
@@ -516,7 +537,7 @@ impl QueueHandle {
     pub fn reap(&mut self, completions: &mut CompletionBuffer) -> Result<(), CallError> {
         completions.fill(|out| {
             // SAFETY: as in `submit`.
-            self.instance.call(|instance, message| unsafe {
+            self.instance.call_with(&mut self.message, |instance, message| unsafe {
                 (self.instance.vtable.reap)(instance, self.queue.0, out, message)
             })
         })
@@ -532,7 +553,8 @@ impl Drop for QueueHandle {
                 (self.instance.vtable.detach_queue)(instance, self.queue.0, message)
             });
             if let (Err(error), Some(host)) = (detached, &self.instance.host) {
-                host.services().log(crate::Level::Warn, &format!("detaching queue {}: {error}", self.queue.0));
+                host.services()
+                    .log(crate::Level::Warn, &format!("detaching queue {}: {error}", self.queue.0));
             }
         }
         // Release pairs with the Acquire in `attach`.
