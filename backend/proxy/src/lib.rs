@@ -51,7 +51,8 @@ pub(crate) struct Member {
     pub(crate) id: DomainId,
     pub(crate) instance: Arc<Instance>,
     pub(crate) fence: Arc<Fence>,
-    pub(crate) record: DomainRecord,
+    /// Shared, so that a member can be cloned and dropped inside the bracket for next to nothing.
+    pub(crate) record: Arc<DomainRecord>,
 }
 
 /// Whether there is somebody to submit to.
@@ -135,13 +136,13 @@ pub struct Status {
 struct View {
     live: Option<Member>,
     /// The live domain, or the last one that was.
-    record: Option<DomainRecord>,
+    record: Option<Arc<DomainRecord>>,
     generation: u64,
     /// Instances whose death is known and not dealt with yet, by address.
     dying: HashSet<usize>,
     /// The fence of the live domain that has died last: what came since waits for it.
     holding: Arc<Fence>,
-    standby: Option<DomainRecord>,
+    standby: Option<Arc<DomainRecord>>,
     changing: bool,
     fault: Option<String>,
     counts: Counts,
@@ -244,10 +245,10 @@ impl DomainProxy {
     /// Never: a started device has had one.
     #[must_use]
     pub fn domain(&self) -> DomainRecord {
-        self.record().expect("a started device has had a live domain")
+        (*self.record().expect("a started device has had a live domain")).clone()
     }
 
-    pub(crate) fn record(&self) -> Option<DomainRecord> {
+    pub(crate) fn record(&self) -> Option<Arc<DomainRecord>> {
         lock(&self.view).record.clone()
     }
 
@@ -404,8 +405,8 @@ impl DomainProxy {
                 (None, false) => State::Serving,
             },
             fault: view.fault.clone(),
-            domain: record.clone(),
-            standby: view.standby.clone(),
+            domain: (**record).clone(),
+            standby: view.standby.as_deref().cloned(),
             queues,
             counts: view.counts,
             resident: view.resident.iter().chain(&view.leaving).cloned().collect(),

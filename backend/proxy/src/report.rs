@@ -3,6 +3,7 @@
 use crate::queue::QueueStatus;
 use domain_api::DeviceInfo;
 use domain_api::Params;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// Which protocol to use.
@@ -119,9 +120,9 @@ pub struct Report {
     /// How.
     pub protocol: Protocol,
     /// What served before.
-    pub from: DomainRecord,
+    pub from: Arc<DomainRecord>,
     /// What serves now.
-    pub to: DomainRecord,
+    pub to: Arc<DomainRecord>,
     /// How long it took.
     pub phases: Phases,
 }

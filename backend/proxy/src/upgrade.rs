@@ -188,7 +188,8 @@ impl DomainProxy {
             params,
             info,
         };
-        let member = Member { id, instance: Arc::new(instance), fence: Arc::default(), record };
+        let member =
+            Member { id, instance: Arc::new(instance), fence: Arc::default(), record: Arc::new(record) };
         self.environment.apply(&member.instance);
         Ok(member)
     }
