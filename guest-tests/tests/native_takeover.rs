@@ -56,7 +56,12 @@ fn a_thousand_panics_lose_nothing() {
     assert_intact(daemon.socket(), &report.ledgers);
     let now = status(&mut control);
     let sum = |field: &str| -> u64 {
-        now["queues"].as_array().expect("queues").iter().map(|queue| queue[field].as_u64().expect("a number")).sum()
+        now["queues"]
+            .as_array()
+            .expect("queues")
+            .iter()
+            .map(|queue| queue[field].as_u64().expect("a number"))
+            .sum()
     };
     assert!(sum("replayed") >= 1000, "each panic left a request at least: {now}");
     assert_eq!(sum("errors"), 0);
@@ -117,7 +122,8 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     let report = load.stop();
     assert!(report.errors > 0, "nobody served");
     assert_eq!(report.unanswered, 0, "faulted is errors, not silence");
-    let reply = control.request("upgrade", json!({"name": "ramdisk"})).expect("an upgrade brings the device back");
+    let reply =
+        control.request("upgrade", json!({"name": "ramdisk"})).expect("an upgrade brings the device back");
     assert_eq!(reply["from"]["name"], "faulty");
     assert_eq!(status(&mut control)["state"], "serving");
     assert_intact(daemon.socket(), &report.ledgers);

@@ -10,6 +10,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,9 +79,14 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     let proxy = DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
         .map_err(|refusal| refusal.to_string())?;
     let sessions = Arc::new(SessionHandle::default());
+    let paths = match &front {
+        Front::Path(socket) => vec![socket.path().to_owned(), config.control_path.clone()],
+        Front::Inherited(_) => vec![config.control_path.clone()],
+    };
     let ask_to_stop = {
         let (proxy, sessions, stop) = (Arc::clone(&proxy), Arc::clone(&sessions), Arc::clone(&stop));
         move || {
+            watch_the_end(paths.clone());
             proxy.begin_stop();
             sessions.stop();
             let _ = rustix::io::write(&stop, &1u64.to_ne_bytes());
@@ -89,24 +95,12 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     let device = Arc::new(Device::new(Arc::clone(&proxy), ask_to_stop.clone()));
     let control =
         Server::start(&config.control_path, Arc::clone(&device)).map_err(|error| error.to_string())?;
-    let paths = match &front {
-        Front::Path(socket) => vec![socket.path().to_owned(), config.control_path.clone()],
-        Front::Inherited(_) => vec![config.control_path.clone()],
-    };
     std::thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
             for signal in signals.forever() {
                 log::info!("signal {signal}: stopping");
                 ask_to_stop();
-                let paths = paths.clone();
-                // A domain that does not come back must not keep the process.
-                std::thread::spawn(move || {
-                    std::thread::sleep(STOP_TIMEOUT);
-                    log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
-                    paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
-                    std::process::exit(1);
-                });
             }
         })
         .map_err(|error| format!("cannot start a thread: {error}"))?;
@@ -132,6 +126,19 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     drop(control);
     drop(front);
     Ok(proxy.stop())
+}
+
+/// A domain that does not come back must not keep the process: ends it by force if stopping takes too long.
+fn watch_the_end(paths: Vec<PathBuf>) {
+    let watched = std::thread::Builder::new().name("end".to_owned()).spawn(move || {
+        std::thread::sleep(STOP_TIMEOUT);
+        log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
+        paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        std::process::exit(1);
+    });
+    if let Err(error) = watched {
+        log::warn!("nobody watches over the end: {error}");
+    }
 }
 
 /// Waits until a frontend wants in. `false` if it is time to stop.
