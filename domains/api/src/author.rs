@@ -5,6 +5,8 @@
 
 use crate::abi::{self, HostVtable, RawBytes, RawCompletion, RawCompletions, RawMessage, RawRequest};
 use crate::{Buffer, Params, Storage};
+use std::mem::MaybeUninit;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
 /// A replaceable block device.
@@ -406,9 +408,15 @@ impl Host {
     /// # Safety
     /// `vtable` and what it points to stay valid until the module's `fini` has returned, and its functions do as [`abi::HostVtable`] says.
     #[must_use]
-    pub(crate) const unsafe fn from_vtable(vtable: *const HostVtable) -> Self {
-        // SAFETY: valid as long as any code of this module can run (caller's contract), which is all that 'static means here.
-        Self { vtable: unsafe { &*vtable } }
+    pub(crate) unsafe fn from_vtable(vtable: *const HostVtable) -> Self {
+        // SAFETY: the first field is in every version (caller's contract).
+        let size = unsafe { (*vtable).size } as usize;
+        if size >= size_of::<HostVtable>() {
+            // SAFETY: as large as ours, and valid as long as any code of this module can run, which is all that 'static means here.
+            return Self { vtable: unsafe { &*vtable } };
+        }
+        // SAFETY: the caller's contract; shorter than ours.
+        Self { vtable: unsafe { completed(vtable, size) } }
     }
 
     pub(crate) const fn vtable(&self) -> &'static HostVtable {
@@ -438,6 +446,16 @@ impl Host {
     pub fn notify(self, queue: QueueIndex) {
         // SAFETY: no more than `ctx` is passed.
         unsafe { (self.vtable.notify)(self.vtable.ctx, queue.0) };
+    }
+
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to for `queue`, to be given to the kernel: each write to it wakes the worker. Ask for it in
+    /// [`BlockDomain::attach_queue`]. `None` where the host has no such thing; a domain then has to call `notify`.
+    #[must_use]
+    pub fn notifier_fd(self, queue: QueueIndex) -> Option<OwnedFd> {
+        // SAFETY: no more than `ctx` is passed.
+        let fd = unsafe { (self.vtable.notifier_fd)(self.vtable.ctx, queue.0) };
+        // SAFETY: the host gives away a fresh descriptor, or a negative number.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Runs `task` on a thread of the host's. It must end soon after this instance was dropped: the host waits for it before the module is unmapped.
@@ -477,6 +495,25 @@ impl Host {
             unsafe { run_task(arg, 0) };
         }
         result
+    }
+}
+
+/// A full table for a host that is older than this module: what it lacks is filled in. Never freed, it is a few bytes per instance.
+///
+/// # Safety
+/// `vtable` is valid for `size` bytes.
+unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtable {
+    unsafe extern "C" fn no_fd(_: *mut std::ffi::c_void, _: u32) -> i32 {
+        -1
+    }
+    assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
+    let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
+    // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover every field but the one that is
+    // written after them.
+    unsafe {
+        std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
+        (&raw mut (*full.as_mut_ptr()).notifier_fd).write(no_fd);
+        full.assume_init_ref()
     }
 }
 

@@ -50,6 +50,65 @@ pub fn write_at_durably(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Re
     })
 }
 
+/// Reads from `file` at `offset` what is there without waiting for a device (`RWF_NOWAIT`): from the page cache. Returns how many bytes from the front of
+/// `buffer` that was.
+///
+/// # Errors
+/// [`io::ErrorKind::WouldBlock`] where nothing is; [`io::ErrorKind::Unsupported`] where the file system cannot tell;
+/// [`io::ErrorKind::UnexpectedEof`] where the file ends.
+pub fn read_at_once(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<u64> {
+    attempt(file, offset, buffer, io::ErrorKind::UnexpectedEof, |fd, iov, count, at| {
+        // SAFETY: as in `read_at`.
+        unsafe { libc::preadv2(fd, iov, count, at, libc::RWF_NOWAIT) }
+    })
+}
+
+/// Writes to `file` at `offset` what can be written without waiting. Returns how many bytes from the front of `buffer` that was.
+///
+/// # Errors
+/// As for [`read_at_once`]; [`io::ErrorKind::WriteZero`] where it writes nothing.
+pub fn write_at_once(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<u64> {
+    attempt(file, offset, buffer, io::ErrorKind::WriteZero, |fd, iov, count, at| {
+        // SAFETY: as in `write_at`.
+        unsafe { libc::pwritev2(fd, iov, count, at, libc::RWF_NOWAIT) }
+    })
+}
+
+/// One call for as much as it moves.
+fn attempt(
+    file: &File,
+    offset: u64,
+    buffer: &Buffer<'_>,
+    nothing: io::ErrorKind,
+    call: impl Fn(i32, *const libc::iovec, i32, i64) -> isize,
+) -> io::Result<u64> {
+    let at = i64::try_from(offset).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let segments = buffer.segments();
+    let count = segments.len().min(IOV_MAX) as i32;
+    let moved = call(file.as_raw_fd(), segments.as_ptr().cast(), count, at);
+    match u64::try_from(moved) {
+        Err(_) => Err(io::Error::last_os_error()),
+        Ok(0) if !buffer.is_empty() => Err(nothing.into()),
+        Ok(moved) => Ok(moved),
+    }
+}
+
+/// Whether `file` is in memory (tmpfs, ramfs, hugetlbfs), so that reading and writing it is copying.
+///
+/// # Errors
+/// What `fstatfs` says.
+pub fn is_in_memory(file: &File) -> io::Result<bool> {
+    const RAMFS_MAGIC: i64 = 0x8584_58f6; // linux/magic.h
+    let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: room for the structure, and the descriptor is open because `file` is borrowed.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), about.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: filled by the call, which succeeded.
+    let kind = unsafe { about.assume_init() }.f_type;
+    Ok([libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&kind))
+}
+
 fn transfer(
     file: &File,
     offset: u64,

@@ -27,6 +27,8 @@ pub mod file_io;
 pub mod host;
 mod params;
 mod storage;
+#[cfg(feature = "uring")]
+pub mod uring;
 
 pub use author::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Level, Op, QueueContext,

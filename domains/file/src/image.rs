@@ -36,6 +36,7 @@ pub(crate) struct Image {
     size: u64,
     block_size: u32,
     physical_block_size: u32,
+    in_memory: bool,
 }
 
 impl Image {
@@ -67,6 +68,8 @@ impl Image {
             SECTOR_SIZE
         };
         check_size(path, size, block_size, device)?;
+        let in_memory =
+            file_io::is_in_memory(&file).map_err(|error| cannot("look at the file system of", error))?;
         let preferred = u32::try_from(about.blksize()).unwrap_or(0);
         let usable = preferred.is_power_of_two() && (block_size..=1 << 20).contains(&preferred);
         Ok(Self {
@@ -77,6 +80,7 @@ impl Image {
             size,
             block_size,
             physical_block_size: if usable { preferred } else { block_size },
+            in_memory,
         })
     }
 
@@ -113,6 +117,11 @@ impl Image {
 
     pub(crate) const fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    /// Whether reading and writing it is copying, and waits for no device.
+    pub(crate) const fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     pub(crate) const fn physical_block_size(&self) -> u32 {

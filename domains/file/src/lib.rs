@@ -4,29 +4,39 @@
 //! read-modify-write, so two of them on the same file serve side by side, and an upgrade pauses nobody. For that the storage
 //! keeps the first instance's descriptor, and a successor works on a dup of it; see [`image`] for when it cannot, and why.
 //!
-//! Requests are executed by the worker that submits them, one after the other, with `preadv` and `pwritev` straight from and to guest
-//! memory ([`disk`]).
+//! Data moves straight from and to guest memory. What only has to be copied is served in the call that submits it; whatever may wait for a device
+//! goes through io_uring, one ring per queue, and ends later ([`queue`]). Where io_uring cannot be had, each worker serves its requests itself,
+//! one after the other ([`engine`], [`disk`]).
 
 #![forbid(unsafe_code)]
 
 mod bounce;
 mod disk;
+mod engine;
 mod image;
+mod pace;
+mod queue;
 mod trouble;
 
-use bounce::Bounce;
 use disk::Disk;
 use domain_api::file_io::OpenMode;
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
+    QueueIndex, Swap,
 };
+use engine::Engine;
 use image::Image;
+use queue::Queue;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The disk in a file.
 #[derive(Debug)]
 pub struct FileDisk {
     host: Host,
     disk: Disk,
+    engine: Engine,
+    /// One bit for each queue that is attached.
+    attached: AtomicU64,
     serial: String,
 }
 
@@ -36,10 +46,10 @@ impl BlockDomain for FileDisk {
     const SCHEMA_NAME: &'static str = "file";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] = &["path", "direct", "readonly", "serial"];
-    const INHERITED: &'static [&'static str] = &["path", "direct", "readonly", "serial"];
+    const PARAMS: &'static [&'static str] = &["path", "direct", "readonly", "serial", "aio"];
+    const INHERITED: &'static [&'static str] = &["path", "direct", "readonly", "serial", "aio"];
 
-    type Queue = Bounce;
+    type Queue = Queue;
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
         let path = params.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
@@ -50,7 +60,9 @@ impl BlockDomain for FileDisk {
         let mode =
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
         let serial = params.serial()?;
-        Ok(Self { host, disk: Disk::new(host, Image::prepare(host, path, mode)?), serial })
+        let disk = Disk::new(host, Image::prepare(host, path, mode)?);
+        let engine = Engine::choose(host, params)?;
+        Ok(Self { host, disk, engine, attached: AtomicU64::new(0), serial })
     }
 
     fn info(&self) -> DeviceInfo {
@@ -89,15 +101,32 @@ impl BlockDomain for FileDisk {
         Ok(())
     }
 
-    fn attach_queue(&self, _: QueueContext) -> Result<Bounce, DomainError> {
-        Ok(Bounce::new())
+    fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {
+        let index = context.queue;
+        let queue = self.engine.queue(self.host, &self.disk, index);
+        self.attached.fetch_or(1 << index.0, Ordering::Relaxed);
+        Ok(queue)
     }
 
-    fn submit(&self, bounce: &mut Bounce, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
-        while let Some(request) = batch.next() {
-            let status = self.disk.serve(bounce, &request);
-            completions.complete(request, status);
-        }
+    fn detach_queue(&self, queue: Queue) {
+        self.attached.fetch_and(!(1 << queue.index().0), Ordering::Relaxed);
+    }
+
+    fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
+        queue.submit(&self.disk, batch, completions);
+    }
+
+    fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
+        queue.reap(&self.disk, completions);
+    }
+
+    fn cancel(&self) {
+        self.disk.cancel();
+        // Only a queue's own worker may use its ring, so it is woken to do so.
+        let attached = self.attached.load(Ordering::Relaxed);
+        (0..u64::BITS)
+            .filter(|index| attached & 1 << index != 0)
+            .for_each(|index| self.host.notify(QueueIndex(index)));
     }
 
     fn set_write_cache(&self, on: bool) {

@@ -18,6 +18,11 @@ pub trait HostServices: Send + Sync {
     fn log(&self, level: Level, line: &str);
     /// Something can be reaped on `queue`.
     fn notify(&self, queue: QueueIndex);
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to; `None` where notifications go another way.
+    fn notifier_fd(&self, queue: QueueIndex) -> Option<OwnedFd> {
+        let _ = queue;
+        None
+    }
     /// The storage's schema number, 0 if it is empty.
     fn schema(&self) -> u32;
     /// Sets it.
@@ -85,6 +90,7 @@ impl HostSide {
                     fd_put,
                     spawn,
                     timer,
+                    notifier_fd,
                 },
                 services,
                 tasks: Tasks::default(),
@@ -279,4 +285,11 @@ unsafe extern "C" fn timer(
     let (side, task) = unsafe { (side(ctx), Task::new(entry, arg)) };
     // SAFETY: `message` is valid (abi::HostVtable).
     unsafe { answer(message, || side.tasks.after(Duration::from_nanos(delay_ns), task)) }
+}
+
+unsafe extern "C" fn notifier_fd(ctx: *mut c_void, queue: u32) -> i32 {
+    // SAFETY: abi::HostVtable: `ctx` is ours.
+    let side = unsafe { side(ctx) };
+    let fd = catch_unwind(AssertUnwindSafe(|| side.services.notifier_fd(QueueIndex(queue)))).unwrap_or(None);
+    fd.map_or(-1, IntoRawFd::into_raw_fd)
 }

@@ -1,0 +1,327 @@
+//! io_uring for requests: the kernel does the I/O while the worker goes on.
+//!
+//! The rule of io_uring is that memory which a submission names stays where it is until its completion has come. Here ownership says so: a
+//! [`Request`] is moved into the [`Ring`] by [`push`](Ring::push) and comes out of [`advance`](Ring::advance) with its result, so safe code can neither complete it nor
+//! touch its buffer while the kernel has it. A ring that is dropped too early waits until the kernel is done ([`end`]); one that is
+//! forgotten leaks, with all that the kernel may still use.
+//!
+//! **Waking.** The worker's own eventfd is registered with the ring, so a completion wakes the worker without a thread or a system call of ours. While the owner is
+//! awake and looking, these writes would only make it wake once more for nothing; where it is safe they are off from the moment that it enters the kernel
+//! until `advance` returns `None`. No wake is lost, because `advance` looks again *after* it has turned them on:
+//!
+//! 1. the kernel puts the completion on its list (`llist` cmpxchg), then sets `IORING_SQ_TASKRUN` (locked or), then looks whether wake-ups are off;
+//! 2. we turn wake-ups on, then a full fence, then look at `IORING_SQ_TASKRUN`.
+//!
+//! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The argument needs a full barrier in the middle of 1, which a locked
+//! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
+//!
+//! One thread uses a ring: the one that made it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
+//!
+//! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
+
+mod end;
+mod flight;
+#[cfg(test)]
+mod tests;
+
+pub use flight::Work;
+
+use crate::Request;
+use end::EndWatch;
+use flight::{Flight, IMAGE, Progress, Zeros};
+use io_uring::{IoUring, opcode, squeue, types};
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
+
+/// Most entries of the submission queue: more requests than that are submitted by more than one call.
+const MAX_SUBMISSIONS: usize = 256;
+/// What the completion of a cancellation is called; requests are called by their slots.
+const CANCELLATION: u64 = u64::MAX;
+/// How long a dropped ring waits for the kernel.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A request that has ended.
+#[derive(Debug)]
+#[must_use = "the request in it must be completed"]
+pub struct Ended {
+    /// The request, ours again.
+    pub request: Request,
+    /// What was done with it.
+    pub work: Work,
+    /// How that went. [`io::ErrorKind::UnexpectedEof`] and [`io::ErrorKind::WriteZero`] say that there was less of the file than of the buffer.
+    pub result: io::Result<()>,
+}
+
+/// A ring for one file, one queue, one thread.
+pub struct Ring {
+    /// Dropped by hand, because closing it comes before anything that the kernel may use is freed.
+    io: ManuallyDrop<IoUring>,
+    /// By slot. Flights never move: the table is never resized, and what the kernel is told of is behind pointers.
+    flights: Box<[Option<Flight>]>,
+    free: Vec<u32>,
+    zeros: Zeros,
+    wake: OwnedFd,
+    end: EndWatch,
+    /// Whether wake-ups can be off; see the module's text.
+    can_be_quiet: bool,
+    quiet: bool,
+    /// A cancellation is under way; one at a time, so that there is always room for its completion.
+    cancelling: bool,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight()).finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// A ring for `file` with room for `depth` requests, whose completions are written to the eventfd `wake`.
+    ///
+    /// # Errors
+    /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
+    ///
+    /// # Panics
+    /// If `depth` is 0 or more than 16384.
+    pub fn new(file: &File, wake: OwnedFd, depth: usize) -> io::Result<Self> {
+        assert!((1..=1 << 14).contains(&depth), "a ring for {depth} requests");
+        let io = build(depth)?;
+        let (end, dying) = EndWatch::new()?;
+        let submitter = io.submitter();
+        submitter.register_files(&[file.as_raw_fd(), dying.as_raw_fd()])?;
+        submitter.register_eventfd(wake.as_raw_fd())?;
+        Ok(Self {
+            can_be_quiet: cfg!(target_arch = "x86_64") && io.params().is_setup_single_issuer(),
+            io: ManuallyDrop::new(io),
+            flights: (0..depth).map(|_| None).collect(),
+            free: (0..depth as u32).rev().collect(),
+            zeros: Zeros::default(),
+            wake,
+            end,
+            quiet: false,
+            cancelling: false,
+        })
+    }
+
+    /// Whether a ring can be made here at all.
+    ///
+    /// # Errors
+    /// As for [`new`](Self::new).
+    pub fn probe() -> io::Result<()> {
+        build(1).map(drop)
+    }
+
+    /// How many requests are in the ring.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.flights.len() - self.free.len()
+    }
+
+    /// Whether another one can be pushed.
+    #[must_use]
+    #[inline]
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Puts a request into the ring, to have `work` done from its byte `done` on. What was pushed is submitted by [`advance`](Self::advance), many with one system call.
+    ///
+    /// # Panics
+    /// If there is no room.
+    #[inline]
+    pub fn push(&mut self, request: Request, work: Work, done: u64) {
+        let slot = self.free.pop().expect("has_room was asked before");
+        self.flights[slot as usize] = Some(Flight::new(request, work, done));
+        self.queue(slot);
+    }
+
+    /// Asks the kernel to give up what is in flight, as far as it can: what waits for a thread or a condition, not what a disk is doing. Requests end as ever,
+    /// and those that were given up end with `ECANCELED`.
+    pub fn cancel(&mut self) {
+        if self.in_flight() == 0 || self.cancelling {
+            return;
+        }
+        self.cancelling = true;
+        self.flights.iter_mut().flatten().for_each(Flight::give_up);
+        let all = opcode::AsyncCancel2::new(types::CancelBuilder::any().all());
+        // SAFETY: the entry names no memory.
+        unsafe { self.enqueue(&all.build().user_data(CANCELLATION)) };
+    }
+
+    /// Submits what was pushed, and takes out a request that has ended. Never waits.
+    ///
+    /// Call it until it returns `None`: only then the next completion is sure to wake the worker.
+    #[inline]
+    pub fn advance(&mut self) -> Option<Ended> {
+        loop {
+            if let Some(ended) = self.take() {
+                return Some(ended);
+            }
+            if self.kernel_is_needed() {
+                if self.enter() {
+                    continue;
+                }
+                self.be_loud();
+                // Nothing may ever complete to bring us back: we come back by ourselves.
+                self.nudge();
+                return None;
+            }
+            if !self.be_loud() {
+                return None;
+            }
+        }
+    }
+
+    /// Takes completions off the queue until one ends a request.
+    #[inline]
+    fn take(&mut self) -> Option<Ended> {
+        loop {
+            let entry = self.io.completion().next()?;
+            if entry.user_data() == CANCELLATION {
+                // How many it found, or that this kernel cannot; either way the requests end by themselves.
+                self.cancelling = false;
+                continue;
+            }
+            let slot = entry.user_data() as usize;
+            let flight = self.flights[slot].as_mut().expect("the kernel completes what is in flight");
+            match flight.progress(entry.result()) {
+                Progress::More => self.queue(slot as u32),
+                Progress::Ended(result) => {
+                    let Flight { request, work, .. } =
+                        self.flights[slot].take().expect("looked at just above");
+                    self.free.push(slot as u32);
+                    return Some(Ended { request, work, result });
+                }
+            }
+        }
+    }
+
+    /// Queues what is left to do of a flight.
+    #[inline]
+    fn queue(&mut self, slot: u32) {
+        let flight = self.flights[slot as usize].as_mut().expect("a flight that was just put there, or kept");
+        let entry = flight.entry(&mut self.zeros).user_data(u64::from(slot));
+        // SAFETY: what the entry names is guest memory that stays until the request has been completed (RawSegment::new), which its owner can do only
+        // after `take` has given it back; lists of segments of the host's, which stay as long (RawRequest::new), or of the flight's own, which is freed
+        // by `take`; and the zeros. `drop` frees none of the latter before the kernel is done with all of it.
+        unsafe { self.enqueue(&entry) };
+    }
+
+    /// # Safety
+    /// The memory that `entry` names is valid until it has completed or the kernel is done with this ring.
+    unsafe fn enqueue(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the caller's contract.
+        while unsafe { self.io.submission().push(entry) }.is_err() {
+            if !self.enter() {
+                // The kernel is out of memory and the queue is full. There is room in the table for what cannot be queued, but nowhere to
+                // remember it; the kernel's shortage passes.
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Whether something is to be submitted, or the kernel has completions that it hands over only when it is called.
+    #[inline]
+    fn kernel_is_needed(&mut self) -> bool {
+        let submissions = self.io.submission();
+        !submissions.is_empty() || submissions.taskrun() || submissions.cq_overflow()
+    }
+
+    /// Calls the kernel. Returns `false` if it can take nothing now.
+    fn enter(&mut self) -> bool {
+        if self.can_be_quiet && !self.quiet {
+            self.quiet = true;
+            self.io.completion().disable_eventfd();
+        }
+        match self.io.submit() {
+            Ok(_) => true,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR) => true,
+                // No memory for requests, or completions to be taken off first.
+                Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => !self.io.completion().is_empty(),
+                _ => panic!("io_uring: {error}"),
+            },
+        }
+    }
+
+    /// Turns wake-ups on. Returns whether something has come meanwhile that may not have caused one.
+    #[inline]
+    fn be_loud(&mut self) -> bool {
+        if !self.quiet {
+            return false;
+        }
+        self.quiet = false;
+        self.io.completion().enable_eventfd();
+        // Pairs with the kernel's barrier between setting IORING_SQ_TASKRUN and looking at what was just turned on.
+        fence(Ordering::SeqCst);
+        self.io.submission().taskrun() || !self.io.completion().is_empty()
+    }
+
+    /// Wakes the worker ourselves.
+    fn nudge(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight readable bytes and an open descriptor. It fails only if the counter is full, and then the worker is awake.
+        let _ = unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // SAFETY: dropped here only, and not used again.
+        unsafe { ManuallyDrop::drop(&mut self.io) };
+        let in_flight = self.in_flight();
+        if in_flight == 0 {
+            return;
+        }
+        // A host that destroys an instance whose requests have not ended relies on this: afterwards nobody writes to guest memory any more.
+        if self.end.wait(END_TIMEOUT) {
+            return;
+        }
+        std::mem::forget(std::mem::take(&mut self.flights));
+        std::mem::forget(std::mem::take(&mut self.zeros));
+        if !std::thread::panicking() {
+            // Not quietly: whoever thinks that these requests are over would run them again.
+            panic!(
+                "the kernel still has {in_flight} requests {} s after their ring was closed",
+                END_TIMEOUT.as_secs()
+            );
+        }
+    }
+}
+
+/// Makes a ring as the kernel can.
+fn build(depth: usize) -> io::Result<IoUring> {
+    let entries = depth.min(MAX_SUBMISSIONS) as u32;
+    // Room for everything that can be in flight and a cancellation, so that it never overflows.
+    let completions = (depth as u32 + 1).max(entries).next_power_of_two();
+    let modern = IoUring::builder()
+        .setup_cqsize(completions)
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .setup_submit_all()
+        .build(entries);
+    let io = match modern {
+        // Linux before 6.1.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().setup_cqsize(completions).build(entries)?
+        }
+        other => other?,
+    };
+    let params = io.params();
+    // With these came everything else that is used here, but for cancelling.
+    if params.is_feature_submit_stable() && params.is_feature_nodrop() && params.is_feature_ext_arg() {
+        Ok(io)
+    } else {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is too old"))
+    }
+}
+
+/// The registered file that requests are about, for the entries.
+const fn image() -> types::Fixed {
+    types::Fixed(IMAGE)
+}

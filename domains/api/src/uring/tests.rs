@@ -1,0 +1,285 @@
+//! The ring, on pipes and files.
+//!
+//! A read of an empty pipe stays in flight until somebody writes, which makes everything that is about time a matter of the test's own choice.
+
+use super::*;
+use crate::abi::{RawRequest, RawSegment, op};
+use crate::author::Batch;
+use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+
+/// A request and its memory, which is leaked unless the test is over.
+struct Guest {
+    memory: Vec<Vec<u8>>,
+    segments: Vec<RawSegment>,
+}
+
+impl Guest {
+    fn new(lengths: &[usize], fill: u8) -> Self {
+        let mut memory: Vec<Vec<u8>> = lengths.iter().map(|&len| vec![fill; len]).collect();
+        // SAFETY: the vectors do not move, and are looked at only when the request has ended.
+        let segments =
+            memory.iter_mut().map(|piece| unsafe { RawSegment::new(piece.as_mut_ptr(), piece.len()) });
+        let segments = segments.collect();
+        Self { memory, segments }
+    }
+
+    fn request(&self, op: u32, offset: u64, tag: u64) -> Request {
+        let len = self.segments.iter().map(RawSegment::len).sum::<usize>() as u64;
+        raw(op, offset, len, &self.segments, tag)
+    }
+}
+
+fn raw(op: u32, offset: u64, len: u64, segments: &[RawSegment], tag: u64) -> Request {
+    // SAFETY: the tests keep `segments` until the request has ended.
+    let raw = RawRequest { tag, ..unsafe { RawRequest::new(op, 0, offset, len, segments) } };
+    Batch::new(&[raw], &mut 0).next().expect("it is there")
+}
+
+fn eventfd() -> File {
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    // SAFETY: a fresh descriptor.
+    unsafe { File::from_raw_fd(fd) }
+}
+
+fn pipe() -> (File, File) {
+    let (reading, writing) = io::pipe().unwrap();
+    (File::from(OwnedFd::from(reading)), File::from(OwnedFd::from(writing)))
+}
+
+fn ring(file: &File, depth: usize) -> Option<(Ring, File)> {
+    let wake = eventfd();
+    match Ring::new(file, wake.try_clone().unwrap().into(), depth) {
+        Ok(ring) => Some((ring, wake)),
+        Err(error) => {
+            eprintln!("skipped: no io_uring here: {error}");
+            None
+        }
+    }
+}
+
+/// Sleeps as a worker does, until the ring rings.
+fn sleep(wake: &File) {
+    let mut watched = libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid structure.
+    let woken = unsafe { libc::poll(&raw mut watched, 1, 10_000) };
+    assert_eq!(woken, 1, "nobody woke us");
+    (&*wake).read_exact(&mut [0; 8]).unwrap();
+}
+
+fn next(ring: &mut Ring, wake: &File) -> Ended {
+    loop {
+        if let Some(ended) = ring.advance() {
+            return ended;
+        }
+        sleep(wake);
+    }
+}
+
+fn scratch(name: &str) -> File {
+    let path = std::env::temp_dir().join(format!("hotswap-uring-{name}-{}", std::process::id()));
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file
+}
+
+#[test]
+fn each_completion_wakes_a_sleeper_however_it_races_with_him() {
+    let (reading, writing) = pipe();
+    let Some((mut ring, wake)) = ring(&reading, 4) else { return };
+    let guest = Guest::new(&[1], 0);
+    std::thread::scope(|scope| {
+        let (asked, asks) = std::sync::mpsc::channel::<u32>();
+        scope.spawn(move || {
+            for pause in asks {
+                (0..pause).for_each(|_| std::hint::spin_loop());
+                (&writing).write_all(&[7]).unwrap();
+            }
+        });
+        for round in 0..20_000 {
+            ring.push(guest.request(op::READ, 0, round), Work::Read, 0);
+            asked.send((round % 997) as u32).unwrap();
+            let ended = next(&mut ring, &wake);
+            assert_eq!(ended.request.id().tag, round);
+            ended.result.unwrap();
+        }
+    });
+    assert_eq!(guest.memory[0], [7]);
+}
+
+#[test]
+fn a_full_ring_has_no_room_and_loses_nothing() {
+    let (reading, writing) = pipe();
+    let Some((mut ring, wake)) = ring(&reading, 5) else { return };
+    let guests: Vec<Guest> = (0..5).map(|_| Guest::new(&[1], 0)).collect();
+    for (tag, guest) in guests.iter().enumerate() {
+        assert!(ring.has_room());
+        ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
+    }
+    assert!(!ring.has_room());
+    assert!(ring.advance().is_none());
+    assert_eq!(ring.in_flight(), 5);
+    (&writing).write_all(&[1; 5]).unwrap();
+    let mut tags: Vec<u64> = (0..5).map(|_| next(&mut ring, &wake).request.id().tag).collect();
+    tags.sort_unstable();
+    assert_eq!(tags, [0, 1, 2, 3, 4]);
+    assert!(ring.advance().is_none() && ring.in_flight() == 0);
+}
+
+#[test]
+fn a_short_transfer_is_finished_by_more_of_them() {
+    let (reading, writing) = pipe();
+    let Some((mut ring, wake)) = ring(&reading, 1) else { return };
+    let guest = Guest::new(&[3, 0, 1, 4, 2], 0);
+    ring.push(guest.request(op::READ, 0, 1), Work::Read, 0);
+    for piece in [&[1u8, 2][..], &[3, 4, 5], &[6, 7, 8], &[9], &[10]] {
+        assert!(ring.advance().is_none());
+        (&writing).write_all(piece).unwrap();
+        if piece != [10] {
+            sleep(&wake);
+        }
+    }
+    next(&mut ring, &wake).result.unwrap();
+    assert_eq!(guest.memory.concat(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    // The writer goes away: the file has ended.
+    ring.push(guest.request(op::READ, 0, 2), Work::Read, 0);
+    assert!(ring.advance().is_none());
+    drop(writing);
+    assert_eq!(next(&mut ring, &wake).result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn more_segments_than_one_call_takes_go_by_several() {
+    let file = scratch("segments");
+    let Some((mut ring, wake)) = ring(&file, 2) else { return };
+    let lengths: Vec<usize> = (0..2500).map(|i| i % 5).collect();
+    let mut out = Guest::new(&lengths, 0);
+    out.memory.iter_mut().enumerate().for_each(|(i, piece)| piece.fill(i as u8));
+    ring.push(out.request(op::WRITE, 512, 1), Work::Write { durable: true }, 0);
+    next(&mut ring, &wake).result.unwrap();
+    let back = Guest::new(&[1000, lengths.iter().sum::<usize>() - 1000], 0);
+    ring.push(back.request(op::READ, 512, 2), Work::Read, 0);
+    next(&mut ring, &wake).result.unwrap();
+    assert_eq!(back.memory.concat(), out.memory.concat());
+    // Begun by somebody else, up to byte 1500.
+    let rest = Guest::new(&[1000, lengths.iter().sum::<usize>() - 1000], 0xee);
+    ring.push(rest.request(op::READ, 512, 3), Work::Read, 1500);
+    next(&mut ring, &wake).result.unwrap();
+    let rest = rest.memory.concat();
+    assert!(rest[..1500].iter().all(|&byte| byte == 0xee) && rest[1500..] == out.memory.concat()[1500..]);
+}
+
+#[test]
+fn ranges_are_zeroed_in_all_ways_and_errors_come_back() {
+    let file = scratch("ranges");
+    file.write_all_at(&vec![1; 2 << 20], 0).unwrap();
+    let Some((mut ring, wake)) = ring(&file, 4) else { return };
+    let (len, mut at) = (600u64 << 10, 4096);
+    for work in [Work::WriteZeros, Work::PunchHole, Work::ZeroRange] {
+        ring.push(raw(op::WRITE_ZEROES, at, len, &[], 1), work, 0);
+        let ended = next(&mut ring, &wake);
+        assert_eq!(ended.work, work);
+        match ended.result {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                assert_ne!(work, Work::WriteZeros);
+                continue;
+            }
+            result => result.unwrap(),
+        }
+        let mut back = vec![9; len as usize + 2];
+        file.read_exact_at(&mut back, at - 1).unwrap();
+        let (first, rest) = back.split_first().unwrap();
+        let (last, zeros) = rest.split_last().unwrap();
+        assert!(*first == 1 && *last == 1 && zeros.iter().all(|&byte| byte == 0), "{work:?}");
+        at += len + 4096;
+    }
+    ring.push(raw(op::FLUSH, 0, 0, &[], 2), Work::SyncData, 0);
+    next(&mut ring, &wake).result.unwrap();
+    let (reading, _writing) = pipe();
+    let Some((mut ring, wake)) = self::ring(&reading, 4) else { return };
+    ring.push(raw(op::FLUSH, 0, 0, &[], 3), Work::SyncData, 0);
+    assert_eq!(next(&mut ring, &wake).result.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+}
+
+#[test]
+fn cancelling_ends_what_waits_and_nothing_that_comes_later() {
+    let (reading, writing) = pipe();
+    let Some((mut ring, wake)) = ring(&reading, 8) else { return };
+    ring.cancel();
+    let guests: Vec<Guest> = (0..8).map(|_| Guest::new(&[1], 0)).collect();
+    for (tag, guest) in guests.iter().enumerate() {
+        ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
+    }
+    assert!(ring.advance().is_none());
+    ring.cancel();
+    ring.cancel();
+    for _ in 0..8 {
+        assert_eq!(next(&mut ring, &wake).result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+    }
+    assert!(ring.advance().is_none());
+    ring.push(guests[0].request(op::READ, 0, 9), Work::Read, 0);
+    assert!(ring.advance().is_none());
+    (&writing).write_all(&[5]).unwrap();
+    next(&mut ring, &wake).result.unwrap();
+    assert_eq!(guests[0].memory[0], [5]);
+}
+
+/// Nothing may be written to a request's memory after its ring is gone.
+fn is_over_after_drop(drop_it: impl FnOnce(Ring)) {
+    let (reading, writing) = pipe();
+    let Some((mut ring, _wake)) = ring(&reading, 8) else { return };
+    let guests: Vec<Guest> = (0..8).map(|_| Guest::new(&[1, 2], 0)).collect();
+    for (tag, guest) in guests.iter().enumerate() {
+        ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
+    }
+    assert!(ring.advance().is_none());
+    drop_it(ring);
+    (&writing).write_all(&[7; 24]).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(guests.iter().all(|guest| guest.memory.concat() == [0; 3]));
+    // All that was written is still there for others: no request of the ring has taken any.
+    (&reading).read_exact(&mut [0; 24]).unwrap();
+}
+
+#[test]
+fn a_ring_that_is_dropped_with_requests_in_flight_waits_for_the_kernel() {
+    is_over_after_drop(drop);
+}
+
+#[test]
+fn it_may_be_dropped_by_a_thread_that_it_does_not_belong_to() {
+    is_over_after_drop(|ring| std::thread::spawn(|| drop(ring)).join().unwrap());
+    // Its own thread may be gone, too.
+    let (reading, writing) = pipe();
+    let guest = Guest::new(&[1], 0);
+    let request = guest.request(op::READ, 0, 1);
+    let made = std::thread::spawn(move || {
+        let (mut ring, _wake) = ring(&reading, 1)?;
+        ring.push(request, Work::Read, 0);
+        assert!(ring.advance().is_none());
+        Some((ring, reading))
+    });
+    let Some((ring, reading)) = made.join().unwrap() else { return };
+    drop(ring);
+    (&writing).write_all(&[7]).unwrap();
+    (&reading).read_exact(&mut [0]).unwrap();
+    assert_eq!(guest.memory[0], [0]);
+}
+
+#[test]
+fn rings_come_and_go_without_leaving_descriptors() {
+    let file = scratch("descriptors");
+    let Some((first, _wake)) = ring(&file, 64) else { return };
+    drop(first);
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    for _ in 0..100 {
+        let (mut ring, wake) = ring(&file, 64).unwrap();
+        ring.push(raw(op::FLUSH, 0, 0, &[], 0), Work::SyncData, 0);
+        next(&mut ring, &wake).result.unwrap();
+    }
+    // Tests run at the same time, and have a few open.
+    assert!(open() < before + 50, "{before} descriptors became {}", open());
+}

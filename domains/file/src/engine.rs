@@ -1,0 +1,81 @@
+//! Who does the I/O: the kernel by way of io_uring, or the workers themselves.
+
+use crate::disk::Disk;
+use crate::queue::Queue;
+use domain_api::uring::Ring;
+use domain_api::{DomainError, Host, Level, Params, QueueIndex};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Requests that a queue's ring has room for: the longest virtqueue that is in use.
+const DEPTH: usize = 1024;
+
+/// The chosen way.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    uring: bool,
+    /// It was said that a queue does without.
+    said: AtomicBool,
+}
+
+impl Engine {
+    /// What `aio` asks for, as far as it can be had here.
+    pub(crate) fn choose(host: Host, params: &Params) -> Result<Self, DomainError> {
+        let wanted = params.get("aio").unwrap_or("auto");
+        if !["auto", "io_uring", "sync"].contains(&wanted) {
+            return Err(DomainError::new(format!(
+                "parameter `aio` is `{wanted}`; use auto, io_uring or sync"
+            )));
+        }
+        let uring = match wanted {
+            "sync" => false,
+            _ => match Ring::probe() {
+                Ok(()) => true,
+                Err(error) if wanted == "auto" => {
+                    host.log(
+                        Level::Info,
+                        &format!("{}; requests are served by the workers", why_not(&error)),
+                    );
+                    false
+                }
+                Err(error) => {
+                    return Err(DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))));
+                }
+            },
+        };
+        Ok(Self { uring, said: AtomicBool::new(false) })
+    }
+
+    /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.
+    pub(crate) fn queue(&self, host: Host, disk: &Disk, index: QueueIndex) -> Queue {
+        let ring = self.uring.then(|| {
+            let wake = host.notifier_fd(index).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::Unsupported, "this host has no descriptor to wake a worker by")
+            })?;
+            Ring::new(disk.image().file(), wake, DEPTH)
+        });
+        let ring = ring.and_then(|made| {
+            made.inspect_err(|error| {
+                // Relaxed: only whether somebody has said it before.
+                if !self.said.swap(true, Ordering::Relaxed) {
+                    let line =
+                        format!("queue {}: {}; its worker serves its requests", index.0, why_not(error));
+                    host.log(Level::Warn, &line);
+                }
+            })
+            .ok()
+        });
+        Queue::new(disk, index, ring)
+    }
+}
+
+fn why_not(error: &io::Error) -> String {
+    let why = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            " (a seccomp filter, or /proc/sys/kernel/io_uring_disabled, forbids it)"
+        }
+        io::ErrorKind::Unsupported => " (io_uring needs Linux 5.11)",
+        _ => "",
+    };
+    format!("no io_uring: {error}{why}")
+}
