@@ -232,10 +232,13 @@ impl Session {
 
     /// Waits until nothing of `queue` is in flight. The ring must be off or the session ending, or it goes on at once.
     fn settle(&self, queue: usize) -> io::Result<()> {
+        self.settle_until(queue, Instant::now() + DRAIN_TIMEOUT)
+    }
+
+    fn settle_until(&self, queue: usize, deadline: Instant) -> io::Result<()> {
         let post = &self.posts[queue];
         let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let _ = post.wake.write(1);
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
         let mut settled = lock(&post.settled);
         while *settled < asked {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -254,8 +257,10 @@ impl Session {
     /// Ends the session's workers, on their own threads. What never ends is left, and stays mapped.
     fn leave(&self) {
         self.ending.store(true, Ordering::Release);
+        // One deadline for all, so that stopping does not take longer with more queues.
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         for queue in 0..self.posts.len() {
-            if let Err(error) = self.settle(queue) {
+            if let Err(error) = self.settle_until(queue, deadline) {
                 log::error!("{error}; its requests stay unanswered");
                 self.proxy
                     .leave_behind(&format!("requests of queue {queue}, in flight when the session ended"));
@@ -442,6 +447,10 @@ pub fn serve(
     let wake_id = u64::from(config.queues) + 1;
     for (post, threads) in session.posts.iter().zip(daemon.get_epoll_handlers()) {
         threads.register_listener(post.wake.as_raw_fd(), EventSet::IN, wake_id)?;
+    }
+    // Each thread has been here once before the frontend can break it: from then on its end is noticed.
+    for queue in 0..session.posts.len() {
+        session.settle(queue)?;
     }
     let started = daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(other);
     let ended = started.and_then(|()| {

@@ -131,6 +131,7 @@ impl QueueWorker {
 
     /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to anybody.
     pub(crate) fn abandon(&mut self) {
+        let _ = self.lane.gate();
         self.lane.cancel();
         self.lane.reap(|_| {});
     }

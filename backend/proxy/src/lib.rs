@@ -140,8 +140,6 @@ struct View {
     generation: u64,
     /// Instances whose death is known and not dealt with yet, by address.
     dying: HashSet<usize>,
-    /// The fence of the live domain that has died last: what came since waits for it.
-    holding: Arc<Fence>,
     standby: Option<Arc<DomainRecord>>,
     changing: bool,
     fault: Option<String>,
@@ -261,13 +259,8 @@ impl DomainProxy {
     }
 
     pub(crate) fn set_service(&self, service: Service) {
-        // Release pairs with the Acquire in `service`: who sees it finds the fence that goes with it.
+        // Release pairs with the Acquire in `service`: who sees it sees what led to it.
         self.service.store(service as u8, Ordering::Release);
-    }
-
-    /// What a request waits for that finds nobody to be submitted to.
-    pub(crate) fn holding_fence(&self) -> Arc<Fence> {
-        Arc::clone(&lock(&self.view).holding)
     }
 
     /// Takes the live domain out of service, for good.
@@ -318,13 +311,15 @@ impl DomainProxy {
     }
 
     /// Turns the write cache of the live domain, and of every successor, on or off.
-    pub fn set_write_cache(&self, on: bool) {
+    pub fn set_write_cache(self: &Arc<Self>, on: bool) {
         self.environment.set_write_cache(on);
+        self.notice_death();
     }
 
     /// Tells the live domain, and every successor, of guest memory that was mapped or is about to be unmapped.
-    pub fn memory_changed(&self, address: usize, len: usize, added: bool) {
+    pub fn memory_changed(self: &Arc<Self>, address: usize, len: usize, added: bool) {
         self.environment.memory_changed(address, len, added);
+        self.notice_death();
     }
 
     /// Records that a frontend came or went.

@@ -15,6 +15,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::queue::Queues;
 
+/// Who holds the storage while no instance does.
+pub(crate) const HOST: DomainId = DomainId(0);
+
 #[derive(Default)]
 struct Inner {
     owner: Option<DomainId>,
@@ -55,9 +58,15 @@ impl Storage {
         inner.owner = Some(to);
     }
 
+    /// Gives everything to `to`, from somebody who could not take it up. It had `schema` then, and has it again.
+    pub(crate) fn give_back(&self, to: DomainId, schema: u32) {
+        self.move_to(to);
+        self.lock().schema = schema;
+    }
+
     /// Keeps everything without an owner, until somebody takes it up: the host itself holds it meanwhile.
     pub(crate) fn orphan(&self) {
-        self.move_to(DomainId(0));
+        self.move_to(HOST);
     }
 
     /// Frees what an instance that ended still owned; never the storage.

@@ -12,10 +12,12 @@
 
 use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
+use crate::storage::HOST;
 use crate::upgrade::{lock, timed};
+use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
 use domain_api::host::{Instance, Residency};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// After so long a worker that does not come out of the dead instance is reported; it is waited for all the same.
@@ -33,39 +35,49 @@ impl DomainProxy {
             }
             log::error!("generation {} has died: {reason}", instance.generation());
             if is_live {
-                view.holding = view.live.as_ref().map(|live| Arc::clone(&live.fence)).unwrap_or_default();
                 self.set_service(Service::Held);
             }
         }
-        let (proxy, address, reason) = (Arc::clone(self), Arc::as_ptr(instance).addr(), reason.to_owned());
+        // Weak, so that nothing else comes to live at its address meanwhile.
+        let (proxy, dead, reason) = (Arc::clone(self), Arc::downgrade(instance), reason.to_owned());
         let spawned = std::thread::Builder::new()
             .name("takeover".to_owned())
-            .spawn(move || proxy.take_over(address, &reason));
+            .spawn(move || proxy.take_over(&dead, &reason));
         if let Err(error) = spawned {
-            log::error!("no thread for the takeover: {error}; its requests wait until the next upgrade");
+            log::error!("no thread for the takeover: {error}; its requests wait until somebody looks again");
+            lock(&self.view).dying.remove(&Arc::as_ptr(instance).addr());
         }
     }
 
-    fn take_over(&self, address: usize, reason: &str) {
+    /// Looks whether the live domain has died in a call that was no worker's.
+    pub(crate) fn notice_death(self: &Arc<Self>) {
+        if let Some(live) = self.live().filter(|live| live.instance.is_dead()) {
+            self.died(&live.instance, OUTSIDE_A_REQUEST);
+        }
+    }
+
+    fn take_over(&self, dead: &Weak<Instance>, reason: &str) {
+        let address = dead.as_ptr().addr();
         // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it finds it dead and gives up.
         self.queues.notify_all();
         let mut upgrades = lock(&self.upgrades);
-        lock(&self.view).dying.remove(&address);
         let is = |member: &Member| Arc::as_ptr(&member.instance).addr() == address;
         if upgrades.leaving.as_ref().is_some_and(|leaving| is(&leaving.member)) {
             // It had been replaced already: its successor answers what it left.
             while !self.release(&mut upgrades, REPORT_AFTER) {
                 log::error!("a worker is still inside the dead domain; what it left unanswered waits for it");
+                if upgrades.leaving.as_ref().is_some_and(|leaving| leaving.member.fence.abandoned() > 0) {
+                    // One that has left it for good. It will never be let go.
+                    break;
+                }
             }
             self.finish_leaving(&mut upgrades, &mut Phases::default());
-            return;
+        } else if self.live().as_ref().is_some_and(is) {
+            self.started(Change::Takeover, "standby");
+            let result = self.replace_dead(&mut upgrades, reason);
+            self.ended(&upgrades, Change::Takeover, &result);
         }
-        if !self.live().as_ref().is_some_and(is) {
-            return;
-        }
-        self.started(Change::Takeover, "standby");
-        let result = self.replace_dead(&mut upgrades, reason);
-        self.ended(&upgrades, Change::Takeover, &result);
+        lock(&self.view).dying.remove(&address);
         drop(upgrades);
         self.queues.notify_all();
     }
@@ -78,6 +90,8 @@ impl DomainProxy {
             (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
         let residency = self.retire(dead, &mut phases);
         if let Residency::Running(why) = residency {
+            fence.decide(Verdict::Never);
+            self.set_service(Service::Failed);
             return Err(Refusal::new(
                 "not_fenced",
                 format!(
@@ -88,8 +102,9 @@ impl DomainProxy {
         let next = upgrades.standby.take().ok_or_else(|| {
             Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
+        let schema = self.storage.schema();
         let taken = next.and_then(|next| {
-            let fits = self.check_compatible(&from.info, &next.record.info).and_then(|()| {
+            let fits = self.check_compatible(&from.info, &next).and_then(|()| {
                 self.storage.move_to(next.id);
                 timed(&mut phases.activate, || next.instance.activate()).map_err(|error| {
                     Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
@@ -98,7 +113,7 @@ impl DomainProxy {
             match fits {
                 Ok(()) => Ok(next),
                 Err(refusal) => {
-                    self.storage.orphan();
+                    self.storage.give_back(HOST, schema);
                     self.retire(next, &mut phases);
                     Err(refusal)
                 }
@@ -133,7 +148,7 @@ impl DomainProxy {
             self.queues.notify_all();
             grace =
                 grace.and_then(|grace| grace.wait(Duration::from_millis(20)).err().map(|(grace, _)| grace));
-            if grace.is_none() && Arc::strong_count(&dead.instance) == 1 {
+            if grace.is_none() && Arc::strong_count(&dead.instance) == 1 + dead.fence.abandoned() {
                 break;
             }
             if !reported && waited.elapsed() >= REPORT_AFTER {

@@ -17,7 +17,7 @@
 
 use crate::fence::Verdict;
 use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
-use crate::storage::Services;
+use crate::storage::{HOST, Services};
 use crate::{DomainProxy, Member, Upgrades};
 use domain_api::host::{CallError, Instance, Residency};
 use domain_api::{Capabilities, DeviceInfo, Params, Swap};
@@ -132,13 +132,7 @@ impl DomainProxy {
                 ));
             }
             if schema != 0 && !description.accepted_schemas.contains(&schema) {
-                return Err(Refusal::new(
-                    "schema_not_accepted",
-                    format!(
-                        "{label} takes over storage of schema {:?}, this disk has schema {schema}; use a version that accepts it",
-                        description.accepted_schemas
-                    ),
-                ));
+                return Err(schema_refusal(&label, &description.accepted_schemas, schema));
             }
         }
         let mut params = given;
@@ -203,10 +197,12 @@ impl DomainProxy {
         mut phases: Phases,
     ) -> Result<Report, Refusal> {
         let from = self.record().expect("a device that takes upgrades has had a live domain");
+        // If it has died without anybody's notice, this upgrade is refused, but not every one after it.
+        self.notice_death();
         let live = self.live();
         let decided = self
             .check_stopping()
-            .and_then(|()| self.check_compatible(&from.info, &next.record.info))
+            .and_then(|()| self.check_compatible(&from.info, &next))
             .and_then(|()| decide(options.mode, live.as_ref(), &next));
         let changed = match (decided, &live) {
             (Ok(_), None) => self.revive(&next, &mut phases).map(|()| (Protocol::Handover, None)),
@@ -241,9 +237,10 @@ impl DomainProxy {
 
     /// Brings the device back whose live domain has died.
     fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
+        let schema = self.storage.schema();
         self.storage.move_to(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.orphan();
+            self.storage.give_back(HOST, schema);
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
@@ -257,14 +254,15 @@ impl DomainProxy {
         next: &Member,
         phases: &mut Phases,
     ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
+        let schema = self.storage.schema();
         self.storage.move_to(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.move_to(live.id);
+            self.storage.give_back(live.id, schema);
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
         self.cell().swap(Some(next.clone())).map_err(|error| {
-            self.storage.move_to(live.id);
+            self.storage.give_back(live.id, schema);
             Refusal::new("busy", format!("the domain was not published: {error}"))
         })
     }
@@ -336,7 +334,16 @@ impl DomainProxy {
     }
 
     /// What must be true of a successor: the guest was told all this and cannot be told otherwise.
-    pub(crate) fn check_compatible(&self, live: &DeviceInfo, next: &DeviceInfo) -> Result<(), Refusal> {
+    pub(crate) fn check_compatible(&self, live: &DeviceInfo, next: &Member) -> Result<(), Refusal> {
+        let (schema, accepted) = (self.storage.schema(), &next.instance.description().accepted_schemas);
+        if schema != 0 && !accepted.contains(&schema) {
+            return Err(schema_refusal(
+                &format!("`{}` {}", next.record.name, next.record.version),
+                accepted,
+                schema,
+            ));
+        }
+        let next = &next.record.info;
         let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
             Err(Refusal::new(
                 "device_differs",
@@ -414,10 +421,15 @@ impl DomainProxy {
         }
         // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what it left.
         let fence = Arc::clone(&member.fence);
-        if !matches!(self.retire(member, phases), Residency::Running(_)) {
+        if let Residency::Running(why) = self.retire(member, phases) {
+            fence.decide(Verdict::Never);
+            lock(&self.view).fault = Some(format!(
+                "the domain that was replaced last has died and cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
+            ));
+        } else {
             fence.decide(Verdict::Replay);
-            self.queues.notify_all();
         }
+        self.queues.notify_all();
     }
 
     /// Whether the instance that is leaving is not used by any worker any more.
@@ -528,6 +540,15 @@ fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, 
     }
 }
 
+fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
+    Refusal::new(
+        "schema_not_accepted",
+        format!(
+            "{label} takes over storage of schema {accepted:?}, this disk has schema {schema}; use a version that accepts it"
+        ),
+    )
+}
+
 fn preempted() -> Refusal {
     Refusal::new(
         "preempted",
@@ -560,9 +581,10 @@ fn exchange(
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;
         }
+        let schema = storage.schema();
         storage.move_to(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
-            storage.move_to(live.id);
+            storage.give_back(live.id, schema);
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("activate", &next.record, &error));
             return None;

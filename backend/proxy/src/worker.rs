@@ -18,6 +18,9 @@ use domain_api::{QueueIndex, Status};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+/// Said of an instance that was found dead.
+pub(crate) const OUTSIDE_A_REQUEST: &str = "it panicked outside of a request";
+
 /// Whether requests may be submitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gate {
@@ -74,6 +77,8 @@ pub struct Worker {
     order: Box<[u64]>,
     submitted: u64,
     orphans: Vec<Orphan>,
+    /// Requests that stay unanswered, because what had them cannot be fenced. Their slots are not used again.
+    lost: usize,
     replay: Vec<RawRequest>,
     completions: CompletionBuffer,
     /// The generation that could not be attached to, so that it is not tried for ever.
@@ -93,6 +98,7 @@ impl Worker {
             order: vec![0; slots].into_boxed_slice(),
             submitted: 0,
             orphans: Vec::new(),
+            lost: 0,
             replay: Vec::new(),
             completions: CompletionBuffer::new(slots),
             unattachable: 0,
@@ -108,7 +114,7 @@ impl Worker {
     /// How many requests have been submitted and have not ended.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.owing() + self.orphans.len()
+        self.owing() + self.orphans.len() + self.lost
     }
 
     /// How many of them a domain has: this many must be reaped before the gate is waited at.
@@ -149,11 +155,17 @@ impl Worker {
     #[cold]
     fn adopt(&mut self) {
         self.bury();
-        let live = self.reader.read().as_ref().filter(|live| !live.instance.is_dead());
-        let Some(Member { instance, fence, .. }) = live else {
+        let Some(Member { instance, fence, .. }) = self.reader.read() else {
             self.leave_current();
             return;
         };
+        if instance.is_dead() {
+            let instance = Arc::clone(instance);
+            self.leave_current();
+            // Perhaps in a call that was no worker's, so that nobody has said so yet.
+            self.proxy.died(&instance, OUTSIDE_A_REQUEST);
+            return;
+        }
         if self.current.as_ref().is_some_and(|lane| Arc::ptr_eq(lane.handle.instance(), instance)) {
             return;
         }
@@ -161,6 +173,14 @@ impl Worker {
         self.leave_current();
         let generation = instance.generation();
         if generation == self.unattachable {
+            return;
+        }
+        if fence.is_abandoned(self.queue) {
+            self.unattachable = generation;
+            log::error!(
+                "queue {}: generation {generation} still has requests of an earlier session; it is served again after an upgrade",
+                self.queue
+            );
             return;
         }
         match instance.attach(QueueIndex(self.queue as u32)) {
@@ -264,10 +284,10 @@ impl Worker {
     #[cold]
     fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
         match self.proxy.service() {
-            service @ (Service::Up | Service::Held) => {
-                // Up: somebody has just come, and is found at the next look.
-                let held = service == Service::Held;
-                let fence = if held { self.proxy.holding_fence() } else { Arc::new(Fence::open()) };
+            Service::Up | Service::Held => {
+                // Up: somebody has just come, and is found at the next look. Held: somebody will come, or nobody. No dead instance had these, so
+                // nothing has to be fenced off before they run.
+                let fence = Arc::new(Fence::open());
                 for request in requests.iter() {
                     let slot = request.tag as usize;
                     self.flights[slot] = Flight { generation: 0, request: *request };
@@ -312,8 +332,19 @@ impl Worker {
     #[cold]
     fn settle_orphans(&mut self, ended: &mut impl FnMut(Ended)) {
         let line = self.proxy.queues().line(self.queue);
+        // Fenced off, and nobody is left who could run them.
+        let nobody = self.current.is_none() && self.proxy.service() == Service::Failed;
+        let lost = &mut self.lost;
         self.orphans.retain(|orphan| {
-            let fails = orphan.fence.verdict() == Verdict::Fail;
+            let fails = match orphan.fence.verdict() {
+                Verdict::Wait => false,
+                Verdict::Replay => nobody,
+                Verdict::Fail => true,
+                Verdict::Never => {
+                    *lost += 1;
+                    return false;
+                }
+            };
             if fails {
                 ended(Ended { slot: orphan.slot, status: Status::IoError, written: 0 });
                 add(&line.requests, 1);
@@ -359,6 +390,7 @@ impl Worker {
                 log::warn!("queue {}: cancelling: {error}", self.queue);
             }
         }
+        self.proxy.notice_death();
     }
 
     /// Counts requests that were answered without the domain.
@@ -436,9 +468,12 @@ impl Drop for Worker {
                     lane.generation
                 );
                 // It may still write to their buffers' bookkeeping: it must not be destroyed under them.
+                lane.fence.abandon(self.queue);
                 std::mem::forget(lane.handle);
             }
         }
+        // Letting go of a queue is a call, too.
+        self.proxy.notice_death();
         self.proxy.queues().set_notifier(self.queue, None);
         self.line().in_flight.store(0, Ordering::Relaxed);
     }

@@ -1,0 +1,267 @@
+//! The domain that does what it is told.
+//!
+//! Parameters besides `size`, `serial`, `cache`, `backing`, `swap` and `caps`, which it announces:
+//!
+//! * `stage`, `label`: where it writes down what it did, and under what name;
+//! * `break=STEP[,STEP...]`: panics there, each time; `fail=STEP,...`: says no there;
+//! * `die_at=N`: panics at the N-th request of the instance;
+//! * `hold=true`: requests stay in flight until the stage lets them go;
+//! * `take=N`: takes at most N requests of a batch;
+//! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions;
+//! * `wait=prepare`: prepares only when the stage lets it.
+
+use domain_api::{
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
+    Request, Status, Swap,
+};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where the puppets of one test act.
+#[derive(Default)]
+pub struct Stage {
+    name: String,
+    log: Mutex<Vec<String>>,
+    /// What is held may end.
+    pub release: AtomicBool,
+    /// `wait=prepare` may go on.
+    pub prepare: AtomicBool,
+    /// What `cross` has kept.
+    kept: Mutex<Vec<(u32, Request)>>,
+}
+
+static STAGES: Mutex<BTreeMap<String, Arc<Stage>>> = Mutex::new(BTreeMap::new());
+static NUMBER: AtomicUsize = AtomicUsize::new(0);
+
+impl Stage {
+    pub fn new() -> Arc<Stage> {
+        let name = format!("stage-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let stage = Arc::new(Stage { name: name.clone(), ..Stage::default() });
+        lock(&STAGES).insert(name, Arc::clone(&stage));
+        stage
+    }
+
+    /// The parameters of a puppet on this stage.
+    pub fn params(&self, label: &str, script: &[&str]) -> Params {
+        let mut params = Params::from_pairs(script).expect("pairs");
+        params.set("stage", self.name.clone());
+        params.set("label", label);
+        params
+    }
+
+    pub fn write(&self, line: String) {
+        lock(&self.log).push(line);
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        lock(&self.log).clone()
+    }
+
+    /// The lines of the puppet `label`, without its name, that begin with `what`.
+    pub fn lines(&self, label: &str, what: &str) -> Vec<String> {
+        let start = format!("{label} {what}");
+        self.log()
+            .iter()
+            .filter_map(|line| line.strip_prefix(&start))
+            .map(|rest| rest.trim().to_owned())
+            .collect()
+    }
+}
+
+/// What tells puppets apart before they are loaded.
+pub trait Kind: Send + Sync + 'static {
+    const NAME: &'static str;
+    const LAYOUT: &'static str = "puppet";
+    const SCHEMA: u32 = 1;
+    const ACCEPTED: &'static [u32] = &[1];
+}
+
+/// Schema 1, and takes it.
+pub struct Plain;
+/// Writes schema 2, takes both.
+pub struct Wide;
+/// Takes schema 9 only.
+pub struct Narrow;
+/// Another layout.
+pub struct Other;
+
+impl Kind for Plain {
+    const NAME: &'static str = "plain";
+}
+impl Kind for Wide {
+    const NAME: &'static str = "wide";
+    const SCHEMA: u32 = 2;
+    const ACCEPTED: &'static [u32] = &[1, 2];
+}
+impl Kind for Narrow {
+    const NAME: &'static str = "narrow";
+    const SCHEMA: u32 = 9;
+    const ACCEPTED: &'static [u32] = &[9];
+}
+impl Kind for Other {
+    const NAME: &'static str = "other";
+    const LAYOUT: &'static str = "something else";
+}
+
+/// The domain.
+pub struct Puppet<K> {
+    host: Host,
+    stage: Arc<Stage>,
+    params: Params,
+    label: String,
+    seen: AtomicU64,
+    kind: PhantomData<fn() -> K>,
+}
+
+/// A queue, and what it holds back.
+pub struct Queue {
+    index: u32,
+    held: Vec<Request>,
+}
+
+impl<K: Kind> Puppet<K> {
+    fn is(&self, key: &str, step: &str) -> bool {
+        self.params.get(key).is_some_and(|steps| steps.split(',').any(|s| s == step))
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        self.params.get(key).map(|value| value.parse().expect("a number"))
+    }
+
+    /// Writes down that it came here, and breaks or fails if it is to.
+    fn step(&self, step: &str) -> Result<(), DomainError> {
+        self.stage.write(format!("{} {step}", self.label));
+        assert!(!self.is("break", step), "break={step}");
+        if self.is("fail", step) { Err(DomainError::new(format!("fail={step}"))) } else { Ok(()) }
+    }
+}
+
+impl<K: Kind> BlockDomain for Puppet<K> {
+    const NAME: &'static str = K::NAME;
+    const VERSION: &'static str = "1.0.0";
+    const SCHEMA_NAME: &'static str = K::LAYOUT;
+    const SCHEMA: u32 = K::SCHEMA;
+    const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
+    const PARAMS: &'static [&'static str] = &[
+        "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
+        "hold", "take", "cross", "wait",
+    ];
+    const INHERITED: &'static [&'static str] = &["size", "serial"];
+
+    type Queue = Queue;
+
+    fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
+        let stage = params.get("stage").and_then(|name| lock(&STAGES).get(name).cloned());
+        let new = Self {
+            host,
+            stage: stage.ok_or_else(|| DomainError::new("no stage"))?,
+            label: params.get("label").unwrap_or("?").to_owned(),
+            params: params.clone(),
+            seen: AtomicU64::new(0),
+            kind: PhantomData,
+        };
+        while new.is("wait", "prepare") && !new.stage.prepare.load(Ordering::Acquire) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        new.step("prepare").map(|()| new)
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            capacity: self.params.size("size", 1 << 20).expect("a size"),
+            block_size: 512,
+            physical_block_size: 512,
+            optimal_io_size: 0,
+            discard_granularity: 512,
+            capabilities: Capabilities(self.number("caps").unwrap_or(Capabilities::FLUSH.0)),
+            swap: if self.is("swap", "true") { Swap::SameBacking } else { Swap::No },
+            backing_kind: "puppet".to_owned(),
+            backing_id: (0, self.number("backing").unwrap_or(0)),
+            backing_cache: self.number("cache").unwrap_or(0),
+            serial: self.params.serial().expect("a serial number"),
+        }
+    }
+
+    fn activate(&self) -> Result<(), DomainError> {
+        // First, as a domain would that changes things and then finds out that it cannot go on.
+        self.host.storage().set_schema(K::SCHEMA)?;
+        self.step("activate")
+    }
+
+    fn quiesce(&self) -> Result<(), DomainError> {
+        self.step("quiesce")
+    }
+
+    fn resume(&self) -> Result<(), DomainError> {
+        self.step("resume")
+    }
+
+    fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {
+        self.step("attach")?;
+        self.step(&format!("attach{}", context.queue.0))?;
+        Ok(Queue { index: context.queue.0, held: Vec::new() })
+    }
+
+    fn detach_queue(&self, _: Queue) {
+        let _ = self.step("detach");
+    }
+
+    fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
+        let take = self.number("take").unwrap_or(u64::MAX);
+        let mut taken = 0;
+        while taken < take {
+            let Some(request) = batch.next() else { break };
+            taken += 1;
+            let slot = request.id().tag & 0xffff_ffff;
+            self.stage.write(format!("{} got {}:{slot}", self.label, queue.index));
+            let number = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
+            assert!(!self.is("break", "submit") && self.number("die_at") != Some(number), "request {number}");
+            if self.is("cross", "true") {
+                lock(&self.stage.kept).push((queue.index, request));
+            } else if self.is("hold", "true") {
+                queue.held.push(request);
+            } else {
+                completions.complete(request, Status::Ok);
+            }
+        }
+    }
+
+    fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
+        assert!(!self.is("break", "reap") || !self.stage.release.load(Ordering::Acquire), "break=reap");
+        if self.is("cross", "true") {
+            let mut kept = lock(&self.stage.kept);
+            while let Some(at) = kept.iter().position(|(from, _)| *from != queue.index) {
+                completions.complete(kept.swap_remove(at).1, Status::Ok);
+            }
+        }
+        if self.stage.release.load(Ordering::Acquire) {
+            for request in queue.held.drain(..) {
+                completions.complete(request, Status::Ok);
+            }
+        }
+    }
+
+    fn cancel(&self) {
+        let _ = self.step("cancel");
+    }
+
+    fn memory_changed(&self, _: usize, _: usize, _: bool) {
+        let _ = self.step("memory");
+    }
+
+    fn set_write_cache(&self, _: bool) {
+        let _ = self.step("cache");
+    }
+}
+
+impl<K> Drop for Puppet<K> {
+    fn drop(&mut self) {
+        self.stage.write(format!("{} dropped", self.label));
+    }
+}

@@ -1,0 +1,239 @@
+//! The table of failures, row by row, with the frontend or the operator going away in the middle of each phase.
+//!
+//! | row | covered by |
+//! |---|---|
+//! | unreadable, truncated, foreign, wrong ABI, class or schema | `native_refusals`, and `backend/proxy/tests/decisions.rs` |
+//! | prepare fails or panics | `native_failures::a_failing_upgrade_leaves_the_device_as_it_was` |
+//! | drain deadline passes | `native_failures::a_stalled_request_ends_the_upgrade_and_not_the_io` |
+//! | quiesce or activate fails or panics | `native_failures`, `backend/proxy/tests/decisions.rs` |
+//! | quiesce or activate hangs | here: `a_hang_inside_the_bracket_is_said_and_ends` |
+//! | the live domain panics | `native_takeover`, `backend/proxy/tests/takeover.rs` |
+//! | a grace period does not end | `backend/proxy/tests/takeover.rs` (an instance that was left with a request) |
+//! | a second upgrade | `native_failures::upgrades_at_the_same_time_never_interleave`; refused as `busy`: here |
+//! | no guest | `native_sessions::an_upgrade_without_any_client` |
+//! | the frontend disconnects or stops a ring midway | here: `the_frontend_acts_in_the_middle_of_each_phase` |
+//! | SIGTERM midway | here: `sigterm_in_the_middle_of_each_phase` |
+//! | an upgrade from inside a read section | `backend/srcu/tests/api.rs` |
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::client::features;
+use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
+use guest_tests::daemon::Daemon;
+use guest_tests::stamp::{LoadOptions, run_load};
+use serde_json::{Value, json};
+use vhost::vhost_user::VhostUserFrontend;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// How an upgrade is brought to stand still for 3 s in each of its phases: what serves, and what it is upgraded to.
+const PHASES: &[(&str, Option<&str>, &str)] = &[
+    ("prepare", None, "prepare:hang"),
+    ("drain", Some("request:stall"), ""),
+    ("quiesce", Some("quiesce:stall"), ""),
+    ("activate", None, "activate:stall"),
+];
+
+fn target(fault: &str) -> Value {
+    if fault.is_empty() {
+        return json!({"name": "ramdisk", "drain_timeout_ms": 10_000});
+    }
+    json!({"name": "faulty", "params": {"fault": fault}, "drain_timeout_ms": 10_000})
+}
+
+/// A daemon with its domain, and a session with one ring and, for `drain`, one request in flight.
+fn set_up(first: Option<&str>) -> (Daemon, RawSession) {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    if let Some(fault) = first {
+        daemon.rpc().request("upgrade", target(fault)).expect("faulty serves");
+    }
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    if first == Some("request:stall") {
+        read_one(&mut raw);
+    }
+    (daemon, raw)
+}
+
+/// Offers a read of one sector.
+fn read_one(raw: &mut RawSession) {
+    raw.put(FREE, &[0; 16]).expect("memory");
+    let at = GUEST_BASE + FREE;
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.offer(0).expect("a kick");
+}
+
+fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives");
+    (daemon.open_fds(), tasks.count())
+}
+
+/// What a frontend may do at any time.
+fn act(action: &str, mut raw: RawSession) -> Option<RawSession> {
+    let result = match action {
+        "disconnect" => return None,
+        "stop ring" => raw.stop_ring().map(drop),
+        "reset" => raw.frontend.reset_device().map_err(std::io::Error::other),
+        "new memory" => raw.share_memory(),
+        _ => unreachable!("{action}"),
+    };
+    result.unwrap_or_else(|error| panic!("{action}: {error}"));
+    Some(raw)
+}
+
+#[test]
+fn the_frontend_acts_in_the_middle_of_each_phase() {
+    let cases: Vec<_> = PHASES
+        .iter()
+        .flat_map(|phase| ["disconnect", "stop ring", "reset", "new memory"].map(|action| (phase, action)))
+        .collect();
+    // Each stands still for 3 s, and hardly needs a CPU meanwhile.
+    thread::scope(|scope| {
+        for &(&(phase, first, fault), action) in &cases {
+            scope.spawn(move || frontend_case(phase, first, fault, action));
+        }
+    });
+}
+
+fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
+    let what = format!("{action} in {phase}");
+    let (daemon, raw) = set_up(first);
+    let generation = 2 + u64::from(first.is_some());
+    thread::scope(|scope| {
+        let daemon = &daemon;
+        let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", target(fault)));
+        thread::sleep(SECOND);
+        assert!(!upgrade.is_finished(), "{what}: the upgrade was to stand still");
+        let status = daemon.rpc().request("status", json!({})).expect("an answer");
+        assert_eq!(status["state"], "upgrading", "{what}: {status}");
+        let raw = act(action, raw);
+        let reply = upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("{what}: {e:?}"));
+        assert_eq!(reply["generation"], generation, "{what}: {reply}");
+        drop(raw);
+    });
+    good_client_works(&daemon, &what);
+    let status = daemon.status();
+    assert_eq!((&status["generation"], &status["state"]), (&json!(generation), &json!("serving")), "{what}");
+    assert_eq!(status["resident_modules"], json!([]), "{what}");
+    for queue in status["queues"].as_array().expect("queues") {
+        assert_eq!((&queue["errors"], &queue["in_flight"]), (&json!(0), &json!(0)), "{what}: {status}");
+    }
+    // As many descriptors and threads as before the next session that comes and goes.
+    thread::sleep(SECOND / 5);
+    let before = fds_and_threads(&daemon);
+    good_client_works(&daemon, &what);
+    thread::sleep(SECOND / 5);
+    assert_eq!(fds_and_threads(&daemon), before, "{what}: something of a session stays");
+}
+
+fn good_client_works(daemon: &Daemon, what: &str) {
+    println!("{what}: a new client");
+    run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 5).assert_clean();
+}
+
+#[test]
+fn sigterm_in_the_middle_of_each_phase() {
+    thread::scope(|scope| {
+        for &(phase, first, fault) in PHASES {
+            scope.spawn(move || sigterm_case(phase, first, fault));
+        }
+    });
+}
+
+fn sigterm_case(phase: &str, first: Option<&str>, fault: &str) {
+    let (mut daemon, raw) = set_up(first);
+    let mut rpc = daemon.rpc();
+    let call =
+        format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": "upgrade", "params": target(fault)}));
+    rpc.send_raw(call.as_bytes()).expect("sent");
+    thread::sleep(SECOND);
+    let (code, took) = daemon.stop();
+    let left = daemon.log().contains("left behind");
+    println!("{phase}: ended after {took:.1?} with {code}, left something: {left}");
+    assert!(!daemon.socket().exists() && !daemon.control().exists(), "{phase}: the sockets are left");
+    assert_eq!(code == 0, !left, "{phase}: exit {code}");
+    assert!(took < 5 * SECOND, "{phase}: nothing here takes longer than 3 s, but this took {took:?}");
+    drop(raw);
+}
+
+#[test]
+fn a_hang_inside_the_bracket_is_said_and_ends() {
+    for (first, fault) in [(Some("quiesce:hang"), ""), (None, "activate:hang")] {
+        let (daemon, mut raw) = set_up(first);
+        thread::scope(|scope| {
+            let daemon = &daemon;
+            let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", target(fault)));
+            thread::sleep(SECOND / 2);
+            // The gate is shut, and stays so: nobody is served, but everybody is told.
+            read_one(&mut raw);
+            assert_eq!(raw.used(SECOND).expect("memory"), None, "somebody was served behind a shut gate");
+            let asked = Instant::now();
+            let status = daemon.rpc().request("status", json!({})).expect("an answer");
+            assert!(asked.elapsed() < SECOND / 5, "`status` took {:?}", asked.elapsed());
+            assert_eq!(status["state"], "upgrading", "{status}");
+            let refuse = json!({"name": "ramdisk", "when_busy": "refuse"});
+            assert_eq!(daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(), "busy");
+            let reply = upgrade.join().expect("no panic").expect("it was only late");
+            assert!(reply["phases_us"]["pause"].as_u64().expect("a number") > 2_500_000, "{reply}");
+            // What was kicked while the gate was shut is served without another kick.
+            assert_eq!(raw.used(SECOND).expect("memory"), Some((0, 513)));
+        });
+        drop(raw);
+        good_client_works(&daemon, "after a hang");
+    }
+}
+
+#[test]
+fn a_panic_with_the_client_gone_and_another_one_come() {
+    for last in ["disconnect", "reset", "stop ring"] {
+        let (daemon, mut raw) = set_up(Some("request:panic"));
+        read_one(&mut raw);
+        // Only one frontend is served at a time.
+        drop(act(last, raw));
+        good_client_works(&daemon, last);
+        let status = daemon.status();
+        assert_eq!(status["upgrades"]["takeovers"], 1, "{last}: {status}");
+        assert_eq!(
+            (&status["state"], &status["generation"]),
+            (&json!("serving"), &json!(3)),
+            "{last}: {status}"
+        );
+    }
+}
+
+#[test]
+fn a_panic_and_sigterm_at_once_end_cleanly() {
+    let (mut daemon, mut raw) = set_up(Some("request:panic"));
+    read_one(&mut raw);
+    let (code, took) = daemon.stop();
+    assert_eq!(code, 0, "{}", daemon.log());
+    assert!(took < 5 * SECOND, "{took:?}");
+    assert!(!daemon.socket().exists() && !daemon.control().exists());
+}
+
+#[test]
+fn the_pause_of_a_handover_does_not_depend_on_the_size_of_the_disk() {
+    let pause = |size: &str| {
+        let daemon = Daemon::start(&["--domain", "ramdisk", "--param", size]);
+        let mut client =
+            guest_tests::client::Client::connect(daemon.socket(), &Default::default()).expect("connected");
+        let data = vec![1; 64 << 10];
+        for block in 0..800 {
+            let request = guest_tests::client::Request::Write { offset: block << 16, data: &data };
+            client.queue(0).execute(request, 5 * SECOND).expect("an answer");
+        }
+        let mut control = daemon.rpc();
+        let mut pauses: Vec<_> = (0..21)
+            .map(|round| {
+                let name = if round % 2 == 0 { "ramdisk_v2" } else { "ramdisk" };
+                let reply = control.request("upgrade", json!({ "name": name })).expect("committed");
+                reply["phases_us"]["pause"].as_u64().expect("a number")
+            })
+            .collect();
+        pauses.sort_unstable();
+        pauses[pauses.len() / 2].max(1)
+    };
+    let (small, large) = (pause("size=64M"), pause("size=8G"));
+    println!("median pause: 64M {small} us, 8G {large} us");
+    assert!(large < small * 50, "64M: {small} us, 8G: {large} us");
+}

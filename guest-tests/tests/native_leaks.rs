@@ -1,0 +1,147 @@
+//! Ten thousand upgrades leave nothing behind: no mapping, no descriptor, no thread, no memory.
+//!
+//! Each loads, uses and unloads a module, under a client that does a little I/O all the time. The warm-up is longer than the history, which is kept for the last
+//! 1024 changes, so that what is bounded has reached its bound before it is measured. The measure is what the kernel says of the process, from outside.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::client::{Client, Options, Request, Status};
+use guest_tests::daemon::{Control, Daemon};
+use serde_json::{Value, json};
+
+/// More than the entries that the history keeps, each of them an event too.
+const WARM_UP: u64 = 1100;
+/// How much private memory may have come in all the upgrades that follow.
+const SLACK_KIB: u64 = 1024;
+
+/// What the kernel keeps for the daemon.
+#[derive(Debug, Clone, Copy)]
+struct Footprint {
+    mappings: usize,
+    fds: usize,
+    threads: usize,
+    private_kib: u64,
+    rss_kib: u64,
+}
+
+fn footprint(daemon: &Daemon) -> Footprint {
+    let proc = |file: &str| format!("/proc/{}/{file}", daemon.pid());
+    let read = |file: &str| fs::read_to_string(proc(file)).expect("the daemon lives");
+    let rollup = read("smaps_rollup");
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a sum");
+    Footprint {
+        mappings: read("maps").lines().count(),
+        fds: daemon.open_fds(),
+        threads: fs::read_dir(proc("task")).expect("the daemon lives").count(),
+        private_kib: line.trim().trim_end_matches("kB").trim().parse().expect("a number"),
+        rss_kib: daemon.rss_kib(),
+    }
+}
+
+/// Does a little I/O on both queues until `work` is done.
+fn lightly_loaded(daemon: &Daemon, work: impl FnOnce() + Send) {
+    let options = Options { queues: 2, ..Options::default() };
+    let mut client = Client::connect(daemon.socket(), &options).expect("connected");
+    let data = vec![0x5a; 4096];
+    thread::scope(|scope| {
+        let work = scope.spawn(work);
+        let mut round = 0;
+        while !work.is_finished() {
+            round += 1;
+            let request = Request::Write { offset: round % 64 * 4096, data: &data };
+            let answer = client.queue(round as usize % 2).execute(request, Duration::from_secs(10));
+            assert_eq!(answer.expect("an answer").0, Status::Ok);
+            thread::sleep(Duration::from_micros(500));
+        }
+        work.join().expect("no panic");
+    });
+}
+
+/// Has `change` made `warm_up` times and then `count` times, and compares before with after.
+fn assert_nothing_stays(daemon: &Daemon, count: u64, mut change: impl FnMut(&mut Control, u64) + Send) {
+    lightly_loaded(daemon, || {
+        let mut control = daemon.rpc();
+        (0..WARM_UP).for_each(|round| change(&mut control, round));
+        let before = footprint(daemon);
+        let started = Instant::now();
+        (0..count).for_each(|round| change(&mut control, round));
+        let took = started.elapsed();
+        // What an upgrade leaves to others, it leaves to them for a moment only.
+        thread::sleep(Duration::from_millis(100));
+        let after = footprint(daemon);
+        println!(
+            "{count} in {took:.1?}, {:.0} us each: {before:?} -> {after:?}",
+            took.as_micros() as f64 / count as f64
+        );
+        assert_eq!(after.fds, before.fds, "descriptors leak");
+        assert_eq!(after.threads, before.threads, "threads leak");
+        // The allocator may merge or split its own mappings; a module is five at least.
+        assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
+        assert!(after.private_kib <= before.private_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+        assert!(after.rss_kib <= before.rss_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+    });
+    let status = daemon.status();
+    assert_eq!((&status["state"], &status["resident_modules"]), (&json!("serving"), &json!([])), "{status}");
+    assert_eq!(status["upgrades"]["refused"], 0, "{status}");
+    assert_eq!(status["generation"], 1 + WARM_UP + count, "{status}");
+}
+
+#[track_caller]
+fn ok(reply: Result<Value, guest_tests::daemon::RpcError>, mode: &str) {
+    let reply = reply.unwrap_or_else(|error| panic!("{error:?}"));
+    assert_eq!(reply["mode"], mode, "{reply}");
+}
+
+#[test]
+fn five_thousand_handovers_leave_nothing() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    assert_nothing_stays(&daemon, 5000, |control, round| {
+        let name = if round % 2 == 0 { "ramdisk_v2" } else { "ramdisk" };
+        ok(control.request("upgrade", json!({ "name": name })), "handover");
+    });
+}
+
+#[test]
+fn four_thousand_swaps_leave_nothing() {
+    let daemon = Daemon::start(&["--domain", "empty", "--queues", "2"]);
+    assert_nothing_stays(&daemon, 4000, |control, _| {
+        ok(control.request("upgrade", json!({"name": "empty", "mode": "swap"})), "swap");
+    });
+}
+
+#[test]
+fn a_thousand_rollbacks_leave_nothing() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    let mut first = true;
+    assert_nothing_stays(&daemon, 1000, |control, _| {
+        if std::mem::take(&mut first) {
+            return ok(control.request("upgrade", json!({"name": "ramdisk_v2"})), "handover");
+        }
+        ok(control.request("rollback", json!({})), "handover");
+    });
+}
+
+#[test]
+fn a_thousand_refusals_and_panics_leave_nothing() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    lightly_loaded(&daemon, || {
+        let mut control = daemon.rpc();
+        let mut refusals = |count: u64| {
+            for round in 0..count {
+                let faults = ["prepare:fail", "prepare:panic", "activate:fail", "activate:panic"];
+                let params = json!({"name": "faulty", "params": {"fault": faults[round as usize % 4]}});
+                control.request("upgrade", params).expect_err("faulty");
+            }
+        };
+        refusals(WARM_UP);
+        let before = footprint(&daemon);
+        refusals(1000);
+        let after = footprint(&daemon);
+        println!("{before:?} -> {after:?}");
+        assert_eq!((after.fds, after.threads), (before.fds, before.threads));
+        assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
+        assert!(after.private_kib <= before.private_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+    });
+}
