@@ -102,10 +102,18 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
     thread::scope(|scope| {
         let daemon = &daemon;
         let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", target(fault)));
-        thread::sleep(SECOND);
-        assert!(!upgrade.is_finished(), "{what}: the upgrade was to stand still");
-        let status = daemon.rpc().request("status", json!({})).expect("an answer");
-        assert_eq!(status["state"], "upgrading", "{what}: {status}");
+        // Seen under way, and then some: all cases run at once, on whatever CPUs there are.
+        let deadline = Instant::now() + 10 * SECOND;
+        loop {
+            let status = daemon.rpc().request("status", json!({})).expect("an answer");
+            if status["state"] == "upgrading" {
+                break;
+            }
+            assert!(!upgrade.is_finished(), "{what}: the upgrade was to stand still");
+            assert!(Instant::now() < deadline, "{what}: {status}");
+            thread::sleep(SECOND / 100);
+        }
+        thread::sleep(SECOND / 2);
         let raw = act(action, raw);
         let reply = upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("{what}: {e:?}"));
         assert_eq!(reply["generation"], generation, "{what}: {reply}");

@@ -74,8 +74,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
 
-    /// How long a worker polls before it sleeps, in microseconds, at most 1000000
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    /// How long a worker polls before it sleeps, in microseconds, at most 1000000; 0 is not at all
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: u32,
 
     /// Print what this backend can do, as JSON, and exit; all other options are ignored
@@ -288,7 +288,7 @@ mod tests {
         assert_eq!(config.listen, Listen::Path("/run/vm.sock".into()));
         assert_eq!(config.control_path, Path::new("/run/vm.sock.control"));
         assert_eq!((config.domain.as_str(), config.params), ("ramdisk", Params::default()));
-        assert_eq!((config.queues, config.queue_size, config.poll), (1, 256, Duration::ZERO));
+        assert_eq!((config.queues, config.queue_size, config.poll), (1, 256, Duration::from_micros(50)));
         let exe = std::env::current_exe().unwrap();
         let beside = exe.parent().unwrap();
         assert_eq!(config.domain_dirs, [beside.to_owned(), beside.join("../lib/vhost-hotswap")]);

@@ -13,6 +13,7 @@ pub mod control;
 pub mod device;
 mod guest_memory;
 mod json;
+mod poll;
 pub mod raw_fd;
 mod ring;
 pub mod session;

@@ -1,21 +1,15 @@
-//! One side of a virtqueue, batch by batch: taking chains, and giving back what has ended.
+//! One side of a virtqueue, batch by batch: what has come, giving back what has ended, and who wakes whom.
 //!
-//! The queue's own `add_used` publishes every element by itself and counts for the notification decision; here a whole batch is written and then
-//! published with one store of the used index, so the decision is made here too (virtio 1.2, 2.7.7.2 and 2.7.8).
+//! The queue's own `add_used` publishes every element by itself and counts for the notification decision, and looks every address up anew; here a whole
+//! batch is written through a [`RingView`] and then published with one store of the used index, so the decisions are made here too
+//! (virtio 1.2, 2.7.7 to 2.7.10). The queue stays the owner of the positions.
 //!
 //! Deliberately absent: what is in a chain (`virtio-blk`), who serves it (`proxy`), and the lock around the queue (the worker's).
 
+use crate::guest_memory::RingView;
 use std::sync::atomic::{Ordering, fence};
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
-
-/// Bytes before the first element of either ring: `flags`, `idx` (2.7.6, 2.7.8).
-const RING_HEADER: u64 = 4;
-/// Bytes of an element of the used ring: `id`, `len` (2.7.8).
-const USED_ELEMENT: u64 = 8;
-/// Bytes of an element of the available ring (2.7.6).
-const AVAIL_ELEMENT: u64 = 2;
 
 /// A chain that goes back to the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,104 +20,172 @@ pub(crate) struct Used {
     pub(crate) len: u32,
 }
 
-/// Writes `used` to the used ring and publishes them together. Returns whether the driver wants to be told.
+/// How many chains wait to be taken.
 ///
 /// # Errors
-/// The ring is outside of guest memory.
-pub(crate) fn publish(queue: &mut Queue, memory: &GuestMemoryMmap, used: &[Used]) -> Result<bool, Error> {
-    let ring = GuestAddress(queue.used_ring());
-    let size = u64::from(queue.size());
+/// More than the ring has room for: the driver's index makes no sense.
+#[inline]
+pub(crate) fn waiting(queue: &Queue, view: &RingView) -> Result<u16, Error> {
+    let waiting = view.avail_idx().wrapping_sub(queue.next_avail());
+    if waiting > view.size() { Err(Error::InvalidAvailRingIndex) } else { Ok(waiting) }
+}
+
+/// Writes `used` to the used ring and publishes them together. Returns whether the driver wants to be told.
+pub(crate) fn publish(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool {
     let old = queue.next_used();
     let mut next = old;
-    for entry in used {
-        let at = at(ring, RING_HEADER + u64::from(next) % size * USED_ELEMENT)?;
-        let element = u64::from(entry.head) | u64::from(entry.len) << 32;
-        memory.write_obj(element.to_le(), at).map_err(Error::GuestMemory)?;
+    for &entry in used {
+        view.set_used(next, entry);
         next = next.wrapping_add(1);
     }
-    // Release: the driver that sees the index sees the elements, the data and the status bytes (2.7.8.2).
-    memory.store(next.to_le(), at(ring, 2)?, Ordering::Release).map_err(Error::GuestMemory)?;
+    view.publish_used(next);
     queue.set_next_used(next);
     // The index is visible before we look whether the driver wants to know; the driver does it the other way round.
     fence(Ordering::SeqCst);
-    wants_interrupt(queue, memory, old, next)
+    wants_interrupt(view, old, next)
 }
 
-fn wants_interrupt(queue: &Queue, memory: &GuestMemoryMmap, old: u16, new: u16) -> Result<bool, Error> {
-    let ring = GuestAddress(queue.avail_ring());
-    if queue.event_idx_enabled() {
-        // 2.7.7.2: `used_event` lies behind the available ring's elements.
-        let event = at(ring, RING_HEADER + u64::from(queue.size()) * AVAIL_ELEMENT)?;
-        let event = u16::from_le(memory.load(event, Ordering::Relaxed).map_err(Error::GuestMemory)?);
-        // Whether `event` is among `old..new`, as the reference implementation `vring_need_event` computes it (2.7.10).
-        return Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old));
+fn wants_interrupt(view: &RingView, old: u16, new: u16) -> bool {
+    if view.event_idx() {
+        // Whether `used_event` is among `old..new`, as the reference implementation `vring_need_event` computes it (2.7.10).
+        return new.wrapping_sub(view.used_event()).wrapping_sub(1) < new.wrapping_sub(old);
     }
-    let flags = u16::from_le(memory.load(ring, Ordering::Relaxed).map_err(Error::GuestMemory)?);
-    Ok(flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+    view.avail_flags() & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
 }
 
-fn at(base: GuestAddress, offset: u64) -> Result<GuestAddress, Error> {
-    base.checked_add(offset).ok_or(Error::AddressOverflow)
+/// Asks the driver not to kick. With event indices that is so without saying it: a kick is due once, when the index passes what
+/// [`ask_for_kicks`] has said.
+pub(crate) fn refuse_kicks(view: &RingView) {
+    if !view.event_idx() {
+        view.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
+    }
+}
+
+/// Asks the driver to kick for the next chain. Returns whether one has come already, for which there may be no kick.
+pub(crate) fn ask_for_kicks(queue: &Queue, view: &RingView) -> bool {
+    if view.event_idx() {
+        view.set_avail_event(queue.next_avail());
+    } else {
+        view.set_used_flags(0);
+    }
+    // What we ask for is visible before we look whether something has come; the driver does it the other way round (2.7.10).
+    fence(Ordering::SeqCst);
+    view.avail_idx() != queue.next_avail()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest_memory::Snapshot;
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
     const AVAIL: u64 = 0x1000;
     const USED: u64 = 0x2000;
 
-    fn ring(event_idx: bool) -> (GuestMemoryMmap, Queue) {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
-        let mut queue = Queue::new(8).unwrap();
-        queue.set_avail_ring_address(Some(AVAIL as u32), None);
-        queue.set_used_ring_address(Some(USED as u32), None);
-        queue.set_event_idx(event_idx);
-        queue.set_ready(true);
-        (memory, queue)
+    struct Fixture {
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        queue: Queue,
+        view: RingView,
     }
 
-    fn used(heads: std::ops::Range<u16>) -> Vec<Used> {
-        heads.map(|head| Used { head, len: u32::from(head) + 100 }).collect()
+    impl Fixture {
+        fn new(event_idx: bool) -> Self {
+            let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+            let memory = GuestMemoryAtomic::new(map);
+            let mut queue = Queue::new(8).unwrap();
+            queue.set_avail_ring_address(Some(AVAIL as u32), None);
+            queue.set_used_ring_address(Some(USED as u32), None);
+            queue.set_event_idx(event_idx);
+            queue.set_ready(true);
+            let view = RingView::new(&Snapshot::take(&memory, 1), &queue).unwrap();
+            Self { memory, queue, view }
+        }
+
+        fn publish(&mut self, heads: std::ops::Range<u16>) -> bool {
+            let used: Vec<_> = heads.map(|head| Used { head, len: u32::from(head) + 100 }).collect();
+            publish(&mut self.queue, &self.view, &used)
+        }
+
+        fn write(&self, at: u64, value: u16) {
+            self.memory.memory().write_obj(value, GuestAddress(at)).unwrap();
+        }
+
+        fn read(&self, at: u64) -> u16 {
+            self.memory.memory().read_obj(GuestAddress(at)).unwrap()
+        }
     }
 
     #[test]
     fn a_batch_is_published_whole_and_wraps() {
-        let (memory, mut queue) = ring(false);
-        queue.set_next_used(65534);
-        assert!(publish(&mut queue, &memory, &used(0..4)).unwrap());
-        assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 2);
+        let mut ring = Fixture::new(false);
+        ring.queue.set_next_used(65534);
+        assert!(ring.publish(0..4));
+        assert_eq!((ring.read(USED + 2), ring.queue.next_used()), (2, 2));
         for (position, head) in [(6u64, 0u32), (7, 1), (0, 2), (1, 3)] {
             let element = GuestAddress(USED + 4 + position * 8);
-            assert_eq!(memory.read_obj::<[u32; 2]>(element).unwrap(), [head, head + 100]);
+            let element = ring.memory.memory().read_obj::<[u32; 2]>(element).unwrap();
+            assert_eq!(element, [head, head + 100]);
         }
     }
 
     #[test]
     fn without_event_idx_the_flag_decides() {
-        let (memory, mut queue) = ring(false);
-        memory.write_obj(1u16, GuestAddress(AVAIL)).unwrap();
-        assert!(!publish(&mut queue, &memory, &used(0..1)).unwrap());
-        memory.write_obj(0u16, GuestAddress(AVAIL)).unwrap();
-        assert!(publish(&mut queue, &memory, &used(1..2)).unwrap());
+        let mut ring = Fixture::new(false);
+        ring.write(AVAIL, 1);
+        assert!(!ring.publish(0..1));
+        ring.write(AVAIL, 0);
+        assert!(ring.publish(1..2));
     }
 
     #[test]
     fn with_event_idx_a_batch_that_passes_the_event_interrupts_once() {
-        let (memory, mut queue) = ring(true);
-        let event = GuestAddress(AVAIL + 4 + 8 * 2);
-        memory.write_obj(2u16, event).unwrap();
-        assert!(!publish(&mut queue, &memory, &used(0..2)).unwrap(), "0 and 1 are before it");
-        assert!(publish(&mut queue, &memory, &used(2..5)).unwrap(), "2 is among 2 to 4");
-        assert!(!publish(&mut queue, &memory, &used(5..7)).unwrap(), "passed already");
-        memory.write_obj(6u16, event).unwrap();
-        assert!(!publish(&mut queue, &memory, &used(7..8)).unwrap(), "7 is behind it");
+        let mut ring = Fixture::new(true);
+        let event = AVAIL + 4 + 8 * 2;
+        ring.write(event, 2);
+        assert!(!ring.publish(0..2), "0 and 1 are before it");
+        assert!(ring.publish(2..5), "2 is among 2 to 4");
+        assert!(!ring.publish(5..7), "passed already");
+        ring.write(event, 6);
+        assert!(!ring.publish(7..8), "7 is behind it");
     }
 
     #[test]
-    fn a_ring_outside_of_memory_is_an_error() {
-        let (memory, mut queue) = ring(false);
-        queue.set_used_ring_address(Some(0x20000), None);
-        assert!(publish(&mut queue, &memory, &used(0..1)).is_err());
+    fn with_event_idx_the_event_is_found_across_the_wrap() {
+        let mut ring = Fixture::new(true);
+        ring.queue.set_next_used(65534);
+        ring.write(AVAIL + 4 + 8 * 2, 1);
+        assert!(!ring.publish(0..3), "65534, 65535 and 0 are before it");
+        assert!(ring.publish(3..4));
+    }
+
+    #[test]
+    fn what_waits_is_counted_across_the_wrap_and_no_more_than_fits() {
+        let mut ring = Fixture::new(false);
+        ring.queue.set_next_avail(65533);
+        for (idx, expected) in [(65533, Some(0)), (0, Some(3)), (5, Some(8)), (6, None), (65532, None)] {
+            ring.write(AVAIL + 2, idx);
+            assert_eq!(waiting(&ring.queue, &ring.view).ok(), expected, "{idx}");
+        }
+    }
+
+    #[test]
+    fn kicks_are_refused_and_asked_for() {
+        let mut ring = Fixture::new(false);
+        refuse_kicks(&ring.view);
+        assert_eq!(ring.read(USED), 1);
+        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+        assert_eq!(ring.read(USED), 0);
+        ring.write(AVAIL + 2, 1);
+        assert!(ask_for_kicks(&ring.queue, &ring.view), "it has come before we asked");
+        ring.queue.set_next_avail(1);
+        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+
+        let mut ring = Fixture::new(true);
+        ring.queue.set_next_avail(65535);
+        ring.write(AVAIL + 2, 65535);
+        refuse_kicks(&ring.view);
+        assert_eq!(ring.read(USED), 0, "the flag means nothing with event indices (2.7.10.1)");
+        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+        assert_eq!(ring.read(USED + 4 + 8 * 8), 65535);
     }
 }

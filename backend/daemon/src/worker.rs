@@ -1,29 +1,36 @@
 //! The way of a request, from kick to call: one worker per virtqueue, on its own thread.
 //!
 //! ```text
-//!   kick -> [ gate -> pop and parse a batch -> submit -> write status and used ring -> call ] ... until the ring is empty -> sleep
+//!   kick -> [ gate -> pop and parse a batch -> submit -> write status and used ring -> call ] ... until the ring is empty -> look on, or sleep
 //!                ^                                                                     |
 //!                +---------------------------------------------------------------------+
 //! ```
 //!
 //! Invariants: the queue's lock is held while chains are taken and while they are given back, never while the domain works or the gate is shut; nobody
-//! waits at the gate with a request in hand; what the domain did not take goes back to the ring, in order.
+//! waits at the gate with a request in hand; what the domain did not take goes back to the ring, in order; a worker that looks on instead of sleeping
+//! passes the gate, asks for its orders and lets go of the lock each time.
 //!
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
 
-use crate::guest_memory::{self, Snapshot};
+use crate::guest_memory::{self, RingView, Snapshot};
+use crate::poll::Poller;
 use crate::ring::{self, Used};
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
 use proxy::{Ended, Gate, Worker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, WireStatus, parse, used_len};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-/// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate and the control messages never wait long.
-const BATCH: usize = 64;
+/// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate and the control messages never wait long, and that a
+/// driver that sleeps is being woken by the first of a deep queue while the rest is served.
+const BATCH: usize = 16;
+
+/// How often a worker that looks on looks at the ring before it looks at everything else, with a pause of the CPU each time: about half a
+/// microsecond, which is how long an upgrade's gate or a control message may wait for it.
+const LOOKS: u32 = 16;
 
 /// What the session says to a worker between two batches.
 #[derive(Debug, Clone, Copy)]
@@ -74,14 +81,13 @@ impl Slots {
     }
 }
 
-/// A chain of the batch, in the order of the ring.
-enum Popped {
-    /// The next of the batch's requests.
-    Request,
-    /// Answered without the domain.
-    Answer { used: Used, status_at: StatusSlot, status: WireStatus },
-    /// No request at all.
-    Malformed { used: Used },
+/// A chain of the batch that is not for the domain.
+struct Other {
+    /// How many of the batch's requests are before it.
+    after: usize,
+    used: Used,
+    /// Its answer; without one it was no request at all.
+    answer: Option<(StatusSlot, WireStatus)>,
 }
 
 /// How a round went.
@@ -99,10 +105,16 @@ pub(crate) struct QueueWorker {
     queue: usize,
     slots: Slots,
     snapshot: Option<Snapshot>,
+    /// Where the rings are in `snapshot`, once somebody has looked.
+    view: Option<RingView>,
+    /// What the next chain's position was when we last had the lock; only good for a look.
+    next_avail: u16,
     batch: Vec<RawRequest>,
-    popped: Vec<Popped>,
+    others: Vec<Other>,
     used: Vec<Used>,
-    poll: Duration,
+    poller: Poller,
+    /// The driver was asked not to kick, and not yet to kick again.
+    awake: bool,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
     /// The domain took less than it was offered; nothing more is offered until something has ended.
@@ -116,10 +128,13 @@ impl QueueWorker {
             queue,
             slots: Slots::new(queue_size),
             snapshot: None,
+            view: None,
+            next_avail: 0,
             batch: Vec::with_capacity(BATCH),
-            popped: Vec::with_capacity(BATCH),
+            others: Vec::with_capacity(BATCH),
             used: Vec::with_capacity(usize::from(queue_size)),
-            poll,
+            poller: Poller::new(poll),
+            awake: false,
             broken: false,
             full: false,
         }
@@ -140,8 +155,8 @@ impl QueueWorker {
     ///
     /// `orders` is asked before each batch. Returns with the ring's notifications on, or with the ring not to be served.
     pub(crate) fn serve<'a>(&mut self, vring: &VringMutex, orders: impl Fn() -> Orders<'a>) {
-        let mut idle_since = None;
         let mut promised = false;
+        self.poller.begin();
         loop {
             if self.lane.gate() == Gate::Shut {
                 if self.lane.owing() == 0 {
@@ -154,20 +169,17 @@ impl QueueWorker {
             }
             let orders = orders();
             if self.round(vring, &orders) == Round::Busy {
-                idle_since = None;
+                self.poller.busy();
                 promised = false;
                 continue;
             }
             if std::mem::take(&mut promised) && self.serves(vring, &orders) && !self.full {
                 // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
-                self.give_up(&virtio_queue::Error::InvalidAvailRingIndex);
+                self.give_up(&Error::InvalidAvailRingIndex);
             }
-            if !self.poll.is_zero() && self.serves(vring, &orders) {
-                let since = *idle_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < self.poll {
-                    std::hint::spin_loop();
-                    continue;
-                }
+            if !orders.stop_popping && !self.broken && self.poller.idle() {
+                self.look_on();
+                continue;
             }
             if !self.lane.sleep() {
                 continue;
@@ -176,6 +188,17 @@ impl QueueWorker {
                 return;
             }
             promised = true;
+        }
+    }
+
+    /// Looks at the ring for a moment, without the lock, until something comes.
+    fn look_on(&self) {
+        for _ in 0..LOOKS {
+            // The view may be of a ring that the frontend has given up, but it is mapped. The round will see.
+            if self.view.as_ref().is_some_and(|view| view.avail_idx() != self.next_avail) && !self.full {
+                return;
+            }
+            std::hint::spin_loop();
         }
     }
 
@@ -194,9 +217,12 @@ impl QueueWorker {
             // Something is in flight with the old map: its end brings us back.
             return self.lane.in_flight() == 0;
         }
-        let mut state = vring.get_mut();
-        match state.get_queue_mut().enable_notification(snapshot.memory()) {
-            Ok(more) => more,
+        let state = vring.get_ref();
+        match look_up(&mut self.view, snapshot, state.get_queue()) {
+            Ok(view) => {
+                self.awake = false;
+                ring::ask_for_kicks(state.get_queue(), view)
+            }
             Err(error) => {
                 drop(state);
                 self.give_up(&error);
@@ -205,7 +231,8 @@ impl QueueWorker {
         }
     }
 
-    fn give_up(&mut self, error: &virtio_queue::Error) {
+    #[cold]
+    fn give_up(&mut self, error: &Error) {
         log::error!(
             "queue {}: the ring makes no sense ({error}); it is not served until the driver resets it",
             self.queue
@@ -261,6 +288,7 @@ impl QueueWorker {
         if unpopped > 0 {
             let queue = state.get_queue_mut();
             queue.set_next_avail(queue.next_avail().wrapping_sub(unpopped));
+            self.next_avail = queue.next_avail();
         }
         self.give_back(&mut state);
         if self.used.is_empty() && accepted == 0 { collected } else { Round::Busy }
@@ -274,6 +302,7 @@ impl QueueWorker {
         if self.lane.in_flight() > 0 {
             return false;
         }
+        self.view = None;
         self.snapshot = Some(Snapshot::take(orders.memory, orders.memory_version));
         true
     }
@@ -290,69 +319,76 @@ impl QueueWorker {
             return false;
         }
         let queue: &mut Queue = state.get_queue_mut();
-        let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
-        let mut chains = match queue.iter(snapshot.memory()) {
-            Ok(chains) => chains,
+        let found = look_up(&mut self.view, snapshot, queue)
+            .and_then(|view| ring::waiting(queue, view).map(|waiting| (view, waiting)));
+        let (view, waiting) = match found {
+            Ok(found) => found,
             Err(error) => {
                 drop(state);
                 self.give_up(&error);
                 return false;
             }
         };
+        let first = queue.next_avail();
+        self.next_avail = first;
+        let take = usize::from(waiting).min(BATCH).min(self.slots.free.len()) as u16;
+        if take == 0 {
+            return false;
+        }
+        if !self.awake {
+            // While we are awake nobody needs to wake us.
+            ring::refuse_kicks(view);
+            self.awake = true;
+        }
+        if take > 1 {
+            (0..take).for_each(|ahead| view.prefetch(first.wrapping_add(ahead)));
+        }
+        self.next_avail = first.wrapping_add(take);
+        queue.set_next_avail(self.next_avail);
+        let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
-        self.popped.clear();
+        self.others.clear();
         let mut translator = snapshot.translator();
-        while self.popped.len() < BATCH {
-            let Some(&index) = self.slots.free.last() else { break };
-            let Some(chain) = chains.next() else { break };
+        for ahead in 0..take {
+            let chain = view.avail_entry(first.wrapping_add(ahead));
+            let index = *self.slots.free.last().expect("no more chains are taken than slots are free");
             let slot = &mut self.slots.table[usize::from(index)];
-            let popped = match parse(table, chain.head_index(), &mut translator, limits, &mut slot.segments) {
+            match parse(table, chain, &mut translator, limits, &mut slot.segments) {
                 Parsed::Request { op, flags, offset, len, status_at, head } => {
                     self.slots.free.pop();
                     (slot.head, slot.op, slot.len, slot.status_at) = (head, op, len, Some(status_at));
                     let mut request = guest_memory::request(op, flags, offset, len, &slot.segments);
                     request.tag = u64::from(index);
                     self.batch.push(request);
-                    Popped::Request
                 }
-                Parsed::Answer { head, status_at, status, written } => {
-                    Popped::Answer { used: Used { head, len: written }, status_at, status }
-                }
+                Parsed::Answer { head, status_at, status, written } => self.others.push(Other {
+                    after: self.batch.len(),
+                    used: Used { head, len: written },
+                    answer: Some((status_at, status)),
+                }),
                 Parsed::Malformed { head, reason } => {
                     log::debug!("queue {}: chain {head} is malformed: {reason}", self.queue);
-                    Popped::Malformed { used: Used { head, len: 0 } }
+                    let used = Used { head, len: 0 };
+                    self.others.push(Other { after: self.batch.len(), used, answer: None });
                 }
-            };
-            self.popped.push(popped);
+            }
         }
-        if !self.popped.is_empty() && !queue.event_idx_enabled() {
-            // While we are awake nobody needs to wake us. With EVENT_IDX that is so without saying it.
-            let _ = queue.disable_notification(snapshot.memory());
-        }
-        !self.popped.is_empty()
+        true
     }
 
     /// Answers the chains of the batch that are not the domain's, up to the first request that the domain did not take. Returns how many chains go back to
     /// the ring: that request and all after it.
     fn answer(&mut self, accepted: usize) -> u16 {
-        let mut requests = 0;
-        let mut kept = 0;
-        let (mut answered, mut errors, mut malformed) = (0, 0, 0);
-        for popped in &self.popped {
-            match *popped {
-                Popped::Request if requests == accepted => break,
-                Popped::Request => requests += 1,
-                Popped::Answer { used, status_at, status } => {
-                    status_at.write(status);
-                    self.used.push(used);
-                    answered += 1;
-                    errors += u64::from(status != WireStatus::Ok);
-                }
-                Popped::Malformed { used } => {
-                    self.used.push(used);
-                    malformed += 1;
-                }
+        let (mut kept, mut answered, mut errors, mut malformed) = (0, 0, 0, 0);
+        for other in self.others.iter().take_while(|other| other.after <= accepted) {
+            if let Some((status_at, status)) = other.answer {
+                status_at.write(status);
+                answered += 1;
+                errors += u64::from(status != WireStatus::Ok);
+            } else {
+                malformed += 1;
             }
+            self.used.push(other.used);
             kept += 1;
         }
         if answered > 0 {
@@ -364,7 +400,7 @@ impl QueueWorker {
         for request in &self.batch[accepted..] {
             self.slots.free.push(request.tag as u16);
         }
-        (self.popped.len() - kept) as u16
+        (self.batch.len() - accepted + self.others.len() - kept) as u16
     }
 
     /// Publishes `self.used`.
@@ -373,7 +409,8 @@ impl QueueWorker {
         if self.used.is_empty() {
             return;
         }
-        match ring::publish(state.get_queue_mut(), snapshot.memory(), &self.used) {
+        let queue = state.get_queue_mut();
+        match look_up(&mut self.view, snapshot, queue).map(|view| ring::publish(queue, view, &self.used)) {
             Ok(true) => {
                 if let Err(error) = state.signal_used_queue() {
                     log::warn!("queue {}: the frontend was not notified: {error}", self.queue);
@@ -383,6 +420,19 @@ impl QueueWorker {
             Err(error) => self.give_up(&error),
         }
     }
+}
+
+/// The view of `queue`, from before if it is still the right one.
+#[inline]
+fn look_up<'v>(
+    view: &'v mut Option<RingView>,
+    snapshot: &Snapshot,
+    queue: &Queue,
+) -> Result<&'v RingView, Error> {
+    if !view.as_ref().is_some_and(|view| view.is_of(queue)) {
+        *view = Some(RingView::new(snapshot, queue)?);
+    }
+    Ok(view.as_ref().expect("just put there"))
 }
 
 /// Whether the frontend has started and enabled the ring (vhost-user, "Ring states").

@@ -4,8 +4,8 @@
 //! look. What is read for a decision is read once, with volatile loads, so that the compiler cannot fetch it again after it
 //! was checked.
 //!
-//! A request touches three or more buffers, nearly always in the same region of guest memory, so the last region is
-//! remembered, and the search through the memory map is left out when it is hit.
+//! A request touches three or more buffers, nearly always in one or two regions of guest memory (one with the rings and headers, one
+//! with the data), so the last two regions are remembered, and the search through the memory map is left out when they are hit.
 
 use crate::status::WireStatus;
 use domain_api::abi::RawSegment;
@@ -17,10 +17,29 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegio
 #[derive(Debug)]
 pub struct Translator<'m, M> {
     memory: &'m M,
-    /// The region that was hit last: first guest address, length, where it is mapped. Length 0 before the first hit.
+    /// The region that was found last, and the one before.
+    known: [Region; 2],
+}
+
+/// A region of guest memory: first guest address, length, where it is mapped. Length 0 is none.
+#[derive(Debug, Clone, Copy)]
+struct Region {
     start: u64,
     len: u64,
     base: *mut u8,
+}
+
+impl Region {
+    const NONE: Self = Self { start: 0, len: 0, base: std::ptr::null_mut() };
+
+    /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most.
+    #[inline]
+    fn piece(&self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
+        let at = addr.wrapping_sub(self.start);
+        let left = self.len.checked_sub(at).filter(|left| *left > 0)?;
+        let left = usize::try_from(left).unwrap_or(usize::MAX);
+        Some((self.base.wrapping_add(at as usize), len.min(left)))
+    }
 }
 
 impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
@@ -32,27 +51,24 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
     /// earlier. Nobody in this process holds a Rust reference into guest memory.
     #[must_use]
     pub const unsafe fn new(memory: &'m M) -> Self {
-        Self { memory, start: 0, len: 0, base: std::ptr::null_mut() }
+        Self { memory, known: [Region::NONE; 2] }
     }
 
     /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most. `None` outside of guest memory.
     #[inline]
     fn piece(&mut self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
-        let mut at = addr.wrapping_sub(self.start);
-        if at >= self.len {
-            self.find(addr)?;
-            at = addr - self.start;
+        match self.known[0].piece(addr, len) {
+            None => self.known[1].piece(addr, len).or_else(|| self.find(addr, len)),
+            piece => piece,
         }
-        let left = usize::try_from(self.len - at).unwrap_or(usize::MAX);
-        Some((self.base.wrapping_add(at as usize), len.min(left)))
     }
 
     #[cold]
-    fn find(&mut self, addr: u64) -> Option<()> {
+    fn find(&mut self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
         let region = self.memory.find_region(GuestAddress(addr))?;
         let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-        (self.start, self.len, self.base) = (region.start_addr().0, region.len(), base);
-        Some(())
+        self.known = [Region { start: region.start_addr().0, len: region.len(), base }, self.known[0]];
+        self.known[0].piece(addr, len)
     }
 
     /// Calls `each` with the contiguous pieces of `len` bytes at `addr`, in order. `None` if some of them are outside of
