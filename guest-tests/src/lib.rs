@@ -10,8 +10,10 @@
 //! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
 //! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
+//! - [`mod@bench`]: what it costs and what is felt, beside QEMU's own daemon.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
+pub mod bench;
 pub mod client;
 pub mod daemon;
 pub mod guest;
