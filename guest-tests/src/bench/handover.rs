@@ -57,7 +57,7 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
         println!("\nonly {available} MiB of memory are available: the large disk has {large} MiB");
     }
     println!("\nhandover: gate shut to gate open, {} upgrades each", options.upgrades);
-    println!("  {:<64}{:>6}{:>9}{:>9}{:>9}{:>9}", "", "n", "median", "90 %", "99 %", "longest");
+    println!("  {:<76}{:>6}{:>9}{:>9}{:>9}{:>9}", "", "n", "median", "90 %", "99 %", "longest");
     let mut disks = [Disk::start(SMALL_MIB)?, Disk::start(large)?];
     let mut rows = Vec::new();
     let mut totals = Vec::new();
@@ -73,7 +73,7 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
             totals.push((label, done));
         }
         let ratio = medians[1] / medians[0].max(1.0);
-        println!("  {:<64}x {ratio:.2}", format!("    {} over {}", disks[1].label, disks[0].label));
+        println!("  {:<76}x {ratio:.2}", format!("    {} over {}", disks[1].label, disks[0].label));
         rows.push(json!({ "label": format!("large over small, {who} client"), "ratio": ratio }));
     }
     drop(disks);

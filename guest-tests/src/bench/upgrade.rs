@@ -29,6 +29,8 @@ pub(super) fn run(options: &Options) -> usize {
         let mut all = result.clone();
         all.insert("benchmark".to_owned(), "upgrade".into());
         all.insert("pinning".to_owned(), places.describe().into());
+        all.insert("rounds".to_owned(), options.pairs.into());
+        all.insert("seconds_per_run".to_owned(), options.seconds.into());
         all.insert("machine".to_owned(), machine.json());
         save_json(&options.json, &Value::Object(all));
     };
@@ -134,6 +136,6 @@ pub(super) fn print_pauses(label: &str, pauses: &[f64]) -> Value {
     let ordered = sorted(pauses.iter().copied());
     let [median, p90, p99, max] = [0.5, 0.9, 0.99, 1.0].map(|share| quantile(&ordered, share));
     let columns = [median, p90, p99, max].map(|ns| format!("{:>9}", time(ns))).join("");
-    println!("  {label:<64}{:>6}{columns}", pauses.len());
+    println!("  {label:<76}{:>6}{columns}", pauses.len());
     json!({ "label": label, "median": median, "p90": p90, "p99": p99, "max": max, "all_ns": pauses })
 }

@@ -1,0 +1,114 @@
+//! A ramdisk that does what a domain should not: it leaves something behind that keeps its module mapped.
+//!
+//! `keeps=tls` a thread-local with a destructor, on a worker's thread; `keeps=thread` a thread of its own; `keeps=host-thread` a thread of the host's that
+//! does not end; `keeps=timer` a timer that is not due for an hour, which is harmless, because the host frees it.
+
+#![forbid(unsafe_code)]
+
+use domain_api::{
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params, QueueContext,
+    Region, Status, Swap,
+};
+use std::cell::RefCell;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+thread_local! {
+    /// A `Vec` has a destructor, which is registered with the thread at its first use and points into this module.
+    static KEPT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The domain.
+pub struct Stubborn {
+    host: Host,
+    size: u64,
+    serial: String,
+    keeps_tls: bool,
+    region: OnceLock<Region>,
+}
+
+impl BlockDomain for Stubborn {
+    const NAME: &'static str = "stubborn";
+    const VERSION: &'static str = "1.0.0";
+    const SCHEMA_NAME: &'static str = "ramdisk";
+    const SCHEMA: u32 = 1;
+    const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
+    const PARAMS: &'static [&'static str] = &["size", "serial", "keeps"];
+    const INHERITED: &'static [&'static str] = &["size", "serial"];
+
+    type Queue = ();
+
+    fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
+        let forever = || loop {
+            std::thread::sleep(Duration::from_secs(1));
+        };
+        match params.get("keeps") {
+            Some("tls") => {}
+            Some("thread") => drop(std::thread::spawn(forever)),
+            Some("host-thread") => host.spawn("stubborn", forever)?,
+            Some("timer") => host.after(Duration::from_secs(3600), || {})?,
+            other => {
+                return Err(DomainError::new(format!(
+                    "keeps={other:?}; say tls, thread, host-thread or timer"
+                )));
+            }
+        }
+        Ok(Self {
+            host,
+            size: params.size("size", 64 << 20)?,
+            serial: params.serial()?,
+            keeps_tls: params.get("keeps") == Some("tls"),
+            region: OnceLock::new(),
+        })
+    }
+
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            capacity: self.size,
+            block_size: 512,
+            physical_block_size: 4096,
+            optimal_io_size: 0,
+            discard_granularity: 4096,
+            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            swap: Swap::No,
+            backing_kind: "memory".to_owned(),
+            backing_id: (0, 0),
+            backing_cache: 0,
+            serial: self.serial.clone(),
+        }
+    }
+
+    fn activate(&self) -> Result<(), DomainError> {
+        let storage = self.host.storage();
+        let region = storage.region("disk", self.size)?;
+        storage.set_schema(Self::SCHEMA)?;
+        let _ = self.region.set(region);
+        Ok(())
+    }
+
+    fn quiesce(&self) -> Result<(), DomainError> {
+        Ok(())
+    }
+
+    fn attach_queue(&self, _context: QueueContext) -> Result<(), DomainError> {
+        Ok(())
+    }
+
+    fn submit(&self, (): &mut (), batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
+        if self.keeps_tls {
+            KEPT.with_borrow_mut(|kept| kept.push(1));
+        }
+        let region = self.region.get().expect("activated before the first request");
+        while let Some(request) = batch.next() {
+            match request.op() {
+                Some(Op::Read) => region.read(request.offset(), &request.buffer()),
+                Some(Op::Write) => region.write(request.offset(), &request.buffer()),
+                Some(Op::WriteZeroes { .. }) => region.zero(request.offset(), request.len()),
+                _ => {}
+            }
+            completions.complete(request, Status::Ok);
+        }
+    }
+}
+
+domain_api::export_domain!(Stubborn);
