@@ -44,6 +44,7 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("backend/daemon/src/raw_fd.rs", "descriptors that come or go as numbers"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),
     ("domains/file/tests", "limits and mounts of the test's own process"),
+    ("domains/file/benches", "reads its own CPU time"),
     ("guest-tests/src/client.rs", "rings and buffers that another process shares"),
 ];
 

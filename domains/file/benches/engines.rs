@@ -1,5 +1,6 @@
-//! How fast the disk is without anything around it. Not run by default: `cargo test --release -p domain-file --test throughput -- --ignored --nocapture`.
+//! How fast the disk is without anything around it: `cargo bench -p domain-file`.
 
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use common::{Raw, image_in, params, real_dir};
@@ -62,9 +63,7 @@ fn measure(bench: &Bench, op: u32, depth: usize) -> (f64, f64) {
     (done as f64 / time, (cpu_time() - cpu).as_secs_f64() * 1e6 / done as f64)
 }
 
-#[test]
-#[ignore = "measures, asserts nothing"]
-fn table() {
+fn main() {
     let places: [(&str, &Path, &[&str]); 3] = [
         ("tmpfs", Path::new("/dev/shm"), &[]),
         ("page cache", &real_dir(), &[]),

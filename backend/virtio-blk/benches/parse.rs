@@ -1,7 +1,8 @@
-//! What parsing costs: `cargo test --release -p virtio-blk --test cost -- --ignored --nocapture`.
+//! What parsing costs: `cargo bench -p virtio-blk`.
 //!
 //! Not a test of a limit, which would fail on a busy machine; it prints.
 
+#[path = "../tests/common/mod.rs"]
 mod common;
 
 use common::*;
@@ -43,9 +44,7 @@ fn cost_ns(name: &str, table: &[Desc], indirect: bool) {
     println!("{name}: {parse_ns:.1} ns; virtio-queue's walk without any parsing: {walk_ns:.1} ns");
 }
 
-#[test]
-#[ignore = "prints timings"]
-fn cost() {
+fn main() {
     let one = [(HEADER, 16, NEXT, 1), (DATA, 4096, WRITE | NEXT, 2), (STATUS, 1, WRITE, 0)];
     cost_ns("4 KiB read, three descriptors", &one, false);
     cost_ns("4 KiB read, indirect", &one, true);
