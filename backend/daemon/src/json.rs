@@ -86,6 +86,8 @@ pub(crate) fn report(report: &Report) -> Value {
         "from": brief(&report.from),
         "to": brief(&report.to),
         "phases_us": phases(&report.phases),
+        // What a microsecond is too coarse for.
+        "pause_ns": u64::try_from(report.phases.pause.as_nanos()).unwrap_or(u64::MAX),
     })
 }
 

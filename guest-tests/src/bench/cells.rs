@@ -17,6 +17,9 @@ const DISK_BYTES: u64 = 256 << 20;
 /// Larger, because nothing caches it.
 const DIRECT_BYTES: u64 = 1 << 30;
 
+/// Before the process id in the name of a directory with images.
+const PREFIX: &str = "hotswap-bench-";
+
 /// Where the data is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
@@ -99,7 +102,9 @@ impl Images {
 /// A file without holes, written through to the disk.
 pub(super) fn image(directory: &Path, bytes: u64) -> io::Result<(TempDir, PathBuf)> {
     fs::create_dir_all(directory)?;
-    let directory = tempfile::Builder::new().prefix("hotswap-bench-").tempdir_in(directory)?;
+    sweep(directory);
+    let prefix = format!("{PREFIX}{}-", std::process::id());
+    let directory = tempfile::Builder::new().prefix(&prefix).tempdir_in(directory)?;
     let path = directory.path().join("disk.img");
     let mut file = File::create(&path)?;
     let piece = vec![0xa5; 1 << 20];
@@ -108,6 +113,19 @@ pub(super) fn image(directory: &Path, bytes: u64) -> io::Result<(TempDir, PathBu
     }
     file.sync_all()?;
     Ok((directory, path))
+}
+
+/// Removes what benchmarks have left that were killed: on tmpfs it would take up memory until somebody notices.
+fn sweep(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner =
+            name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            // Whoever may not remove it did not leave it either.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// What to select from.
