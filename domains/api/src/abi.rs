@@ -39,7 +39,7 @@ pub mod op {
     pub const WRITE_ZEROES: u32 = 4;
 }
 
-/// Flag in [`RawRequest::flags`]: a `WRITE_ZEROES` that may give the space back.
+/// Flag in `RawRequest::flags`: a `WRITE_ZEROES` that may give the space back.
 pub const REQUEST_MAY_UNMAP: u32 = 1;
 
 /// Completion statuses, in [`RawCompletion::status`].

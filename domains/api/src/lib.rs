@@ -5,7 +5,7 @@
 //!
 //! * for authors: [`BlockDomain`], a safe trait, and [`export_domain!`](crate::export_domain), which puts a
 //!   type that implements it behind the C ABI;
-//! * for the host: [`host::Module`] and [`host::Instance`], safe calls through that ABI, and
+//! * for the host: [`host::ModuleLoader`] and [`host::Instance`], safe calls through that ABI, and
 //!   [`host::HostServices`], what the host offers to an instance;
 //! * between the two: [`abi`], C structures with a version and a size in each table, so that a newer side can
 //!   add at the end, and [`descriptor`], fixed bytes that describe a module without running it.

@@ -2,11 +2,11 @@
 //!
 //! The data is where it is: in the file, reached through the page cache or, with `direct=true`, past it. An instance holds no data and does no
 //! read-modify-write, so two of them on the same file serve side by side, and an upgrade pauses nobody. For that the storage
-//! keeps the first instance's descriptor, and a successor works on a dup of it; see [`image`] for when it cannot, and why.
+//! keeps the first instance's descriptor, and a successor works on a dup of it; see `image` for when it cannot, and why.
 //!
 //! Data moves straight from and to guest memory. What only has to be copied is served in the call that submits it; whatever may wait for a device
-//! goes through io_uring, one ring per queue, and ends later ([`queue`]). Where io_uring cannot be had, each worker serves its requests itself,
-//! one after the other ([`engine`], [`disk`]).
+//! goes through io_uring, one ring per queue, and ends later (`queue`). Where io_uring cannot be had, each worker serves its requests itself,
+//! one after the other (`engine`, `disk`).
 
 #![forbid(unsafe_code)]
 

@@ -2,7 +2,7 @@
 //!
 //! The rule of io_uring is that memory which a submission names stays where it is until its completion has come. Here ownership says so: a
 //! [`Request`] is moved into the [`Ring`] by [`push`](Ring::push) and comes out of [`advance`](Ring::advance) with its result, so safe code can neither complete it nor
-//! touch its buffer while the kernel has it. A ring that is dropped too early waits until the kernel is done ([`end`]); one that is
+//! touch its buffer while the kernel has it. A ring that is dropped too early waits until the kernel is done (`end`); one that is
 //! forgotten leaks, with all that the kernel may still use.
 //!
 //! **Waking.** The worker's own eventfd is registered with the ring, so a completion wakes the worker without a thread or a system call of ours. While the owner is
