@@ -70,11 +70,7 @@ impl Slots {
     fn end(&mut self, ended: Ended) -> Used {
         let slot = &mut self.table[ended.slot];
         if let Some(status_at) = slot.status_at.take() {
-            status_at.write(match ended.status {
-                Status::Ok => WireStatus::Ok,
-                Status::IoError => WireStatus::IoError,
-                Status::Unsupported => WireStatus::Unsupported,
-            });
+            status_at.write(WireStatus::from_completion(ended.status as u32));
         }
         self.free.push(ended.slot as u16);
         Used { head: slot.head, len: used_len(slot.op, slot.len, ended.written) }
