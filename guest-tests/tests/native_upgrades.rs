@@ -123,6 +123,25 @@ fn five_hundred_handovers_under_load() {
     assert_eq!(daemon.terminate(), 0);
 }
 
+#[test]
+fn a_large_disk_keeps_all_its_data() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=256M", "--queues", "2"]);
+    let mut options = LoadOptions::new(2, 32);
+    // The whole disk, half of it for each queue.
+    options.blocks_per_queue = (128 << 20) / 4096;
+    let load = Load::start(daemon.socket(), &options);
+    load.wait_for(40_000);
+    let mut upgrader = Upgrader::new(&daemon);
+    for name in ["ramdisk_v2", "ramdisk", "ramdisk_v2"] {
+        upgrader.upgrade(json!({"name": name}), "handover", name);
+        load.wait_for(1000);
+    }
+    let report = load.stop();
+    report.assert_clean();
+    upgrader.settle(&daemon);
+    assert_intact(daemon.socket(), &report.ledgers);
+}
+
 /// A raw image of zeros in memory, where there is memory to put it in, or else on disk.
 fn image() -> (TempDir, PathBuf) {
     let shared_memory = Path::new("/dev/shm");
