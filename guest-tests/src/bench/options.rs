@@ -2,17 +2,19 @@
 
 use std::path::PathBuf;
 
+use super::cells;
+
 pub(super) const USAGE: &str = "\
 usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--idle-seconds S] [--guest] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
-       scripts/bench upgrade [--quick] [--pairs N] [--seconds S] [--upgrades N] [--guest] [--no-pin]
+       scripts/bench upgrade [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--upgrades N] [--guest] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
 
   data       requests per second, latency and CPU time, beside qemu-storage-daemon, in turn
   upgrade    what an upgrade costs those who do I/O, beside doing nothing, a bare rendezvous, and a restart
 
   --quick          what matters, in minutes
-  --cells GLOB     only these, e.g. 'null/d1/*', '*/4k/read', idle, ceiling
+  --cells GLOB     only these, e.g. 'null/d1/*', '*/4k/read', idle, ceiling; of upgrade: 'swap/empty/d1', handover, restart
   --pairs N        how many times both sides are measured (5)
   --seconds S      length of each run (data 2, upgrade 3)
   --idle-seconds S how long an idle daemon is watched (10)
@@ -76,7 +78,7 @@ impl Options {
                 "--quick" => options.quick = true,
                 "--guest" => options.guest = true,
                 "--no-pin" => options.pin = false,
-                "--cells" if data => options.cells = Some(value()?.clone()),
+                "--cells" => options.cells = Some(value()?.clone()),
                 "--idle-seconds" if data => options.idle_seconds = positive(option, value()?)?,
                 "--upgrades" if !data => options.upgrades = positive(option, value()?)?.ceil() as usize,
                 "--pairs" => options.pairs = positive(option, value()?)?.ceil() as usize,
@@ -94,6 +96,13 @@ impl Options {
             options.seconds = if data { 2.0 } else { 3.0 };
         }
         Ok(options)
+    }
+}
+
+impl Options {
+    /// Whether a cell is asked for, by its name.
+    pub(super) fn wants(&self, name: &str) -> bool {
+        self.cells.as_deref().is_none_or(|glob| cells::matches(glob, name))
     }
 }
 

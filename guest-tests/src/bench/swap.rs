@@ -49,7 +49,7 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
     let path = path.to_string_lossy().into_owned();
     let mut rows = Vec::new();
     for (domain, args) in [("empty", vec!["--domain", "empty"]), ("file", vec!["--blk-file", &path])] {
-        for &depth in depths {
+        for &depth in depths.iter().filter(|depth| options.wants(&format!("swap/{domain}/d{depth}"))) {
             rows.push(cell(domain, &args, depth, options, places)?);
         }
     }

@@ -35,12 +35,16 @@ pub(super) fn run(options: &Options) -> usize {
         save_json(&options.json, &Value::Object(all));
     };
     part("swap", &mut || swap::run(options, places));
-    part("handover", &mut || handover::run(options, places));
-    part("restart", &mut || {
-        let (value, picture) = restart::run(options, places)?;
-        save(&options.svg, &picture);
-        Ok(value)
-    });
+    if options.wants("handover") {
+        part("handover", &mut || handover::run(options, places));
+    }
+    if options.wants("restart") {
+        part("restart", &mut || {
+            let (value, picture) = restart::run(options, places)?;
+            save(&options.svg, &picture);
+            Ok(value)
+        });
+    }
     if options.guest {
         part("guest", &mut || in_guest::upgrades(options));
     }
