@@ -159,6 +159,7 @@ fn bad_command_lines_of_the_daemon_end_with_status_2() {
         &["--socket-path", socket, "--param", "no-equals-sign"],
         &["--socket-path", socket, "--fd", "3"],
         &["--socket-path", socket, "--poll-us", "-1"],
+        &["--socket-path", socket, "--worker-cpus", "1-"],
         &["--socket-path", socket, "stray"],
     ] {
         let output = run_daemon(args);
@@ -176,6 +177,7 @@ fn bad_command_lines_of_the_daemon_end_with_status_2() {
         &["--blk-file", "/"],
         &["--domain", "faulty", "--param", "fault=nonsense"],
         &["--control-path", "/nonexistent/directory/control"],
+        &["--worker-cpus", "0,1023"],
     ] {
         let output = run_daemon(&[&["--socket-path", socket], args].concat());
         assert!([1, 2].contains(&output.status), "{args:?}: {output:?}");

@@ -233,3 +233,24 @@ fn the_control_socket_is_private_and_a_stale_one_is_replaced() {
     let second = Daemon::start(&["--control-path", stale.to_str().expect("UTF-8")]);
     assert_eq!(second.status()["generation"], 1);
 }
+
+#[test]
+fn workers_are_kept_on_the_cpus_that_are_asked_for() {
+    let daemon = Daemon::start(&["--domain", "empty", "--queues", "3", "--worker-cpus", "0,0-0"]);
+    let mut client =
+        Client::connect(daemon.socket(), &Options { queues: 3, ..Options::default() }).expect("connected");
+    for queue in 0..3 {
+        let read = Request::Read { offset: 0, len: 4096 };
+        assert_eq!(client.queue(queue).execute(read, SECOND).expect("an answer").0, Status::Ok);
+    }
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).expect("the daemon lives");
+    let mut workers = 0;
+    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives") {
+        let task = task.expect("a thread").path();
+        let is_worker = read(task.join("comm")).starts_with("vring_worker");
+        let is_kept = read(task.join("status")).lines().any(|line| line == "Cpus_allowed_list:\t0");
+        assert_eq!(is_kept, is_worker, "{}", task.display());
+        workers += usize::from(is_worker);
+    }
+    assert_eq!(workers, 3);
+}

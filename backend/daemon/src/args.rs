@@ -24,6 +24,9 @@ pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "b
 /// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
 const SOCKET_PATH_MAX: usize = 107;
 
+/// CPUs are numbered from 0; Linux knows of no machine with more.
+const CPUS_MAX: usize = 1024;
+
 /// The option that QEMU's conventions let win over all others, whatever they say.
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
@@ -78,6 +81,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: u32,
 
+    /// Keep the worker of queue N on the Nth of these CPUs, and round again: a list like 2,4-7 [default: anywhere]
+    #[arg(long, value_name = "LIST", value_parser = worker_cpus)]
+    worker_cpus: Option<Cpus>,
+
     /// Print what this backend can do, as JSON, and exit; all other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -111,6 +118,8 @@ pub struct Config {
     pub queue_size: u16,
     /// How long a worker polls before it sleeps; zero is not at all.
     pub poll: Duration,
+    /// Which CPU each worker is kept on, in turn; none if empty.
+    pub worker_cpus: Vec<usize>,
 }
 
 /// What a command line asks for.
@@ -214,8 +223,30 @@ impl Args {
             queues: self.queues,
             queue_size: self.queue_size,
             poll: Duration::from_micros(u64::from(self.poll_us)),
+            worker_cpus: self.worker_cpus.map(|Cpus(cpus)| cpus).unwrap_or_default(),
         })
     }
+}
+
+/// A list of CPUs, as `--worker-cpus` has it.
+#[derive(Debug, Clone)]
+struct Cpus(Vec<usize>);
+
+fn worker_cpus(text: &str) -> Result<Cpus, String> {
+    let number = |text: &str| match text.parse::<usize>() {
+        Ok(number) if number < CPUS_MAX => Ok(number),
+        _ => Err(format!("`{text}` is no number of a CPU; write a list like 2,4-7")),
+    };
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("`{part}` ends before it begins"));
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(Cpus(cpus))
 }
 
 fn socket_path(option: &str, path: PathBuf) -> Result<PathBuf, String> {
@@ -298,8 +329,9 @@ mod tests {
     fn everything_given() {
         let config = config(
             "--fd 7 --control-path c --domain ./x.so --domain-dir d --param size=1M --param serial=a=b \
-             --queues 64 --queue-size 1024 --poll-us 1000000",
+             --queues 64 --queue-size 1024 --poll-us 1000000 --worker-cpus 3,0-1",
         );
+        assert_eq!(config.worker_cpus, [3, 0, 1]);
         assert_eq!((config.listen, config.control_path), (Listen::Fd(7), "c".into()));
         assert_eq!((config.domain.as_str(), config.domain_dirs), ("./x.so", vec!["d".into()]));
         assert_eq!(config.params, Params::from_pairs(["size=1M", "serial=a=b"]).unwrap());
@@ -379,6 +411,13 @@ mod tests {
             assert!(sentence.contains("--queue-size"), "{bad}: {sentence}");
         }
         assert_eq!(config("--socket-path s --queue-size 16").queue_size, 16);
+    }
+
+    #[test]
+    fn cpus_are_a_list() {
+        for bad in ["", "x", "-1", "1-", "3-2", "1024", "0,", "0-99999999999"] {
+            refusal(&format!("--socket-path s --worker-cpus={bad}"));
+        }
     }
 
     #[test]

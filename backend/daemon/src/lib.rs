@@ -10,6 +10,7 @@
 
 pub mod args;
 pub mod control;
+pub mod cpus;
 pub mod device;
 mod guest_memory;
 mod json;

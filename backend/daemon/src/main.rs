@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::control::{Server, SocketFile};
+use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
@@ -67,7 +68,8 @@ fn front(listen: &Listen) -> Result<Front, String> {
 
 /// Serves until told to stop. Returns what had to be left.
 fn run(config: Config) -> Result<Vec<String>, String> {
-    // First of all, while no other descriptor can have the number.
+    cpus::check(&config.worker_cpus)?;
+    // First of all that is opened, while no other descriptor can have the number.
     let front = front(&config.listen)?;
     let mut signals =
         Signals::new([SIGTERM, SIGINT]).map_err(|error| format!("cannot handle signals: {error}"))?;
@@ -115,8 +117,12 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         config.queue_size,
         config.control_path.display()
     );
-    let session_config =
-        SessionConfig { queues: config.queues, queue_size: config.queue_size, poll: config.poll };
+    let session_config = SessionConfig {
+        queues: config.queues,
+        queue_size: config.queue_size,
+        poll: config.poll,
+        worker_cpus: config.worker_cpus,
+    };
     while wait_for_frontend(front.listener(), &stop)? {
         match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
             Ok(()) => log::info!("the frontend has disconnected"),

@@ -10,6 +10,7 @@
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
 //! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
+use crate::cpus;
 use crate::raw_fd::{self, ExitEvents};
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
@@ -44,6 +45,8 @@ pub struct SessionConfig {
     pub queue_size: u16,
     /// How long a worker polls before it sleeps.
     pub poll: Duration,
+    /// Which CPU each worker is kept on, in turn; none if empty.
+    pub worker_cpus: Vec<usize>,
 }
 
 /// What the worker of a queue and the session say to each other.
@@ -222,6 +225,7 @@ impl Session {
                 return None;
             }
         };
+        cpus::keep(queue, &self.config.worker_cpus);
         let slots = usize::from(self.config.queue_size);
         let lane = self.proxy.worker(queue, slots, Box::new(Wake(wake)));
         if lane.is_none() {

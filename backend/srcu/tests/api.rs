@@ -283,7 +283,9 @@ fn there_is_room_for_as_many_readers_as_asked_for() {
 fn a_cell_has_room_for_1_to_65535_readers() {
     assert!(catch_unwind(|| Cell::new(1, 0)).is_err());
     assert!(catch_unwind(|| Cell::new(1, 65_536)).is_err());
-    assert_eq!(old(plus_one(&Cell::new(1, 65_535), LONG)), Some(1));
+    // Each slot is a step that an interpreter takes minutes for.
+    let most = if cfg!(miri) { 100 } else { 65_535 };
+    assert_eq!(old(plus_one(&Cell::new(1, most), LONG)), Some(1));
 }
 
 #[test]
