@@ -9,7 +9,7 @@
 //!
 //! The scheme is quiescent-state-based: a reader does not count itself in and out, it says when it is *between* sections, and
 //! only when it is asked. A read section therefore costs one load of a line that is written only by upgrades, and two
-//! compares (`benches/read_side.rs` has the figures).
+//! compares (`benches/read_side` has the figures).
 //!
 //! Why not count in and out: the flag-then-count order of the textbook is wrong (a reader passes the flag, the upgrader sees
 //! zero and frees, the reader counts itself in), and the right order costs a full barrier per section on one side or a

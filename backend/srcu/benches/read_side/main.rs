@@ -5,6 +5,8 @@
 //! medians over the rounds. With two readers, the slower one counts.
 #![cfg(not(loom))]
 
+mod urcu;
+
 use std::hint::black_box;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Barrier, RwLock};
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use crossbeam_epoch::Atomic;
 use srcu::{Cell, Gate, Handover};
+use urcu::Urcu;
 
 const SECTIONS: u32 = 400_000;
 const ROUNDS: usize = 41;
@@ -103,7 +106,7 @@ fn sorted<N: PartialOrd>(mut numbers: Vec<N>) -> Vec<N> {
     numbers
 }
 
-fn sections() {
+fn sections(urcu: Option<&Urcu>) {
     let pointer = AtomicPtr::new(Box::into_raw(Box::new(Device::new())));
     let cell = Cell::new(Device::new(), 2);
     let arc = ArcSwap::from_pointee(Device::new());
@@ -121,14 +124,17 @@ fn sections() {
     ];
     for readers in [1, 2] {
         let mut times = vec![Vec::new(); schemes.len()];
+        let mut in_c = Vec::new();
         for _ in 0..ROUNDS {
+            in_c.extend(urcu.map(|urcu| urcu.sections(readers, SECTIONS)));
             for (times, (_, scheme)) in times.iter_mut().zip(schemes) {
                 times.push(together(readers, scheme));
             }
         }
         let medians: Vec<f64> = times.into_iter().map(|times| sorted(times)[ROUNDS / 2]).collect();
         println!("\n{readers} reader(s)               ns/section     added  times bare");
-        for ((name, _), median) in schemes.iter().zip(&medians) {
+        let in_c = urcu.map(|_| ("liburcu-memb, in C", sorted(in_c)[ROUNDS / 2]));
+        for (name, median) in schemes.iter().map(|(name, _)| *name).zip(medians.iter().copied()).chain(in_c) {
             println!("{name:<26}{median:>10.2}{:>10.2}{:>12.2}", median - medians[0], median / medians[0]);
         }
     }
@@ -172,7 +178,18 @@ fn rendezvous(readers: usize) {
 }
 
 fn main() {
-    sections();
+    let urcu = Urcu::build();
+    if urcu.is_none() {
+        println!("liburcu-memb is left out: it takes a C compiler and Debian's liburcu-dev");
+    }
+    sections(urcu.as_ref());
     println!("\nrendezvous, gate shut to open, median:");
     (0..=2).for_each(rendezvous);
+    if let Some(urcu) = &urcu {
+        println!("\nliburcu-memb, synchronize_rcu(), median:");
+        for readers in 0..=2 {
+            let [median, p99] = urcu.wait(readers, HANDOVERS / 20).map(|ns| ns / 1000.0);
+            println!("{readers} busy reader(s): {median:.2} µs, p99 {p99:.2} µs");
+        }
+    }
 }
