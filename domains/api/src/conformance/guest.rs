@@ -19,7 +19,8 @@ pub(super) struct GuestMemory {
     layout: Layout,
     /// Where each piece starts in the memory, and how long it is.
     pieces: Vec<(usize, usize)>,
-    segments: Box<[RawSegment]>,
+    /// A `Vec`, because requests point into it while this is moved: a `Box` that is moved says that nobody else points into it.
+    segments: Vec<RawSegment>,
 }
 
 // SAFETY: it owns the memory, and hands out no references to it.
