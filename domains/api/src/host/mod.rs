@@ -7,6 +7,8 @@
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
+#[cfg(feature = "conformance")]
+pub mod direct;
 mod region;
 mod services;
 mod tasks;
