@@ -5,7 +5,10 @@
 //!
 //! Invariants: a slot is taken by one generation or by nobody; what it says about a request stays when the generation that had it has died.
 
-use domain_api::abi::{RawCompletion, RawRequest};
+use crate::Ended;
+use crate::queue::{QueueLine, add};
+use domain_api::Status;
+use domain_api::abi::{self, RawCompletion, RawRequest};
 
 /// A slot; a cache line.
 #[derive(Clone, Copy)]
@@ -59,12 +62,7 @@ impl Flights {
 
     /// Closes the slot that a completion by `generation` on `queue` is about. Returns `None` if it is about no request that is in flight there.
     #[inline]
-    pub(crate) fn close(
-        &mut self,
-        queue: usize,
-        generation: u64,
-        completion: &RawCompletion,
-    ) -> Option<usize> {
+    fn close(&mut self, queue: usize, generation: u64, completion: &RawCompletion) -> Option<usize> {
         let slot = untag(completion.tag);
         let flight = self.0.get_mut(slot)?;
         let known = completion.tag == tag(queue, slot)
@@ -76,6 +74,36 @@ impl Flights {
         flight.request.generation = 0;
         Some(slot)
     }
+
+    /// Takes completions by `generation` on `queue` over: checks each, frees its slot, reports it. Returns how many were good.
+    pub(crate) fn settle(
+        &mut self,
+        completed: &[RawCompletion],
+        queue: usize,
+        generation: u64,
+        line: &QueueLine,
+        ended: &mut impl FnMut(Ended),
+    ) -> usize {
+        let (mut count, mut errors) = (0, 0);
+        for completion in completed {
+            if self.close(queue, generation, completion).is_none() {
+                log::error!(
+                    "queue {queue}: generation {generation} completed request {:#x} of generation {}, which is not in flight; dropped",
+                    completion.tag,
+                    completion.generation
+                );
+                continue;
+            }
+            count += 1;
+            errors += u64::from(completion.status != abi::status::OK);
+            ended(told(completion));
+        }
+        add(&line.requests, count as u64);
+        if errors > 0 {
+            add(&line.errors, errors);
+        }
+        count
+    }
 }
 
 /// What a request is called at the ABI: its queue too, so that a domain that mixes queues up is caught.
@@ -86,6 +114,23 @@ pub(crate) const fn tag(queue: usize, slot: usize) -> u64 {
 /// The slot of a request.
 pub(crate) const fn untag(tag: u64) -> usize {
     (tag & 0xffff_ffff) as usize
+}
+
+/// What a completion, which was checked, says.
+#[inline]
+pub(crate) const fn told(completion: &RawCompletion) -> Ended {
+    let status = match completion.status {
+        abi::status::OK => Status::Ok,
+        abi::status::UNSUPPORTED => Status::Unsupported,
+        _ => Status::IoError,
+    };
+    Ended { slot: untag(completion.tag), status, written: completion.written }
+}
+
+/// How many did not end well.
+#[cold]
+pub(crate) fn errors(completed: &[RawCompletion]) -> u64 {
+    completed.iter().filter(|completion| completion.status != abi::status::OK).count() as u64
 }
 
 #[cfg(test)]

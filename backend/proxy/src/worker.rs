@@ -13,10 +13,10 @@
 //! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it, or its instance is dead.
 
 use crate::fence::{Fence, Verdict};
-use crate::flights::{Flights, tag, untag};
+use crate::flights::{Flights, errors, tag, told, untag};
 use crate::queue::{QueueLine, add, coarse_now_ns};
 use crate::{DomainProxy, Member, Service};
-use domain_api::abi::{self, RawCompletion, RawRequest};
+use domain_api::abi::{self, RawRequest};
 use domain_api::host::{CallError, CompletionBuffer, QueueHandle};
 use domain_api::{QueueIndex, Status};
 use std::ops::Range;
@@ -335,7 +335,9 @@ impl Worker {
         let line = self.proxy.queues().line(self.queue);
         if let Some(lane) = self.current.as_mut() {
             let completed = &self.completions.completed()[answered..];
-            self.owing -= finish(completed, &mut self.flights, self.queue, lane, line, ended);
+            let ended = self.flights.settle(completed, self.queue, lane.generation, line, ended);
+            lane.in_flight -= ended;
+            self.owing -= ended;
             if let Err(error) = result {
                 self.proxy.died(lane.handle.instance(), &error.to_string());
                 self.bury();
@@ -382,7 +384,9 @@ impl Worker {
         for lane in self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0) {
             let result = lane.handle.reap(&mut self.completions);
             let completed = self.completions.completed();
-            self.owing -= finish(completed, &mut self.flights, self.queue, lane, line, &mut ended);
+            let ended = self.flights.settle(completed, self.queue, lane.generation, line, &mut ended);
+            lane.in_flight -= ended;
+            self.owing -= ended;
             if let Err(error) = result {
                 self.proxy.died(lane.handle.instance(), &error.to_string());
                 died = true;
@@ -469,55 +473,6 @@ impl Worker {
     pub fn count_malformed(&self, chains: u64) {
         add(&self.line().malformed, chains);
     }
-}
-
-/// Takes completions of a lane over: checks each, frees its slot, reports it. Returns how many were good.
-fn finish(
-    completed: &[RawCompletion],
-    flights: &mut Flights,
-    queue: usize,
-    lane: &mut Lane,
-    line: &QueueLine,
-    ended: &mut impl FnMut(Ended),
-) -> usize {
-    let (mut count, mut errors) = (0, 0);
-    for completion in completed {
-        let Some(_) = flights.close(queue, lane.generation, completion) else {
-            log::error!(
-                "queue {queue}: generation {} completed request {:#x} of generation {}, which is not in flight; dropped",
-                lane.generation,
-                completion.tag,
-                completion.generation
-            );
-            continue;
-        };
-        lane.in_flight -= 1;
-        count += 1;
-        errors += u64::from(completion.status != abi::status::OK);
-        ended(told(completion));
-    }
-    add(&line.requests, count as u64);
-    if errors > 0 {
-        add(&line.errors, errors);
-    }
-    count
-}
-
-/// What a completion, which was checked, says.
-#[inline]
-const fn told(completion: &RawCompletion) -> Ended {
-    let status = match completion.status {
-        abi::status::OK => Status::Ok,
-        abi::status::UNSUPPORTED => Status::Unsupported,
-        _ => Status::IoError,
-    };
-    Ended { slot: untag(completion.tag), status, written: completion.written }
-}
-
-/// How many did not end well.
-#[cold]
-fn errors(completed: &[RawCompletion]) -> u64 {
-    completed.iter().filter(|completion| completion.status != abi::status::OK).count() as u64
 }
 
 impl Drop for Worker {

@@ -15,9 +15,11 @@ use domain_empty::Empty;
 use domain_file::FileDisk;
 use domain_ramdisk::Ramdisk;
 use proxy::{DomainProxy, Gate, Notifier, Worker};
+use rustix::event::{EventfdFlags, eventfd};
 use std::fs::File;
 use std::hint::black_box;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -175,11 +177,21 @@ impl<D: BlockDomain> ModuleLoader for Linked<D> {
     }
 }
 
-/// Whoever waits looks again by himself.
-struct Silent;
+/// Whoever waits looks again by himself. The descriptor is there because a file without one does not use io_uring.
+struct Silent(OwnedFd);
+
+impl Silent {
+    fn new() -> Self {
+        Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd"))
+    }
+}
 
 impl Notifier for Silent {
     fn notify(&self) {}
+
+    fn fd(&self) -> Option<OwnedFd> {
+        self.0.try_clone().ok()
+    }
 }
 
 /// Runs one arm.
@@ -228,7 +240,7 @@ fn with<D: BlockDomain>(arm: &str, cell: &Cell, rounds: usize, pairs: &[&str]) {
         "proxy" => {
             let loader = Box::new(Linked::<D>(std::marker::PhantomData));
             let proxy: Arc<DomainProxy> = DomainProxy::start(loader, D::NAME, params, 1).expect("a device");
-            let mut worker = proxy.worker(0, POOL, Box::new(Silent)).expect("a worker");
+            let mut worker = proxy.worker(0, POOL, Box::new(Silent::new())).expect("a worker");
             drive(&mut worker, cell, rounds, &mut pool);
         }
         other => panic!("no arm `{other}`"),
