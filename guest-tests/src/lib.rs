@@ -10,6 +10,7 @@
 //! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
 //! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
+//! - [`power`]: a disk that forgets what was not synced when its power is cut.
 //! - [`mod@bench`]: what it costs and what is felt, beside QEMU's own daemon.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
@@ -19,4 +20,5 @@ pub mod daemon;
 pub mod guest;
 pub mod initramfs;
 pub mod operator;
+pub mod power;
 pub mod stamp;

@@ -15,6 +15,7 @@
 mod environment;
 mod events;
 mod fence;
+mod flights;
 mod queue;
 mod report;
 mod storage;

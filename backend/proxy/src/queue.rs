@@ -27,7 +27,7 @@ pub struct QueueStatus {
     pub index: usize,
     /// Requests that were submitted and have not ended.
     pub in_flight: u64,
-    /// How long the oldest of them may have been in flight, to a few milliseconds.
+    /// How long the oldest of them may have been in flight, to a few milliseconds; at most. The clock is not read for each batch (`worker::UNCLOCKED`).
     pub oldest_age: Duration,
     /// Requests that have ended.
     pub requests: u64,
@@ -86,6 +86,7 @@ impl Queues {
         self.lines.len()
     }
 
+    #[inline]
     pub(crate) fn line(&self, queue: usize) -> &QueueLine {
         &self.lines[queue]
     }

@@ -6,20 +6,29 @@
 //! If an instance panics, its workers leave it at once. What it had not completed becomes *orphans*: requests that are the worker's again, and are submitted once
 //! more, in the order in which they came and before anything new, when the dead instance is fenced off and somebody else serves (`takeover.rs`).
 //!
-//! Invariants: only this worker completes what it submitted; each completion is checked against the table of what is in flight, so a stale or invented
+//! Requests that end in the call that submits them, in their order, are the usual case, and are checked against the batch itself; everything else is
+//! checked against the table of what is in flight (`flights.rs`).
+//!
+//! Invariants: only this worker completes what it submitted; each completion is checked against what is in flight, so a stale or invented
 //! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it, or its instance is dead.
 
 use crate::fence::{Fence, Verdict};
+use crate::flights::{Flights, errors, tag, told, untag};
 use crate::queue::{QueueLine, add, coarse_now_ns};
 use crate::{DomainProxy, Member, Service};
 use domain_api::abi::{self, RawRequest};
-use domain_api::host::{CompletionBuffer, QueueHandle};
+use domain_api::host::{CallError, CompletionBuffer, QueueHandle};
 use domain_api::{QueueIndex, Status};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Said of an instance that was found dead.
 pub(crate) const OUTSIDE_A_REQUEST: &str = "it panicked outside of a request";
+
+/// Batches in a row, each ended before the next began, for which one look at the clock does. So the age of a request that hangs in the call that submits it
+/// includes, at most, these batches before it.
+const UNCLOCKED: u32 = 7;
 
 /// Whether requests may be submitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,15 +58,6 @@ struct Lane {
     in_flight: usize,
 }
 
-/// A slot of the table of what is in flight.
-#[derive(Clone, Copy)]
-struct Flight {
-    /// The generation that has it; 0 if nobody has.
-    generation: u64,
-    /// The request as the host parsed it, to be run again.
-    request: RawRequest,
-}
-
 /// A request that a dead instance left unanswered.
 struct Orphan {
     slot: usize,
@@ -72,10 +72,12 @@ pub struct Worker {
     current: Option<Lane>,
     /// Earlier instances that still owe completions.
     earlier: Vec<Lane>,
-    flights: Box<[Flight]>,
-    /// Per slot, the how-manieth request it was: what orphans are sorted by.
-    order: Box<[u64]>,
+    /// What all lanes together have in flight.
+    owing: usize,
+    flights: Flights,
     submitted: u64,
+    /// How many batches may begin before the clock is looked at again.
+    unclocked: u32,
     orphans: Vec<Orphan>,
     /// Requests that stay unanswered, because what had them cannot be fenced. Their slots are not used again.
     lost: usize,
@@ -94,9 +96,10 @@ impl Worker {
             reader,
             current: None,
             earlier: Vec::new(),
-            flights: vec![Flight { generation: 0, request: RawRequest::nothing() }; slots].into_boxed_slice(),
-            order: vec![0; slots].into_boxed_slice(),
+            owing: 0,
+            flights: Flights::new(slots),
             submitted: 0,
+            unclocked: 0,
             orphans: Vec::new(),
             lost: 0,
             replay: Vec::new(),
@@ -113,14 +116,16 @@ impl Worker {
 
     /// How many requests have been submitted and have not ended.
     #[must_use]
+    #[inline]
     pub fn in_flight(&self) -> usize {
-        self.owing() + self.orphans.len() + self.lost
+        self.owing + self.orphans.len() + self.lost
     }
 
     /// How many of them a domain has: this many must be reaped before the gate is waited at.
     #[must_use]
-    pub fn owing(&self) -> usize {
-        self.current.iter().chain(&self.earlier).map(|lane| lane.in_flight).sum()
+    #[inline]
+    pub const fn owing(&self) -> usize {
+        self.owing
     }
 
     /// Passes the gate, between two batches.
@@ -140,14 +145,16 @@ impl Worker {
 
     /// Waits until the gate opens, with nothing owed. May run the exchange of the upgrade.
     pub fn wait_at_gate(&mut self) {
-        debug_assert_eq!(self.owing(), 0, "whoever is owed completions must reap them, not wait");
+        debug_assert_eq!(self.owing, 0, "whoever is owed completions must reap them, not wait");
+        self.unclocked = 0;
         add(&self.line().parks, 1);
         self.reader.arrive();
     }
 
     /// Says that this worker is about to sleep; the next [`gate`](Self::gate) wakes it. Returns `false` if it must look again first.
     pub fn sleep(&mut self) -> bool {
-        let owing = self.owing() > 0;
+        let owing = self.owing > 0;
+        self.unclocked = 0;
         self.reader.sleep(owing).map(srcu::Asleep::until_pass).is_some()
     }
 
@@ -212,15 +219,16 @@ impl Worker {
         // The live one, if it is alive, comes back from here at the next `adopt`, with what it owes.
         self.earlier = alive;
         for lane in buried {
+            self.owing -= lane.in_flight;
             for slot in 0..self.flights.len() {
-                if self.flights[slot].generation == lane.generation {
-                    self.flights[slot].generation = 0;
+                if self.flights.generation(slot) == lane.generation {
+                    self.flights.let_go(slot);
                     self.orphans.push(Orphan { slot, fence: Arc::clone(&lane.fence) });
                 }
             }
         }
-        let order = &self.order;
-        self.orphans.sort_by_key(|orphan| order[orphan.slot]);
+        let flights = &self.flights;
+        self.orphans.sort_by_key(|orphan| flights.order(orphan.slot));
         // The live lane may have been put among the earlier ones.
         let live = self.reader.read().as_ref().map(|live| Arc::clone(&live.instance));
         let at = live
@@ -230,68 +238,131 @@ impl Worker {
 
     /// Submits requests, whose tags are their slots, to the live domain; calls `ended` for each request that ended at once. Returns how many from the
     /// front were taken: the rest is the caller's again.
+    #[inline]
     pub fn submit(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
         if !self.orphans.is_empty() {
             // Those come first.
             return 0;
         }
-        for request in requests.iter() {
-            self.submitted += 1;
-            self.order[request.tag as usize] = self.submitted;
-        }
+        let first = self.submitted;
+        self.submitted += requests.len() as u64;
         if self.current.is_none() {
-            return self.submit_to_nobody(requests, ended);
+            return self.submit_to_nobody(requests, first, ended);
         }
-        let accepted = self.offer(requests, &mut ended);
-        self.publish_in_flight();
-        accepted
+        self.offer(requests, Some(first), &mut ended)
     }
 
-    /// Submits to the current lane. Afterwards, what was not taken has its slot as its tag again.
-    fn offer(&mut self, requests: &mut [RawRequest], ended: &mut impl FnMut(Ended)) -> usize {
+    /// Submits to the current lane. `first` is which request the first one is, if that is not known of them already. Afterwards, what was not taken has
+    /// its slot as its tag again.
+    fn offer(
+        &mut self,
+        requests: &mut [RawRequest],
+        first: Option<u64>,
+        ended: &mut impl FnMut(Ended),
+    ) -> usize {
         let line = self.proxy.queues().line(self.queue);
+        let before = self.in_flight() as u64;
         let Some(lane) = self.current.as_mut() else { return 0 };
+        let generation = lane.generation;
         for request in requests.iter_mut() {
-            let slot = request.tag as usize;
-            debug_assert_eq!(self.flights[slot].generation, 0, "a slot is submitted once at a time");
-            request.tag = tag(self.queue, slot);
-            request.generation = lane.generation;
-            self.flights[slot] = Flight { generation: lane.generation, request: *request };
+            debug_assert_eq!(
+                self.flights.generation(untag(request.tag)),
+                0,
+                "a slot is submitted once at a time"
+            );
+            request.tag |= tag(self.queue, 0);
+            request.generation = generation;
         }
-        if lane.in_flight == 0 {
-            line.busy_since.store(coarse_now_ns(), Ordering::Relaxed);
+        if self.owing == 0 {
+            self.unclocked = self.unclocked.checked_sub(1).unwrap_or_else(|| {
+                line.busy_since.store(coarse_now_ns(), Ordering::Relaxed);
+                UNCLOCKED
+            });
         }
         // Before the call, so that a domain that does not come back is seen with what it has.
-        line.in_flight.store((lane.in_flight + requests.len()) as u64, Ordering::Relaxed);
+        line.in_flight.store(before + requests.len() as u64, Ordering::Relaxed);
         let result = lane.handle.submit(requests, &mut self.completions);
-        lane.in_flight += requests.len();
-        let accepted = *result.as_ref().unwrap_or(&requests.len());
-        for request in &mut requests[accepted..] {
-            let slot = untag(request.tag);
-            self.flights[slot].generation = 0;
-            request.tag = slot as u64;
-            lane.in_flight -= 1;
+        let taken = *result.as_ref().unwrap_or(&requests.len());
+        // Before anybody is told anything: should that panic, it must be known that the lane has something.
+        lane.in_flight += taken;
+        let completed = self.completions.completed();
+        let (mut answered, mut statuses) = (0, abi::status::OK);
+        for (request, completion) in requests[..taken].iter().zip(completed) {
+            if completion.tag != request.tag || completion.generation != generation {
+                break;
+            }
+            answered += 1;
+            statuses |= completion.status;
+            ended(told(completion));
         }
-        finish(&self.completions, &mut self.flights, self.queue, lane, line, ended);
-        if let Err(error) = result {
-            self.proxy.died(lane.handle.instance(), &error.to_string());
-            self.bury();
+        lane.in_flight -= answered;
+        add(&line.requests, answered as u64);
+        if statuses != abi::status::OK {
+            add(&line.errors, errors(&completed[..answered]));
         }
-        accepted
+        if answered == requests.len() && answered == completed.len() && result.is_ok() {
+            line.in_flight.store(before, Ordering::Relaxed);
+            return taken;
+        }
+        self.owing += taken - answered;
+        self.enter(requests, first, answered..taken);
+        self.told_more(answered, result, ended);
+        taken
+    }
+
+    /// Enters what was taken and is not answered yet into the table; gives back what was not taken.
+    #[inline(never)]
+    fn enter(&mut self, requests: &mut [RawRequest], first: Option<u64>, taken: Range<usize>) {
+        let (end, start) = (taken.end, taken.start);
+        for (at, request) in requests[taken].iter().enumerate() {
+            let order = first
+                .map_or_else(|| self.flights.order(untag(request.tag)), |first| first + (start + at) as u64);
+            self.flights.enter(request, order);
+        }
+        for request in &mut requests[end..] {
+            request.tag = untag(request.tag) as u64;
+        }
+    }
+
+    /// The call is over, and more has happened than that requests were answered in their order: takes the other completions over.
+    #[inline(never)]
+    fn told_more(
+        &mut self,
+        answered: usize,
+        result: Result<usize, CallError>,
+        ended: &mut impl FnMut(Ended),
+    ) {
+        let line = self.proxy.queues().line(self.queue);
+        if let Some(lane) = self.current.as_mut() {
+            let completed = &self.completions.completed()[answered..];
+            let ended = self.flights.settle(completed, self.queue, lane.generation, line, ended);
+            lane.in_flight -= ended;
+            self.owing -= ended;
+            if let Err(error) = result {
+                self.proxy.died(lane.handle.instance(), &error.to_string());
+                self.bury();
+            }
+        }
+        self.publish_in_flight();
     }
 
     /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
     #[cold]
-    fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
+    fn submit_to_nobody(
+        &mut self,
+        requests: &mut [RawRequest],
+        first: u64,
+        mut ended: impl FnMut(Ended),
+    ) -> usize {
         match self.proxy.service() {
             Service::Up | Service::Held => {
                 // Up: somebody has just come, and is found at the next look. Held: somebody will come, or nobody. No dead instance had these, so
                 // nothing has to be fenced off before they run.
                 let fence = Arc::new(Fence::open());
-                for request in requests.iter() {
-                    let slot = request.tag as usize;
-                    self.flights[slot] = Flight { generation: 0, request: *request };
-                    self.orphans.push(Orphan { slot, fence: Arc::clone(&fence) });
+                for (order, request) in (first..).zip(requests.iter_mut()) {
+                    request.generation = 0;
+                    self.flights.enter(request, order);
+                    self.orphans.push(Orphan { slot: untag(request.tag), fence: Arc::clone(&fence) });
                 }
                 self.publish_in_flight();
             }
@@ -312,7 +383,10 @@ impl Worker {
         let mut died = false;
         for lane in self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0) {
             let result = lane.handle.reap(&mut self.completions);
-            finish(&self.completions, &mut self.flights, self.queue, lane, line, &mut ended);
+            let completed = self.completions.completed();
+            let ended = self.flights.settle(completed, self.queue, lane.generation, line, &mut ended);
+            lane.in_flight -= ended;
+            self.owing -= ended;
             if let Err(error) = result {
                 self.proxy.died(lane.handle.instance(), &error.to_string());
                 died = true;
@@ -360,21 +434,17 @@ impl Worker {
         }
         let mut replay = std::mem::take(&mut self.replay);
         replay.clear();
-        replay.extend(self.orphans.iter().take(ready).map(|orphan| {
-            let mut request = self.flights[orphan.slot].request;
-            request.tag = orphan.slot as u64;
-            request
-        }));
+        replay.extend(self.orphans.iter().take(ready).map(|orphan| self.flights.request(orphan.slot)));
         // Out of the list first: if this instance dies too, it makes orphans of its own.
         let rest = self.orphans.split_off(ready);
         let mut given = std::mem::take(&mut self.orphans);
-        let accepted = self.offer(&mut replay, ended);
+        let accepted = self.offer(&mut replay, None, ended);
         add(&self.line().replayed, accepted as u64);
         let mut left = given.split_off(accepted);
         left.append(&mut self.orphans);
         left.extend(rest);
-        let order = &self.order;
-        left.sort_by_key(|orphan| order[orphan.slot]);
+        let flights = &self.flights;
+        left.sort_by_key(|orphan| flights.order(orphan.slot));
         self.orphans = left;
         self.replay = replay;
     }
@@ -403,58 +473,6 @@ impl Worker {
     pub fn count_malformed(&self, chains: u64) {
         add(&self.line().malformed, chains);
     }
-}
-
-/// Takes a lane's completions over: checks each, frees its slot, reports it.
-#[inline]
-fn finish(
-    completions: &CompletionBuffer,
-    flights: &mut [Flight],
-    queue: usize,
-    lane: &mut Lane,
-    line: &QueueLine,
-    ended: &mut impl FnMut(Ended),
-) {
-    let mut count = 0;
-    let mut errors = 0;
-    for completion in completions.completed() {
-        let slot = untag(completion.tag);
-        let known = completion.tag == tag(queue, slot)
-            && completion.generation == lane.generation
-            && flights.get(slot).is_some_and(|flight| flight.generation == lane.generation);
-        if !known {
-            log::error!(
-                "queue {queue}: generation {} completed request {:#x} of generation {}, which is not in flight; dropped",
-                lane.generation,
-                completion.tag,
-                completion.generation
-            );
-            continue;
-        }
-        flights[slot].generation = 0;
-        lane.in_flight -= 1;
-        count += 1;
-        let status = match completion.status {
-            abi::status::OK => Status::Ok,
-            abi::status::UNSUPPORTED => Status::Unsupported,
-            _ => Status::IoError,
-        };
-        errors += u64::from(status != Status::Ok);
-        ended(Ended { slot, status, written: completion.written });
-    }
-    add(&line.requests, count);
-    if errors > 0 {
-        add(&line.errors, errors);
-    }
-}
-
-/// What a request is called at the ABI: its queue too, so that a domain that mixes queues up is caught.
-const fn tag(queue: usize, slot: usize) -> u64 {
-    (queue as u64) << 32 | slot as u64
-}
-
-const fn untag(tag: u64) -> usize {
-    (tag & 0xffff_ffff) as usize
 }
 
 impl Drop for Worker {

@@ -123,17 +123,26 @@ pub mod shim {
     fn guarded(message: *mut RawMessage, f: impl FnOnce() -> Result<(), DomainError>) -> u32 {
         match catch_unwind(AssertUnwindSafe(f)) {
             Ok(Ok(())) => abi::CALL_OK,
-            Ok(Err(error)) => {
-                say(message, &error.to_string());
-                abi::CALL_FAILED
-            }
-            Err(payload) => {
-                say(message, &panic_text(&*payload));
-                // A payload whose drop panics would unwind into the host.
-                let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
-                abi::CALL_PANICKED
-            }
+            Ok(Err(error)) => refused(message, &error),
+            Err(payload) => panicked(message, payload),
         }
+    }
+
+    // Out of the way of calls that go well, which are made for every batch.
+    #[cold]
+    #[inline(never)]
+    fn refused(message: *mut RawMessage, error: &DomainError) -> u32 {
+        say(message, &error.to_string());
+        abi::CALL_FAILED
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn panicked(message: *mut RawMessage, payload: Box<dyn Any + Send>) -> u32 {
+        say(message, &panic_text(&*payload));
+        // A payload whose drop panics would unwind into the host.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+        abi::CALL_PANICKED
     }
 
     /// # Safety
@@ -152,9 +161,7 @@ pub mod shim {
         slot: &Slot<D>,
         queue: u32,
     ) -> Result<&mut Option<D::Queue>, DomainError> {
-        let cell = slot.queues.get(queue as usize).ok_or_else(|| {
-            DomainError::new(format!("there is no queue {queue}, the last is {}", MAX_QUEUES - 1))
-        })?;
+        let cell = slot.queues.get(queue as usize).ok_or_else(|| no_queue(queue))?;
         // SAFETY: the caller's contract.
         Ok(unsafe { &mut *cell.0.get() })
     }
@@ -295,6 +302,12 @@ pub mod shim {
         })
     }
 
+    #[cold]
+    fn no_queue(queue: u32) -> DomainError {
+        DomainError::new(format!("there is no queue {queue}, the last is {}", MAX_QUEUES - 1))
+    }
+
+    #[cold]
     fn not_attached(queue: u32) -> DomainError {
         DomainError::new(format!("queue {queue} is not attached"))
     }

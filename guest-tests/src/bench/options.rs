@@ -9,9 +9,11 @@ usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
        scripts/bench upgrade [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--upgrades N] [--guest] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
+       scripts/bench cost [PREFIX]
 
   data       requests per second, latency and CPU time, beside qemu-storage-daemon, in turn
   upgrade    what an upgrade costs those who do I/O, beside doing nothing, a bare rendezvous, and a restart
+  cost       instructions per request that the proxy adds to a domain called directly; counted, so that nothing disturbs it
 
   --quick          what matters, in minutes
   --cells GLOB     only these, e.g. 'null/d1/*', '*/4k/read', idle, ceiling; of upgrade: 'swap/empty/d1', handover, restart
@@ -54,7 +56,7 @@ impl Options {
         let (kind, name) = match args.first().map(String::as_str) {
             Some("data") => (Kind::Data, "data"),
             Some("upgrade") => (Kind::Upgrade, "upgrade"),
-            _ => return Err("say `data` or `upgrade`".to_owned()),
+            _ => return Err("say `data`, `upgrade` or `cost`".to_owned()),
         };
         let data = kind == Kind::Data;
         let mut options = Options {

@@ -7,6 +7,8 @@
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
+#[cfg(feature = "conformance")]
+pub mod direct;
 mod region;
 mod services;
 mod tasks;
@@ -124,21 +126,29 @@ impl MessageBuffer {
 
     /// Makes one call with a buffer of its own.
     fn call(f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
-        Self::new().lend(f)
+        let mut buffer = Self::new();
+        buffer.lend(f).map_err(|no| buffer.error(no))
     }
 
-    #[inline]
-    fn lend(&mut self, f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
+    /// What a failed call said stays in the buffer until somebody wants to know: what is returned fits into registers.
+    #[inline(always)]
+    fn lend(&mut self, f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), No> {
         let mut raw = RawMessage { bytes: self.text.as_mut_ptr(), capacity: self.text.len(), len: 0 };
         let code = f(&raw mut raw);
-        if code == abi::CALL_OK { Ok(()) } else { Err(self.error(code, raw.len)) }
+        if code == abi::CALL_OK { Ok(()) } else { Err(No { code, len: raw.len }) }
     }
 
     #[cold]
-    fn error(&self, code: u32, len: usize) -> CallError {
+    fn error(&self, No { code, len }: No) -> CallError {
         let text = String::from_utf8_lossy(&self.text[..len.min(self.text.len())]).into_owned();
         if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) }
     }
+}
+
+/// A call that did not do what it should, and how much it said about that.
+struct No {
+    code: u32,
+    len: usize,
 }
 
 /// A prepared domain, and the module it comes from.
@@ -234,6 +244,7 @@ impl Instance {
 
     /// The generation that it serves, or served last; 0 before its first.
     #[must_use]
+    #[inline]
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
     }
@@ -250,6 +261,7 @@ impl Instance {
 
     /// Whether it has panicked.
     #[must_use]
+    #[inline]
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed)
     }
@@ -258,20 +270,30 @@ impl Instance {
         self.call_with(&mut MessageBuffer::new(), f)
     }
 
-    #[inline]
+    #[inline(always)]
     fn call_with(
         &self,
         buffer: &mut MessageBuffer,
         f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32,
     ) -> Result<(), CallError> {
         if self.is_dead() {
-            return Err(CallError::Failed("it has panicked before".to_owned()));
+            return Err(Self::was_dead());
         }
-        let result = buffer.lend(|message| f(self.raw, message));
-        if matches!(result, Err(CallError::Panicked(_))) {
-            self.dead.store(true, Ordering::Relaxed);
+        buffer.lend(|message| f(self.raw, message)).map_err(|no| self.failed(buffer, no))
+    }
+
+    #[cold]
+    fn was_dead() -> CallError {
+        CallError::Failed("it has panicked before".to_owned())
+    }
+
+    #[cold]
+    fn failed(&self, buffer: &MessageBuffer, no: No) -> CallError {
+        let error = buffer.error(no);
+        if matches!(error, CallError::Panicked(_)) {
+            self.condemn();
         }
-        result
+        error
     }
 
     /// What the device announces, checked.
@@ -325,7 +347,7 @@ impl Instance {
     /// What the domain says.
     pub fn quiesce(&self) -> Result<(), CallError> {
         if self.is_dead() {
-            return Err(CallError::Failed("it has panicked before".to_owned()));
+            return Err(Self::was_dead());
         }
         // SAFETY: a live instance and a valid message.
         MessageBuffer::call(|message| unsafe { (self.vtable.quiesce)(self.raw, message) })
@@ -471,11 +493,12 @@ impl CompletionBuffer {
 
     /// What the last call completed.
     #[must_use]
+    #[inline]
     pub fn completed(&self) -> &[RawCompletion] {
         &self.entries[..self.len]
     }
 
-    #[inline]
+    #[inline(always)]
     fn fill<R>(&mut self, f: impl FnOnce(*mut RawCompletions) -> R) -> R {
         let mut raw =
             RawCompletions { entries: self.entries.as_mut_ptr(), capacity: self.entries.len(), len: 0 };
@@ -496,6 +519,7 @@ pub struct QueueHandle {
 impl QueueHandle {
     /// Whose queue it is.
     #[must_use]
+    #[inline]
     pub const fn instance(&self) -> &Arc<Instance> {
         &self.instance
     }
@@ -504,7 +528,7 @@ impl QueueHandle {
     ///
     /// # Errors
     /// A panic, or a failing call; how many were taken is then unknown, and `completions` says what is done.
-    #[inline]
+    #[inline(always)]
     pub fn submit(
         &mut self,
         requests: &[RawRequest],
