@@ -17,6 +17,7 @@ mod events;
 mod fence;
 mod queue;
 mod report;
+mod retire;
 mod storage;
 mod takeover;
 mod upgrade;
@@ -28,19 +29,20 @@ pub use report::{
 };
 pub use worker::{Ended, Gate, Worker};
 
-use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Residency};
+use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Resident};
 use domain_api::{Capabilities, Params};
 use environment::Environment;
 use events::Events;
 use fence::Fence;
 use queue::Queues;
+use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 use storage::Storage;
-use upgrade::{Leaving, lock};
+use upgrade::lock;
 
 /// How many entries the history keeps.
 const HISTORY: usize = 1024;
@@ -144,10 +146,22 @@ struct View {
     changing: bool,
     fault: Option<String>,
     counts: Counts,
-    resident: Vec<String>,
+    /// Whose modules stayed mapped when they were last looked at, and how to look again.
+    resident: Vec<(String, Resident)>,
     leaving: Option<String>,
     left: Vec<String>,
     history: VecDeque<Entry>,
+}
+
+impl View {
+    /// Shows who else is there beside the live domain.
+    fn show(&mut self, upgrades: &Upgrades) {
+        self.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
+        self.leaving = upgrades.leaving.as_ref().map(|leaving| {
+            let record = &leaving.member.record;
+            format!("`{}` {}: replaced, and still has requests in flight", record.name, record.version)
+        });
+    }
 }
 
 /// The device's side of the live domain. See the crate's page.
@@ -364,32 +378,20 @@ impl DomainProxy {
             (Change::Upgrade, Ok(_)) => view.counts.committed += 1,
             (Change::Rollback, Ok(_)) => view.counts.rolled_back += 1,
         }
-        view.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
-        view.leaving = upgrades.leaving.as_ref().map(|leaving| {
-            format!(
-                "`{}` {}: replaced, and still has requests in flight",
-                leaving.member.record.name, leaving.member.record.version
-            )
-        });
         if view.history.len() == HISTORY {
             view.history.pop_front();
         }
         view.history.push_back(entry.clone());
+        view.show(upgrades);
         drop(view);
         self.events.push(Event::Ended(Box::new(entry)));
-    }
-
-    pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {
-        if let Residency::Resident(reason) | Residency::Running(reason) = residency {
-            log::warn!("the module of {label} stays resident: {reason}");
-            lock(&self.view).resident.push(format!("{label}: {reason}"));
-        }
     }
 
     /// Everything at a glance.
     #[must_use]
     pub fn status(&self) -> Status {
         let queues = self.queues.status();
+        let resident = self.residents();
         let view = lock(&self.view);
         let record = view.record.as_ref().expect("a started device has had a live domain");
         Status {
@@ -404,7 +406,7 @@ impl DomainProxy {
             standby: view.standby.as_deref().cloned(),
             queues,
             counts: view.counts,
-            resident: view.resident.iter().chain(&view.leaving).cloned().collect(),
+            resident,
         }
     }
 
@@ -449,6 +451,10 @@ impl DomainProxy {
     pub fn stop(&self) -> Vec<String> {
         self.begin_stop();
         let mut upgrades = lock(&self.upgrades);
+        // The workers have left; what they have let go of is not left behind.
+        if self.release(&mut upgrades, Duration::ZERO) {
+            self.finish_leaving(&mut upgrades, &mut Phases::default());
+        }
         let mut left = std::mem::take(&mut lock(&self.view).left);
         if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
             && let Err(error) = live.instance.quiesce()
@@ -458,7 +464,7 @@ impl DomainProxy {
         if let Some(standby) = upgrades.standby.take() {
             self.retire(standby, &mut Phases::default());
         }
-        left.extend(self.status().resident);
+        left.extend(self.residents());
         left
     }
 }

@@ -89,13 +89,14 @@ impl DomainProxy {
         let (from, fence, generation) =
             (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
         let residency = self.retire(dead, &mut phases);
-        if let Residency::Running(why) = residency {
+        if let Residency::Running(left) = residency {
             fence.decide(Verdict::Never);
             self.set_service(Service::Failed);
             return Err(Refusal::new(
                 "not_fenced",
                 format!(
-                    "the dead domain cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
+                    "the dead domain cannot be ended ({}); its requests stay unanswered, because it may still write to them",
+                    left.reason()
                 ),
             ));
         }

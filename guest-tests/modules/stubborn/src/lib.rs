@@ -1,7 +1,7 @@
 //! A ramdisk that does what a domain should not: it leaves something behind that keeps its module mapped.
 //!
 //! `keeps=tls` a thread-local with a destructor, on a worker's thread; `keeps=thread` a thread of its own; `keeps=host-thread` a thread of the host's that
-//! does not end; `keeps=timer` a timer that is not due for an hour, which is harmless, because the host frees it.
+//! does not end; `keeps=timer` a timer that is not due for an hour, which is harmless, because the host frees it. A thread ends after `seconds`, if they are given.
 
 #![forbid(unsafe_code)]
 
@@ -33,15 +33,14 @@ impl BlockDomain for Stubborn {
     const SCHEMA_NAME: &'static str = "ramdisk";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] = &["size", "serial", "keeps"];
+    const PARAMS: &'static [&'static str] = &["size", "serial", "keeps", "seconds"];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
     type Queue = ();
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let forever = || loop {
-            std::thread::sleep(Duration::from_secs(1));
-        };
+        let left = params.get("seconds").and_then(|text| text.parse::<u64>().ok()).unwrap_or(u64::MAX);
+        let forever = move || (0..left).for_each(|_| std::thread::sleep(Duration::from_secs(1)));
         match params.get("keeps") {
             Some("tls") => {}
             Some("thread") => drop(std::thread::spawn(forever)),
