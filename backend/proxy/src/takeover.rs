@@ -12,7 +12,6 @@
 
 use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
-use crate::storage::HOST;
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
@@ -103,18 +102,20 @@ impl DomainProxy {
         let next = upgrades.standby.take().ok_or_else(|| {
             Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
-        let schema = self.storage.schema();
         let taken = next.and_then(|next| {
             let fits = self.check_compatible(&from.info, &next).and_then(|()| {
-                self.storage.move_to(next.id);
+                self.storage.lend(next.id);
                 timed(&mut phases.activate, || next.instance.activate()).map_err(|error| {
                     Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
                 })
             });
             match fits {
-                Ok(()) => Ok(next),
+                Ok(()) => {
+                    self.storage.keep();
+                    Ok(next)
+                }
                 Err(refusal) => {
-                    self.storage.give_back(HOST, schema);
+                    self.storage.take_back();
                     self.retire(next, &mut phases);
                     Err(refusal)
                 }

@@ -16,7 +16,7 @@
 //! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
 
 use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
-use crate::storage::{HOST, Services};
+use crate::storage::Services;
 use crate::{DomainProxy, Member, Upgrades};
 use domain_api::host::{CallError, Instance};
 use domain_api::{Capabilities, DeviceInfo, Params, Swap};
@@ -202,8 +202,8 @@ impl DomainProxy {
             .and_then(|()| decide(options.mode, live.as_ref(), &next));
         let changed = match (decided, &live) {
             (Ok(_), None) => self.revive(&next, &mut phases).map(|()| (Protocol::Handover, None)),
-            (Ok(Protocol::Swap), Some(live)) => {
-                self.swap(live, &next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
+            (Ok(Protocol::Swap), Some(_)) => {
+                self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
             }
             (Ok(_), Some(live)) => self
                 .handover(live, &next, options.drain_timeout, &mut phases)
@@ -233,34 +233,30 @@ impl DomainProxy {
 
     /// Brings the device back whose live domain has died.
     fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
-        let schema = self.storage.schema();
-        self.storage.move_to(next.id);
+        self.storage.lend(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.give_back(HOST, schema);
+            self.storage.take_back();
             return Err(phase_refusal("activate", &next.record, &error));
         }
+        self.storage.keep();
         next.instance.set_generation(self.next_generation());
         self.publish(next.clone());
         Ok(())
     }
 
-    fn swap(
-        &self,
-        live: &Member,
-        next: &Member,
-        phases: &mut Phases,
-    ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
-        let schema = self.storage.schema();
-        self.storage.move_to(next.id);
+    fn swap(&self, next: &Member, phases: &mut Phases) -> Result<srcu::Grace<Option<Member>>, Refusal> {
+        self.storage.lend(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.give_back(live.id, schema);
+            self.storage.take_back();
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
-        self.cell().swap(Some(next.clone())).map_err(|error| {
-            self.storage.give_back(live.id, schema);
+        let grace = self.cell().swap(Some(next.clone())).map_err(|error| {
+            self.storage.take_back();
             Refusal::new("busy", format!("the domain was not published: {error}"))
-        })
+        })?;
+        self.storage.keep();
+        Ok(grace)
     }
 
     fn handover(
@@ -451,14 +447,14 @@ fn exchange(
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;
         }
-        let schema = storage.schema();
-        storage.move_to(next.id);
+        storage.lend(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
-            storage.give_back(live.id, schema);
+            storage.take_back();
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("activate", &next.record, &error));
             return None;
         }
+        storage.keep();
         next.instance.set_generation(generation);
         Some(Some(next))
     })

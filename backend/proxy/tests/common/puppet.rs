@@ -10,6 +10,7 @@
 //! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions;
 //! * `wait=prepare`: prepares only when the stage lets it;
 //! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
+//! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
 //! * `thread=true`: starts a thread that ends when the stage says so.
 
 use domain_api::{
@@ -162,7 +163,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
     const PARAMS: &'static [&'static str] = &[
         "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
-        "hold", "take", "cross", "wait", "hang_at", "thread",
+        "hold", "take", "cross", "wait", "hang_at", "make", "thread",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -206,7 +207,20 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn activate(&self) -> Result<(), DomainError> {
         // First, as a domain would that changes things and then finds out that it cannot go on.
-        self.host.storage().set_schema(K::SCHEMA)?;
+        let storage = self.host.storage();
+        if let Some(len) = self.number("make") {
+            let note = storage.bytes("note").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            let file = storage.file("file").map(|file| file.metadata().expect("a file").is_dir());
+            let found = format!("{} found {} {note:?} {file:?}", self.label, storage.region_len("made"));
+            self.stage.write(found);
+            storage.region("made", len)?;
+            // More than once, as a domain does that writes down how far it has come.
+            storage.set_bytes("note", b"half of it")?;
+            storage.set_bytes("note", self.label.as_bytes())?;
+            let path = if self.label == "a" { "/dev/null" } else { "/" };
+            storage.set_file("file", &std::fs::File::open(path).expect("a file of every system"))?;
+        }
+        storage.set_schema(K::SCHEMA)?;
         self.step("activate")
     }
 
