@@ -143,7 +143,8 @@ struct View {
     /// Instances whose death is known and not dealt with yet, by address.
     dying: HashSet<usize>,
     standby: Option<Arc<DomainRecord>>,
-    changing: bool,
+    /// Changes that are under way: an operator's, and a takeover that comes between its phases.
+    changing: u32,
     fault: Option<String>,
     counts: Counts,
     /// Whose modules stayed mapped when they were last looked at, and how to look again.
@@ -342,7 +343,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn started(&self, change: Change, target: &str) {
-        lock(&self.view).changing = true;
+        lock(&self.view).changing += 1;
         self.events.push(Event::Started { change, target: target.to_owned() });
     }
 
@@ -366,7 +367,7 @@ impl DomainProxy {
             Err(refusal) => log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message),
         }
         let mut view = lock(&self.view);
-        view.changing = false;
+        view.changing -= 1;
         match (change, result) {
             (Change::Takeover, Ok(_)) => view.counts.takeovers += 1,
             (Change::Takeover, Err(refusal)) => {
@@ -396,7 +397,7 @@ impl DomainProxy {
         let record = view.record.as_ref().expect("a started device has had a live domain");
         Status {
             generation: view.generation,
-            state: match (&view.fault, view.changing || self.service() == Service::Held) {
+            state: match (&view.fault, view.changing > 0 || self.service() == Service::Held) {
                 (Some(_), _) => State::Faulted,
                 (None, true) => State::Upgrading,
                 (None, false) => State::Serving,
