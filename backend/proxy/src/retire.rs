@@ -3,8 +3,9 @@
 //! ```text
 //!               nobody uses it any more             the next one is let go
 //!   leaving ---------------------------> standby ---------------------------> retired: gone, or resident
-//!      |                                                                                      ^
-//!      +-- it has died ------------------------------------------------------------------------+
+//!      |  |                                                                                   ^
+//!      |  +-- it has died --------------------------------------------------------------------+
+//!      +-- its successor has died: it serves again
 //! ```
 //!
 //! A change waits for its predecessor to be let go, but not for ever. Then the predecessor is *leaving*: `status` shows it, no upgrade is taken, and a thread
@@ -16,7 +17,7 @@
 use crate::fence::Verdict;
 use crate::report::{Phases, Refusal, Report};
 use crate::upgrade::{lock, timed};
-use crate::{DomainProxy, Member, Upgrades};
+use crate::{DomainProxy, Member, Service, Upgrades};
 use domain_api::host::{Instance, Residency, Resident};
 use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
@@ -43,8 +44,12 @@ impl DomainProxy {
         mut report: Report,
     ) -> Report {
         upgrades.leaving = Some(Leaving { member: old, grace });
-        if timed(&mut report.phases.grace, || self.release(upgrades, RELEASE_TIMEOUT)) {
+        // A live domain that has died is not to wait for its predecessor, which is about to serve again.
+        let died = || self.service() == Service::Held;
+        if timed(&mut report.phases.grace, || self.release_unless(upgrades, RELEASE_TIMEOUT, died)) {
             self.finish_leaving(upgrades, &mut report.phases);
+        } else if died() {
+            self.look_after_leaving();
         } else {
             log::warn!(
                 "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
@@ -106,8 +111,29 @@ impl DomainProxy {
         self.queues.notify_all();
     }
 
+    /// Calls the instance back that is leaving, for the live one has died. If it lives, it is nearer than the standby: it may have requests that only it can
+    /// answer.
+    pub(crate) fn call_back(&self, upgrades: &mut Upgrades) -> Option<Member> {
+        let Leaving { member, grace } =
+            upgrades.leaving.take_if(|leaving| !leaving.member.instance.is_dead())?;
+        // Every worker has passed since it was replaced, or the one that has died would not be fenced off.
+        drop(grace.map(|grace| grace.wait(Duration::from_secs(1))));
+        Some(member)
+    }
+
+    /// Lets an instance go that was called back and cannot serve.
+    pub(crate) fn leave_again(self: &Arc<Self>, upgrades: &mut Upgrades, member: Member) {
+        upgrades.leaving = Some(Leaving { member, grace: None });
+        self.look_after_leaving();
+    }
+
     /// Whether the instance that is leaving is not used by any worker any more.
     pub(crate) fn release(&self, upgrades: &mut Upgrades, timeout: Duration) -> bool {
+        self.release_unless(upgrades, timeout, || false)
+    }
+
+    /// Does not wait if `not_now`.
+    fn release_unless(&self, upgrades: &mut Upgrades, timeout: Duration, not_now: impl Fn() -> bool) -> bool {
         let Some(leaving) = &mut upgrades.leaving else { return true };
         let deadline = Instant::now() + timeout;
         if let Some(grace) = leaving.grace.take() {
@@ -123,7 +149,7 @@ impl DomainProxy {
         // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there.
         let mut looks = 0u32;
         while Arc::strong_count(&leaving.member.instance) > 1 {
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || not_now() {
                 return false;
             }
             looks += 1;

@@ -3,7 +3,7 @@
 //! ```text
 //!   a worker sees the panic -> service is held -> every worker leaves the dead instance -> the cell is vacated
 //!        -> the dead instance is destroyed, its threads joined: fenced
-//!             -> a standby that fits: storage moves, it is activated, published; unanswered requests run again
+//!             -> the predecessor, if it is still in use, or a standby that fits: storage moves, it is activated, published; unanswered requests run again
 //!             -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
@@ -55,7 +55,7 @@ impl DomainProxy {
         }
     }
 
-    fn take_over(&self, dead: &Weak<Instance>, reason: &str) {
+    fn take_over(self: &Arc<Self>, dead: &Weak<Instance>, reason: &str) {
         let address = dead.as_ptr().addr();
         // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it finds it dead and gives up.
         self.queues.notify_all();
@@ -81,7 +81,7 @@ impl DomainProxy {
         self.queues.notify_all();
     }
 
-    fn replace_dead(&self, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
+    fn replace_dead(self: &Arc<Self>, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
         let started = Instant::now();
         let mut phases = Phases::default();
         let dead = self.vacate(&mut phases);
@@ -99,7 +99,7 @@ impl DomainProxy {
                 ),
             ));
         }
-        let next = upgrades.standby.take().ok_or_else(|| {
+        let next = self.call_back(upgrades).or_else(|| upgrades.standby.take()).ok_or_else(|| {
             Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
         let taken = next.and_then(|next| {
@@ -116,7 +116,11 @@ impl DomainProxy {
                 }
                 Err(refusal) => {
                     self.storage.take_back();
-                    self.retire(next, &mut phases);
+                    if Arc::strong_count(&next.instance) > 1 {
+                        self.leave_again(upgrades, next);
+                    } else {
+                        self.retire(next, &mut phases);
+                    }
                     Err(refusal)
                 }
             }

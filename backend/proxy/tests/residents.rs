@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Device, Hand, well};
+use domain_api::Status;
 use proxy::{Protocol, State};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -86,4 +87,67 @@ fn a_module_with_a_thread_that_does_not_end_is_reported_until_it_ends() {
     device.stage.end.store(true, Ordering::Release);
     device.until("still reported", || device.proxy.status().resident.is_empty());
     assert!(device.proxy.stop().is_empty(), "nothing is left behind");
+}
+
+/// Nobody answers what is in flight on `hand`, and nobody runs it again, however often one looks.
+#[track_caller]
+fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
+    for _ in 0..20 {
+        hand.step();
+    }
+    assert_eq!((hand.ended.len(), hand.worker.in_flight(), hand.worker.owing()), (0, count, 0));
+    assert_eq!(device.proxy.status().queues[0].in_flight, count as u64);
+    assert_eq!(device.proxy.status().queues[0].replayed, 0);
+}
+
+#[test]
+fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
+    let device = Device::start(1, &["swap=true", "hold=true", "break=reap", "thread=true"]);
+    let mut hand = device.worker(0);
+    hand.submit([4, 1]);
+    swap(&device, &mut hand, "b").expect("committed");
+    device.stage.release.store(true, Ordering::Release);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    let fault = status.fault.as_deref().unwrap_or_default();
+    assert!(fault.contains("stay unanswered") && fault.contains("thread `puppet`"), "{status:?}");
+    assert!(status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"), "{status:?}");
+    assert!(status.standby.is_none() && status.generation == 2, "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    // The successor serves; the two slots are not used again, and what they had is not run again.
+    assert_eq!(hand.submit([7]), 1);
+    assert_eq!(hand.take_ended(), well([7]));
+    assert_eq!(device.stage.lines("b", "got"), ["0:7"]);
+    swap(&device, &mut hand, "c").expect("what nobody can end is no reason to refuse");
+    assert_unanswered(&device, &mut hand, 2);
+    // Nor when the thread ends at last: nobody knows what it has written until then.
+    device.stage.end.store(true, Ordering::Release);
+    hand.until(&device, "still reported", |_| device.proxy.status().resident.is_empty());
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(device.proxy.status().queues[0].errors, 0);
+    assert_eq!(device.stage.lines("c", "got"), [""; 0]);
+}
+
+#[test]
+fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=2", "thread=true"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([4]);
+    hand.submit([1]);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("stay unanswered")), "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what cannot be ended");
+    // What the dead one never had is told the truth.
+    hand.submit([7]);
+    assert_eq!(hand.take_ended(), [(7, Status::IoError)]);
+    hand.lie_down();
+    device.upgrade("plain", "c", &[]).expect("an upgrade brings the device back");
+    hand.step();
+    assert_unanswered(&device, &mut hand, 2);
+    hand.submit([8]);
+    assert_eq!(hand.take_ended(), well([8]));
+    assert_eq!(device.stage.lines("c", "got"), ["0:8"]);
 }
