@@ -3,36 +3,13 @@
 //! The module `stubborn` is a ramdisk of a careless author, built here. It is upgraded to and away from under a load that checks every block; when it is
 //! retired, `status` must name it and why, its code must still be mapped, and the device must go on. When what kept it has ended, it must be gone from both.
 
-use std::path::PathBuf;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_tests::daemon::{Daemon, binary};
+use guest_tests::daemon::Daemon;
+use guest_tests::modules::stubborn;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use serde_json::{Value, json};
-
-/// Builds the module, in a target directory of its own.
-fn stubborn() -> String {
-    let bin = binary("vhost-hotswap");
-    let target = bin
-        .parent()
-        .and_then(|release| release.parent())
-        .expect("TARGET/release/vhost-hotswap")
-        .join("modules/stubborn");
-    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules/stubborn/Cargo.toml");
-    let built = Command::new(env!("CARGO"))
-        .args(["rustc", "--quiet", "--release", "--lib", "--features", "module", "--crate-type", "cdylib"])
-        .arg("--manifest-path")
-        .arg(manifest)
-        .arg("--target-dir")
-        .arg(&target)
-        .env_remove("RUSTFLAGS")
-        .status()
-        .expect("cargo runs");
-    assert!(built.success(), "the module was not built");
-    target.join("release/libdomain_stubborn.so").to_str().expect("a path in UTF-8").to_owned()
-}
 
 /// What is still mapped of modules called so.
 fn mappings(daemon: &Daemon, name: &str) -> usize {

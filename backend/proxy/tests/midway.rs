@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Device, Hand, PATIENCE, well};
+use domain_api::{Capabilities, Status};
 use proxy::{Mode, Options, State};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -129,4 +130,29 @@ fn the_predecessor_dies_too_and_its_requests_are_errors_and_not_silence() {
         two.until(device, "silence", |two| two.ended.len() == 2);
     });
     assert_eq!(device.proxy.status().resident, Vec::<String>::new());
+}
+
+#[test]
+fn a_predecessor_that_cannot_serve_any_more_still_answers_what_it_has() {
+    let device = in_grace(&[], &["break=submit", "caps=6"], |device, one, two| {
+        // A guest was offered what only `b` has.
+        device.proxy.require(Capabilities::FLUSH.with(Capabilities::DISCARD));
+        one.submit([5]);
+        one.until(device, "silence", |one| {
+            two.step();
+            one.ended.len() == 1
+        });
+        assert_eq!(one.take_ended(), [(5, Status::IoError)]);
+        device.until("the books are open", || device.proxy.status().state == State::Faulted);
+        assert_eq!(device.proxy.status().resident.len(), 1, "`a` is still in use");
+        device.stage.release.store(true, Ordering::Release);
+        for hand in [one, two] {
+            hand.until(device, "no answers", |hand| hand.ended.len() == 2);
+            assert_eq!(hand.take_ended(), well([0, 1]));
+            hand.lie_down();
+        }
+    });
+    device.until("still in use", || device.proxy.status().resident.is_empty());
+    assert_eq!(device.proxy.status().standby.expect("it lives").params.get("label"), Some("a"));
+    assert_eq!(device.upgrade("plain", "c", &["caps=6"]).expect("back again").generation, 3);
 }
