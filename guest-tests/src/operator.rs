@@ -5,6 +5,9 @@
 //!
 //! It does not know who does I/O meanwhile, guest or native client.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 
 use crate::daemon::Daemon;
@@ -16,6 +19,7 @@ pub struct Operator<'daemon> {
     committed: u64,
     rolled_back: u64,
     refused: u64,
+    takeovers: u64,
 }
 
 impl<'daemon> Operator<'daemon> {
@@ -29,6 +33,7 @@ impl<'daemon> Operator<'daemon> {
             committed: number(&status["upgrades"]["committed"]),
             rolled_back: number(&status["upgrades"]["rolled_back"]),
             refused: number(&status["upgrades"]["refused"]),
+            takeovers: number(&status["upgrades"]["takeovers"]),
         }
     }
 
@@ -65,6 +70,25 @@ impl<'daemon> Operator<'daemon> {
         sentence
     }
 
+    /// Waits for a takeover of the domain that dies by itself, 10 s at most: one more generation, and the standby is used up.
+    #[track_caller]
+    pub fn taken_over(&mut self, by: &str) {
+        self.takeovers += 1;
+        self.generation += 1;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let status = loop {
+            let status = self.daemon.status();
+            if status["upgrades"]["takeovers"] == self.takeovers {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "nobody took over: {status}");
+            thread::sleep(Duration::from_millis(2));
+        };
+        assert_eq!(status["domain"]["name"].as_str().map(family), Some(family(by)), "{status}");
+        assert_eq!(status["standby"], Value::Null, "what has died is no standby: {status}");
+        self.settle();
+    }
+
     /// How many upgrades and rollbacks were committed through this operator or before it came.
     pub fn exchanges(&self) -> u64 {
         self.committed + self.rolled_back
@@ -79,6 +103,7 @@ impl<'daemon> Operator<'daemon> {
         assert_eq!(status["upgrades"]["committed"], self.committed, "{status}");
         assert_eq!(status["upgrades"]["rolled_back"], self.rolled_back, "{status}");
         assert_eq!(status["upgrades"]["refused"], self.refused, "{status}");
+        assert_eq!(status["upgrades"]["takeovers"], self.takeovers, "{status}");
         let queues = status["queues"].as_array().unwrap_or_else(|| panic!("no queues in {status}"));
         assert!(!queues.is_empty(), "{status}");
         for queue in queues {

@@ -1,7 +1,8 @@
-//! Upgrades that are refused or fail: the guest's I/O does not notice, and `status` tells the truth.
+//! Upgrades that are refused or fail, and domains that die: the guest's I/O does not notice, and `status` tells the truth.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use guest_tests::daemon::{Daemon, module, module_with_wrong_abi};
 use guest_tests::guest::fio::Fio;
@@ -9,6 +10,10 @@ use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::operator::Operator;
 
 const FIO_SECONDS: u32 = 20;
+/// How many domains die while fio runs.
+const PANICS: u64 = 12;
+/// A request that nobody runs again takes for ever. A takeover takes milliseconds, but QEMU, fio and the daemon share few CPUs.
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// Files that are no module, or none for us: what is wrong with each, and where it is.
 fn bad_files(directory: &Path) -> Vec<(&'static str, PathBuf)> {
@@ -63,8 +68,9 @@ fn refused_upgrades_leave_the_io_undisturbed() {
     assert_eq!(daemon.terminate(), 0);
 }
 
+/// A domain that breaks when it is to leave, and then some that die in the middle of a request, one after the other: one boot for both.
 #[test]
-fn a_domain_that_cannot_quiesce_goes_on_serving_the_guest() {
+fn a_domain_that_breaks_goes_on_or_is_taken_over_and_the_guest_sees_neither() {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
     let guest = Guest::boot(GuestOptions::with_disk(daemon.socket())).unwrap();
     let mut operator = Operator::new(&daemon);
@@ -80,6 +86,26 @@ fn a_domain_that_cannot_quiesce_goes_on_serving_the_guest() {
     assert!(fio.is_running(), "not all faults came under I/O");
     fio.finish();
     operator.settle();
+
+    let fio = Fio::start(&guest, FIO_SECONDS);
+    for round in 0..PANICS {
+        let fault = format!("fault=request:panic:{}", 1 + round * 37 % 200);
+        operator.upgrade("faulty", "handover", &["--param", &fault]);
+        // It dies under fio's requests, with others in flight on both queues.
+        operator.taken_over("ramdisk");
+    }
+    assert!(fio.is_running(), "not all panics came under I/O");
+    let report = fio.finish();
+    println!("{PANICS} panics under {report:?}");
+    assert!(report.longest < LONGEST, "{report:?}");
+    operator.settle();
+    let status = daemon.status();
+    let replayed = |queue: &serde_json::Value| queue["replayed"].as_u64().expect("a number");
+    let replayed: u64 = status["queues"].as_array().expect("queues").iter().map(replayed).sum();
+    assert!(replayed >= PANICS, "each panic left one request at least: {status}");
+    assert_eq!(status["resident_modules"], serde_json::json!([]), "{status}");
+    let dmesg = guest.sh("dmesg");
+    assert!(!dmesg.contains("I/O error"), "{dmesg}");
     guest.shutdown().unwrap();
     assert_eq!(daemon.terminate(), 0);
 }

@@ -7,11 +7,12 @@
 //! | drain deadline passes | `native_failures::a_stalled_request_ends_the_upgrade_and_not_the_io` |
 //! | quiesce or activate fails or panics | `native_failures`, `backend/proxy/tests/decisions.rs` |
 //! | quiesce or activate hangs | here: `a_hang_inside_the_bracket_is_said_and_ends` |
-//! | the live domain panics | `native_takeover`, `backend/proxy/tests/takeover.rs` |
-//! | a grace period does not end | `backend/proxy/tests/takeover.rs` (an instance that was left with a request) |
+//! | the live domain panics | `native_takeover`, `backend/proxy/tests/takeover.rs`; behind a shut gate and in a grace period: `backend/proxy/tests/midway.rs` |
+//! | it cannot be fenced off | `backend/proxy/tests/residents.rs` |
+//! | a grace period does not end | `backend/proxy/tests/residents.rs`, `backend/proxy/tests/takeover.rs` (an instance that was left with a request) |
 //! | a second upgrade | `native_failures::upgrades_at_the_same_time_never_interleave`; refused as `busy`: here |
 //! | no guest | `native_sessions::an_upgrade_without_any_client` |
-//! | the frontend disconnects or stops a ring midway | here: `the_frontend_acts_in_the_middle_of_each_phase` |
+//! | the frontend disconnects, stops a ring, or changes its memory midway | here: `the_frontend_acts_in_the_middle_of_each_phase` |
 //! | SIGTERM midway | here: `sigterm_in_the_middle_of_each_phase` |
 //! | an upgrade from inside a read section | `backend/srcu/tests/api.rs` |
 
@@ -19,8 +20,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::client::features;
-use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
+use guest_tests::client::raw::{FREE, GUEST_BASE, MEMORY_BYTES, PLUGGED_BASE, RawSession, WRITE};
 use guest_tests::daemon::Daemon;
+use guest_tests::modules::stubborn;
 use guest_tests::stamp::{LoadOptions, run_load};
 use serde_json::{Value, json};
 use vhost::vhost_user::VhostUserFrontend;
@@ -33,24 +35,31 @@ const PHASES: &[(&str, Option<&str>, &str)] = &[
     ("drain", Some("request:stall"), ""),
     ("quiesce", Some("quiesce:stall"), ""),
     ("activate", None, "activate:stall"),
+    // Replied to after 2 s, and over after 3.
+    ("grace", Some("keeps=request"), "keeps=nothing"),
 ];
 
+/// What the frontend may do at any time.
+const ACTIONS: &[&str] = &["disconnect", "stop ring", "reset", "new memory", "add memory", "remove memory"];
+
 fn target(fault: &str) -> Value {
-    if fault.is_empty() {
-        return json!({"name": "ramdisk", "drain_timeout_ms": 10_000});
+    match fault.split_once('=') {
+        Some((key, value)) => json!({"name": stubborn(), "params": {key: value}}),
+        None if fault.is_empty() => json!({"name": "ramdisk", "drain_timeout_ms": 10_000}),
+        None => json!({"name": "faulty", "params": {"fault": fault}, "drain_timeout_ms": 10_000}),
     }
-    json!({"name": "faulty", "params": {"fault": fault}, "drain_timeout_ms": 10_000})
 }
 
-/// A daemon with its domain, and a session with one ring and, for `drain`, one request in flight.
+/// A daemon with its domain, and a session with one ring, memory that was plugged in, and, for `drain` and `grace`, one request in flight, which reads into that.
 fn set_up(first: Option<&str>) -> (Daemon, RawSession) {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
     if let Some(fault) = first {
-        daemon.rpc().request("upgrade", target(fault)).expect("faulty serves");
+        daemon.rpc().request("upgrade", target(fault)).expect("it serves");
     }
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
-    if first == Some("request:stall") {
-        read_one(&mut raw);
+    raw.plug(0).expect("room for one more region");
+    if matches!(first, Some("request:stall" | "keeps=request")) {
+        read_into(&mut raw, 0, PLUGGED_BASE);
         // Offered is not yet taken, and what is still in the ring holds no upgrade up.
         eventually("the request is in flight", || daemon.status()["queues"][0]["in_flight"] == 1);
     }
@@ -68,10 +77,15 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 /// Offers a read of one sector.
 fn read_one(raw: &mut RawSession) {
+    read_into(raw, 0, GUEST_BASE + FREE + 0x2000);
+}
+
+/// Offers a read of the first sector into guest memory at `to`, as the chain from `head` on.
+fn read_into(raw: &mut RawSession, head: u16, to: u64) {
     raw.put(FREE, &[0; 16]).expect("memory");
     let at = GUEST_BASE + FREE;
-    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
-    raw.offer(0).expect("a kick");
+    raw.chain(head, &[(at, 16, 0), (to, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.offer(head).expect("a kick");
 }
 
 fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
@@ -79,13 +93,15 @@ fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
     (daemon.open_fds(), tasks.count())
 }
 
-/// What a frontend may do at any time.
+/// Does one of the `ACTIONS`.
 fn act(action: &str, mut raw: RawSession) -> Option<RawSession> {
     let result = match action {
         "disconnect" => return None,
         "stop ring" => raw.stop_ring().map(drop),
         "reset" => raw.frontend.reset_device().map_err(std::io::Error::other),
         "new memory" => raw.share_memory(),
+        "add memory" => raw.plug(MEMORY_BYTES),
+        "remove memory" => raw.unplug(0),
         _ => unreachable!("{action}"),
     };
     result.unwrap_or_else(|error| panic!("{action}: {error}"));
@@ -94,10 +110,8 @@ fn act(action: &str, mut raw: RawSession) -> Option<RawSession> {
 
 #[test]
 fn the_frontend_acts_in_the_middle_of_each_phase() {
-    let cases: Vec<_> = PHASES
-        .iter()
-        .flat_map(|phase| ["disconnect", "stop ring", "reset", "new memory"].map(|action| (phase, action)))
-        .collect();
+    let cases: Vec<_> =
+        PHASES.iter().flat_map(|phase| ACTIONS.iter().map(move |&action| (phase, action))).collect();
     // Each stands still for 3 s, and hardly needs a CPU meanwhile.
     thread::scope(|scope| {
         for &(&(phase, first, fault), action) in &cases {
@@ -122,15 +136,23 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
         let raw = act(action, raw);
         let reply = upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("{what}: {e:?}"));
         assert_eq!(reply["generation"], generation, "{what}: {reply}");
-        drop(raw);
+        if let Some(raw) = raw.filter(|_| action.ends_with("memory")) {
+            the_session_goes_on(raw, action, matches!(phase, "drain" | "grace"), &what);
+        }
     });
     good_client_works(&daemon, &what);
     let status = daemon.status();
     assert_eq!((&status["generation"], &status["state"]), (&json!(generation), &json!("serving")), "{what}");
-    assert_eq!(status["resident_modules"], json!([]), "{what}");
-    for queue in status["queues"].as_array().expect("queues") {
-        assert_eq!((&queue["errors"], &queue["in_flight"]), (&json!(0), &json!(0)), "{what}: {status}");
-    }
+    eventually(&format!("nothing is resident after {what}"), || {
+        daemon.status()["resident_modules"] == json!([])
+    });
+    // The request for memory that had gone is an error, and the only one.
+    let errors = u64::from(action == "remove memory");
+    let sum = |field: &str| -> u64 {
+        let queues = status["queues"].as_array().expect("queues");
+        queues.iter().map(|queue| queue[field].as_u64().expect("a number")).sum()
+    };
+    assert_eq!((sum("errors"), sum("in_flight")), (errors, 0), "{what}: {status}");
     // As many descriptors and threads as before the next session that comes and goes.
     thread::sleep(SECOND / 5);
     let before = fds_and_threads(&daemon);
@@ -139,6 +161,40 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
         let now = fds_and_threads(&daemon);
         now.0 <= before.0 && now.1 <= before.1
     });
+}
+
+/// The memory has changed, and each request is answered from the memory that there was when it was taken.
+fn the_session_goes_on(mut raw: RawSession, action: &str, owed: bool, what: &str) {
+    let mut expected = if owed { vec![0] } else { vec![] };
+    // Into memory that was there all the time, and into what has come.
+    read_into(&mut raw, 8, GUEST_BASE + FREE + 0x2000);
+    expected.push(8);
+    if action == "add memory" {
+        raw.put_plugged(0x1000, &[0xee; 512]).expect("memory");
+        read_into(&mut raw, 16, PLUGGED_BASE + MEMORY_BYTES + 0x1000);
+        expected.push(16);
+    }
+    let mut answered: Vec<u32> = expected
+        .iter()
+        .map(|_| {
+            let (head, len) =
+                raw.used(10 * SECOND).expect("memory").unwrap_or_else(|| panic!("{what}: silence"));
+            assert_eq!(len, 513, "{what}: request {head}");
+            head
+        })
+        .collect();
+    answered.sort_unstable();
+    assert_eq!(answered, expected, "{what}");
+    if action == "add memory" {
+        assert_eq!(raw.get_plugged(0x1000, 512).expect("memory"), [0; 512], "{what}: not read into");
+    }
+    if action == "remove memory" {
+        // A request for memory that has gone fails; it must not harm those behind it.
+        read_into(&mut raw, 24, PLUGGED_BASE);
+        read_into(&mut raw, 32, GUEST_BASE + FREE + 0x2000);
+        let mut heads = std::iter::from_fn(|| raw.used(10 * SECOND).expect("memory"));
+        assert!(heads.any(|(head, len)| (head, len) == (32, 513)), "{what}: silence");
+    }
 }
 
 fn good_client_works(daemon: &Daemon, what: &str) {
@@ -168,6 +224,7 @@ fn sigterm_case(phase: &str, first: Option<&str>, fault: &str) {
     println!("{phase}: ended after {took:.1?} with {code}, left something: {left}");
     assert!(!daemon.socket().exists() && !daemon.control().exists(), "{phase}: the sockets are left");
     assert_eq!(code == 0, !left, "{phase}: exit {code}");
+    assert!(code == 0 || phase != "grace", "{phase}: all that was in use has ended: {}", daemon.log());
     assert!(took < 5 * SECOND, "{phase}: nothing here takes longer than 3 s, but this took {took:?}");
     drop(raw);
 }

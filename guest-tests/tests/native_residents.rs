@@ -1,36 +1,15 @@
 //! Domains that leave something behind: found, reported, and never unmapped under running code.
 //!
 //! The module `stubborn` is a ramdisk of a careless author, built here. It is upgraded to and away from under a load that checks every block; when it is
-//! retired, `status` must name it and why, its code must still be mapped, and the device must go on.
+//! retired, `status` must name it and why, its code must still be mapped, and the device must go on. When what kept it has ended, it must be gone from both.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use guest_tests::daemon::{Daemon, binary};
+use guest_tests::daemon::Daemon;
+use guest_tests::modules::stubborn;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use serde_json::{Value, json};
-
-/// Builds the module, in a target directory of its own.
-fn stubborn() -> String {
-    let bin = binary("vhost-hotswap");
-    let target = bin
-        .parent()
-        .and_then(|release| release.parent())
-        .expect("TARGET/release/vhost-hotswap")
-        .join("modules/stubborn");
-    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules/stubborn/Cargo.toml");
-    let built = Command::new(env!("CARGO"))
-        .args(["rustc", "--quiet", "--release", "--lib", "--features", "module", "--crate-type", "cdylib"])
-        .arg("--manifest-path")
-        .arg(manifest)
-        .arg("--target-dir")
-        .arg(&target)
-        .env_remove("RUSTFLAGS")
-        .status()
-        .expect("cargo runs");
-    assert!(built.success(), "the module was not built");
-    target.join("release/libdomain_stubborn.so").to_str().expect("a path in UTF-8").to_owned()
-}
 
 /// What is still mapped of modules called so.
 fn mappings(daemon: &Daemon, name: &str) -> usize {
@@ -38,8 +17,13 @@ fn mappings(daemon: &Daemon, name: &str) -> usize {
     maps.lines().filter(|line| line.contains("hotswap-module") && line.contains(name)).count()
 }
 
-fn comes_and_goes(module: &str, keeps: &str) -> (Value, usize) {
-    let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+fn ramdisk() -> Daemon {
+    Daemon::start(&["--domain", "ramdisk", "--queues", "2"])
+}
+
+/// Upgrades to the module and away from it, until it is retired; what `status` says of it then, and what is mapped of it.
+fn comes_and_goes(daemon: &Daemon, module: &str, params: Value) -> (Value, usize) {
+    let keeps = params.to_string();
     let mut control = daemon.rpc();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     let mut upgrade = |name: &str, params: Value| {
@@ -48,13 +32,13 @@ fn comes_and_goes(module: &str, keeps: &str) -> (Value, usize) {
             .request("upgrade", json!({"name": name, "params": params}))
             .unwrap_or_else(|error| panic!("{keeps}: {error:?}"))
     };
-    upgrade(module, json!({"keeps": keeps}));
+    upgrade(module, params);
     upgrade("ramdisk", json!({}));
-    assert!(mappings(&daemon, "stubborn") > 0, "{keeps}: the standby stays loaded");
+    assert!(mappings(daemon, "stubborn") > 0, "{keeps}: the standby stays loaded");
     // The one that retires it.
     upgrade("ramdisk_v2", json!({}));
     let resident = daemon.status()["resident_modules"].clone();
-    let mapped = mappings(&daemon, "stubborn");
+    let mapped = mappings(daemon, "stubborn");
     upgrade("ramdisk", json!({}));
     load.wait_for(200);
     let report = load.stop();
@@ -68,7 +52,7 @@ fn comes_and_goes(module: &str, keeps: &str) -> (Value, usize) {
 fn what_is_left_behind_is_reported_and_stays_mapped() {
     let module = stubborn();
     for (keeps, why) in [("tls", "still"), ("thread", "still"), ("host-thread", "thread `stubborn`")] {
-        let (resident, mapped) = comes_and_goes(&module, keeps);
+        let (resident, mapped) = comes_and_goes(&ramdisk(), &module, json!({"keeps": keeps}));
         let text = resident.to_string();
         assert!(text.contains("stubborn") && text.contains(why), "{keeps}: {resident}");
         assert!(mapped > 0, "{keeps}: unmapped under code that can still run");
@@ -77,6 +61,39 @@ fn what_is_left_behind_is_reported_and_stays_mapped() {
 
 #[test]
 fn a_timer_that_is_not_due_keeps_nothing() {
-    let (resident, mapped) = comes_and_goes(&stubborn(), "timer");
+    let (resident, mapped) = comes_and_goes(&ramdisk(), &stubborn(), json!({"keeps": "timer"}));
     assert_eq!((resident, mapped), (json!([]), 0));
+}
+
+#[test]
+fn what_has_ended_since_is_reported_no_longer() {
+    let module = stubborn();
+    // The thread-local ends with the session's threads; a thread of the host's is waited for 5 s when the module is retired, and ends after that.
+    for params in [
+        json!({"keeps": "tls"}),
+        json!({"keeps": "thread", "seconds": "3"}),
+        json!({"keeps": "host-thread", "seconds": "8"}),
+    ] {
+        let daemon = ramdisk();
+        let (resident, mapped) = comes_and_goes(&daemon, &module, params.clone());
+        assert!(resident.to_string().contains("stubborn") && mapped > 0, "{params}: {resident}");
+        let mut control = daemon.rpc();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            // The linker notices that a thread has ended when it unmaps something else.
+            control.request("upgrade", json!({"name": "ramdisk"})).expect("committed");
+            let status = daemon.status();
+            let mapped = mappings(&daemon, "stubborn");
+            assert_eq!(
+                mapped > 0,
+                status["resident_modules"] != json!([]),
+                "{params}: {mapped} mappings, {status}"
+            );
+            if mapped == 0 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{params}: {status}");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
 }

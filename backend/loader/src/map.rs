@@ -20,9 +20,9 @@ use crate::error::{Error, printable};
 use crate::sealed::Sealed;
 use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_api::descriptor::Description;
-use domain_api::host::{Identity, LoadedModule, Residency};
+use domain_api::host::{Identity, LoadedModule, Residency, Resident};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Modules that were given back and stayed. They are kept for their memfd only.
 static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
@@ -32,13 +32,18 @@ static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
 /// A module leaves this list when what kept it has ended and the linker has noticed, which it does at the next unload of any module.
 #[must_use]
 pub fn resident_modules() -> Vec<String> {
+    look_again().iter().map(|(_, path)| path.clone()).collect()
+}
+
+/// Takes a fresh look, and forgets what is gone.
+fn look_again() -> MutexGuard<'static, Vec<(Sealed, String)>> {
     let mut resident = RESIDENT.lock().unwrap_or_else(PoisonError::into_inner);
     if !resident.is_empty()
         && let Ok(maps) = std::fs::read("/proc/self/maps")
     {
         resident.retain(|(sealed, _)| sealed.is_in(&maps));
     }
-    resident.iter().map(|(_, path)| path.clone()).collect()
+    resident
 }
 
 /// A module in the linker's hands.
@@ -88,7 +93,7 @@ impl Mapped {
         let maps = std::fs::read("/proc/self/maps");
         let why = match (closed, maps) {
             (Ok(()), Ok(maps)) if !sealed.is_in(&maps) => {
-                let _ = resident_modules();
+                drop(look_again());
                 return Residency::Gone;
             }
             (Ok(()), Ok(_)) => {
@@ -100,11 +105,13 @@ impl Mapped {
             (_, Err(e)) => format!("whether it is gone is unknown, /proc/self/maps cannot be read: {e}"),
         };
         let reason = format!("module `{}` is still mapped: {why}", printable(&self.path));
+        let number = sealed.number();
         RESIDENT
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push((sealed, std::mem::take(&mut self.path)));
-        Residency::Resident(reason)
+        let is_gone = move || look_again().iter().all(|(sealed, _)| sealed.number() != number);
+        Residency::Resident(Resident::new(&reason, is_gone))
     }
 }
 

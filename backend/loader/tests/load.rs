@@ -173,18 +173,21 @@ fn a_module_that_a_live_thread_keeps_is_reported_until_it_is_gone() {
     let (fds, maps) = (open_fds(), mappings());
     let module = bench.load("pinned");
     let (alive, thread) = pin(&*module);
-    let Residency::Resident(reason) = module.unload() else { panic!("called gone") };
+    let Residency::Resident(left) = module.unload() else { panic!("called gone") };
+    let reason = left.reason();
     assert!(reason.contains("thread-local") && reason.contains(path.to_str().unwrap()), "{reason}");
+    assert!(!left.is_gone());
     assert!(mappings().len() > maps.len());
     assert_eq!(resident_modules(), [path.to_str().unwrap()]);
     // Others come and go beside it.
     assert_eq!(bench.load("good").unload(), Residency::Gone);
-    assert_eq!(resident_modules().len(), 1);
+    assert!(resident_modules().len() == 1 && !left.is_gone());
     // The destructor runs in the module's code: it must still be there.
     drop(alive);
     thread.join().unwrap();
     // The linker looks again when something else is closed.
     assert_eq!(bench.load("good").unload(), Residency::Gone);
+    assert!(left.is_gone());
     assert_eq!(resident_modules(), [""; 0]);
     assert_eq!((open_fds(), mappings()), (fds, maps));
 }

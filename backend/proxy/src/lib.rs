@@ -18,6 +18,7 @@ mod fence;
 mod flights;
 mod queue;
 mod report;
+mod retire;
 mod storage;
 mod takeover;
 mod upgrade;
@@ -29,19 +30,20 @@ pub use report::{
 };
 pub use worker::{Ended, Gate, Worker};
 
-use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Residency};
+use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Resident};
 use domain_api::{Capabilities, Params};
 use environment::Environment;
 use events::Events;
 use fence::Fence;
 use queue::Queues;
+use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 use storage::Storage;
-use upgrade::{Leaving, lock};
+use upgrade::lock;
 
 /// How many entries the history keeps.
 const HISTORY: usize = 1024;
@@ -142,13 +144,26 @@ struct View {
     /// Instances whose death is known and not dealt with yet, by address.
     dying: HashSet<usize>,
     standby: Option<Arc<DomainRecord>>,
-    changing: bool,
+    /// Changes that are under way: an operator's, and a takeover that comes between its phases.
+    changing: u32,
     fault: Option<String>,
     counts: Counts,
-    resident: Vec<String>,
+    /// Whose modules stayed mapped when they were last looked at, and how to look again.
+    resident: Vec<(String, Resident)>,
     leaving: Option<String>,
     left: Vec<String>,
     history: VecDeque<Entry>,
+}
+
+impl View {
+    /// Shows who else is there beside the live domain.
+    fn show(&mut self, upgrades: &Upgrades) {
+        self.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
+        self.leaving = upgrades.leaving.as_ref().map(|leaving| {
+            let record = &leaving.member.record;
+            format!("`{}` {}: replaced, and still has requests in flight", record.name, record.version)
+        });
+    }
 }
 
 /// The device's side of the live domain. See the crate's page.
@@ -329,7 +344,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn started(&self, change: Change, target: &str) {
-        lock(&self.view).changing = true;
+        lock(&self.view).changing += 1;
         self.events.push(Event::Started { change, target: target.to_owned() });
     }
 
@@ -353,7 +368,7 @@ impl DomainProxy {
             Err(refusal) => log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message),
         }
         let mut view = lock(&self.view);
-        view.changing = false;
+        view.changing -= 1;
         match (change, result) {
             (Change::Takeover, Ok(_)) => view.counts.takeovers += 1,
             (Change::Takeover, Err(refusal)) => {
@@ -365,37 +380,25 @@ impl DomainProxy {
             (Change::Upgrade, Ok(_)) => view.counts.committed += 1,
             (Change::Rollback, Ok(_)) => view.counts.rolled_back += 1,
         }
-        view.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
-        view.leaving = upgrades.leaving.as_ref().map(|leaving| {
-            format!(
-                "`{}` {}: replaced, and still has requests in flight",
-                leaving.member.record.name, leaving.member.record.version
-            )
-        });
         if view.history.len() == HISTORY {
             view.history.pop_front();
         }
         view.history.push_back(entry.clone());
+        view.show(upgrades);
         drop(view);
         self.events.push(Event::Ended(Box::new(entry)));
-    }
-
-    pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {
-        if let Residency::Resident(reason) | Residency::Running(reason) = residency {
-            log::warn!("the module of {label} stays resident: {reason}");
-            lock(&self.view).resident.push(format!("{label}: {reason}"));
-        }
     }
 
     /// Everything at a glance.
     #[must_use]
     pub fn status(&self) -> Status {
         let queues = self.queues.status();
+        let resident = self.residents();
         let view = lock(&self.view);
         let record = view.record.as_ref().expect("a started device has had a live domain");
         Status {
             generation: view.generation,
-            state: match (&view.fault, view.changing || self.service() == Service::Held) {
+            state: match (&view.fault, view.changing > 0 || self.service() == Service::Held) {
                 (Some(_), _) => State::Faulted,
                 (None, true) => State::Upgrading,
                 (None, false) => State::Serving,
@@ -405,7 +408,7 @@ impl DomainProxy {
             standby: view.standby.as_deref().cloned(),
             queues,
             counts: view.counts,
-            resident: view.resident.iter().chain(&view.leaving).cloned().collect(),
+            resident,
         }
     }
 
@@ -450,6 +453,10 @@ impl DomainProxy {
     pub fn stop(&self) -> Vec<String> {
         self.begin_stop();
         let mut upgrades = lock(&self.upgrades);
+        // The workers have left; what they have let go of is not left behind.
+        if self.release(&mut upgrades, Duration::ZERO) {
+            self.finish_leaving(&mut upgrades, &mut Phases::default());
+        }
         let mut left = std::mem::take(&mut lock(&self.view).left);
         if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
             && let Err(error) = live.instance.quiesce()
@@ -459,7 +466,7 @@ impl DomainProxy {
         if let Some(standby) = upgrades.standby.take() {
             self.retire(standby, &mut Phases::default());
         }
-        left.extend(self.status().resident);
+        left.extend(self.residents());
         left
     }
 }

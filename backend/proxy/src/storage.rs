@@ -3,6 +3,9 @@
 //! Regions, bytes and files live on the shared heap, and the instance that owns the storage owns these objects; a handover moves them, which costs a
 //! map operation per object and nothing per byte. Everybody may look, only the owner may open regions or change anything.
 //!
+//! A successor gets the storage on trial ([`Storage::lend`]). If it takes it up, it keeps it ([`Storage::keep`]); if not, everything that it made goes, and what
+//! it replaced comes back ([`Storage::take_back`]). What it wrote into a region that was there before cannot be undone: a domain does that only once it serves.
+//!
 //! Deliberately absent: what the bytes mean. The schema number says which domains know.
 
 use domain_api::host::{HostRegion, HostServices};
@@ -18,6 +21,16 @@ use crate::queue::Queues;
 /// Who holds the storage while no instance does.
 pub(crate) const HOST: DomainId = DomainId(0);
 
+/// What to put back if whoever has the storage on trial cannot take it up.
+struct Trial {
+    from: DomainId,
+    schema: u32,
+    /// What was at each key that was changed since, nothing included.
+    regions: BTreeMap<String, Option<RRef<HostRegion>>>,
+    bytes: BTreeMap<String, Option<RRefVec<u8>>>,
+    files: BTreeMap<String, Option<RRef<File>>>,
+}
+
 #[derive(Default)]
 struct Inner {
     owner: Option<DomainId>,
@@ -25,6 +38,7 @@ struct Inner {
     regions: BTreeMap<String, RRef<HostRegion>>,
     bytes: BTreeMap<String, RRefVec<u8>>,
     files: BTreeMap<String, RRef<File>>,
+    trial: Option<Trial>,
 }
 
 /// The storage of the device.
@@ -58,10 +72,40 @@ impl Storage {
         inner.owner = Some(to);
     }
 
-    /// Gives everything to `to`, from somebody who could not take it up. It had `schema` then, and has it again.
-    pub(crate) fn give_back(&self, to: DomainId, schema: u32) {
+    /// Gives everything to `to`, who may not be able to take it up.
+    pub(crate) fn lend(&self, to: DomainId) {
+        self.keep();
+        let mut inner = self.lock();
+        inner.trial = Some(Trial {
+            from: inner.owner.unwrap_or(HOST),
+            schema: inner.schema,
+            regions: BTreeMap::new(),
+            bytes: BTreeMap::new(),
+            files: BTreeMap::new(),
+        });
+        drop(inner);
         self.move_to(to);
-        self.lock().schema = schema;
+    }
+
+    /// Whoever has it on trial has taken it up: what was replaced since is not needed any more.
+    pub(crate) fn keep(&self) {
+        let mut inner = self.lock();
+        let (Some(trial), Some(owner)) = (inner.trial.take(), inner.owner) else { return };
+        free(&self.heap, trial.regions.into_values().flatten(), owner);
+        free(&self.heap, trial.bytes.into_values().flatten(), owner);
+        free(&self.heap, trial.files.into_values().flatten(), owner);
+    }
+
+    /// Whoever has it on trial could not take it up: it is again as it was, and whose it was.
+    pub(crate) fn take_back(&self) {
+        let mut inner = self.lock();
+        let (Some(trial), Some(owner)) = (inner.trial.take(), inner.owner) else { return };
+        inner.schema = trial.schema;
+        put_back(&self.heap, &mut inner.regions, trial.regions, owner);
+        put_back(&self.heap, &mut inner.bytes, trial.bytes, owner);
+        put_back(&self.heap, &mut inner.files, trial.files, owner);
+        drop(inner);
+        self.move_to(trial.from);
     }
 
     /// Keeps everything without an owner, until somebody takes it up: the host itself holds it meanwhile.
@@ -76,6 +120,46 @@ impl Storage {
             self.orphan();
         }
         self.heap.reclaim(id).objects
+    }
+}
+
+fn free<T>(heap: &SharedHeap, objects: impl IntoIterator<Item = RRef<T>>, owner: DomainId) {
+    for object in objects {
+        let freed = heap.free(object, owner);
+        debug_assert!(freed.is_ok(), "the storage's objects belong to the storage's owner: {freed:?}");
+    }
+}
+
+/// Undoes the changes to one kind of object.
+fn put_back<T>(
+    heap: &SharedHeap,
+    now: &mut BTreeMap<String, RRef<T>>,
+    before: BTreeMap<String, Option<RRef<T>>>,
+    owner: DomainId,
+) {
+    for (key, earlier) in before {
+        let made = match earlier {
+            Some(earlier) => now.insert(key, earlier),
+            None => now.remove(&key),
+        };
+        free(heap, made, owner);
+    }
+}
+
+/// Puts `object` at `key`. What was there before is freed, or kept in `trial` in case that it has to come back.
+fn put<T>(
+    heap: &SharedHeap,
+    objects: &mut BTreeMap<String, RRef<T>>,
+    trial: Option<&mut BTreeMap<String, Option<RRef<T>>>>,
+    key: &str,
+    object: RRef<T>,
+    owner: DomainId,
+) {
+    let earlier = objects.insert(key.to_owned(), object);
+    match trial {
+        // Of several changes only the first one hides what was there before the trial.
+        Some(trial) if !trial.contains_key(key) => drop(trial.insert(key.to_owned(), earlier)),
+        _ => free(heap, earlier, owner),
     }
 }
 
@@ -148,8 +232,10 @@ impl HostServices for Services {
         let region = HostRegion::create(key, len).map_err(|error| {
             DomainError::new(format!("cannot make region `{key}` of {len} bytes: {error}"))
         })?;
+        let Inner { regions, trial, .. } = &mut *inner;
         let object = self.storage.heap.insert(self.id, region, len);
-        inner.regions.insert(key.to_owned(), object);
+        let trial = trial.as_mut().map(|trial| &mut trial.regions);
+        put(&self.storage.heap, regions, trial, key, object, self.id);
         self.storage.heap.get(object).map_err(|error| DomainError::new(error.to_string()))
     }
 
@@ -160,10 +246,10 @@ impl HostServices for Services {
 
     fn set_bytes(&self, key: &str, value: &[u8]) -> Result<(), DomainError> {
         let mut inner = self.owned()?;
+        let Inner { bytes, trial, .. } = &mut *inner;
         let object = self.storage.heap.insert(self.id, value.to_vec(), value.len() as u64);
-        if let Some(earlier) = inner.bytes.insert(key.to_owned(), object) {
-            let _ = self.storage.heap.free(earlier, self.id);
-        }
+        let trial = trial.as_mut().map(|trial| &mut trial.bytes);
+        put(&self.storage.heap, bytes, trial, key, object, self.id);
         Ok(())
     }
 
@@ -174,10 +260,10 @@ impl HostServices for Services {
 
     fn set_file(&self, key: &str, file: File) -> Result<(), DomainError> {
         let mut inner = self.owned()?;
+        let Inner { files, trial, .. } = &mut *inner;
         let object = self.storage.heap.insert(self.id, file, 0);
-        if let Some(earlier) = inner.files.insert(key.to_owned(), object) {
-            let _ = self.storage.heap.free(earlier, self.id);
-        }
+        let trial = trial.as_mut().map(|trial| &mut trial.files);
+        put(&self.storage.heap, files, trial, key, object, self.id);
         Ok(())
     }
 }
@@ -217,5 +303,43 @@ mod tests {
         b.set_bytes("note", b"y").unwrap();
         assert_eq!(storage.reclaim(a.id), 0);
         assert_eq!(b.bytes("note").unwrap().as_slice(), b"y");
+    }
+
+    #[test]
+    fn what_is_not_taken_up_comes_back_as_it_was_and_nothing_else_stays() {
+        let storage = Arc::new(Storage::default());
+        let (a, b) = (services(&storage, 1), services(&storage, 2));
+        let directory =
+            |services: &Services| services.file("file").map(|file| file.metadata().unwrap().is_dir());
+        storage.move_to(a.id);
+        a.region("disk", 8192).unwrap();
+        a.set_bytes("note", b"x").unwrap();
+        a.set_file("file", File::open("/dev/null").unwrap()).unwrap();
+        a.set_schema(3).unwrap();
+        for takes_up in [false, true] {
+            let before = storage.heap.owned(a.id);
+            storage.lend(b.id);
+            b.region("more", 4096).unwrap();
+            for value in [b"1", b"2", b"3"] {
+                b.set_bytes("note", value).unwrap();
+                b.set_bytes("new", value).unwrap();
+            }
+            b.set_file("file", File::open("/").unwrap()).unwrap();
+            b.set_schema(4).unwrap();
+            if takes_up {
+                storage.keep();
+                storage.take_back();
+                assert_eq!(storage.heap.owned(b.id).objects, 5, "what was replaced is freed");
+                assert_eq!((b.bytes("note").unwrap().as_slice(), b.schema()), (&b"3"[..], 4));
+                assert_eq!((b.region_len("more"), directory(&b)), (4096, Some(true)));
+                assert!(a.set_schema(5).is_err());
+            } else {
+                storage.take_back();
+                assert_eq!((storage.heap.owned(a.id), storage.heap.owned(b.id).objects), (before, 0));
+                assert_eq!((a.bytes("note").unwrap().as_slice(), a.schema()), (&b"x"[..], 3));
+                assert_eq!((a.region_len("more"), a.bytes("new"), directory(&a)), (0, None, Some(false)));
+                assert!(b.set_schema(5).is_err() && a.set_schema(3).is_ok());
+            }
+        }
     }
 }

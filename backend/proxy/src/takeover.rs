@@ -3,7 +3,7 @@
 //! ```text
 //!   a worker sees the panic -> service is held -> every worker leaves the dead instance -> the cell is vacated
 //!        -> the dead instance is destroyed, its threads joined: fenced
-//!             -> a standby that fits: storage moves, it is activated, published; unanswered requests run again
+//!             -> the predecessor, if it is still in use, or a standby that fits: storage moves, it is activated, published; unanswered requests run again
 //!             -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
@@ -12,7 +12,6 @@
 
 use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
-use crate::storage::HOST;
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
@@ -56,7 +55,7 @@ impl DomainProxy {
         }
     }
 
-    fn take_over(&self, dead: &Weak<Instance>, reason: &str) {
+    fn take_over(self: &Arc<Self>, dead: &Weak<Instance>, reason: &str) {
         let address = dead.as_ptr().addr();
         // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it finds it dead and gives up.
         self.queues.notify_all();
@@ -82,39 +81,46 @@ impl DomainProxy {
         self.queues.notify_all();
     }
 
-    fn replace_dead(&self, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
+    fn replace_dead(self: &Arc<Self>, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
         let started = Instant::now();
         let mut phases = Phases::default();
         let dead = self.vacate(&mut phases);
         let (from, fence, generation) =
             (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
         let residency = self.retire(dead, &mut phases);
-        if let Residency::Running(why) = residency {
+        if let Residency::Running(left) = residency {
             fence.decide(Verdict::Never);
             self.set_service(Service::Failed);
             return Err(Refusal::new(
                 "not_fenced",
                 format!(
-                    "the dead domain cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
+                    "the dead domain cannot be ended ({}); its requests stay unanswered, because it may still write to them",
+                    left.reason()
                 ),
             ));
         }
-        let next = upgrades.standby.take().ok_or_else(|| {
+        let next = self.call_back(upgrades).or_else(|| upgrades.standby.take()).ok_or_else(|| {
             Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
-        let schema = self.storage.schema();
         let taken = next.and_then(|next| {
             let fits = self.check_compatible(&from.info, &next).and_then(|()| {
-                self.storage.move_to(next.id);
+                self.storage.lend(next.id);
                 timed(&mut phases.activate, || next.instance.activate()).map_err(|error| {
                     Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
                 })
             });
             match fits {
-                Ok(()) => Ok(next),
+                Ok(()) => {
+                    self.storage.keep();
+                    Ok(next)
+                }
                 Err(refusal) => {
-                    self.storage.give_back(HOST, schema);
-                    self.retire(next, &mut phases);
+                    self.storage.take_back();
+                    if Arc::strong_count(&next.instance) > 1 {
+                        self.leave_again(upgrades, next);
+                    } else {
+                        self.retire(next, &mut phases);
+                    }
                     Err(refusal)
                 }
             }

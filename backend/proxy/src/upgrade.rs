@@ -15,17 +15,13 @@
 //! Invariants: everything that can be refused without touching the live domain is refused before the gate shuts. Inside the bracket each failure puts the
 //! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
 
-use crate::fence::Verdict;
 use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
-use crate::storage::{HOST, Services};
+use crate::storage::Services;
 use crate::{DomainProxy, Member, Upgrades};
-use domain_api::host::{CallError, Instance, Residency};
+use domain_api::host::{CallError, Instance};
 use domain_api::{Capabilities, DeviceInfo, Params, Swap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
-
-/// How long a committed change waits for its predecessor to be let go before it reports it as resident.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Times a phase.
 pub(crate) fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
@@ -206,8 +202,8 @@ impl DomainProxy {
             .and_then(|()| decide(options.mode, live.as_ref(), &next));
         let changed = match (decided, &live) {
             (Ok(_), None) => self.revive(&next, &mut phases).map(|()| (Protocol::Handover, None)),
-            (Ok(Protocol::Swap), Some(live)) => {
-                self.swap(live, &next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
+            (Ok(Protocol::Swap), Some(_)) => {
+                self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
             }
             (Ok(_), Some(live)) => self
                 .handover(live, &next, options.drain_timeout, &mut phases)
@@ -237,34 +233,30 @@ impl DomainProxy {
 
     /// Brings the device back whose live domain has died.
     fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
-        let schema = self.storage.schema();
-        self.storage.move_to(next.id);
+        self.storage.lend(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.give_back(HOST, schema);
+            self.storage.take_back();
             return Err(phase_refusal("activate", &next.record, &error));
         }
+        self.storage.keep();
         next.instance.set_generation(self.next_generation());
         self.publish(next.clone());
         Ok(())
     }
 
-    fn swap(
-        &self,
-        live: &Member,
-        next: &Member,
-        phases: &mut Phases,
-    ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
-        let schema = self.storage.schema();
-        self.storage.move_to(next.id);
+    fn swap(&self, next: &Member, phases: &mut Phases) -> Result<srcu::Grace<Option<Member>>, Refusal> {
+        self.storage.lend(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.give_back(live.id, schema);
+            self.storage.take_back();
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
-        self.cell().swap(Some(next.clone())).map_err(|error| {
-            self.storage.give_back(live.id, schema);
+        let grace = self.cell().swap(Some(next.clone())).map_err(|error| {
+            self.storage.take_back();
             Refusal::new("busy", format!("the domain was not published: {error}"))
-        })
+        })?;
+        self.storage.keep();
+        Ok(grace)
     }
 
     fn handover(
@@ -388,132 +380,6 @@ impl DomainProxy {
         }
         Ok(())
     }
-
-    /// Lets go of the instance that served until now: it becomes the standby, and the standby before it is retired.
-    fn settle_old(
-        &self,
-        upgrades: &mut Upgrades,
-        old: Member,
-        grace: Option<srcu::Grace<Option<Member>>>,
-        mut report: Report,
-    ) -> Report {
-        upgrades.leaving = Some(Leaving { member: old, grace });
-        if timed(&mut report.phases.grace, || self.release(upgrades, RELEASE_TIMEOUT)) {
-            self.finish_leaving(upgrades, &mut report.phases);
-        } else {
-            log::warn!(
-                "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
-                report.generation - 1,
-                RELEASE_TIMEOUT.as_secs()
-            );
-        }
-        report
-    }
-
-    /// What was leaving has been let go of: it becomes the standby, unless it is dead.
-    pub(crate) fn finish_leaving(&self, upgrades: &mut Upgrades, phases: &mut Phases) {
-        let Some(Leaving { member, .. }) = upgrades.leaving.take() else { return };
-        if !member.instance.is_dead() {
-            if let Some(before) = upgrades.standby.replace(member) {
-                self.retire(before, phases);
-            }
-            return;
-        }
-        // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what it left.
-        let fence = Arc::clone(&member.fence);
-        if let Residency::Running(why) = self.retire(member, phases) {
-            fence.decide(Verdict::Never);
-            lock(&self.view).fault = Some(format!(
-                "the domain that was replaced last has died and cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
-            ));
-        } else {
-            fence.decide(Verdict::Replay);
-        }
-        self.queues.notify_all();
-    }
-
-    /// Whether the instance that is leaving is not used by any worker any more.
-    pub(crate) fn release(&self, upgrades: &mut Upgrades, timeout: Duration) -> bool {
-        let Some(leaving) = &mut upgrades.leaving else { return true };
-        let deadline = Instant::now() + timeout;
-        if let Some(grace) = leaving.grace.take() {
-            match grace.wait(timeout) {
-                Ok(cell_reference) => drop(cell_reference),
-                Err((grace, stalled)) => {
-                    leaving.grace = Some(grace);
-                    log::warn!("readers {:?} have not passed yet", stalled.readers);
-                    return false;
-                }
-            }
-        }
-        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there.
-        let mut looks = 0u32;
-        while Arc::strong_count(&leaving.member.instance) > 1 {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            looks += 1;
-            std::thread::sleep(Duration::from_micros(u64::from(looks.min(20)) * 10));
-        }
-        true
-    }
-
-    /// Finishes what an earlier change could not: an upgrade must find at most one instance that is leaving.
-    fn settle(&self, upgrades: &mut Upgrades) -> Result<(), Refusal> {
-        if upgrades.leaving.is_none() {
-            return Ok(());
-        }
-        if !self.release(upgrades, Duration::from_millis(100)) {
-            return Err(Refusal::new(
-                "previous_in_use",
-                "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
-            ));
-        }
-        self.finish_leaving(upgrades, &mut Phases::default());
-        Ok(())
-    }
-
-    /// Ends an instance that nobody uses.
-    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Residency {
-        let Member { id, instance, record, .. } = member;
-        let label = format!("`{}` {}", record.name, record.version);
-        let mut spent = Duration::ZERO;
-        let residency = timed(&mut spent, || match into_inner(instance) {
-            Ok(instance) => {
-                let retired = instance.retire();
-                if let Err(error) = retired.destroyed {
-                    log::warn!("{label} did not end well: {error}");
-                }
-                self.storage.reclaim(id);
-                retired.residency
-            }
-            Err(shared) => {
-                std::mem::forget(shared);
-                Residency::Running("it is still in use".to_owned())
-            }
-        });
-        phases.retire += spent;
-        self.note_residency(&label, &residency);
-        residency
-    }
-}
-
-/// Takes an instance out of its `Arc`. Whoever has looked at it through a `Weak` is gone in a moment.
-fn into_inner(mut instance: Arc<Instance>) -> Result<Instance, Arc<Instance>> {
-    for _ in 0..1000 {
-        instance = match Arc::try_unwrap(instance) {
-            Ok(instance) => return Ok(instance),
-            Err(shared) => shared,
-        };
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Err(instance)
-}
-
-/// An instance that was replaced and may still be in use.
-pub(crate) struct Leaving {
-    pub(crate) member: Member,
-    grace: Option<srcu::Grace<Option<Member>>>,
 }
 
 /// Swap or handover?
@@ -581,14 +447,14 @@ fn exchange(
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;
         }
-        let schema = storage.schema();
-        storage.move_to(next.id);
+        storage.lend(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
-            storage.give_back(live.id, schema);
+            storage.take_back();
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("activate", &next.record, &error));
             return None;
         }
+        storage.keep();
         next.instance.set_generation(generation);
         Some(Some(next))
     })

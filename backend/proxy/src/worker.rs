@@ -178,6 +178,12 @@ impl Worker {
         }
         let (instance, fence) = (Arc::clone(instance), Arc::clone(fence));
         self.leave_current();
+        if let Some(at) = self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &instance))
+        {
+            // It has come back while it still had something of ours.
+            self.current = Some(self.earlier.swap_remove(at));
+            return;
+        }
         let generation = instance.generation();
         if generation == self.unattachable {
             return;

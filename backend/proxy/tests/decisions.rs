@@ -182,3 +182,38 @@ fn a_failed_upgrade_leaves_the_schema_as_it_was() {
         device.upgrade("plain", "c", &[swap]).expect("the storage is of schema 1 still");
     }
 }
+
+#[test]
+fn a_failed_upgrade_leaves_the_storage_as_it_was() {
+    let faults = ["fail=activate", "break=activate"];
+    for (fault, swap) in faults.into_iter().flat_map(|fault| [(fault, "swap=false"), (fault, "swap=true")]) {
+        // The first one leaves nothing there, the second one something.
+        for (first, found) in [("make=4096", "4096 Some(\"a\") Some(false)"), ("cache=0", "0 None None")] {
+            let device = Device::start(1, &[swap, first]);
+            let other = if first == "cache=0" { "make=8192" } else { "make=4096" };
+            device.upgrade("plain", "b", &[fault, swap, other]).expect_err(fault);
+            // A region that `b` had left would have the wrong length for this one.
+            device.upgrade("plain", "c", &[swap, "make=4096"]).expect("nothing of `b` is in the way");
+            assert_eq!(device.stage.lines("c", "found"), [found], "{fault} {swap} {first}");
+            // And what is committed stays, for a rollback too.
+            device.rollback().expect("there is a standby");
+            device.upgrade("plain", "d", &[swap, "make=4096"]).expect("committed");
+            let note = if first == "cache=0" { "c" } else { "a" };
+            let left = format!("4096 Some({note:?}) Some({})", note != "a");
+            assert_eq!(device.stage.lines("d", "found"), [left], "{fault} {swap} {first}");
+        }
+    }
+}
+
+#[test]
+fn a_failed_rescue_leaves_the_storage_as_it_was() {
+    let device = Device::start(1, &["make=4096", "die_at=1"]);
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    hand.until(&device, "silence", |hand| hand.ended.len() == 1);
+    device.until("not faulted", || device.proxy.status().state == State::Faulted);
+    hand.lie_down();
+    device.upgrade("plain", "b", &["make=4096", "fail=activate"]).expect_err("no");
+    device.upgrade("plain", "c", &["make=4096"]).expect("back again");
+    assert_eq!(device.stage.lines("c", "found"), ["4096 Some(\"a\") Some(false)"]);
+}

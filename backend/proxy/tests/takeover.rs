@@ -111,6 +111,25 @@ fn a_panic_while_a_queue_is_attached_is_a_death_like_any_other() {
     assert_serving(&device, 3);
 }
 
+#[test]
+fn an_upgrade_that_is_prepared_slowly_is_still_under_way_when_a_takeover_has_ended() {
+    let device = with_standby(1, &["die_at=1"]);
+    let mut hand = device.worker(0);
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &["wait=prepare"]));
+        device.until("not begun", || device.proxy.status().state == State::Upgrading);
+        hand.submit([0]);
+        hand.until(&device, "no takeover", |hand| hand.ended.len() == 1 && takeovers(&device) == 1);
+        assert!(!upgrade.is_finished());
+        let status = device.proxy.status();
+        assert_eq!((status.generation, status.state), (3, State::Upgrading), "{status:?}");
+        device.stage.prepare.store(true, Ordering::Release);
+        hand.until(&device, "the upgrade hangs", |_| upgrade.is_finished());
+        assert_eq!(upgrade.join().expect("no panic").expect("committed").generation, 4);
+    });
+    assert_serving(&device, 4);
+}
+
 /// Steps until somebody else serves, and sees it serve.
 #[track_caller]
 fn assert_taken_over(device: &Device, hand: &mut Hand) {

@@ -25,6 +25,8 @@ pub const GUEST_BASE: u64 = 0x4000_0000;
 const USER_BASE: u64 = 0x7000_0000_0000;
 /// Size of the region.
 pub const MEMORY_BYTES: u64 = 1 << 20;
+/// Where memory starts, as the guest sees it, that is plugged in and out later ([`RawSession::plug`]).
+pub const PLUGGED_BASE: u64 = 0x8000_0000;
 
 const DESCRIPTORS: u64 = 0;
 const AVAIL: u64 = 0x1_0000;
@@ -69,6 +71,7 @@ pub struct RawSession {
     /// For messages of one's own.
     pub frontend: Frontend,
     memory: File,
+    plugged: File,
     kick: EventFd,
     call: EventFd,
     size: u16,
@@ -93,16 +96,21 @@ impl RawSession {
         let wanted = VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE;
         let offered = frontend.get_protocol_features().map_err(other)?;
         frontend.set_protocol_features(offered & wanted).map_err(other)?;
         if offered.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        let memory = File::from(memfd_create("raw-guest", MemfdFlags::CLOEXEC)?);
-        ftruncate(&memory, MEMORY_BYTES)?;
+        let region = |name| -> io::Result<File> {
+            let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
+            ftruncate(&file, MEMORY_BYTES)?;
+            Ok(file)
+        };
+        let (memory, plugged) = (region("raw-guest")?, region("raw-guest-plugged")?);
         let (kick, call) = (EventFd::new(0)?, EventFd::new(0)?);
-        Ok(RawSession { frontend, memory, kick, call, size: 0, avail_index: 0, used_index: 0 })
+        Ok(RawSession { frontend, memory, plugged, kick, call, size: 0, avail_index: 0, used_index: 0 })
     }
 
     /// Connects, negotiates, and starts a ring of `size` descriptors.
@@ -123,6 +131,39 @@ impl RawSession {
             mmap_handle: self.memory.as_raw_fd(),
         };
         self.frontend.set_mem_table(&[region]).map(drop).map_err(other)
+    }
+
+    /// Plugs a second region in, at [`PLUGGED_BASE`] plus `offset` (ADD_MEM_REG). Each such region shows the same memory.
+    pub fn plug(&mut self, offset: u64) -> io::Result<()> {
+        let region = self.plugged_region(offset);
+        self.frontend.add_mem_region(&region).map(drop).map_err(other)
+    }
+
+    /// Plugs it out again (REM_MEM_REG).
+    pub fn unplug(&mut self, offset: u64) -> io::Result<()> {
+        let region = self.plugged_region(offset);
+        self.frontend.remove_mem_region(&region).map_err(other)
+    }
+
+    fn plugged_region(&self, offset: u64) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: PLUGGED_BASE + offset,
+            memory_size: MEMORY_BYTES,
+            userspace_addr: USER_BASE + PLUGGED_BASE + offset,
+            mmap_offset: 0,
+            mmap_handle: self.plugged.as_raw_fd(),
+        }
+    }
+
+    /// Reads memory that can be plugged.
+    pub fn get_plugged(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.plugged.read_exact_at(&mut bytes, offset).map(|()| bytes)
+    }
+
+    /// Writes memory that can be plugged.
+    pub fn put_plugged(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.plugged.write_all_at(bytes, offset)
     }
 
     /// Starts the ring, empty.

@@ -161,6 +161,17 @@ impl Hand {
         }
     }
 
+    /// Steps until the gate is shut, with something in flight, so that it is not waited at.
+    #[track_caller]
+    pub fn until_shut(&mut self, device: &Device) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.step() {
+            assert!(Instant::now() < deadline, "the gate stays open: {:?}", device.proxy.status());
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        assert!(self.worker.owing() > 0, "it ended before the gate was shut");
+    }
+
     /// Lies down, so that the test's own thread can upgrade.
     #[track_caller]
     pub fn lie_down(&mut self) {

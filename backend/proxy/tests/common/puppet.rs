@@ -8,7 +8,10 @@
 //! * `hold=true`: requests stay in flight until the stage lets them go;
 //! * `take=N`: takes at most N requests of a batch;
 //! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions;
-//! * `wait=prepare`: prepares only when the stage lets it.
+//! * `wait=prepare`: prepares only when the stage lets it;
+//! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
+//! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
+//! * `thread=true`: starts a thread that ends when the stage says so.
 
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
@@ -23,6 +26,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Does not come back before `flag` is set; or, for a test that has failed and cannot set it any more, much too late.
+fn wait_for(flag: &AtomicBool) {
+    let started = std::time::Instant::now();
+    while !flag.load(Ordering::Acquire) && started.elapsed() < std::time::Duration::from_secs(30) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
 /// Where the puppets of one test act.
 #[derive(Default)]
 pub struct Stage {
@@ -32,6 +43,8 @@ pub struct Stage {
     pub release: AtomicBool,
     /// `wait=prepare` may go on.
     pub prepare: AtomicBool,
+    /// `thread=true` may end.
+    pub end: AtomicBool,
     /// What `cross` has kept.
     kept: Mutex<Vec<(u32, Request)>>,
 }
@@ -150,7 +163,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
     const PARAMS: &'static [&'static str] = &[
         "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
-        "hold", "take", "cross", "wait",
+        "hold", "take", "cross", "wait", "hang_at", "make", "thread",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -166,8 +179,12 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             seen: AtomicU64::new(0),
             kind: PhantomData,
         };
-        while new.is("wait", "prepare") && !new.stage.prepare.load(Ordering::Acquire) {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+        if new.is("wait", "prepare") {
+            wait_for(&new.stage.prepare);
+        }
+        if new.is("thread", "true") {
+            let stage = Arc::clone(&new.stage);
+            new.host.spawn("puppet", move || wait_for(&stage.end))?;
         }
         new.step("prepare").map(|()| new)
     }
@@ -190,7 +207,20 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn activate(&self) -> Result<(), DomainError> {
         // First, as a domain would that changes things and then finds out that it cannot go on.
-        self.host.storage().set_schema(K::SCHEMA)?;
+        let storage = self.host.storage();
+        if let Some(len) = self.number("make") {
+            let note = storage.bytes("note").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            let file = storage.file("file").map(|file| file.metadata().expect("a file").is_dir());
+            let found = format!("{} found {} {note:?} {file:?}", self.label, storage.region_len("made"));
+            self.stage.write(found);
+            storage.region("made", len)?;
+            // More than once, as a domain does that writes down how far it has come.
+            storage.set_bytes("note", b"half of it")?;
+            storage.set_bytes("note", self.label.as_bytes())?;
+            let path = if self.label == "a" { "/dev/null" } else { "/" };
+            storage.set_file("file", &std::fs::File::open(path).expect("a file of every system"))?;
+        }
+        storage.set_schema(K::SCHEMA)?;
         self.step("activate")
     }
 
@@ -222,6 +252,9 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             self.stage.write(format!("{} got {}:{slot}", self.label, queue.index));
             let number = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
             assert!(!self.is("break", "submit") && self.number("die_at") != Some(number), "request {number}");
+            if self.number("hang_at") == Some(number) {
+                wait_for(&self.stage.release);
+            }
             if self.is("cross", "true") {
                 lock(&self.stage.kept).push((queue.index, request));
             } else if self.is("hold", "true") {

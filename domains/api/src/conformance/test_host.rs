@@ -295,8 +295,8 @@ impl Bench {
         if let Err(error) = retired.destroyed {
             return Err(Violation::new(format!("its end failed: {error}")));
         }
-        if let Residency::Resident(reason) | Residency::Running(reason) = retired.residency {
-            return Err(Violation::new(format!("it does not go away: {reason}")));
+        if let Residency::Resident(left) | Residency::Running(left) = retired.residency {
+            return Err(Violation::new(format!("it does not go away: {}", left.reason())));
         }
         let left = Arc::strong_count(&self.host) - 1;
         if left != 0 {

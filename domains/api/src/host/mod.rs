@@ -10,10 +10,12 @@
 #[cfg(feature = "conformance")]
 pub mod direct;
 mod region;
+mod remains;
 mod services;
 mod tasks;
 
 pub use region::HostRegion;
+pub use remains::Resident;
 pub use services::HostServices;
 
 use crate::abi::{self, ModuleVtable, RawCompletion, RawCompletions, RawDeviceInfo, RawMessage, RawRequest};
@@ -21,6 +23,7 @@ use crate::author::{Capabilities, DeviceInfo, QueueIndex, Swap, raw_bytes};
 use crate::descriptor::Description;
 use crate::export::MAX_QUEUES;
 use crate::params::Params;
+use remains::Remains;
 use services::HostSide;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -50,9 +53,9 @@ pub enum Residency {
     /// Unmapped; nothing of it is left.
     Gone,
     /// Still mapped, for the reason given.
-    Resident(String),
+    Resident(Resident),
     /// Still mapped, because code of it still runs, for the reason given.
-    Running(String),
+    Running(Resident),
 }
 
 /// Why a module was not loaded: a stable code and a sentence that says what to do.
@@ -445,19 +448,20 @@ impl Instance {
         };
         let host = self.host.take().expect("taken together with the module");
         if let Err(stuck) = host.tasks().join(JOIN_TIMEOUT) {
-            // Code of the module still runs: neither it nor what it refers to may go. This is the leak that `resident` reports.
+            // Code of the module still runs: neither it nor what it refers to may go yet.
             let reason =
                 format!("its {stuck} still runs {} s after the instance ended", JOIN_TIMEOUT.as_secs());
-            std::mem::forget((host, module));
-            return Retired { destroyed, residency: Residency::Running(reason) };
+            let remains = Remains::running(&reason, host, module, self.vtable.fini);
+            return Retired { destroyed, residency: Residency::Running(remains) };
         }
         // SAFETY: no instance is left, no task runs, so no other thread runs code of the module.
         unsafe { (self.vtable.fini)() };
-        let residency = module.unload();
-        if matches!(residency, Residency::Resident(_)) {
-            // Something of it may still run one day; what it was lent must stay valid.
-            std::mem::forget(host);
-        }
+        let residency = match module.unload() {
+            Residency::Gone => Residency::Gone,
+            // Something of it may still run one day; what it was lent must stay valid until then.
+            Residency::Resident(module) => Residency::Resident(Remains::mapped(host, module)),
+            Residency::Running(module) => Residency::Running(Remains::mapped(host, module)),
+        };
         Retired { destroyed, residency }
     }
 }

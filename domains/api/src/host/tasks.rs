@@ -138,7 +138,10 @@ impl Tasks {
         while let Some(thread) = { lock(&self.threads).pop() } {
             while !thread.is_finished() {
                 if Instant::now() >= deadline {
-                    return Err(format!("thread `{}`", thread.thread().name().unwrap_or("?")));
+                    let blame = format!("thread `{}`", thread.thread().name().unwrap_or("?"));
+                    // Whoever asks again must find it again.
+                    lock(&self.threads).push(thread);
+                    return Err(blame);
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }

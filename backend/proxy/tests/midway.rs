@@ -1,0 +1,158 @@
+//! The live domain breaks in the middle of its own replacement: behind a shut gate, and while its predecessor is still in use.
+//!
+//! If a test hangs here, a guest would.
+
+mod common;
+
+use common::{Device, Hand, PATIENCE, well};
+use domain_api::{Capabilities, Status};
+use proxy::{Mode, Options, State};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+fn label(device: &Device) -> Option<String> {
+    device.proxy.domain().params.get("label").map(str::to_owned)
+}
+
+#[track_caller]
+fn assert_taken_over(device: &Device, generation: u64, by: &str) {
+    device.until("not counted", || device.proxy.status().counts.takeovers == 1);
+    device.until("still upgrading", || device.proxy.status().state != State::Upgrading);
+    let status = device.proxy.status();
+    assert_eq!((status.state, status.generation), (State::Serving, generation), "{status:?}");
+    assert_eq!(label(device).as_deref(), Some(by));
+    assert!(status.resident.is_empty(), "{status:?}");
+    assert!(status.queues.iter().all(|queue| (queue.errors, queue.in_flight) == (0, 0)), "{status:?}");
+}
+
+#[test]
+fn a_death_on_both_queues_behind_a_shut_gate_ends_the_upgrade_and_not_the_requests() {
+    for _ in 0..20 {
+        let device = Device::start(2, &[]);
+        device.upgrade("plain", "b", &["hold=true", "break=reap"]).expect("committed");
+        let (held, shut, done) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for queue in 0..2 {
+                let (device, held, shut, done) = (&device, &held, &shut, &done);
+                let both = |count: &AtomicUsize| count.load(Ordering::Acquire) == 2;
+                scope.spawn(move || {
+                    let mut hand = device.worker(queue);
+                    hand.submit([2, 0]);
+                    held.fetch_add(1, Ordering::AcqRel);
+                    hand.until_shut(device);
+                    shut.fetch_add(1, Ordering::AcqRel);
+                    hand.until(device, "the other one finds the gate open", |_| both(shut));
+                    // Each of the two breaks it now, at its next look.
+                    device.stage.release.store(true, Ordering::Release);
+                    hand.until(device, "no replay", |hand| hand.ended.len() == 2);
+                    assert_eq!(hand.take_ended(), well([0, 2]));
+                    done.fetch_add(1, Ordering::AcqRel);
+                    hand.until(device, "the other one hangs", |_| both(done));
+                });
+            }
+            device.until("nothing in flight", || held.load(Ordering::Acquire) == 2);
+            let options = Options { mode: Mode::Handover, drain_timeout: PATIENCE, ..Options::default() };
+            let refusal = device.upgrade_with("plain", "c", &[], options).expect_err("the live one died");
+            assert_eq!(refusal.code, "preempted");
+        });
+        assert_taken_over(&device, 3, "a");
+        assert_eq!(device.stage.lines("c", "activate").len(), 0);
+    }
+}
+
+/// Two queues with requests on `a`, which was swapped away from; `b` serves, `a` is waited for.
+fn in_grace(first: &[&str], script: &[&str], scene: impl FnOnce(&Device, &mut Hand, &mut Hand)) -> Device {
+    let device = Device::start(2, &[&["swap=true", "hold=true"], first].concat());
+    let (mut one, mut two) = (device.worker(0), device.worker(1));
+    one.submit([0, 1]);
+    two.submit([0, 1]);
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| device.upgrade("plain", "b", &[&["swap=true"], script].concat()));
+        for hand in [&mut one, &mut two] {
+            hand.until(&device, "no swap", |_| device.proxy.status().generation == 2);
+        }
+        let attached = |_: &Hand| device.stage.lines("b", "attach").len() == 4;
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while !attached(&one) {
+            assert!(std::time::Instant::now() < deadline, "{:?}", device.stage.log());
+            one.step();
+            two.step();
+        }
+        assert!(!upgrade.is_finished(), "the predecessor is still in use");
+        scene(&device, &mut one, &mut two);
+        assert_eq!(upgrade.join().expect("no panic").expect("committed before it died").generation, 2);
+    });
+    device
+}
+
+#[test]
+fn the_predecessor_comes_back_if_its_successor_dies_while_it_is_still_in_use() {
+    let device = in_grace(&[], &["break=submit"], |device, one, two| {
+        // On both queues at once.
+        assert_eq!((one.submit([5]), two.submit([6])), (1, 1));
+        let started = std::time::Instant::now();
+        while device.stage.lines("a", "got").len() < 6 {
+            assert!(started.elapsed() < PATIENCE, "not run again: {:?}", device.stage.log());
+            one.step();
+            two.step();
+        }
+        // Nobody waits for the grace period: it was `a` that it was for, and `a` is back.
+        assert!(started.elapsed() < std::time::Duration::from_secs(1), "{:?}", started.elapsed());
+        assert_eq!((one.ended.len(), two.ended.len()), (0, 0));
+        device.stage.release.store(true, Ordering::Release);
+        one.until(device, "no answers", |one| one.ended.len() == 3);
+        two.until(device, "no answers", |two| two.ended.len() == 3);
+        assert_eq!((one.take_ended(), two.take_ended()), (well([0, 1, 5]), well([0, 1, 6])));
+    });
+    assert_taken_over(&device, 3, "a");
+    // Everything is as it should be: it can be upgraded, and rolled back to.
+    assert_eq!(device.upgrade("plain", "c", &["swap=true"]).expect("committed").generation, 4);
+    assert_eq!(device.rollback().expect("`a` is the standby").generation, 5);
+    assert_eq!(label(&device).as_deref(), Some("a"));
+}
+
+#[test]
+fn the_predecessor_dies_too_and_its_requests_are_errors_and_not_silence() {
+    let device = in_grace(&["break=cancel"], &["break=submit"], |device, one, two| {
+        one.submit([5]);
+        device.until("no takeover", || {
+            one.step();
+            two.step();
+            device.proxy.status().counts.takeovers == 1
+        });
+        // Nobody is left behind `a`.
+        one.worker.cancel();
+        device.until("not faulted", || {
+            one.step();
+            two.step();
+            device.proxy.status().state == State::Faulted
+        });
+        one.until(device, "silence", |one| one.ended.len() == 3);
+        two.until(device, "silence", |two| two.ended.len() == 2);
+    });
+    assert_eq!(device.proxy.status().resident, Vec::<String>::new());
+}
+
+#[test]
+fn a_predecessor_that_cannot_serve_any_more_still_answers_what_it_has() {
+    let device = in_grace(&[], &["break=submit", "caps=6"], |device, one, two| {
+        // A guest was offered what only `b` has.
+        device.proxy.require(Capabilities::FLUSH.with(Capabilities::DISCARD));
+        one.submit([5]);
+        one.until(device, "silence", |one| {
+            two.step();
+            one.ended.len() == 1
+        });
+        assert_eq!(one.take_ended(), [(5, Status::IoError)]);
+        device.until("the books are open", || device.proxy.status().state == State::Faulted);
+        assert_eq!(device.proxy.status().resident.len(), 1, "`a` is still in use");
+        device.stage.release.store(true, Ordering::Release);
+        for hand in [one, two] {
+            hand.until(device, "no answers", |hand| hand.ended.len() == 2);
+            assert_eq!(hand.take_ended(), well([0, 1]));
+            hand.lie_down();
+        }
+    });
+    device.until("still in use", || device.proxy.status().resident.is_empty());
+    assert_eq!(device.proxy.status().standby.expect("it lives").params.get("label"), Some("a"));
+    assert_eq!(device.upgrade("plain", "c", &["caps=6"]).expect("back again").generation, 3);
+}

@@ -1,0 +1,153 @@
+//! What stays when it should go: it is reported as long as it is there, and holds up what it must and nothing else.
+
+mod common;
+
+use common::{Device, Hand, well};
+use domain_api::Status;
+use proxy::{Protocol, State};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn label(device: &Device) -> Option<String> {
+    device.proxy.domain().params.get("label").map(str::to_owned)
+}
+
+/// Upgrades to a successor that swaps, on a thread of its own, while `hand` goes on.
+fn swap(device: &Device, hand: &mut Hand, name: &str) -> Result<proxy::Report, proxy::Refusal> {
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| device.upgrade("plain", name, &["swap=true"]));
+        hand.until(device, "the upgrade hangs", |_| upgrade.is_finished());
+        upgrade.join().expect("no panic")
+    })
+}
+
+#[test]
+fn an_old_instance_holds_the_next_upgrade_up_until_its_requests_have_ended() {
+    let device = Device::start(1, &["swap=true", "hold=true"]);
+    let mut hand = device.worker(0);
+    hand.submit([4, 1, 3]);
+    let report = swap(&device, &mut hand, "b").expect("committed");
+    assert_eq!((report.generation, report.protocol), (2, Protocol::Swap));
+    let status = device.proxy.status();
+    assert_eq!((status.state, status.resident.len()), (State::Serving, 1), "{status:?}");
+    assert!(status.resident[0].contains("in flight"), "{status:?}");
+    assert!(status.standby.is_none(), "what is in use is no standby yet");
+    for _ in 0..2 {
+        assert_eq!(swap(&device, &mut hand, "c").expect_err("`a` is in use").code, "previous_in_use");
+    }
+    assert_eq!(hand.submit([7]), 1, "the successor serves meanwhile");
+    assert_eq!(hand.take_ended(), well([7]));
+    device.stage.release.store(true, Ordering::Release);
+    hand.until(&device, "the old requests never end", |hand| hand.ended.len() == 3);
+    assert_eq!(hand.take_ended(), well([1, 3, 4]));
+    // Without any command.
+    hand.until(&device, "still resident", |_| device.proxy.status().resident.is_empty());
+    assert_eq!(device.proxy.status().standby.expect("it is the standby now").params.get("label"), Some("a"));
+    assert_eq!(swap(&device, &mut hand, "c").expect("nothing is in the way").generation, 3);
+    assert_eq!(device.stage.lines("a", "dropped").len(), 1);
+}
+
+#[test]
+fn a_worker_that_hangs_in_the_old_instance_holds_the_next_upgrade_up_until_it_comes_back() {
+    let device = Device::start(2, &["swap=true", "hang_at=2"]);
+    let (mut hand, mut other) = (device.worker(0), device.worker(1));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (device, done) = (&device, &done);
+        scope.spawn(move || {
+            hand.submit([5]);
+            // Does not come back.
+            hand.submit([6]);
+            hand.until(device, "not told to end", |_| done.load(Ordering::Acquire));
+            assert_eq!(hand.take_ended(), well([5, 6]));
+        });
+        device.until("not inside", || device.stage.lines("a", "got").len() == 2);
+        swap(device, &mut other, "b").expect("a swap waits for nobody");
+        assert_eq!(label(device).as_deref(), Some("b"));
+        assert_eq!(device.proxy.status().resident.len(), 1);
+        assert_eq!(swap(device, &mut other, "c").expect_err("inside").code, "previous_in_use");
+        device.stage.release.store(true, Ordering::Release);
+        other.until(device, "still resident", |_| device.proxy.status().resident.is_empty());
+        assert_eq!(swap(device, &mut other, "c").expect("nobody is inside").generation, 3);
+        done.store(true, Ordering::Release);
+    });
+}
+
+#[test]
+fn a_module_with_a_thread_that_does_not_end_is_reported_until_it_ends() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["thread=true"]).expect("committed");
+    device.upgrade("plain", "c", &[]).expect("committed");
+    assert!(device.proxy.status().resident.is_empty(), "the standby is needed");
+    device.upgrade("plain", "d", &[]).expect("a thread that stays is no reason to refuse");
+    for _ in 0..3 {
+        let resident = device.proxy.status().resident;
+        assert!(resident.len() == 1 && resident[0].contains("thread `puppet`"), "{resident:?}");
+    }
+    device.upgrade("plain", "e", &[]).expect("nor later");
+    device.stage.end.store(true, Ordering::Release);
+    device.until("still reported", || device.proxy.status().resident.is_empty());
+    assert!(device.proxy.stop().is_empty(), "nothing is left behind");
+}
+
+/// Nobody answers what is in flight on `hand`, and nobody runs it again, however often one looks.
+#[track_caller]
+fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
+    for _ in 0..20 {
+        hand.step();
+    }
+    assert_eq!((hand.ended.len(), hand.worker.in_flight(), hand.worker.owing()), (0, count, 0));
+    assert_eq!(device.proxy.status().queues[0].in_flight, count as u64);
+    assert_eq!(device.proxy.status().queues[0].replayed, 0);
+}
+
+#[test]
+fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
+    let device = Device::start(1, &["swap=true", "hold=true", "break=reap", "thread=true"]);
+    let mut hand = device.worker(0);
+    hand.submit([4, 1]);
+    swap(&device, &mut hand, "b").expect("committed");
+    device.stage.release.store(true, Ordering::Release);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    let fault = status.fault.as_deref().unwrap_or_default();
+    assert!(fault.contains("stay unanswered") && fault.contains("thread `puppet`"), "{status:?}");
+    assert!(status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"), "{status:?}");
+    assert!(status.standby.is_none() && status.generation == 2, "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    // The successor serves; the two slots are not used again, and what they had is not run again.
+    assert_eq!(hand.submit([7]), 1);
+    assert_eq!(hand.take_ended(), well([7]));
+    assert_eq!(device.stage.lines("b", "got"), ["0:7"]);
+    swap(&device, &mut hand, "c").expect("what nobody can end is no reason to refuse");
+    assert_unanswered(&device, &mut hand, 2);
+    // Nor when the thread ends at last: nobody knows what it has written until then.
+    device.stage.end.store(true, Ordering::Release);
+    hand.until(&device, "still reported", |_| device.proxy.status().resident.is_empty());
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(device.proxy.status().queues[0].errors, 0);
+    assert_eq!(device.stage.lines("c", "got"), [""; 0]);
+}
+
+#[test]
+fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=2", "thread=true"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([4]);
+    hand.submit([1]);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("stay unanswered")), "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what cannot be ended");
+    // What the dead one never had is told the truth.
+    hand.submit([7]);
+    assert_eq!(hand.take_ended(), [(7, Status::IoError)]);
+    hand.lie_down();
+    device.upgrade("plain", "c", &[]).expect("an upgrade brings the device back");
+    hand.step();
+    assert_unanswered(&device, &mut hand, 2);
+    hand.submit([8]);
+    assert_eq!(hand.take_ended(), well([8]));
+    assert_eq!(device.stage.lines("c", "got"), ["0:8"]);
+}

@@ -1,0 +1,37 @@
+//! Modules that only tests have: built when they are needed, because no installation should have them.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use crate::daemon::binary;
+
+/// The path of the module `stubborn`, which leaves something behind; see its own page for what. Built at the first call.
+pub fn stubborn() -> String {
+    static BUILT: OnceLock<String> = OnceLock::new();
+    BUILT.get_or_init(|| build("stubborn")).clone()
+}
+
+/// Builds a module, in a target directory of its own.
+fn build(name: &str) -> String {
+    let bin = binary("vhost-hotswap");
+    let target = bin
+        .parent()
+        .and_then(|release| release.parent())
+        .expect("TARGET/release/vhost-hotswap")
+        .join("modules")
+        .join(name);
+    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules").join(name).join("Cargo.toml");
+    let built = Command::new(env!("CARGO"))
+        .args(["rustc", "--quiet", "--release", "--lib", "--features", "module", "--crate-type", "cdylib"])
+        .arg("--manifest-path")
+        .arg(manifest)
+        .arg("--target-dir")
+        .arg(&target)
+        .env_remove("RUSTFLAGS")
+        .status()
+        .expect("cargo runs");
+    assert!(built.success(), "the module `{name}` was not built");
+    let file = target.join(format!("release/libdomain_{name}.so"));
+    file.to_str().expect("a path in UTF-8").to_owned()
+}
