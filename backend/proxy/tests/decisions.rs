@@ -48,6 +48,9 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
         ("plain", &["colour=blue"], "bad_parameter"),
         ("plain", &["size=2M"], "device_differs"),
         ("plain", &["serial=S2"], "device_differs"),
+        ("plain", &["block=4096"], "device_differs"),
+        ("plain", &["physical=4096"], "device_differs"),
+        ("plain", &["block=1000"], "prepare_failed"),
         ("plain", &["caps=0"], "feature_missing"),
         ("plain", &["caps=3"], "device_differs"),
         ("plain", &["backing=7"], "different_backing"),
@@ -63,7 +66,12 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
     ];
     for (number, (module, script, code)) in cases.iter().enumerate() {
         hand.lie_down();
+        let ran_before = device.stage.lines("b", "").len();
         let refusal = device.upgrade(module, "b", script).expect_err(code);
+        if ["module_not_found", "schema_not_accepted", "bad_parameter"].contains(code) {
+            let ran = device.stage.lines("b", "").len();
+            assert_eq!(ran, ran_before, "{module} {script:?}: it is known without running anything of it");
+        }
         assert_eq!(refusal.code, *code, "{module} {script:?}: {refusal}");
         assert!(refusal.message.len() > 20, "{refusal}");
         let status = device.proxy.status();

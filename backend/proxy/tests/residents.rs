@@ -151,3 +151,15 @@ fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() 
     assert_eq!(hand.take_ended(), well([8]));
     assert_eq!(device.stage.lines("c", "got"), ["0:8"]);
 }
+
+#[test]
+fn a_refused_module_with_a_thread_that_does_not_end_is_reported_too() {
+    let device = Device::start(1, &[]);
+    for (count, fault) in [(1, "fail=prepare"), (2, "fail=activate")] {
+        device.upgrade("plain", "b", &[fault, "thread=true"]).expect_err(fault);
+        let status = device.proxy.status();
+        assert_eq!((status.state, status.resident.len()), (State::Serving, count), "{fault}: {status:?}");
+    }
+    device.stage.end.store(true, Ordering::Release);
+    device.until("still reported", || device.proxy.status().resident.is_empty());
+}

@@ -1,6 +1,6 @@
 //! The domain that does what it is told.
 //!
-//! Parameters besides `size`, `serial`, `cache`, `backing`, `swap` and `caps`, which it announces:
+//! Parameters besides `size`, `serial`, `cache`, `backing`, `swap`, `caps`, `block` and `physical`, which it announces:
 //!
 //! * `stage`, `label`: where it writes down what it did, and under what name;
 //! * `break=STEP[,STEP...]`: panics there, each time; `fail=STEP,...`: says no there;
@@ -163,7 +163,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
     const PARAMS: &'static [&'static str] = &[
         "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
-        "hold", "take", "cross", "wait", "hang_at", "make", "thread",
+        "hold", "take", "cross", "wait", "hang_at", "make", "thread", "block", "physical",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -192,8 +192,8 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             capacity: self.params.size("size", 1 << 20).expect("a size"),
-            block_size: 512,
-            physical_block_size: 512,
+            block_size: self.number("block").unwrap_or(512) as u32,
+            physical_block_size: self.number("physical").unwrap_or(512) as u32,
             optimal_io_size: 0,
             discard_granularity: 512,
             capabilities: Capabilities(self.number("caps").unwrap_or(Capabilities::FLUSH.0)),
