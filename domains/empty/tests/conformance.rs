@@ -27,7 +27,7 @@ fn forgets_what_is_written() {
     let bench = Bench::activated::<Empty>(&storage, &params(&["size=8K"])).unwrap();
     let mut lane = bench.lane(0).unwrap();
     assert_eq!(lane.one(Job::write(512, vec![7; 1024])).unwrap().status, Status::Ok);
-    assert_eq!(lane.one(Job::read(0, 8192).in_pieces(&[3, 5])).unwrap().data, vec![0; 8192]);
+    assert_eq!(lane.one(Job::read(0, 8192).in_pieces(&[33, 95])).unwrap().data, vec![0; 8192]);
     drop(lane);
     bench.retire().unwrap();
 }

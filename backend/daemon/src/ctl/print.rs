@@ -132,12 +132,13 @@ pub fn history(history: &Value) -> String {
 /// One line for an event or an entry of the history: when, what, and what else is known about it.
 pub fn event(event: &Value) -> String {
     let Some(members) = event.as_object() else { return shown(event) };
-    let mut told: Vec<&str> = Vec::new();
-    let mut words: Vec<String> = Vec::new();
-    for key in ["sequence", "time", "at", "timestamp", "event", "kind", "type", "outcome", "result"] {
+    let mut told = vec!["time_ms", "error", "pause_ns"];
+    let sequence = members.get("sequence").map(|value| format!("#{}", number(value)));
+    let mut words: Vec<String> = sequence.into_iter().chain(members.get("time_ms").map(time)).collect();
+    for key in ["event", "change", "target", "outcome"] {
         if let Some(value) = members.get(key) {
             told.push(key);
-            words.push(if key == "sequence" { format!("#{}", number(value)) } else { shown(value) });
+            words.push(shown(value));
         }
     }
     if members.contains_key("to") || members.contains_key("from") {
@@ -146,12 +147,24 @@ pub fn event(event: &Value) -> String {
         told.extend(timed.then_some("phases_us"));
         words.push(sentence(event));
     }
+    if let Some(error) = members.get("error") {
+        words.push(match (&error["message"], &error["code"]) {
+            (Value::String(message), Value::String(code)) => format!("{} ({})", clean(message), clean(code)),
+            _ => shown(error),
+        });
+    }
     for (key, value) in ordered(members, &["generation", "state"]) {
-        if !told.contains(&key) {
+        if !told.contains(&key) && key != "sequence" {
             words.push(format!("{}={}", clean(key), shown(value)));
         }
     }
     words.join(" ")
+}
+
+/// Milliseconds since 1970 as a time of day in UTC.
+fn time(value: &Value) -> String {
+    let time = value.as_i64().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    time.map_or_else(|| shown(value), |time| format!("{time:.3}"))
 }
 
 /// A domain's name and version.
@@ -227,6 +240,19 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_says_when_and_what_and_why() {
+        let refused = json!({
+            "sequence": 4, "event": "ended", "change": "upgrade", "outcome": "refused", "time_ms": 1_795_393_819_672_i64,
+            "error": {"code": "busy", "message": "another one runs"},
+        });
+        assert_eq!(
+            event(&refused),
+            "#4 2026-11-23T00:30:19.672Z ended upgrade refused another one runs (busy)"
+        );
+        assert_eq!(event(&json!({"time_ms": i64::MAX, "event": "x"})), "9223372036854775807 x");
+    }
+
+    #[test]
     fn whatever_comes_is_shown() {
         let odd = [
             json!(null),
@@ -245,7 +271,7 @@ mod tests {
         assert_eq!(upgrade(&json!({})), "done");
         assert_eq!(upgrade(&json!({"to": {"name": "a"}})), "a");
         assert_eq!(status(&json!({"news": {"a": 1}})), "news  a=1");
-        assert_eq!(history(&json!({"entries": [{"at": 1}, {"at": 2}]})), "1\n2");
+        assert_eq!(history(&json!({"entries": [{"at": 1}, {"at": 2}]})), "at=1\nat=2");
     }
 
     #[test]
@@ -278,7 +304,7 @@ mod tests {
         assert_eq!(told, "#7 refused code=busy message=later\\nplease");
         let told =
             event(&json!({"at": "12:00", "generation": 2, "from": {"name": "a"}, "to": {"name": "b"}}));
-        assert_eq!(told, "12:00 generation 2: a -> b");
+        assert_eq!(told, "generation 2: a -> b at=12:00");
     }
 
     #[test]
