@@ -48,14 +48,14 @@ impl DomainProxy {
         let died = || self.service() == Service::Held;
         if timed(&mut report.phases.grace, || self.release_unless(upgrades, RELEASE_TIMEOUT, died)) {
             self.finish_leaving(upgrades, &mut report.phases);
-        } else if died() {
-            self.look_after_leaving();
         } else {
-            log::warn!(
-                "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
-                report.generation - 1,
-                RELEASE_TIMEOUT.as_secs()
-            );
+            if !died() {
+                log::warn!(
+                    "generation {} is still in use {} s after it was replaced; it stays resident and no upgrade is taken until it is let go",
+                    report.generation - 1,
+                    RELEASE_TIMEOUT.as_secs()
+                );
+            }
             self.look_after_leaving();
         }
         report

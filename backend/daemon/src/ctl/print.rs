@@ -132,7 +132,7 @@ pub fn history(history: &Value) -> String {
 /// One line for an event or an entry of the history: when, what, and what else is known about it.
 pub fn event(event: &Value) -> String {
     let Some(members) = event.as_object() else { return shown(event) };
-    let mut told = vec!["time_ms", "error", "pause_ns"];
+    let mut told = vec!["sequence", "time_ms", "error", "pause_ns"];
     let sequence = members.get("sequence").map(|value| format!("#{}", number(value)));
     let mut words: Vec<String> = sequence.into_iter().chain(members.get("time_ms").map(time)).collect();
     for key in ["event", "change", "target", "outcome"] {
@@ -154,7 +154,7 @@ pub fn event(event: &Value) -> String {
         });
     }
     for (key, value) in ordered(members, &["generation", "state"]) {
-        if !told.contains(&key) && key != "sequence" {
+        if !told.contains(&key) {
             words.push(format!("{}={}", clean(key), shown(value)));
         }
     }

@@ -5,11 +5,8 @@
 
 use domain_api::abi::{self, RawRequest};
 use domain_api::conformance::{TestHost, TestStorage};
-use domain_api::descriptor::Description;
 use domain_api::host::direct::{Direct, requests};
-use domain_api::host::{
-    CompletionBuffer, Identity, LoadError, LoadedModule, ModuleLoader, StaticModule, VerifiedModule,
-};
+use domain_api::host::{CompletionBuffer, LoadError, ModuleLoader, StaticModule, VerifiedModule};
 use domain_api::{BlockDomain, Params, Status};
 use domain_empty::Empty;
 use domain_file::FileDisk;
@@ -157,23 +154,9 @@ fn drive(arm: &mut impl Arm, cell: &Cell, rounds: usize, pool: &mut [RawRequest]
 
 struct Linked<D>(std::marker::PhantomData<fn() -> D>);
 
-struct Module(Box<dyn LoadedModule>);
-
-impl VerifiedModule for Module {
-    fn description(&self) -> &Description {
-        self.0.description()
-    }
-    fn identity(&self) -> &Identity {
-        self.0.identity()
-    }
-    fn load(self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError> {
-        Ok(self.0)
-    }
-}
-
 impl<D: BlockDomain> ModuleLoader for Linked<D> {
     fn verify(&self, _: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
-        Ok(Box::new(Module(StaticModule::of::<D>())))
+        Ok(StaticModule::verified::<D>())
     }
 }
 

@@ -10,9 +10,8 @@ mod puppet;
 pub use puppet::{Narrow, Other, Plain, Puppet, Stage, Wide};
 
 use domain_api::abi::RawRequest;
-use domain_api::descriptor::Description;
-use domain_api::host::{Identity, LoadError, LoadedModule, ModuleLoader, StaticModule, VerifiedModule};
-use domain_api::{BlockDomain, Params, Status};
+use domain_api::host::{LoadError, ModuleLoader, StaticModule, VerifiedModule};
+use domain_api::{Params, Status};
 use proxy::{DomainProxy, Ended, Gate, Notifier, Options, Refusal, Report, Worker};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,31 +22,13 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 /// Finds puppets by name.
 struct Theatre;
 
-/// A puppet that was looked at and not loaded yet.
-struct Props(Box<dyn LoadedModule>);
-
-impl VerifiedModule for Props {
-    fn description(&self) -> &Description {
-        self.0.description()
-    }
-    fn identity(&self) -> &Identity {
-        self.0.identity()
-    }
-    fn load(self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError> {
-        Ok(self.0)
-    }
-}
-
 impl ModuleLoader for Theatre {
     fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
-        fn props<D: BlockDomain>() -> Result<Box<dyn VerifiedModule>, LoadError> {
-            Ok(Box::new(Props(StaticModule::of::<D>())))
-        }
         match name {
-            "plain" => props::<Puppet<Plain>>(),
-            "wide" => props::<Puppet<Wide>>(),
-            "narrow" => props::<Puppet<Narrow>>(),
-            "other" => props::<Puppet<Other>>(),
+            "plain" => Ok(StaticModule::verified::<Puppet<Plain>>()),
+            "wide" => Ok(StaticModule::verified::<Puppet<Wide>>()),
+            "narrow" => Ok(StaticModule::verified::<Puppet<Narrow>>()),
+            "other" => Ok(StaticModule::verified::<Puppet<Other>>()),
             _ => Err(LoadError { code: "module_not_found", message: format!("there is no module `{name}`") }),
         }
     }

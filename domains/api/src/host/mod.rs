@@ -9,11 +9,13 @@
 
 #[cfg(feature = "conformance")]
 pub mod direct;
+mod linked;
 mod region;
 mod remains;
 mod services;
 mod tasks;
 
+pub use linked::StaticModule;
 pub use region::HostRegion;
 pub use remains::Resident;
 pub use services::HostServices;
@@ -587,54 +589,5 @@ impl Drop for QueueHandle {
         }
         // Release pairs with the Acquire in `attach`.
         self.instance.attached[self.queue.0 as usize].store(false, Ordering::Release);
-    }
-}
-
-/// A domain that is linked into this program instead of loaded: for tests and for measuring what the ABI costs.
-#[derive(Debug)]
-pub struct StaticModule {
-    vtable: &'static ModuleVtable,
-    description: Description,
-    identity: Identity,
-}
-
-impl StaticModule {
-    /// Wraps a domain.
-    ///
-    /// # Panics
-    /// If the domain's constants make no valid descriptor.
-    #[must_use]
-    pub fn of<D: crate::BlockDomain>() -> Box<dyn LoadedModule> {
-        let names = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
-        let description = Description {
-            name: D::NAME.to_owned(),
-            version: D::VERSION.to_owned(),
-            schema_name: D::SCHEMA_NAME.to_owned(),
-            schema: D::SCHEMA,
-            accepted_schemas: D::ACCEPTED_SCHEMAS.to_vec(),
-            params: names(D::PARAMS),
-            inherited: names(D::INHERITED),
-        };
-        Box::new(Self {
-            vtable: const { &crate::Exported::<D>::MODULE },
-            description,
-            identity: Identity { path: "(static)".to_owned(), ..Identity::default() },
-        })
-    }
-}
-
-// SAFETY: the table is a constant of this program.
-unsafe impl LoadedModule for StaticModule {
-    fn vtable(&self) -> *const ModuleVtable {
-        self.vtable
-    }
-    fn description(&self) -> &Description {
-        &self.description
-    }
-    fn identity(&self) -> &Identity {
-        &self.identity
-    }
-    fn unload(self: Box<Self>) -> Residency {
-        Residency::Gone
     }
 }
