@@ -44,7 +44,6 @@
 //! | `module_executable_stack` | wants an executable stack |
 //! | `module_link_error` | the dynamic linker refused it, e.g. for an undefined symbol |
 
-mod background;
 mod elf;
 mod error;
 mod find;
@@ -59,7 +58,6 @@ use domain_api::host::{Identity, LoadError, LoadedModule, ModuleLoader, Verified
 use error::printable;
 use map::{Loaded, Mapped};
 use sealed::Sealed;
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// Loads modules from files: a name from a list of directories, a path from where it points.
@@ -87,8 +85,7 @@ impl ModuleLoader for FileLoader {
     fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
         let path =
             find::find(&self.dirs, name).map_err(|e| e.about(&format!("domain `{}`", printable(name))))?;
-        // Copying and hashing takes about a millisecond of CPU time, more than all the rest of an upgrade.
-        let verified = background::run(|| verify_file(&path))
+        let verified = verify_file(&path)
             .map_err(|e| e.about(&format!("module `{}`", printable(&path.to_string_lossy()))))?;
         Ok(Box::new(verified))
     }
@@ -100,7 +97,7 @@ fn verify_file(path: &Path) -> Result<Verified, error::Error> {
     let facts = verify::inspect(&bytes)?;
     let identity = Identity {
         path: path.to_string_lossy().into_owned(),
-        sha256: hex(&Sha256::digest(&bytes[..])),
+        sha256: hex(sealed.sha256()),
         build_id: facts.build_id.map(hex),
     };
     Ok(Verified { description: facts.description, identity, sealed })

@@ -9,7 +9,8 @@
 //! Why so careful. `dlopen` compares *names* first: a path that was used before gives the old library, if that is still mapped, whatever
 //! the path leads to now. So each load goes through a spelling of `/proc/self/fd/N` that this process never used. And `dlclose`
 //! returns success for a library that stays, for instance because a live thread has yet to run a thread-local destructor of
-//! it. So what counts is `/proc/self/maps`.
+//! it. So what counts is what is mapped: if nothing is at the module's table any more, all of it is gone, because the linker unmaps a library with one call. If
+//! something is there, which may be another mapping already, `/proc/self/maps` tells; reading that takes as long as the unmapping.
 //!
 //! Invariants: the memfd stays open as long as the module is mapped, so that the path under which debuggers and backtraces know it
 //! leads to it, and not to what got its number next; a module is given back to the linker once.
@@ -22,7 +23,11 @@ use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_api::descriptor::Description;
 use domain_api::host::{Identity, LoadedModule, Residency, Resident};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Number of the next mapping. Only uniqueness matters, so nothing is ordered by it.
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// Modules that were given back and stayed. They are kept for their memfd only.
 static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
@@ -88,21 +93,22 @@ impl Mapped {
     /// Gives the module back and looks what became of it. Nothing happens the second time.
     fn shut(&mut self) -> Residency {
         let Some((library, sealed)) = self.parts.take() else { return Residency::Gone };
-        self.table = std::ptr::null();
+        let table = std::mem::replace(&mut self.table, std::ptr::null());
         let closed = library.close();
-        let maps = std::fs::read("/proc/self/maps");
-        let why = match (closed, maps) {
-            (Ok(()), Ok(maps)) if !sealed.is_in(&maps) => {
+        let there = || Ok(is_mapped(table) && sealed.is_in(&std::fs::read("/proc/self/maps")?));
+        let why = match (closed, there()) {
+            (Ok(()), Ok(false)) => {
                 drop(look_again());
+                sealed.give_back();
                 return Residency::Gone;
             }
-            (Ok(()), Ok(_)) => {
+            (Ok(()), Ok(true)) => {
                 "a live thread has yet to run a thread-local destructor of it, or another module refers to it; \
                  it goes when that has ended"
                     .to_owned()
             }
             (Err(e), _) => format!("dlclose failed: {}", printable(&e.to_string())),
-            (_, Err(e)) => format!("whether it is gone is unknown, /proc/self/maps cannot be read: {e}"),
+            (_, Err::<_, std::io::Error>(e)) => format!("whether it is gone is unknown, /proc/self/maps cannot be read: {e}"),
         };
         let reason = format!("module `{}` is still mapped: {why}", printable(&self.path));
         let number = sealed.number();
@@ -121,13 +127,26 @@ impl Drop for Mapped {
     }
 }
 
+/// Whether anything is mapped at `table`. Of a module that was refused before its table was found, nothing is known.
+fn is_mapped(table: *const ModuleVtable) -> bool {
+    if table.is_null() {
+        return true;
+    }
+    let page = table.map_addr(|address| address & !(rustix::param::page_size() - 1));
+    let mut residence = 0_u8;
+    // SAFETY: mincore(2) touches no memory but `residence`: a byte for each page asked about, which is one. The address need not be mapped.
+    let answer = unsafe { libc::mincore(page.cast_mut().cast(), 1, &raw mut residence) };
+    answer == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOMEM)
+}
+
 /// A path to the memfd that was never used in this process.
 ///
-/// The linker compares paths as text, the kernel does not care how often `/` and `/.` are repeated: so the copy's number is written in these
+/// The linker compares paths as text, the kernel does not care how often `/` and `/.` are repeated: so a number that was not used yet is written in these
 /// two, a binary digit each. The result has at most 2 * 64 characters more than the plain path.
 fn fresh_path(sealed: &Sealed) -> String {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let digits: String =
-        format!("{:b}", sealed.number()).chars().map(|digit| if digit == '1' { "/." } else { "/" }).collect();
+        format!("{number:b}").chars().map(|digit| if digit == '1' { "/." } else { "/" }).collect();
     format!("/proc{digits}/self/fd/{}", sealed.raw_fd())
 }
 
@@ -193,6 +212,7 @@ mod tests {
             assert!(path.len() < 200, "{path}");
             assert_eq!(std::fs::read(Path::new(&path)).unwrap(), round.to_le_bytes());
             assert!(seen.insert(path));
+            assert!(seen.insert(fresh_path(&sealed)), "not even for the same copy");
         }
     }
 }
