@@ -20,30 +20,20 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// What `aio` asks for, as far as it can be had here.
-    pub(crate) fn choose(host: Host, params: &Params) -> Result<Self, DomainError> {
+    ///
+    /// Only a user who insists is told now that it cannot: to make a ring takes as long as all else of preparing, and the queues do without anyway.
+    pub(crate) fn choose(params: &Params) -> Result<Self, DomainError> {
         let wanted = params.get("aio").unwrap_or("auto");
         if !["auto", "io_uring", "sync"].contains(&wanted) {
             return Err(DomainError::new(format!(
                 "parameter `aio` is `{wanted}`; use auto, io_uring or sync"
             )));
         }
-        let uring = match wanted {
-            "sync" => false,
-            _ => match Ring::probe() {
-                Ok(()) => true,
-                Err(error) if wanted == "auto" => {
-                    host.log(
-                        Level::Info,
-                        &format!("{}; requests are served by the workers", why_not(&error)),
-                    );
-                    false
-                }
-                Err(error) => {
-                    return Err(DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))));
-                }
-            },
-        };
-        Ok(Self { uring, said: AtomicBool::new(false) })
+        if wanted == "io_uring" {
+            Ring::probe()
+                .map_err(|error| DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))))?;
+        }
+        Ok(Self { uring: wanted != "sync", said: AtomicBool::new(false) })
     }
 
     /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.

@@ -61,7 +61,7 @@ impl BlockDomain for FileDisk {
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
         let serial = params.serial()?;
         let disk = Disk::new(host, Image::prepare(host, path, mode)?);
-        let engine = Engine::choose(host, params)?;
+        let engine = Engine::choose(params)?;
         Ok(Self { host, disk, engine, attached: AtomicU64::new(0), serial })
     }
 

@@ -127,6 +127,11 @@ impl Driver {
         })
     }
 
+    /// What traces count from.
+    pub(super) const fn epoch(&self) -> Instant {
+        self.epoch
+    }
+
     /// To end a run from outside.
     pub(super) fn stop(&self) -> Stop {
         self.stop.clone()

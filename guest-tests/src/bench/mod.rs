@@ -12,6 +12,7 @@
 //!
 //! The entrance is [`main`]; nothing here knows what is behind the daemon's sockets.
 
+mod awake;
 mod cells;
 mod cpu;
 mod data;

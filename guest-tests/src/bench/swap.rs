@@ -1,10 +1,14 @@
 //! Swaps under load: runs with twenty upgrades a second, and runs without, in turn on one connection.
+//!
+//! Two runs without upgrades differ, too, by several per cent at best. So there are many short ones, how they differ among themselves is said, and what an upgrade
+//! displaces is also measured within the runs: against the requests that were served in the milliseconds before it.
 
 use std::io;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::awake::Awake;
 use super::cells::image;
 use super::cpu::{self, Places};
 use super::drive::{Driver, Load, Measured, Mix, Wait};
@@ -15,6 +19,9 @@ use crate::daemon::Daemon;
 
 /// Twenty in a second.
 const INTERVAL: Duration = Duration::from_millis(50);
+
+/// How many pairs of runs each pair that was asked for is cut into.
+const PIECES: usize = 4;
 
 struct Run {
     iops: f64,
@@ -38,11 +45,13 @@ impl Run {
 
 /// Both domains that can be swapped, at both depths.
 pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
+    let awake = Awake::keep();
     println!(
-        "\nswap: {} pairs of runs of {} s with {} upgrades/s over the same without; sleeping client, 1 queue, 4 KiB, half writes",
-        options.pairs,
-        options.seconds,
-        1000 / INTERVAL.as_millis()
+        "\nswap: {} pairs of runs of {} s with {} upgrades/s over the same without; sleeping client, 1 queue, 4 KiB, half writes; {}",
+        options.pairs * PIECES,
+        options.seconds / PIECES as f64,
+        1000 / INTERVAL.as_millis(),
+        awake.describe(),
     );
     let depths: &[usize] = if options.quick { &[1] } else { &[1, 32] };
     let (_directory, path) = image("/dev/shm".as_ref(), 256 << 20)?;
@@ -70,25 +79,41 @@ fn cell(
     driver.warm_up(places.client)?;
     cpu::pin_workers(daemon.pid(), places.server)?;
     operator.upgrade()?;
-    let length = Duration::from_secs_f64(options.seconds);
+    let length = Duration::from_secs_f64(options.seconds / PIECES as f64);
     let (mut quiet, mut busy, mut upgrades): (Vec<Run>, Vec<Run>, Vec<Done>) = Default::default();
-    for pair in 0..options.pairs {
+    let mut displaced = Vec::new();
+    let pairs = options.pairs * PIECES;
+    for pair in 0..pairs {
         for with in if pair % 2 == 0 { [false, true] } else { [true, false] } {
             if with {
                 let beside = || operator.upgrade_every(INTERVAL, length);
-                let (measured, done) = driver.run_beside(length, false, places.client, beside)?;
+                let (measured, done) = driver.run_beside(length, true, places.client, beside)?;
                 sane(&measured)?;
-                upgrades.extend(done?);
+                let done = done?;
+                let begins =
+                    done.iter().map(|done| done.begin.duration_since(driver.epoch()).as_nanos() as u64);
+                displaced.extend(begins.filter_map(|begin| displaced_by(begin, &measured.trace)));
+                upgrades.extend(done);
                 busy.push(Run::new(&measured));
             } else {
-                quiet.push(Run::new(&driver.run_for(length, places.client)?));
+                // Traced as well, because that takes time, too.
+                let (measured, ()) = driver.run_beside(length, true, places.client, || {})?;
+                sane(&measured)?;
+                quiet.push(Run::new(&measured));
             }
         }
     }
     let values = |runs: &[Run], of: fn(&Run) -> f64| runs.iter().map(of).collect::<Vec<f64>>();
     let ratio = |of: fn(&Run) -> f64| Spread::of(ratios(&values(&busy, of), &values(&quiet, of)));
     let gaps = [&busy, &quiet].map(|runs| Spread::of(values(runs, |run| run.gap_ns)));
-    let rate = upgrades.len() as f64 / (options.pairs as f64 * options.seconds);
+    let rate = upgrades.len() as f64 / (pairs as f64 * length.as_secs_f64());
+    // Runs of neighbouring pairs, of which the order alternates, are neighbours in time.
+    let apart = |of: fn(&Run) -> f64| {
+        let (even, odd): (Vec<_>, Vec<_>) =
+            quiet.chunks_exact(2).map(|two| (of(&two[0]), of(&two[1]))).unzip();
+        Spread::of(ratios(&odd, &even))
+    };
+    let displaced = Spread::of(displaced);
     let label = format!("{domain} -> {domain}, depth {depth}");
     println!(
         "  {label:<26} {rate:.1} upgrades/s: requests/s x {}   p99.9 x {}   \
@@ -101,6 +126,18 @@ fn cell(
         time(gaps[0].max),
         time(gaps[1].max),
     );
+    println!(
+        "  {:<26} without upgrades, a run over the one before: requests/s x {}   p99.9 x {}",
+        "",
+        apart(|run| run.iops).show(times),
+        apart(|run| run.p999_ns).show(times),
+    );
+    println!(
+        "  {:<26} an upgrade displaces the requests of {} (median), {:.1} % of the time between two",
+        "",
+        time(displaced.median),
+        100.0 * displaced.median / INTERVAL.as_nanos() as f64,
+    );
     let total = print_total(&format!("{domain} -> {domain}, swap under this load"), &upgrades);
     Ok(json!({
         "label": label,
@@ -109,10 +146,27 @@ fn cell(
         "iops_ratio": ratio(|run| run.iops).json(),
         "p99.9_ratio": ratio(|run| run.p999_ns).json(),
         "longest_gap_median_ratio": gaps[0].median / gaps[1].median,
+        "iops_ratio_without": apart(|run| run.iops).json(),
+        "p99.9_ratio_without": apart(|run| run.p999_ns).json(),
+        "displaced_ns_median": displaced.median,
         "with": busy.iter().map(Run::json).collect::<Vec<_>>(),
         "without": quiet.iter().map(Run::json).collect::<Vec<_>>(),
         "command_to_reply": total,
     }))
+}
+
+/// The time, in nanoseconds, in which as many requests are served as are missing around the upgrade that began at `begin`. The measure is how many were served just
+/// before; what the machine does otherwise in this time makes it more or less, so only the median of many says something.
+fn displaced_by(begin: u64, trace: &[(u64, u64)]) -> Option<f64> {
+    let served = |from: u64, to: u64| {
+        (trace.partition_point(|&(at, _)| at < to) - trace.partition_point(|&(at, _)| at < from)) as f64
+    };
+    const MS: u64 = 1_000_000;
+    // The operator is awake a little earlier than its command. An upgrade rarely takes longer than this.
+    let (from, to) = (begin.checked_sub(MS / 2)?, begin + 12 * MS);
+    let before = served(from.checked_sub(6 * MS)?, from);
+    let in_time = trace.first()?.0 < from - 6 * MS && trace.last()?.0 > to;
+    (in_time && before > 0.0).then(|| (to - from) as f64 - served(from, to) / before * (6 * MS) as f64)
 }
 
 /// Nothing failed and nothing was left.
@@ -122,4 +176,24 @@ pub(super) fn sane(measured: &Measured) -> io::Result<()> {
         return Err(io::Error::other(format!("{failed} requests failed; stuck: {}", measured.aborted)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_displaced() {
+        const MS: u64 = 1_000_000;
+        // One request every 10 us, but none for 2 ms after 50 ms.
+        let trace: Vec<_> = (0..10_000)
+            .map(|i| (i * 10_000, 0))
+            .filter(|&(at, _)| !(50 * MS..52 * MS).contains(&at))
+            .collect();
+        let displaced = displaced_by(50 * MS, &trace).unwrap();
+        assert!((displaced - 2e6).abs() < 3e4, "{displaced}");
+        assert!(displaced_by(70 * MS, &trace).unwrap().abs() < 3e4);
+        assert_eq!(displaced_by(2 * MS, &trace), None, "nothing is known of the time before");
+        assert_eq!(displaced_by(95 * MS, &trace), None, "nor of the time after");
+    }
 }

@@ -54,6 +54,8 @@ pub(super) fn run(options: &Options) -> usize {
 
 /// A committed upgrade.
 pub(super) struct Done {
+    /// When the command was given.
+    pub begin: Instant,
     /// From the command to its reply, in nanoseconds.
     pub total_ns: f64,
     /// Gate shut to gate open.
@@ -84,7 +86,7 @@ impl Operator {
         let reply = self.control.request("upgrade", json!({ "name": name, "mode": self.mode }));
         let total_ns = begin.elapsed().as_nanos() as f64;
         let reply = reply.map_err(|e| io::Error::other(format!("upgrade to {name}: {}", e.message)))?;
-        Ok(Done { total_ns, pause_ns: pause_ns(&reply), phases: reply["phases_us"].clone() })
+        Ok(Done { begin, total_ns, pause_ns: pause_ns(&reply), phases: reply["phases_us"].clone() })
     }
 
     /// Upgrades every so often, for a time.
