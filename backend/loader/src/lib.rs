@@ -47,6 +47,7 @@
 mod elf;
 mod error;
 mod find;
+mod kept;
 mod map;
 mod sealed;
 mod verify;
@@ -92,14 +93,16 @@ impl ModuleLoader for FileLoader {
 }
 
 fn verify_file(path: &Path) -> Result<Verified, error::Error> {
-    let sealed = Sealed::copy_of(path)?;
+    let mut file = sealed::open(path)?;
+    let name = path.to_string_lossy().into_owned();
+    if let Some(mut kept) = kept::take(&mut file)? {
+        kept.identity.path = name;
+        return Ok(kept);
+    }
+    let sealed = Sealed::copy_of(&mut file, path)?;
     let bytes = sealed.bytes()?;
     let facts = verify::inspect(&bytes)?;
-    let identity = Identity {
-        path: path.to_string_lossy().into_owned(),
-        sha256: hex(sealed.sha256()),
-        build_id: facts.build_id.map(hex),
-    };
+    let identity = Identity { path: name, sha256: hex(sealed.sha256()), build_id: facts.build_id.map(hex) };
     Ok(Verified { description: facts.description, identity, sealed })
 }
 

@@ -19,6 +19,7 @@
 
 use crate::error::{Error, printable};
 use crate::sealed::Sealed;
+use crate::{Verified, kept};
 use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_api::descriptor::Description;
 use domain_api::host::{Identity, LoadedModule, Residency, Resident};
@@ -90,17 +91,16 @@ impl Mapped {
         Ok(mapped)
     }
 
-    /// Gives the module back and looks what became of it. Nothing happens the second time.
-    fn shut(&mut self) -> Residency {
-        let Some((library, sealed)) = self.parts.take() else { return Residency::Gone };
+    /// Gives the module back and looks what became of it. If it is gone, its copy is left. Nothing happens the second time.
+    fn shut(&mut self) -> Result<Option<Sealed>, Resident> {
+        let Some((library, sealed)) = self.parts.take() else { return Ok(None) };
         let table = std::mem::replace(&mut self.table, std::ptr::null());
         let closed = library.close();
         let there = || Ok(is_mapped(table) && sealed.is_in(&std::fs::read("/proc/self/maps")?));
         let why = match (closed, there()) {
             (Ok(()), Ok(false)) => {
                 drop(look_again());
-                sealed.give_back();
-                return Residency::Gone;
+                return Ok(Some(sealed));
             }
             (Ok(()), Ok(true)) => {
                 "a live thread has yet to run a thread-local destructor of it, or another module refers to it; \
@@ -117,7 +117,7 @@ impl Mapped {
             .unwrap_or_else(PoisonError::into_inner)
             .push((sealed, std::mem::take(&mut self.path)));
         let is_gone = move || look_again().iter().all(|(sealed, _)| sealed.number() != number);
-        Residency::Resident(Resident::new(&reason, is_gone))
+        Err(Resident::new(&reason, is_gone))
     }
 }
 
@@ -189,7 +189,16 @@ unsafe impl LoadedModule for Loaded {
     }
 
     fn unload(mut self: Box<Self>) -> Residency {
-        self.mapped.shut()
+        match self.mapped.shut() {
+            Ok(sealed) => {
+                let Self { description, identity, .. } = *self;
+                if let Some(sealed) = sealed {
+                    kept::keep(Verified { sealed, description, identity });
+                }
+                Residency::Gone
+            }
+            Err(left) => Residency::Resident(left),
+        }
     }
 }
 
@@ -197,6 +206,7 @@ unsafe impl LoadedModule for Loaded {
 mod tests {
     use super::*;
     use std::collections::HashSet;
+    use std::fs::File;
     use std::path::Path;
 
     #[test]
@@ -207,7 +217,7 @@ mod tests {
             let file = dir.path().join("m");
             std::fs::write(&file, round.to_le_bytes()).unwrap();
             // Dropped at once, so that all have the same descriptor number.
-            let sealed = Sealed::copy_of(&file).unwrap();
+            let sealed = Sealed::copy_of(&mut File::open(&file).unwrap(), &file).unwrap();
             let path = fresh_path(&sealed);
             assert!(path.len() < 200, "{path}");
             assert_eq!(std::fs::read(Path::new(&path)).unwrap(), round.to_le_bytes());

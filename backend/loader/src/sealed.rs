@@ -6,9 +6,6 @@
 //! It is copied in pieces that stay in the processor's cache, each hashed on its way: a fresh page costs 2 us here, so that a buffer for the whole
 //! file would take half a millisecond for half a megabyte, more than reading, hashing and writing it.
 //!
-//! The copy that was given back last is kept: half of what verifying takes is making a copy, and upgrading to the same module again, with other
-//! parameters or after a refusal, does not need another one. Whether it is the same is decided by comparing all of the bytes.
-//!
 //! Invariant: a [`Sealed`] that exists carries all four seals; its bytes and its size never change again, for nobody, through no
 //! descriptor. Its name is unique in this process, so that its mappings can be recognised in `/proc/self/maps`.
 
@@ -17,21 +14,14 @@ use memmap2::{Mmap, MmapOptions};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use sha2::{Digest, Sha256};
 use std::fs::{File, FileType};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Largest module that is read.
 const LIMIT: u64 = 64 << 20;
-
-/// Largest copy that is kept.
-const KEEP_LIMIT: u64 = 4 << 20;
-
-/// The copy that was given back last. Nobody has it mapped.
-static KEPT: Mutex<Option<Sealed>> = Mutex::new(None);
 
 /// Number of the next copy. Only uniqueness matters, so nothing is ordered by it.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -54,26 +44,40 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
-    /// Reads the file at `path`, once.
-    pub(crate) fn copy_of(path: &Path) -> Result<Self, Error> {
-        let mut file = open(path)?;
-        if let Some(kept) = kept_copy_of(&mut file)? {
-            return Ok(kept);
-        }
+    /// Reads `file`, once, from where it is; `path` is for its name.
+    pub(crate) fn copy_of(file: &mut File, path: &Path) -> Result<Self, Error> {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("hotswap-module-{number}-{}", label(path));
         let mut memfd = create(&name).map_err(Error::NotSealed)?;
-        let (len, sha256) = copy(&mut file, &mut memfd)?;
+        let (len, sha256) = copy(file, &mut memfd)?;
         let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, all).map_err(|e| Error::NotSealed(e.into()))?;
         Ok(Self { memfd, name, number, len, sha256 })
     }
 
-    /// Takes a copy back that nobody has mapped any more.
-    pub(crate) fn give_back(self) {
-        if self.len <= KEEP_LIMIT {
-            *kept() = Some(self);
+    /// Whether `file`, from where it is, has the same bytes.
+    pub(crate) fn is_copy_of(&self, file: &mut File) -> io::Result<bool> {
+        let (mut piece, mut copied) = (Piece([0; _]), Piece([0; _]));
+        let mut at = 0;
+        loop {
+            let len = read(file, &mut piece)?;
+            if len == 0 {
+                return Ok(at == self.len);
+            }
+            if len as u64 > self.len - at {
+                return Ok(false);
+            }
+            self.memfd.read_exact_at(&mut copied.0[..len], at)?;
+            if piece.0[..len] != copied.0[..len] {
+                return Ok(false);
+            }
+            at += len as u64;
         }
+    }
+
+    /// How many bytes it has.
+    pub(crate) const fn len(&self) -> u64 {
+        self.len
     }
 
     /// SHA-256 of the copy's bytes.
@@ -105,7 +109,8 @@ impl Sealed {
     }
 }
 
-fn open(path: &Path) -> Result<File, Error> {
+/// Opens what may be a module.
+pub(crate) fn open(path: &Path) -> Result<File, Error> {
     // NONBLOCK: opening a FIFO without a writer must fail the check below, not wait. Regular files do not care.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -123,41 +128,6 @@ fn open(path: &Path) -> Result<File, Error> {
         return Err(Error::TooLarge { len: metadata.len(), limit: LIMIT });
     }
     Ok(file)
-}
-
-fn kept() -> MutexGuard<'static, Option<Sealed>> {
-    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The kept copy, if `file` has the same contents; otherwise it stays, and `file` is at its beginning again.
-fn kept_copy_of(file: &mut File) -> Result<Option<Sealed>, Error> {
-    let Some(candidate) = kept().take() else { return Ok(None) };
-    if is_same(file, &candidate).map_err(Error::Unreadable)? {
-        return Ok(Some(candidate));
-    }
-    kept().get_or_insert(candidate);
-    file.rewind().map_err(Error::Unreadable)?;
-    Ok(None)
-}
-
-/// Whether `file`, from here on, has the bytes of `copy`. Other modules differ in the first piece: the build ID is there.
-fn is_same(file: &mut File, copy: &Sealed) -> io::Result<bool> {
-    let (mut piece, mut copied) = (Piece([0; _]), Piece([0; _]));
-    let mut at = 0;
-    loop {
-        let len = read(file, &mut piece)?;
-        if len == 0 {
-            return Ok(at == copy.len);
-        }
-        if len as u64 > copy.len - at {
-            return Ok(false);
-        }
-        copy.memfd.read_exact_at(&mut copied.0[..len], at)?;
-        if piece.0[..len] != copied.0[..len] {
-            return Ok(false);
-        }
-        at += len as u64;
-    }
 }
 
 /// As `Read::read`, through interruptions.
@@ -221,12 +191,16 @@ fn label(path: &Path) -> String {
 mod tests {
     use super::*;
 
+    fn copied(path: &Path) -> Sealed {
+        Sealed::copy_of(&mut open(path).unwrap(), path).unwrap()
+    }
+
     #[test]
     fn a_copy_cannot_be_changed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("libdomain_x y.so");
         std::fs::write(&path, b"contents").unwrap();
-        let sealed = Sealed::copy_of(&path).unwrap();
+        let sealed = copied(&path);
         std::fs::write(&path, b"other contents").unwrap();
         assert!(sealed.name.ends_with("-x_y"), "{}", sealed.name);
         let again = File::options()
@@ -244,34 +218,27 @@ mod tests {
     }
 
     #[test]
-    fn the_copy_that_was_given_back_is_taken_again_for_the_same_bytes_only() {
-        // The only test that gives copies back, because what is kept is the process's.
+    fn a_copy_knows_its_bytes() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, copied) = (dir.path().join("m"), |path| Sealed::copy_of(path).unwrap());
+        let path = dir.path().join("m");
         // More than one piece, and not a whole number of them.
         let contents: Vec<u8> = (0..100_000_u32).map(|i| (i % 251) as u8).collect();
         std::fs::write(&path, &contents).unwrap();
-        let first = copied(&path);
-        assert_ne!(copied(&path).number(), first.number(), "a copy in use is not shared");
-        let (number, sha256) = (first.number(), *first.sha256());
-        assert_eq!(sha256, <[u8; 32]>::from(Sha256::digest(&contents)));
-        first.give_back();
-        let other = |change: &dyn Fn(&mut Vec<u8>)| {
+        let copy = copied(&path);
+        assert_eq!(copy.sha256(), &<[u8; 32]>::from(Sha256::digest(&contents)));
+        assert_eq!((&copy.bytes().unwrap()[..], copy.len()), (&contents[..], 100_000));
+        let is_same = |change: &dyn Fn(&mut Vec<u8>)| {
             let mut changed = contents.clone();
             change(&mut changed);
             std::fs::write(&path, &changed).unwrap();
-            let copy = copied(&path);
-            assert_eq!(copy.sha256(), &<[u8; 32]>::from(Sha256::digest(&changed)));
-            assert_eq!(&copy.bytes().unwrap()[..], changed);
-            copy.number() != number
+            copy.is_copy_of(&mut open(&path).unwrap()).unwrap()
         };
-        assert!(other(&|bytes| bytes[0] ^= 1));
-        assert!(other(&|bytes| bytes[99_999] ^= 1));
-        assert!(other(&|bytes| bytes.push(0)));
-        assert!(other(&|bytes| bytes.truncate(99_999)));
-        assert!(other(&|bytes| bytes.truncate(PIECE)));
-        assert!(!other(&|_| ()), "it was kept until it fitted");
-        assert!(other(&|_| ()), "and is nobody else's then");
+        assert!(is_same(&|_| ()));
+        assert!(!is_same(&|bytes| bytes[0] ^= 1));
+        assert!(!is_same(&|bytes| bytes[99_999] ^= 1));
+        assert!(!is_same(&|bytes| bytes.push(0)));
+        assert!(!is_same(&|bytes| bytes.truncate(99_999)));
+        assert!(!is_same(&|bytes| bytes.truncate(PIECE)));
     }
 
     #[test]
@@ -279,7 +246,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m");
         std::fs::write(&path, b"contents").unwrap();
-        let (mapped, other) = (Sealed::copy_of(&path).unwrap(), Sealed::copy_of(&path).unwrap());
+        let (mapped, other) = (copied(&path), copied(&path));
         let maps = || std::fs::read("/proc/self/maps").unwrap();
         let bytes = mapped.bytes().unwrap();
         assert!(mapped.is_in(&maps()));

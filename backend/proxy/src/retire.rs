@@ -25,6 +25,9 @@ use std::time::{Duration, Instant};
 /// How long a committed change waits for its predecessor to be let go before it reports it as resident.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// About as long as it takes a worker to be woken and to attach.
+const SOON: Duration = Duration::from_micros(50);
+
 /// How often an instance that is leaving is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -146,7 +149,12 @@ impl DomainProxy {
                 }
             }
         }
-        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there.
+        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there. They are on their way already, most
+        // often on another CPU: to sleep at once would cost them and us more than it takes them to come.
+        let awaited = Instant::now() + SOON;
+        while Arc::strong_count(&leaving.member.instance) > 1 && Instant::now() < awaited {
+            std::hint::spin_loop();
+        }
         let mut looks = 0u32;
         while Arc::strong_count(&leaving.member.instance) > 1 {
             if Instant::now() >= deadline || not_now() {
