@@ -18,7 +18,7 @@ use super::options::Options;
 use super::server::Recipe;
 use super::stats::{Spread, rate, ratios, time, times};
 use super::svg::{self, Bar};
-use super::{attempt, idle, in_guest, save, save_json};
+use super::{attempt, idle, in_guest, queues, save, save_json};
 
 /// One run of one contender.
 struct Run {
@@ -95,6 +95,9 @@ pub(super) fn run(options: &Options) -> usize {
     }
     let wanted = |name: &str| selection.glob.is_none_or(|glob| cells::matches(glob, name));
     let mut more = serde_json::Map::new();
+    if wanted("queues") {
+        more.extend(attempt("queues", &mut failures, || queues::run(options)).map(|v| ("queues".into(), v)));
+    }
     if wanted("ceiling") {
         more.extend(
             attempt("ceiling", &mut failures, || ceiling(places)).map(|v| ("client_ceiling".into(), v)),

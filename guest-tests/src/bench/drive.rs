@@ -108,23 +108,35 @@ impl Driver {
 
     /// Connects; traces count from `epoch`.
     pub(super) fn connect_at(socket: &Path, load: Load, epoch: Instant) -> io::Result<Driver> {
+        let mut drivers = Driver::connect_all(socket, load, 1, epoch)?;
+        drivers.pop().ok_or_else(|| io::Error::other("no queue"))
+    }
+
+    /// Connects; each of the `queues` has a driver of its own.
+    pub(super) fn connect_queues(socket: &Path, load: Load, queues: usize) -> io::Result<Vec<Driver>> {
+        Driver::connect_all(socket, load, queues, Instant::now())
+    }
+
+    fn connect_all(socket: &Path, load: Load, queues: usize, epoch: Instant) -> io::Result<Vec<Driver>> {
         let queue_size = (load.depth * CHAIN).next_power_of_two().max(64) as u16;
-        let options = Options { queue_size, slot_bytes: load.bytes.max(4096), ..Options::default() };
+        let options = Options { queues, queue_size, slot_bytes: load.bytes.max(4096), ..Options::default() };
         let client = Client::connect(socket, &options)?;
         let blocks = client.capacity() / load.bytes as u64;
-        let queue = client.into_queues().pop().ok_or_else(|| io::Error::other("no queue"))?;
-        let queue = FastQueue::new(queue, load.depth)?;
-        let stop = Stop { flag: Arc::default(), waker: queue.waker() };
-        Ok(Driver {
-            queue,
-            load,
-            blocks,
-            random: 0x9e37_79b9_7f4a_7c15,
-            epoch,
-            started: vec![0; load.depth],
-            done: Vec::with_capacity(load.depth),
-            stop,
-        })
+        let driver = |(index, queue)| {
+            let queue = FastQueue::new(queue, load.depth)?;
+            let stop = Stop { flag: Arc::default(), waker: queue.waker() };
+            Ok(Driver {
+                queue,
+                load,
+                blocks,
+                random: 0x9e37_79b9_7f4a_7c15 + index as u64,
+                epoch,
+                started: vec![0; load.depth],
+                done: Vec::with_capacity(load.depth),
+                stop,
+            })
+        };
+        client.into_queues().into_iter().enumerate().map(driver).collect()
     }
 
     /// What traces count from.

@@ -23,6 +23,7 @@ mod idle;
 mod in_guest;
 mod machine;
 mod options;
+mod queues;
 mod rendezvous;
 mod restart;
 mod server;
