@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::awake::Awake;
 use super::cells::{self, Cell, Contender, Images, Selection};
 use super::cpu::{self, Places};
 use super::drive::{Driver, Load, Mix, Wait};
@@ -76,7 +77,9 @@ pub(super) fn run(options: &Options) -> usize {
         machine.print_end();
         return failures;
     }
-    println!("{}; the daemon's --poll-us by default: {poll}\n", places.describe());
+    let awake = options.awake.then(Awake::keep);
+    let describe = awake.as_ref().map_or("CPUs may sleep", Awake::describe);
+    println!("{}; {describe}; the daemon's --poll-us by default: {poll}\n", places.describe());
 
     let list = cells::list(&selection);
     let mut images = Images::new(options.disk_dir.clone());
@@ -261,6 +264,7 @@ fn finish(options: &Options, machine: &Machine, places: Places, outcomes: &[Outc
         "benchmark": "data",
         "machine": machine.json(),
         "pinning": places.describe(),
+        "awake": options.awake,
         "rounds": options.pairs,
         "seconds_per_run": options.seconds,
         "cells": outcomes.iter().map(Outcome::json).collect::<Vec<_>>(),

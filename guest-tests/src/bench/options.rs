@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::cells;
 
 pub(super) const USAGE: &str = "\
-usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--idle-seconds S] [--guest] [--no-pin]
+usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--idle-seconds S] [--guest] [--awake] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
        scripts/bench upgrade [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--upgrades N] [--guest] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
@@ -22,6 +22,8 @@ usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--
   --idle-seconds S how long an idle daemon is watched (10)
   --upgrades N     handovers of each kind (200)
   --guest          also (upgrade) or only (data) with fio in a guest; slow
+  --awake          keep idle CPUs looking for work, so that to be woken costs what it does on a machine of one's own; parts
+                   that compare what sleeps with itself (swap, queues) always do
   --no-pin         let client and server (in `upgrade`: its workers) not have a CPU each
   --disk-dir DIR   where image files on a disk are put (the target directory)
   --json FILE, --svg FILE   where results go (bench/NAME.json and .svg in the target directory)";
@@ -39,6 +41,7 @@ pub(super) struct Options {
     pub kind: Kind,
     pub quick: bool,
     pub guest: bool,
+    pub awake: bool,
     pub pin: bool,
     pub cells: Option<String>,
     pub pairs: usize,
@@ -63,6 +66,7 @@ impl Options {
             kind,
             quick: false,
             guest: false,
+            awake: false,
             pin: true,
             cells: None,
             pairs: 0,
@@ -79,6 +83,7 @@ impl Options {
             match option.as_str() {
                 "--quick" => options.quick = true,
                 "--guest" => options.guest = true,
+                "--awake" if data => options.awake = true,
                 "--no-pin" => options.pin = false,
                 "--cells" => options.cells = Some(value()?.clone()),
                 "--idle-seconds" if data => options.idle_seconds = positive(option, value()?)?,
