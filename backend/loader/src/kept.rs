@@ -1,42 +1,49 @@
-//! The module that was unloaded last is kept, verified as it is, in case it comes back.
+//! The modules that were unloaded last are kept, checked as they are, in case one comes back.
 //!
-//! Why: most of what verifying takes is making the copy and hashing it, and to upgrade to the same module again, with other parameters, after a refusal or back and
-//! forth, needs neither. Whether it is the same is decided by comparing all of the bytes; nothing is believed of a file's times.
+//! Why: most of what verifying takes is making the copy and hashing it, and to upgrade to the same module again, back and forth, with other parameters or after a
+//! refusal, needs neither. Whether it is the same is decided by comparing all of the bytes; nothing is believed of a file's times.
 //!
 //! Invariant: what is kept is mapped nowhere; whoever takes it has it alone, so two loads still never share a mapping.
-//!
-//! Deliberately absent: more than one, and large ones.
 
-use crate::Verified;
-use crate::error::Error;
+use crate::Checked;
 use std::fs::File;
 use std::io::Seek;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Largest module that is kept, in bytes.
+/// Most bytes that are kept.
 const LIMIT: u64 = 4 << 20;
+/// Most modules that are kept.
+const MOST: usize = 8;
 
-static KEPT: Mutex<Option<Verified>> = Mutex::new(None);
+/// The oldest first; no two of the same bytes.
+static KEPT: Mutex<Vec<Checked>> = Mutex::new(Vec::new());
 
-fn kept() -> MutexGuard<'static, Option<Verified>> {
+fn kept() -> MutexGuard<'static, Vec<Checked>> {
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Keeps a module that is mapped no more, in place of the one before.
-pub(crate) fn keep(module: Verified) {
-    if module.sealed.len() <= LIMIT {
-        *kept() = Some(module);
+/// Keeps a module that is mapped nowhere, if need be in place of the oldest ones.
+pub(crate) fn keep(module: Checked) {
+    let mut kept = kept();
+    kept.retain(|other| other.sealed.sha256() != module.sealed.sha256());
+    kept.push(module);
+    while kept.len() > MOST || kept.iter().map(|module| module.sealed.len()).sum::<u64>() > LIMIT {
+        kept.remove(0);
     }
 }
 
-/// Takes the kept module if `file`, from its beginning, has the same bytes. If not, it stays, and `file` is at its beginning again.
-pub(crate) fn take(file: &mut File) -> Result<Option<Verified>, Error> {
-    let Some(candidate) = kept().take() else { return Ok(None) };
-    // Other modules differ in the first piece: the build ID is there.
-    if candidate.sealed.is_copy_of(file).map_err(Error::Unreadable)? {
-        return Ok(Some(candidate));
+/// Takes the kept module that has the bytes of `file`, which is `len` long and at its beginning. If there is none, `file` is there again.
+pub(crate) fn take(file: &mut File, len: u64) -> Option<Checked> {
+    let candidates: Vec<_> = kept().extract_if(.., |module| module.sealed.len() == len).collect();
+    let mut found = None;
+    for candidate in candidates {
+        // Different modules of one length differ in the first piece: the build ID is there. Whoever cannot read the file will be told when it is copied.
+        if found.is_none() && matches!(candidate.sealed.is_copy_of(file), Ok(true)) {
+            found = Some(candidate);
+            continue;
+        }
+        let _ = file.rewind();
+        keep(candidate);
     }
-    kept().get_or_insert(candidate);
-    file.rewind().map_err(Error::Unreadable)?;
-    Ok(None)
+    found
 }

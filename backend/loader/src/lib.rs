@@ -8,7 +8,7 @@
 //! * what is checked, hashed and mapped are the same bytes: a private copy in a sealed memfd; the
 //!   file may be overwritten, truncated or deleted at any time;
 //! * nothing of a module runs before [`VerifiedModule::load`], and no bytes make the checks panic;
-//! * two loads never share a mapping, and a module is only called gone after a look into `/proc/self/maps`;
+//! * two loads never share a mapping, and a module is only called gone after a look at what is mapped;
 //! * a wrong name is an error that lists the right ones, never another module.
 //!
 //! **A check is no trust.** ELF constructors run inside `dlopen`, before any `catch_unwind` of ours or of the module's: a
@@ -93,17 +93,17 @@ impl ModuleLoader for FileLoader {
 }
 
 fn verify_file(path: &Path) -> Result<Verified, error::Error> {
-    let mut file = sealed::open(path)?;
+    let (mut file, len) = sealed::open(path)?;
     let name = path.to_string_lossy().into_owned();
-    if let Some(mut kept) = kept::take(&mut file)? {
+    if let Some(mut kept) = kept::take(&mut file, len) {
         kept.identity.path = name;
-        return Ok(kept);
+        return Ok(Verified(Some(kept)));
     }
     let sealed = Sealed::copy_of(&mut file, path)?;
     let bytes = sealed.bytes()?;
     let facts = verify::inspect(&bytes)?;
     let identity = Identity { path: name, sha256: hex(sealed.sha256()), build_id: facts.build_id.map(hex) };
-    Ok(Verified { description: facts.description, identity, sealed })
+    Ok(Verified(Some(Checked { description: facts.description, identity, sealed })))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -114,25 +114,44 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// A checked copy, not mapped yet. Dropping it forgets the copy.
+/// A copy that was checked, and is mapped nowhere.
 #[derive(Debug)]
-struct Verified {
+struct Checked {
     sealed: Sealed,
     description: Description,
     identity: Identity,
 }
 
+/// A copy that was checked, for somebody who asked. What is not loaded is kept.
+#[derive(Debug)]
+struct Verified(Option<Checked>);
+
+impl Verified {
+    fn checked(&self) -> &Checked {
+        self.0.as_ref().expect("only loading and dropping take it, and end this value")
+    }
+}
+
+impl Drop for Verified {
+    fn drop(&mut self) {
+        if let Some(checked) = self.0.take() {
+            kept::keep(checked);
+        }
+    }
+}
+
 impl VerifiedModule for Verified {
     fn description(&self) -> &Description {
-        &self.description
+        &self.checked().description
     }
 
     fn identity(&self) -> &Identity {
-        &self.identity
+        &self.checked().identity
     }
 
-    fn load(self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError> {
-        let Self { sealed, description, identity } = *self;
+    fn load(mut self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError> {
+        let Checked { sealed, description, identity } =
+            self.0.take().expect("only loading and dropping take it, and end this value");
         let mapped = Mapped::open(sealed, &identity.path)
             .map_err(|e| e.about(&format!("module `{}`", printable(&identity.path))))?;
         Ok(Box::new(Loaded::new(mapped, description, identity)))

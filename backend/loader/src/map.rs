@@ -19,7 +19,7 @@
 
 use crate::error::{Error, printable};
 use crate::sealed::Sealed;
-use crate::{Verified, kept};
+use crate::{Checked, kept};
 use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_api::descriptor::Description;
 use domain_api::host::{Identity, LoadedModule, Residency, Resident};
@@ -193,7 +193,7 @@ unsafe impl LoadedModule for Loaded {
             Ok(sealed) => {
                 let Self { description, identity, .. } = *self;
                 if let Some(sealed) = sealed {
-                    kept::keep(Verified { sealed, description, identity });
+                    kept::keep(Checked { sealed, description, identity });
                 }
                 Residency::Gone
             }

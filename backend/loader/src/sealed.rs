@@ -1,9 +1,9 @@
 //! The private copy of a module: a memfd that nobody can change any more.
 //!
 //! Why: whoever overwrites a mapped file in place changes or kills the running code, and a file that is checked and then
-//! opened again may be another one. So the file is read once, and everything after that sees the copy.
+//! opened again may be another one. So the file is copied, and everything after that, the hash too, is of the sealed copy.
 //!
-//! It is copied in pieces that stay in the processor's cache, each hashed on its way: a fresh page costs 2 us here, so that a buffer for the whole
+//! All that goes piece by piece, through a buffer that stays in the processor's cache: a fresh page costs 2 us here, so that a buffer for the whole
 //! file would take half a millisecond for half a megabyte, more than reading, hashing and writing it.
 //!
 //! Invariant: a [`Sealed`] that exists carries all four seals; its bytes and its size never change again, for nobody, through no
@@ -49,9 +49,11 @@ impl Sealed {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("hotswap-module-{number}-{}", label(path));
         let mut memfd = create(&name).map_err(Error::NotSealed)?;
-        let (len, sha256) = copy(file, &mut memfd)?;
+        let len = copy(file, &mut memfd)?;
         let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, all).map_err(|e| Error::NotSealed(e.into()))?;
+        // Not on its way into the copy, which others could change until now.
+        let sha256 = hash(&memfd, len).map_err(Error::NotSealed)?;
         Ok(Self { memfd, name, number, len, sha256 })
     }
 
@@ -88,7 +90,7 @@ impl Sealed {
     /// The copy's bytes.
     pub(crate) fn bytes(&self) -> Result<Mmap, Error> {
         // SAFETY: a mapped file may be used as bytes if nobody changes or shortens it while it is mapped; the seals forbid both to
-        // everybody (`seal`, the only place where `memfd` comes from).
+        // everybody (`copy_of`, the only place where `memfd` comes from).
         unsafe { MmapOptions::new().map_copy_read_only(&self.memfd) }.map_err(Error::NotSealed)
     }
 
@@ -109,8 +111,8 @@ impl Sealed {
     }
 }
 
-/// Opens what may be a module.
-pub(crate) fn open(path: &Path) -> Result<File, Error> {
+/// Opens what may be a module, and says how long it is.
+pub(crate) fn open(path: &Path) -> Result<(File, u64), Error> {
     // NONBLOCK: opening a FIFO without a writer must fail the check below, not wait. Regular files do not care.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -127,7 +129,7 @@ pub(crate) fn open(path: &Path) -> Result<File, Error> {
     if metadata.len() > LIMIT {
         return Err(Error::TooLarge { len: metadata.len(), limit: LIMIT });
     }
-    Ok(file)
+    Ok((file, metadata.len()))
 }
 
 /// As `Read::read`, through interruptions.
@@ -140,10 +142,24 @@ fn read(file: &mut File, piece: &mut Piece) -> io::Result<usize> {
     }
 }
 
-/// Copies all of `from`, and says what it was: its length and SHA-256.
-fn copy(from: &mut File, to: &mut File) -> Result<(u64, [u8; 32]), Error> {
+/// SHA-256 of the first `len` bytes of `file`.
+fn hash(file: &File, len: u64) -> io::Result<[u8; 32]> {
     let mut piece = Piece([0; _]);
-    let (mut hash, mut total) = (Sha256::new(), 0);
+    let mut hash = Sha256::new();
+    let mut at = 0;
+    while at < len {
+        let part = &mut piece.0[..(len - at).min(PIECE as u64) as usize];
+        file.read_exact_at(part, at)?;
+        hash.update(&*part);
+        at += part.len() as u64;
+    }
+    Ok(hash.finalize().into())
+}
+
+/// Copies all of `from`, and says how many bytes that were.
+fn copy(from: &mut File, to: &mut File) -> Result<u64, Error> {
+    let mut piece = Piece([0; _]);
+    let mut total = 0;
     loop {
         let len = read(from, &mut piece).map_err(Error::Unreadable)?;
         if len == 0 {
@@ -154,10 +170,9 @@ fn copy(from: &mut File, to: &mut File) -> Result<(u64, [u8; 32]), Error> {
         if total > LIMIT {
             return Err(Error::TooLarge { len: total, limit: LIMIT });
         }
-        hash.update(&piece.0[..len]);
         to.write_all(&piece.0[..len]).map_err(Error::NotSealed)?;
     }
-    if total == 0 { Err(Error::Empty) } else { Ok((total, hash.finalize().into())) }
+    if total == 0 { Err(Error::Empty) } else { Ok(total) }
 }
 
 fn kind(file_type: FileType) -> &'static str {
@@ -192,7 +207,7 @@ mod tests {
     use super::*;
 
     fn copied(path: &Path) -> Sealed {
-        Sealed::copy_of(&mut open(path).unwrap(), path).unwrap()
+        Sealed::copy_of(&mut open(path).unwrap().0, path).unwrap()
     }
 
     #[test]
@@ -231,7 +246,7 @@ mod tests {
             let mut changed = contents.clone();
             change(&mut changed);
             std::fs::write(&path, &changed).unwrap();
-            copy.is_copy_of(&mut open(&path).unwrap()).unwrap()
+            copy.is_copy_of(&mut open(&path).unwrap().0).unwrap()
         };
         assert!(is_same(&|_| ()));
         assert!(!is_same(&|bytes| bytes[0] ^= 1));

@@ -149,9 +149,9 @@ impl DomainProxy {
                 }
             }
         }
-        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there. They are on their way already, most
+        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there. They are on their way by now, most
         // often on another CPU: to sleep at once would cost them and us more than it takes them to come.
-        let awaited = Instant::now() + SOON;
+        let awaited = deadline.min(Instant::now() + SOON);
         while Arc::strong_count(&leaving.member.instance) > 1 && Instant::now() < awaited {
             std::hint::spin_loop();
         }

@@ -14,14 +14,16 @@ const DEPTH: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Engine {
     uring: bool,
+    /// How loudly to say that there is none: it may not have been asked for.
+    loud: Level,
     /// It was said that a queue does without.
     said: AtomicBool,
 }
 
 impl Engine {
-    /// What `aio` asks for, as far as it can be had here.
+    /// What `aio` asks for.
     ///
-    /// Only a user who insists is told now that it cannot: to make a ring takes as long as all else of preparing, and the queues do without anyway.
+    /// Only a user who insists is told now that it cannot be had: to make a ring takes as long as all else of preparing, and the queues do without anyway.
     pub(crate) fn choose(params: &Params) -> Result<Self, DomainError> {
         let wanted = params.get("aio").unwrap_or("auto");
         if !["auto", "io_uring", "sync"].contains(&wanted) {
@@ -33,7 +35,8 @@ impl Engine {
             Ring::probe()
                 .map_err(|error| DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))))?;
         }
-        Ok(Self { uring: wanted != "sync", said: AtomicBool::new(false) })
+        let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
+        Ok(Self { uring: wanted != "sync", loud, said: AtomicBool::new(false) })
     }
 
     /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.
@@ -50,7 +53,7 @@ impl Engine {
                 if !self.said.swap(true, Ordering::Relaxed) {
                     let line =
                         format!("queue {}: {}; its worker serves its requests", index.0, why_not(error));
-                    host.log(Level::Warn, &line);
+                    host.log(self.loud, &line);
                 }
             })
             .ok()

@@ -252,7 +252,7 @@ fn where_io_uring_is_forbidden_the_workers_serve_and_one_line_says_so() {
         }
         let lines = bench.host.lines();
         assert_eq!(lines.len(), 1, "{lines:?}");
-        assert!(lines[0].0 == Level::Warn && lines[0].1.contains("io_uring"), "{lines:?}");
+        assert!(lines[0].0 == Level::Info && lines[0].1.contains("io_uring"), "{lines:?}");
         bench.retire().unwrap();
         let refused = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=io_uring"]));
         let said = refused.unwrap_err().to_string();

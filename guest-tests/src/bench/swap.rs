@@ -15,10 +15,14 @@ use super::drive::{Driver, Load, Measured, Mix, Wait};
 use super::options::Options;
 use super::stats::{Spread, ratios, time, times};
 use super::upgrade::{Done, Operator, print_total};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, binary};
+use tempfile::TempDir;
 
 /// Twenty in a second.
 const INTERVAL: Duration = Duration::from_millis(50);
+
+/// More modules than the loader keeps.
+const NEW_ONES: usize = 16;
 
 /// How many pairs of runs each pair that was asked for is cut into.
 const PIECES: usize = 4;
@@ -59,14 +63,32 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
     let mut rows = Vec::new();
     for (domain, args) in [("empty", vec!["--domain", "empty"]), ("file", vec!["--blk-file", &path])] {
         for &depth in depths.iter().filter(|depth| options.wants(&format!("swap/{domain}/d{depth}"))) {
-            rows.push(cell(domain, &args, depth, options, places)?);
+            let (_modules, new) = never_seen(domain)?;
+            rows.push(cell((domain, "a new module each time"), &new, &args, depth, options, places)?);
+            rows.push(cell((domain, "the same again"), &[domain], &args, depth, options, places)?);
         }
     }
     Ok(Value::Array(rows))
 }
 
+/// Copies of a domain's module that the loader takes for different ones, and for new ones whenever their turn comes.
+fn never_seen(domain: &str) -> io::Result<(TempDir, Vec<String>)> {
+    let directory = tempfile::tempdir_in("/dev/shm")?;
+    let mut bytes = std::fs::read(binary(&format!("libdomain_{domain}.so")))?;
+    let copy = |index| {
+        // What follows the last section is nobody's.
+        bytes.push(0);
+        let path = directory.path().join(format!("{domain}{index}.so"));
+        std::fs::write(&path, &bytes)?;
+        Ok(path.to_string_lossy().into_owned())
+    };
+    let paths = (0..NEW_ONES).map(copy).collect::<io::Result<_>>()?;
+    Ok((directory, paths))
+}
+
 fn cell(
-    domain: &'static str,
+    (domain, which): (&str, &str),
+    modules: &[impl AsRef<str>],
     args: &[&str],
     depth: usize,
     options: &Options,
@@ -75,13 +97,13 @@ fn cell(
     let daemon = Daemon::start(args);
     let load = Load { depth, wait: Wait::Sleeping, bytes: 4096, mix: Mix::Mixed };
     let mut driver = Driver::connect(daemon.socket(), load)?;
-    let mut operator = Operator::new(&daemon, &[domain], "swap");
+    let mut operator = Operator::new(&daemon, modules, "swap");
     driver.warm_up(places.client)?;
     cpu::pin_workers(daemon.pid(), places.server)?;
     operator.upgrade()?;
     let length = Duration::from_secs_f64(options.seconds / PIECES as f64);
     let (mut quiet, mut busy, mut upgrades): (Vec<Run>, Vec<Run>, Vec<Done>) = Default::default();
-    let mut displaced = Vec::new();
+    let (mut displaced, mut nothing) = (Vec::new(), Vec::new());
     let pairs = options.pairs * PIECES;
     for pair in 0..pairs {
         for with in if pair % 2 == 0 { [false, true] } else { [true, false] } {
@@ -99,6 +121,10 @@ fn cell(
                 // Traced as well, because that takes time, too.
                 let (measured, ()) = driver.run_beside(length, true, places.client, || {})?;
                 sane(&measured)?;
+                let (first, last) = (measured.trace.first(), measured.trace.last());
+                let begins =
+                    (first.map_or(0, |r| r.0)..last.map_or(0, |r| r.0)).step_by(INTERVAL.as_nanos() as usize);
+                nothing.extend(begins.filter_map(|begin| displaced_by(begin, &measured.trace)));
                 quiet.push(Run::new(&measured));
             }
         }
@@ -107,16 +133,16 @@ fn cell(
     let ratio = |of: fn(&Run) -> f64| Spread::of(ratios(&values(&busy, of), &values(&quiet, of)));
     let gaps = [&busy, &quiet].map(|runs| Spread::of(values(runs, |run| run.gap_ns)));
     let rate = upgrades.len() as f64 / (pairs as f64 * length.as_secs_f64());
-    // Runs of neighbouring pairs, of which the order alternates, are neighbours in time.
+    // The order alternates, so that from the second on two are neighbours in time.
     let apart = |of: fn(&Run) -> f64| {
         let (even, odd): (Vec<_>, Vec<_>) =
-            quiet.chunks_exact(2).map(|two| (of(&two[0]), of(&two[1]))).unzip();
+            quiet[1..].chunks_exact(2).map(|two| (of(&two[0]), of(&two[1]))).unzip();
         Spread::of(ratios(&odd, &even))
     };
-    let displaced = Spread::of(displaced);
-    let label = format!("{domain} -> {domain}, depth {depth}");
+    let (displaced, nothing) = (Spread::of(displaced), Spread::of(nothing));
+    let label = format!("{domain}, depth {depth}, {which}");
     println!(
-        "  {label:<26} {rate:.1} upgrades/s: requests/s x {}   p99.9 x {}   \
+        "  {label:<40} {rate:.1} upgrades/s: requests/s x {}   p99.9 x {}   \
          longest gap: median {} over {} = x {:.2}, maximum {} over {}",
         ratio(|run| run.iops).show(times),
         ratio(|run| run.p999_ns).show(times),
@@ -127,20 +153,23 @@ fn cell(
         time(gaps[1].max),
     );
     println!(
-        "  {:<26} without upgrades, a run over the one before: requests/s x {}   p99.9 x {}",
+        "  {:<40} without upgrades, a run over the one before: requests/s x {}   p99.9 x {}",
         "",
         apart(|run| run.iops).show(times),
         apart(|run| run.p999_ns).show(times),
     );
     println!(
-        "  {:<26} an upgrade displaces the requests of {} (median), {:.1} % of the time between two",
+        "  {:<40} an upgrade displaces the requests of {:.0} us (median), {:.1} % of the time between two; no upgrade: {:.0} us",
         "",
-        time(displaced.median),
+        displaced.median / 1e3,
         100.0 * displaced.median / INTERVAL.as_nanos() as f64,
+        nothing.median / 1e3,
     );
-    let total = print_total(&format!("{domain} -> {domain}, swap under this load"), &upgrades);
+    let total = print_total(&format!("{label}, under this load"), &upgrades);
     Ok(json!({
         "label": label,
+        "pairs": pairs,
+        "seconds_per_run": length.as_secs_f64(),
         "upgrades": upgrades.len(),
         "upgrades_per_second": rate,
         "iops_ratio": ratio(|run| run.iops).json(),
@@ -149,6 +178,7 @@ fn cell(
         "iops_ratio_without": apart(|run| run.iops).json(),
         "p99.9_ratio_without": apart(|run| run.p999_ns).json(),
         "displaced_ns_median": displaced.median,
+        "displaced_by_nothing_ns_median": nothing.median,
         "with": busy.iter().map(Run::json).collect::<Vec<_>>(),
         "without": quiet.iter().map(Run::json).collect::<Vec<_>>(),
         "command_to_reply": total,

@@ -68,19 +68,24 @@ pub(super) struct Done {
 pub(super) struct Operator {
     control: Control,
     /// The modules that are upgraded to, in turn.
-    names: Vec<&'static str>,
+    names: Vec<String>,
     mode: &'static str,
     count: usize,
 }
 
 impl Operator {
-    pub(super) fn new(daemon: &Daemon, names: &[&'static str], mode: &'static str) -> Operator {
-        Operator { control: daemon.rpc(), names: names.to_vec(), mode, count: 0 }
+    pub(super) fn new(daemon: &Daemon, names: &[impl AsRef<str>], mode: &'static str) -> Operator {
+        Operator {
+            control: daemon.rpc(),
+            names: names.iter().map(|name| name.as_ref().to_owned()).collect(),
+            mode,
+            count: 0,
+        }
     }
 
     /// Upgrades to the next module.
     pub(super) fn upgrade(&mut self) -> io::Result<Done> {
-        let name = self.names[self.count % self.names.len()];
+        let name = &self.names[self.count % self.names.len()];
         self.count += 1;
         let begin = Instant::now();
         let reply = self.control.request("upgrade", json!({ "name": name, "mode": self.mode }));
