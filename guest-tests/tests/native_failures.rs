@@ -265,6 +265,8 @@ fn a_hanging_prepare_pauses_nobody() {
         // The one that is being prepared hangs; the live one does not, and `status` is answered.
         load.wait_for(1000);
         assert!(daemon.rpc().request("status", json!({})).is_ok());
+        let refuse = json!({"name": "ramdisk", "when_busy": "refuse"});
+        assert_eq!(daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(), "busy");
         let took = upgrade.join().expect("no panic");
         assert!(took > 2 * SECOND, "the upgrade was to hang for 3 s, but took {took:?}");
     });

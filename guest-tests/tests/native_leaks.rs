@@ -24,12 +24,16 @@ struct Footprint {
     threads: usize,
     private_kib: u64,
     rss_kib: u64,
+    /// Address space: neighbouring mappings are one line of `maps`, and what was never touched is no memory.
+    size_kib: u64,
 }
 
 fn footprint(daemon: &Daemon) -> Footprint {
     let proc = |file: &str| format!("/proc/{}/{file}", daemon.pid());
     let read = |file: &str| fs::read_to_string(proc(file)).expect("the daemon lives");
     let rollup = read("smaps_rollup");
+    let status = read("status");
+    let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).expect("a size");
     let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a sum");
     Footprint {
         mappings: read("maps").lines().count(),
@@ -37,6 +41,7 @@ fn footprint(daemon: &Daemon) -> Footprint {
         threads: fs::read_dir(proc("task")).expect("the daemon lives").count(),
         private_kib: line.trim().trim_end_matches("kB").trim().parse().expect("a number"),
         rss_kib: daemon.rss_kib(),
+        size_kib: size.trim().trim_end_matches("kB").trim().parse().expect("a number"),
     }
 }
 
@@ -81,6 +86,10 @@ fn assert_nothing_stays(daemon: &Daemon, count: u64, mut change: impl FnMut(&mut
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
         assert!(after.private_kib <= before.private_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
         assert!(after.rss_kib <= before.rss_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+        assert!(
+            after.size_kib <= before.size_kib + SLACK_KIB,
+            "address space leaks: {before:?} -> {after:?}"
+        );
     });
     let status = daemon.status();
     assert_eq!((&status["state"], &status["resident_modules"]), (&json!("serving"), &json!([])), "{status}");

@@ -55,6 +55,7 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
         ("plain", &["caps=3"], "device_differs"),
         ("plain", &["backing=7"], "different_backing"),
         ("plain", &["backing=7", "swap=true"], "different_backing"),
+        ("plain", &["kind=other"], "different_backing"),
         ("plain", &["fail=prepare"], "prepare_failed"),
         ("plain", &["break=prepare"], "prepare_panicked"),
         ("plain", &["fail=activate"], "activate_failed"),
@@ -120,6 +121,9 @@ fn a_second_upgrade_is_refused_or_waits_as_asked() {
         );
         assert_eq!(device.proxy.rollback(refuse).expect_err("one is under way").code, "busy");
         let second = scope.spawn(|| device.upgrade("plain", "d", &[]));
+        // The first one is held until the second one has come, so that it is this one that waits, and not the first that has ended.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(!second.is_finished(), "it was to wait");
         device.stage.prepare.store(true, std::sync::atomic::Ordering::Release);
         assert_eq!(first.join().expect("no panic").expect("committed").generation, 2);
         assert_eq!(second.join().expect("no panic").expect("committed").generation, 3);

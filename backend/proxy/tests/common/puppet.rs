@@ -163,7 +163,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
     const PARAMS: &'static [&'static str] = &[
         "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
-        "hold", "take", "cross", "wait", "hang_at", "make", "thread", "block", "physical",
+        "hold", "take", "cross", "wait", "hang_at", "make", "thread", "block", "physical", "kind",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -198,7 +198,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             discard_granularity: 512,
             capabilities: Capabilities(self.number("caps").unwrap_or(Capabilities::FLUSH.0)),
             swap: if self.is("swap", "true") { Swap::SameBacking } else { Swap::No },
-            backing_kind: "puppet".to_owned(),
+            backing_kind: self.params.get("kind").unwrap_or("puppet").to_owned(),
             backing_id: (0, self.number("backing").unwrap_or(0)),
             backing_cache: self.number("cache").unwrap_or(0),
             serial: self.params.serial().expect("a serial number"),
