@@ -49,10 +49,11 @@ impl Sealed {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("hotswap-module-{number}-{}", label(path));
         let mut memfd = create(&name).map_err(Error::NotSealed)?;
-        let len = copy(file, &mut memfd)?;
+        copy(file, &mut memfd)?;
         let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, all).map_err(|e| Error::NotSealed(e.into()))?;
-        // Not on its way into the copy, which others could change until now.
+        // Both of what is sealed, and not of what went into it: others could change the copy until now.
+        let len = memfd.metadata().map_err(Error::NotSealed)?.len();
         let sha256 = hash(&memfd, len).map_err(Error::NotSealed)?;
         Ok(Self { memfd, name, number, len, sha256 })
     }
@@ -156,8 +157,8 @@ fn hash(file: &File, len: u64) -> io::Result<[u8; 32]> {
     Ok(hash.finalize().into())
 }
 
-/// Copies all of `from`, and says how many bytes that were.
-fn copy(from: &mut File, to: &mut File) -> Result<u64, Error> {
+/// Copies all of `from`.
+fn copy(from: &mut File, to: &mut File) -> Result<(), Error> {
     let mut piece = Piece([0; _]);
     let mut total = 0;
     loop {
@@ -172,7 +173,7 @@ fn copy(from: &mut File, to: &mut File) -> Result<u64, Error> {
         }
         to.write_all(&piece.0[..len]).map_err(Error::NotSealed)?;
     }
-    if total == 0 { Err(Error::Empty) } else { Ok(total) }
+    if total == 0 { Err(Error::Empty) } else { Ok(()) }
 }
 
 fn kind(file_type: FileType) -> &'static str {
