@@ -149,8 +149,13 @@ impl Daemon {
 
     /// Resident memory of the daemon in KiB.
     pub fn rss_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("the daemon lives");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a VmRSS line");
+        self.memory_kib("status", "VmRSS:")
+    }
+
+    /// A line of a file of the daemon's in `/proc` that gives an amount of memory, in KiB.
+    pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid())).expect("the daemon lives");
+        let line = text.lines().find_map(|line| line.strip_prefix(field)).expect("the kernel has this line");
         line.trim().trim_end_matches("kB").trim().parse().expect("a number")
     }
 

@@ -30,18 +30,13 @@ struct Footprint {
 
 fn footprint(daemon: &Daemon) -> Footprint {
     let proc = |file: &str| format!("/proc/{}/{file}", daemon.pid());
-    let read = |file: &str| fs::read_to_string(proc(file)).expect("the daemon lives");
-    let rollup = read("smaps_rollup");
-    let status = read("status");
-    let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).expect("a size");
-    let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).expect("a sum");
     Footprint {
-        mappings: read("maps").lines().count(),
+        mappings: fs::read_to_string(proc("maps")).expect("the daemon lives").lines().count(),
         fds: daemon.open_fds(),
         threads: fs::read_dir(proc("task")).expect("the daemon lives").count(),
-        private_kib: line.trim().trim_end_matches("kB").trim().parse().expect("a number"),
+        private_kib: daemon.memory_kib("smaps_rollup", "Private_Dirty:"),
         rss_kib: daemon.rss_kib(),
-        size_kib: size.trim().trim_end_matches("kB").trim().parse().expect("a number"),
+        size_kib: daemon.memory_kib("status", "VmSize:"),
     }
 }
 
