@@ -105,6 +105,12 @@ impl Queues {
         self.notifiers.get(queue).and_then(|slot| slot.load_full()).and_then(|notifier| notifier.fd())
     }
 
+    /// Those that have workers, one bit each.
+    pub(crate) fn served(&self) -> u64 {
+        let bits = self.notifiers.iter().take(u64::BITS as usize).enumerate();
+        bits.filter(|(_, slot)| slot.load().is_some()).fold(0, |bits, (queue, _)| bits | 1 << queue)
+    }
+
     pub(crate) fn notify_all(&self) {
         (0..self.len()).for_each(|queue| self.notify(queue));
     }
@@ -127,5 +133,28 @@ impl Queues {
             }
         };
         self.lines.iter().enumerate().map(one).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nobody;
+
+    impl Notifier for Nobody {
+        fn notify(&self) {}
+    }
+
+    #[test]
+    fn served_are_the_queues_that_have_workers() {
+        let queues = Queues::new(64);
+        assert_eq!(queues.served(), 0);
+        for queue in [0, 5, 63] {
+            queues.set_notifier(queue, Some(Box::new(Nobody)));
+        }
+        assert_eq!(queues.served(), 1 | 1 << 5 | 1 << 63);
+        queues.set_notifier(5, None);
+        assert_eq!(queues.served(), 1 | 1 << 63);
     }
 }

@@ -203,6 +203,10 @@ impl HostServices for Services {
         self.queues.notifier_fd(queue.0 as usize)
     }
 
+    fn served_queues(&self) -> u64 {
+        self.queues.served()
+    }
+
     fn schema(&self) -> u32 {
         self.storage.schema()
     }

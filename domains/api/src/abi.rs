@@ -329,6 +329,9 @@ pub struct HostVtable {
     /// A dup (close-on-exec) of the eventfd that `notify` writes to for `queue`, or -1 if there is none. A domain can give it to the kernel, so that
     /// completions wake the worker without a thread between. The worker's for as long as the queue is attached.
     pub notifier_fd: unsafe extern "C" fn(ctx: *mut c_void, queue: u32) -> i32,
+    /// The queues that have workers now, one bit each, the lowest for queue 0. These will be attached if this instance is activated; they may also have gone by
+    /// then, and others may have come.
+    pub served_queues: unsafe extern "C" fn(ctx: *mut c_void) -> u64,
 }
 
 /// What a module offers: the static behind [`ENTRY_SYMBOL`].

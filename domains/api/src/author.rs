@@ -458,6 +458,14 @@ impl Host {
         (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
+    /// The queues that have workers now. For [`BlockDomain::prepare`]: these are about to be attached, with a guest that waits, so what takes long is better made
+    /// for them now. A hint, no promise: until then some may go, and others come. None, if the host is too old to say.
+    pub fn served_queues(self) -> impl Iterator<Item = QueueIndex> {
+        // SAFETY: no more than `ctx` is passed.
+        let served = unsafe { (self.vtable.served_queues)(self.vtable.ctx) };
+        (0..u64::BITS).filter(move |index| served & 1 << index != 0).map(QueueIndex)
+    }
+
     /// Runs `task` on a thread of the host's. It must end soon after this instance was dropped: the host waits for it before the module is unmapped.
     /// Threads that a domain makes by itself keep its module resident for ever.
     ///
@@ -506,13 +514,17 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
     unsafe extern "C" fn no_fd(_: *mut std::ffi::c_void, _: u32) -> i32 {
         -1
     }
+    unsafe extern "C" fn no_queues(_: *mut std::ffi::c_void) -> u64 {
+        0
+    }
     assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
     let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
-    // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover every field but the one that is
-    // written after them.
+    // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover every field but those that are
+    // written before them, for hosts that end there.
     unsafe {
-        std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
         (&raw mut (*full.as_mut_ptr()).notifier_fd).write(no_fd);
+        (&raw mut (*full.as_mut_ptr()).served_queues).write(no_queues);
+        std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
         full.assume_init_ref()
     }
 }

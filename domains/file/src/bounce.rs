@@ -1,7 +1,7 @@
 //! The bounce buffer: aligned memory of our own, for data that the kernel does not take from where the guest has it.
 //!
-//! Direct I/O wants aligned addresses and lengths of every piece, and a guest may use any. One per queue, made when the queue is
-//! attached, so that a request allocates nothing; its pages are touched only when it is used.
+//! Direct I/O wants aligned addresses and lengths of every piece, and a guest may use any. One per queue, whose memory is taken when a request first needs it:
+//! most guests never do, and a queue is attached while a guest waits.
 
 use domain_api::Buffer;
 use std::fs::File;
@@ -14,21 +14,19 @@ const CHUNK: usize = 256 << 10;
 const ALIGN: usize = 4096;
 
 /// Aligned memory for one request at a time.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Bounce {
-    /// Never grows, so it never moves.
+    /// Empty until it is needed; then it never grows, so it never moves.
     memory: Vec<u8>,
     start: usize,
 }
 
 impl Bounce {
-    pub(crate) fn new() -> Self {
-        let memory = vec![0; CHUNK + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN);
-        Self { memory, start }
-    }
-
     fn chunk(&mut self, len: usize) -> &mut [u8] {
+        if self.memory.is_empty() {
+            self.memory = vec![0; CHUNK + ALIGN];
+            self.start = self.memory.as_ptr().align_offset(ALIGN);
+        }
         &mut self.memory[self.start..self.start + len]
     }
 

@@ -2,10 +2,12 @@
 
 use crate::disk::Disk;
 use crate::queue::Queue;
-use domain_api::uring::Ring;
+use domain_api::uring::{PreparedRing, Ring};
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Requests that a queue's ring has room for: the longest virtqueue that is in use.
 const DEPTH: usize = 1024;
@@ -14,6 +16,8 @@ const DEPTH: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Engine {
     uring: bool,
+    /// Rings for the queues that were served when this instance was prepared.
+    prepared: Mutex<Vec<(QueueIndex, PreparedRing)>>,
     /// How loudly to say that there is none: it may not have been asked for.
     loud: Level,
     /// It was said that a queue does without.
@@ -21,10 +25,10 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// What `aio` asks for.
+    /// What `aio` asks for, for this file. Rings are made now where it is known which queues want one, because later a guest would wait for them.
     ///
-    /// Only a user who insists is told now that it cannot be had: to make a ring takes as long as all else of preparing, and the queues do without anyway.
-    pub(crate) fn choose(params: &Params) -> Result<Self, DomainError> {
+    /// Only a user who insists is told now that none can be had: the queues do without anyway.
+    pub(crate) fn choose(host: Host, file: &File, params: &Params) -> Result<Self, DomainError> {
         let wanted = params.get("aio").unwrap_or("auto");
         if !["auto", "io_uring", "sync"].contains(&wanted) {
             return Err(DomainError::new(format!(
@@ -36,7 +40,12 @@ impl Engine {
                 .map_err(|error| DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))))?;
         }
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
-        Ok(Self { uring: wanted != "sync", loud, said: AtomicBool::new(false) })
+        let uring = wanted != "sync";
+        let queues = host.served_queues().filter(|_| uring);
+        // What cannot be made now is tried again by the queue, which then says why not.
+        let prepared =
+            queues.map_while(|index| Some((index, PreparedRing::new(file, DEPTH).ok()?))).collect();
+        Ok(Self { uring, prepared: Mutex::new(prepared), loud, said: AtomicBool::new(false) })
     }
 
     /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.
@@ -45,7 +54,10 @@ impl Engine {
             let wake = host.notifier_fd(index).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::Unsupported, "this host has no descriptor to wake a worker by")
             })?;
-            Ring::new(disk.image().file(), wake, DEPTH)
+            match self.take_prepared(index) {
+                Some(ring) => ring.begin(wake),
+                None => Ring::new(disk.image().file(), wake, DEPTH),
+            }
         });
         let ring = ring.and_then(|made| {
             made.inspect_err(|error| {
@@ -59,6 +71,12 @@ impl Engine {
             .ok()
         });
         Queue::new(disk, index, ring)
+    }
+
+    fn take_prepared(&self, index: QueueIndex) -> Option<PreparedRing> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = prepared.iter().position(|(of, _)| *of == index)?;
+        Some(prepared.swap_remove(at).1)
     }
 }
 

@@ -28,6 +28,7 @@ use engine::Engine;
 use image::Image;
 use queue::Queue;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// The disk in a file.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub struct FileDisk {
     engine: Engine,
     /// One bit for each queue that is attached.
     attached: AtomicU64,
+    /// Queues that were let go of, the last one of each index. To end a ring takes long, and their worker has a guest to serve; they end with the instance.
+    detached: Mutex<Vec<Queue>>,
     serial: String,
 }
 
@@ -61,8 +64,8 @@ impl BlockDomain for FileDisk {
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
         let serial = params.serial()?;
         let disk = Disk::new(host, Image::prepare(host, path, mode)?);
-        let engine = Engine::choose(params)?;
-        Ok(Self { host, disk, engine, attached: AtomicU64::new(0), serial })
+        let engine = Engine::choose(host, disk.image().file(), params)?;
+        Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
     }
 
     fn info(&self) -> DeviceInfo {
@@ -110,6 +113,10 @@ impl BlockDomain for FileDisk {
 
     fn detach_queue(&self, queue: Queue) {
         self.attached.fetch_and(!(1 << queue.index().0), Ordering::Relaxed);
+        let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
+        // A guest may stop and start its queues as often as it likes.
+        detached.retain(|before| before.index() != queue.index());
+        detached.push(queue);
     }
 
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {

@@ -56,7 +56,7 @@ impl Queue {
     pub(crate) fn new(disk: &Disk, index: QueueIndex, ring: Option<Ring>) -> Self {
         Self {
             index,
-            bounce: Bounce::new(),
+            bounce: Bounce::default(),
             ring,
             reads: Pace::default(),
             writes: Pace::default(),

@@ -239,6 +239,28 @@ fn queues_come_and_go_without_leaving_descriptors() {
 }
 
 #[test]
+fn a_queue_that_is_served_at_preparing_gets_a_ring_made_then() {
+    let image = image_in(&real_dir(), 1 << 20);
+    if !io_uring_works(image.path()) {
+        return;
+    }
+    // The test host says that queue 0 is served.
+    let params = params(image.path(), &["direct=true"]);
+    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params).unwrap();
+    let attached_without = without_io_uring(|| {
+        for (queue, lines) in [(0, 0), (1, 1)] {
+            let mut lane = bench.lane(queue).unwrap();
+            lane.one(Job::write(0, vec![6; 4096])).unwrap().ok().unwrap();
+            let said = bench.host.lines();
+            assert_eq!(said.len(), lines, "{said:?}");
+        }
+    });
+    if !attached_without {
+        eprintln!("skipped: not allowed to install a filter");
+    }
+}
+
+#[test]
 fn where_io_uring_is_forbidden_the_workers_serve_and_one_line_says_so() {
     let image = image_in(&real_dir(), 1 << 20);
     let path = image.path();

@@ -23,6 +23,10 @@ pub trait HostServices: Send + Sync {
         let _ = queue;
         None
     }
+    /// The queues that have workers now, one bit each.
+    fn served_queues(&self) -> u64 {
+        0
+    }
     /// The storage's schema number, 0 if it is empty.
     fn schema(&self) -> u32;
     /// Sets it.
@@ -91,6 +95,7 @@ impl HostSide {
                     spawn,
                     timer,
                     notifier_fd,
+                    served_queues,
                 },
                 services,
                 tasks: Tasks::default(),
@@ -292,4 +297,43 @@ unsafe extern "C" fn notifier_fd(ctx: *mut c_void, queue: u32) -> i32 {
     let side = unsafe { side(ctx) };
     let fd = catch_unwind(AssertUnwindSafe(|| side.services.notifier_fd(QueueIndex(queue)))).unwrap_or(None);
     fd.map_or(-1, IntoRawFd::into_raw_fd)
+}
+
+unsafe extern "C" fn served_queues(ctx: *mut c_void) -> u64 {
+    // SAFETY: abi::HostVtable: `ctx` is ours.
+    let side = unsafe { side(ctx) };
+    catch_unwind(AssertUnwindSafe(|| side.services.served_queues())).unwrap_or(0)
+}
+
+#[cfg(all(test, feature = "conformance"))]
+mod tests {
+    use super::*;
+    use crate::Host;
+    use crate::conformance::{TestHost, TestStorage};
+    use std::mem::offset_of;
+
+    /// What a module makes of a table of which it is told that it ends after `size` bytes.
+    fn cut(side: &HostSide, size: usize) -> Host {
+        let mut table = side.table;
+        table.size = size as u32;
+        // What a host of that age has there is anything.
+        let bytes: *mut u8 = (&raw mut table).cast();
+        // SAFETY: inside the table, which is leaked, and nobody reads past its `size` (that is what is tested).
+        unsafe { std::ptr::write_bytes(bytes.add(size), 0xa5, size_of::<HostVtable>() - size) };
+        // SAFETY: never freed, and `side` outlives all calls.
+        unsafe { Host::from_vtable(Box::leak(Box::new(table))) }
+    }
+
+    #[test]
+    fn a_module_does_without_what_an_older_host_lacks() {
+        let side = HostSide::new(TestHost::new(&TestStorage::new()));
+        let (queue, served) = (QueueIndex(0), |host: Host| host.served_queues().collect::<Vec<_>>());
+        let new = cut(&side, size_of::<HostVtable>());
+        assert!(new.notifier_fd(queue).is_some() && served(new) == [queue]);
+        let older = cut(&side, offset_of!(HostVtable, served_queues));
+        assert!(older.notifier_fd(queue).is_some() && served(older).is_empty());
+        let oldest = cut(&side, offset_of!(HostVtable, notifier_fd));
+        assert!(oldest.notifier_fd(queue).is_none() && served(oldest).is_empty());
+        assert_eq!(oldest.storage().schema(), 0);
+    }
 }

@@ -15,7 +15,8 @@
 //! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The argument needs a full barrier in the middle of 1, which a locked
 //! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
 //!
-//! One thread uses a ring: the one that made it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
+//! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
+//! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
 //!
 //! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
 
@@ -56,12 +57,69 @@ pub struct Ended {
     pub result: io::Result<()>,
 }
 
+/// A ring that does nothing yet and belongs to no thread.
+pub struct PreparedRing {
+    io: IoUring,
+    depth: usize,
+    end: EndWatch,
+}
+
+impl std::fmt::Debug for PreparedRing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PreparedRing").field("depth", &self.depth).finish_non_exhaustive()
+    }
+}
+
+impl PreparedRing {
+    /// A ring for `file` with room for `depth` requests.
+    ///
+    /// # Errors
+    /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
+    ///
+    /// # Panics
+    /// If `depth` is 0 or more than 16384.
+    pub fn new(file: &File, depth: usize) -> io::Result<Self> {
+        assert!((1..=1 << 14).contains(&depth), "a ring for {depth} requests");
+        let io = build(depth)?;
+        let (end, dying) = EndWatch::new()?;
+        io.submitter().register_files(&[file.as_raw_fd(), dying.as_raw_fd()])?;
+        Ok(Self { io, depth, end })
+    }
+
+    /// Makes it the calling thread's. Completions are written to the eventfd `wake`.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn begin(self, wake: OwnedFd) -> io::Result<Ring> {
+        let Self { io, depth, end } = self;
+        let submitter = io.submitter();
+        submitter.register_eventfd(wake.as_raw_fd())?;
+        submitter.register_enable_rings()?;
+        Ok(Ring {
+            can_be_quiet: cfg!(target_arch = "x86_64") && io.params().is_setup_single_issuer(),
+            io: ManuallyDrop::new(io),
+            depth,
+            flights: Vec::with_capacity(depth),
+            free: Vec::with_capacity(depth),
+            zeros: Zeros::default(),
+            wake,
+            end,
+            quiet: false,
+            cancelling: false,
+        })
+    }
+}
+
 /// A ring for one file, one queue, one thread.
 pub struct Ring {
     /// Dropped by hand, because closing it comes before anything that the kernel may use is freed.
     io: ManuallyDrop<IoUring>,
-    /// By slot. Flights never move: the table is never resized, and what the kernel is told of is behind pointers.
-    flights: Box<[Option<Flight>]>,
+    /// Requests that it has room for.
+    depth: usize,
+    /// By slot. As many as there have been at a time, because memory that nobody has touched costs nothing, and at most `depth`. What the kernel is told of is
+    /// behind pointers.
+    flights: Vec<Option<Flight>>,
+    /// Slots that are empty.
     free: Vec<u32>,
     zeros: Zeros,
     wake: OwnedFd,
@@ -80,37 +138,21 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for `file` with room for `depth` requests, whose completions are written to the eventfd `wake`.
+    /// A ring for `file` with room for `depth` requests, whose completions are written to the eventfd `wake`. The calling thread's.
     ///
     /// # Errors
-    /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
+    /// As for [`PreparedRing::new`].
     ///
     /// # Panics
-    /// If `depth` is 0 or more than 16384.
+    /// As for [`PreparedRing::new`].
     pub fn new(file: &File, wake: OwnedFd, depth: usize) -> io::Result<Self> {
-        assert!((1..=1 << 14).contains(&depth), "a ring for {depth} requests");
-        let io = build(depth)?;
-        let (end, dying) = EndWatch::new()?;
-        let submitter = io.submitter();
-        submitter.register_files(&[file.as_raw_fd(), dying.as_raw_fd()])?;
-        submitter.register_eventfd(wake.as_raw_fd())?;
-        Ok(Self {
-            can_be_quiet: cfg!(target_arch = "x86_64") && io.params().is_setup_single_issuer(),
-            io: ManuallyDrop::new(io),
-            flights: (0..depth).map(|_| None).collect(),
-            free: (0..depth as u32).rev().collect(),
-            zeros: Zeros::default(),
-            wake,
-            end,
-            quiet: false,
-            cancelling: false,
-        })
+        PreparedRing::new(file, depth)?.begin(wake)
     }
 
     /// Whether a ring can be made here at all.
     ///
     /// # Errors
-    /// As for [`new`](Self::new).
+    /// As for [`PreparedRing::new`].
     pub fn probe() -> io::Result<()> {
         build(1).map(drop)
     }
@@ -125,7 +167,7 @@ impl Ring {
     #[must_use]
     #[inline]
     pub fn has_room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() || self.flights.len() < self.depth
     }
 
     /// Puts a request into the ring, to have `work` done from its byte `done` on. What was pushed is submitted by [`advance`](Self::advance), many with one system call.
@@ -134,7 +176,11 @@ impl Ring {
     /// If there is no room.
     #[inline]
     pub fn push(&mut self, request: Request, work: Work, done: u64) {
-        let slot = self.free.pop().expect("has_room was asked before");
+        assert!(self.has_room(), "has_room was asked before");
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.flights.push(None);
+            self.flights.len() as u32 - 1
+        });
         self.flights[slot as usize] = Some(Flight::new(request, work, done));
         self.queue(slot);
     }
@@ -293,7 +339,7 @@ impl Drop for Ring {
     }
 }
 
-/// Makes a ring as the kernel can.
+/// Makes a ring as the kernel can. Nobody's yet (`IORING_SETUP_R_DISABLED`).
 fn build(depth: usize) -> io::Result<IoUring> {
     let entries = depth.min(MAX_SUBMISSIONS) as u32;
     // Room for everything that can be in flight and a cancellation, so that it never overflows.
@@ -304,11 +350,12 @@ fn build(depth: usize) -> io::Result<IoUring> {
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .setup_submit_all()
+        .setup_r_disabled()
         .build(entries);
     let io = match modern {
         // Linux before 6.1.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().setup_cqsize(completions).build(entries)?
+            IoUring::builder().setup_cqsize(completions).setup_r_disabled().build(entries)?
         }
         other => other?,
     };

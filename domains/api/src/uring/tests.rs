@@ -269,6 +269,21 @@ fn it_may_be_dropped_by_a_thread_that_it_does_not_belong_to() {
 }
 
 #[test]
+fn one_thread_prepares_a_ring_and_another_uses_it() {
+    let (reading, writing) = pipe();
+    let prepare = || PreparedRing::new(&reading, 4);
+    let Ok(prepared) = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap()) else { return };
+    let wake = eventfd();
+    let mut ring = prepared.begin(wake.try_clone().unwrap().into()).unwrap();
+    let guest = Guest::new(&[1], 0);
+    ring.push(guest.request(op::READ, 0, 1), Work::Read, 0);
+    assert!(ring.advance().is_none());
+    (&writing).write_all(&[3]).unwrap();
+    next(&mut ring, &wake).result.unwrap();
+    assert_eq!(guest.memory[0], [3]);
+}
+
+#[test]
 fn rings_come_and_go_without_leaving_descriptors() {
     let file = scratch("descriptors");
     let Some((first, _wake)) = ring(&file, 64) else { return };
@@ -279,6 +294,8 @@ fn rings_come_and_go_without_leaving_descriptors() {
         let (mut ring, wake) = ring(&file, 64).unwrap();
         ring.push(raw(op::FLUSH, 0, 0, &[], 0), Work::SyncData, 0);
         next(&mut ring, &wake).result.unwrap();
+        // Nor do those that nobody has begun.
+        drop(PreparedRing::new(&file, 64).unwrap());
     }
     // Tests run at the same time, and have a few open.
     assert!(open() < before + 50, "{before} descriptors became {}", open());
