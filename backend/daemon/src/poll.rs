@@ -13,6 +13,10 @@
 //!    asleep                                     asleep
 //! ```
 //!
+//! What is awaited makes a difference. A guest that has had all its answers sends its next request when it has thought about them, and spares its kick if we look; a
+//! device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken. So while the domain owes an
+//! answer the budget is small ([`DEVICE_BUDGET`]), and what is learned of the one is not held against the other.
+//!
 //! So a guest whose requests come slowly costs one budget in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
 //! shares our CPU, so that looking keeps it from running, looking stops by itself.
 //!
@@ -23,9 +27,46 @@ use std::time::{Duration, Instant};
 /// Most sleeps between two attempts to do without.
 const BACKOFF_MAX: u32 = 63;
 
-/// A worker's experience.
+/// Longest look for a device's answer: enough for one that answers about as fast as a CPU wakes up.
+const DEVICE_BUDGET: Duration = Duration::from_micros(10);
+
+/// A worker's experience, with its guest and with its domain.
 #[derive(Debug)]
 pub(crate) struct Poller {
+    guest: Experience,
+    device: Experience,
+}
+
+impl Poller {
+    /// Looks for as long as `budget` for the guest's next request.
+    pub(crate) const fn new(budget: Duration) -> Self {
+        let short = if budget.as_nanos() < DEVICE_BUDGET.as_nanos() { budget } else { DEVICE_BUDGET };
+        Self { guest: Experience::new(budget), device: Experience::new(short) }
+    }
+
+    /// The worker is awake again, for whatever reason.
+    pub(crate) const fn begin(&mut self) {
+        self.guest.begin();
+        self.device.begin();
+    }
+
+    /// There was work.
+    #[inline]
+    pub(crate) fn busy(&mut self) {
+        self.guest.busy();
+        self.device.busy();
+    }
+
+    /// There is nothing to do, and the domain is `owing` answers or not. Whether to look again; if not, the worker sleeps.
+    #[inline]
+    pub(crate) fn idle(&mut self, owing: bool) -> bool {
+        if owing { self.device.idle() } else { self.guest.idle() }
+    }
+}
+
+/// How it went with one of them.
+#[derive(Debug)]
+struct Experience {
     budget: Duration,
     looking: Looking,
     /// How many sleeps to skip after the next failure.
@@ -43,28 +84,25 @@ enum Looking {
     Since(Instant),
 }
 
-impl Poller {
-    pub(crate) const fn new(budget: Duration) -> Self {
+impl Experience {
+    const fn new(budget: Duration) -> Self {
         Self { budget, looking: Looking::No, backoff: 0, skip: 0 }
     }
 
-    /// The worker is awake again, for whatever reason.
-    pub(crate) const fn begin(&mut self) {
+    const fn begin(&mut self) {
         self.looking = Looking::No;
     }
 
-    /// There was work.
     #[inline]
-    pub(crate) fn busy(&mut self) {
+    fn busy(&mut self) {
         if self.looking != Looking::No {
             self.looking = Looking::No;
             self.backoff /= 2;
         }
     }
 
-    /// There is nothing to do. Whether to look again; if not, the worker sleeps.
     #[inline]
-    pub(crate) fn idle(&mut self) -> bool {
+    fn idle(&mut self) -> bool {
         match self.looking {
             Looking::No if self.budget.is_zero() => return false,
             Looking::No if self.skip > 0 => {
@@ -96,7 +134,7 @@ mod tests {
     const BUDGET: Duration = Duration::from_micros(20);
 
     /// Looks in vain; whether it looked at all.
-    fn look(poller: &mut Poller) -> bool {
+    fn look(poller: &mut Experience) -> bool {
         let mut looked = false;
         while poller.idle() {
             looked = true;
@@ -105,13 +143,13 @@ mod tests {
     }
 
     /// How many sleeps there are before it looks again.
-    fn sleeps(poller: &mut Poller) -> usize {
+    fn sleeps(poller: &mut Experience) -> usize {
         std::iter::repeat_with(|| look(poller)).take_while(|looked| !looked).count()
     }
 
     #[test]
     fn without_a_budget_it_sleeps_at_once() {
-        let mut poller = Poller::new(Duration::ZERO);
+        let mut poller = Experience::new(Duration::ZERO);
         assert!(!poller.idle());
         poller.busy();
         assert!(!poller.idle());
@@ -119,7 +157,7 @@ mod tests {
 
     #[test]
     fn it_looks_for_as_long_as_the_budget() {
-        let mut poller = Poller::new(BUDGET);
+        let mut poller = Experience::new(BUDGET);
         let begun = Instant::now();
         assert!(look(&mut poller));
         assert!(begun.elapsed() >= BUDGET);
@@ -127,14 +165,14 @@ mod tests {
 
     #[test]
     fn in_vain_it_looks_ever_more_rarely_but_never_gives_up() {
-        let mut poller = Poller::new(BUDGET);
+        let mut poller = Experience::new(BUDGET);
         let all: Vec<_> = (0..9).map(|_| sleeps(&mut poller)).collect();
         assert_eq!(all, [0, 1, 3, 7, 15, 31, 63, 63, 63]);
     }
 
     #[test]
     fn success_brings_it_back() {
-        let mut poller = Poller::new(BUDGET);
+        let mut poller = Experience::new(BUDGET);
         let failures: usize = (0..8).map(|_| sleeps(&mut poller)).sum();
         assert_eq!(failures, 1 + 3 + 7 + 15 + 31 + 63 + 63);
         while !poller.idle() {}
@@ -148,12 +186,30 @@ mod tests {
 
     #[test]
     fn work_that_a_sleep_has_brought_proves_nothing() {
-        let mut poller = Poller::new(BUDGET);
+        let mut poller = Experience::new(BUDGET);
         assert!(look(&mut poller));
         assert!(!poller.idle(), "asleep");
         poller.busy();
         assert_eq!(poller.backoff, 1);
         assert!(look(&mut poller));
         assert_eq!(poller.backoff, 3);
+    }
+
+    #[test]
+    fn a_device_is_awaited_briefly_and_apart_from_the_guest() {
+        let mut poller = Poller::new(20 * DEVICE_BUDGET);
+        let vain = |poller: &mut Poller, owing| {
+            std::iter::repeat_with(|| poller.idle(owing)).take_while(|looks| *looks).count()
+        };
+        let begun = Instant::now();
+        assert!(vain(&mut poller, true) > 0 && begun.elapsed() >= DEVICE_BUDGET);
+        assert!(!poller.idle(true), "the next time it sleeps");
+        assert_eq!(poller.guest.backoff, 0, "the guest had no part in it");
+        let begun = Instant::now();
+        assert!(vain(&mut poller, false) > 0 && begun.elapsed() >= 20 * DEVICE_BUDGET);
+        assert_eq!((poller.device.backoff, poller.guest.backoff), (1, 1));
+        assert_eq!(poller.device.budget, DEVICE_BUDGET);
+        assert_eq!(Poller::new(BUDGET / 4).device.budget, BUDGET / 4, "never longer than what was asked for");
+        assert!(!Poller::new(Duration::ZERO).idle(true));
     }
 }

@@ -173,7 +173,7 @@ impl QueueWorker {
                 // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
                 self.give_up(&Error::InvalidAvailRingIndex);
             }
-            if !orders.stop_popping && !self.broken && self.poller.idle() {
+            if !orders.stop_popping && !self.broken && self.poller.idle(self.lane.owing() > 0) {
                 self.look_on();
                 continue;
             }
