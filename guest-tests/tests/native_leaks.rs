@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
-use guest_tests::daemon::{Control, Daemon};
+use guest_tests::daemon::{Control, Daemon, module};
 use serde_json::{Value, json};
 
 /// More than the entries that the history keeps, each of them an event too.
@@ -112,6 +112,27 @@ fn four_thousand_swaps_leave_nothing() {
     let daemon = Daemon::start(&["--domain", "empty", "--queues", "2"]);
     assert_nothing_stays(&daemon, 4000, |control, _| {
         ok(control.request("upgrade", json!({"name": "empty", "mode": "swap"})), "swap");
+    });
+}
+
+/// More than the loader keeps of those that were unloaded, so that each is a new one when its turn comes.
+const NEW_ONES: u64 = 12;
+
+#[test]
+fn a_thousand_swaps_of_a_file_to_new_modules_leave_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut bytes = fs::read(module("file")).expect("the module");
+    for index in 0..NEW_ONES {
+        // What follows the last section is nobody's.
+        bytes.push(0);
+        fs::write(directory.path().join(format!("{index}.so")), &bytes).expect("a copy");
+    }
+    let image = directory.path().join("image");
+    fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
+    let daemon = Daemon::start(&["--blk-file", image.to_str().expect("UTF-8"), "--queues", "2"]);
+    assert_nothing_stays(&daemon, 1000, |control, round| {
+        let path = directory.path().join(format!("{}.so", round % NEW_ONES));
+        ok(control.request("upgrade", json!({ "name": path })), "swap");
     });
 }
 

@@ -126,18 +126,20 @@ fn an_unreadable_module_is_refused() {
 fn a_domain_that_cannot_take_over_is_refused() {
     let daemon = ramdisk();
     without_consequences(&daemon, || {
-        for (what, args) in [
-            ("prepare fails", &["upgrade", "faulty", "--param", "fault=prepare:fail"][..]),
-            ("prepare panics", &["upgrade", "faulty", "--param", "fault=prepare:panic"]),
-            ("another backing", &["upgrade", "empty"]),
-            ("another size", &["upgrade", "ramdisk", "--param", "size=32M"]),
-            ("a swap of a domain with state", &["upgrade", "ramdisk_v2", "--mode", "swap"]),
-            ("an unknown parameter", &["upgrade", "ramdisk", "--param", "colour=blue"]),
-            ("a parameter that is no size", &["upgrade", "ramdisk", "--param", "size=plenty"]),
+        let upgrade = |name: &str, params: Value| ("upgrade", json!({"name": name, "params": params}));
+        for ((method, params), code) in [
+            (upgrade("faulty", json!({"fault": "prepare:fail"})), "prepare_failed"),
+            (upgrade("faulty", json!({"fault": "prepare:panic"})), "prepare_panicked"),
+            (upgrade("empty", json!({})), "schema_not_accepted"),
+            (upgrade("ramdisk", json!({"size": "32M"})), "prepare_failed"),
+            (("upgrade", json!({"name": "ramdisk_v2", "mode": "swap"})), "swap_not_possible"),
+            (upgrade("ramdisk", json!({"colour": "blue"})), "bad_parameter"),
+            (upgrade("ramdisk", json!({"size": "plenty"})), "prepare_failed"),
+            (("rollback", json!({})), "no_standby"),
         ] {
-            println!("{what}: {}", daemon.refuse(args));
+            let error = daemon.rpc().request(method, params.clone()).expect_err(code);
+            assert_eq!(error.name(), code, "{method} {params}: {error:?}");
         }
-        println!("nothing to roll back to: {}", daemon.refuse(&["rollback"]));
     });
 }
 

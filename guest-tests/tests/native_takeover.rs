@@ -63,6 +63,7 @@ fn a_thousand_panics_lose_nothing() {
             .map(|queue| queue[field].as_u64().expect("a number"))
             .sum()
     };
+    println!("1000 panics under {} requests, {} of them run again", sum("requests"), sum("replayed"));
     assert!(sum("replayed") >= 1000, "each panic left a request at least: {now}");
     assert_eq!(sum("errors"), 0);
     assert_eq!(now["resident_modules"], json!([]));
