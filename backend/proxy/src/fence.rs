@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A request that a dead instance had may still be written to by it: by a thread of its own, or by the kernel on its behalf. Until that is over the request is
-//! neither run again nor answered.
+//! neither run again nor answered. An end that breaks off with a panic is none: it may have been waiting for just that.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 

@@ -464,7 +464,7 @@ impl DomainProxy {
             left.push(format!("`{}` did not quiesce: {error}", live.record.name));
         }
         if let Some(standby) = upgrades.standby.take() {
-            self.retire(standby, &mut Phases::default());
+            let _ = self.retire(standby, &mut Phases::default());
         }
         left.extend(self.residents());
         left

@@ -94,18 +94,18 @@ impl DomainProxy {
         let Some(Leaving { member, .. }) = upgrades.leaving.take() else { return };
         if !member.instance.is_dead() {
             if let Some(before) = upgrades.standby.replace(member) {
-                self.retire(before, phases);
+                // It has no requests that anybody could run again.
+                let _ = self.retire(before, phases);
             }
             lock(&self.view).show(upgrades);
             return;
         }
         // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what it left.
         let fence = Arc::clone(&member.fence);
-        if let Residency::Running(left) = self.retire(member, phases) {
+        if let Err(why) = self.retire(member, phases) {
             fence.decide(Verdict::Never);
             lock(&self.view).fault = Some(format!(
-                "the domain that was replaced last has died and cannot be ended ({}); its requests stay unanswered, because it may still write to them",
-                left.reason()
+                "the domain that was replaced last has died and cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
             ));
         } else {
             fence.decide(Verdict::Replay);
@@ -181,28 +181,32 @@ impl DomainProxy {
         Ok(())
     }
 
-    /// Ends an instance that nobody uses.
-    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Residency {
+    /// Ends an instance that nobody uses. If that is not certain to have worked, it may still write to the requests that it has: the error says why.
+    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Result<(), String> {
         let Member { id, instance, record, .. } = member;
         let label = format!("`{}` {}", record.name, record.version);
         let mut spent = Duration::ZERO;
-        let residency = timed(&mut spent, || match into_inner(instance) {
+        let (destroyed, residency) = timed(&mut spent, || match into_inner(instance) {
             Ok(instance) => {
                 let retired = instance.retire();
-                if let Err(error) = retired.destroyed {
-                    log::warn!("{label} did not end well: {error}");
-                }
                 self.storage.reclaim(id);
-                retired.residency
+                (retired.destroyed, retired.residency)
             }
             Err(shared) => {
                 std::mem::forget(shared);
-                Residency::Running(Resident::for_good("it is still in use"))
+                (Ok(()), Residency::Running(Resident::for_good("it is still in use")))
             }
         });
         phases.retire += spent;
         self.note_residency(&label, &residency);
-        residency
+        if let Residency::Running(left) = residency {
+            return Err(left.reason().to_owned());
+        }
+        // What broke off may be what was to wait for the kernel or a thread of its own.
+        destroyed.map_err(|error| {
+            log::warn!("{label} did not end well: {error}");
+            format!("its end broke off: {error}")
+        })
     }
 
     pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {

@@ -15,7 +15,7 @@ use crate::report::{Change, Phases, Protocol, Refusal, Report};
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
-use domain_api::host::{Instance, Residency};
+use domain_api::host::Instance;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -87,15 +87,13 @@ impl DomainProxy {
         let dead = self.vacate(&mut phases);
         let (from, fence, generation) =
             (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
-        let residency = self.retire(dead, &mut phases);
-        if let Residency::Running(left) = residency {
+        if let Err(why) = self.retire(dead, &mut phases) {
             fence.decide(Verdict::Never);
             self.set_service(Service::Failed);
             return Err(Refusal::new(
                 "not_fenced",
                 format!(
-                    "the dead domain cannot be ended ({}); its requests stay unanswered, because it may still write to them",
-                    left.reason()
+                    "the dead domain cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
                 ),
             ));
         }
@@ -119,7 +117,8 @@ impl DomainProxy {
                     if Arc::strong_count(&next.instance) > 1 {
                         self.leave_again(upgrades, next);
                     } else {
-                        self.retire(next, &mut phases);
+                        // It was never live, so it has no requests.
+                        let _ = self.retire(next, &mut phases);
                     }
                     Err(refusal)
                 }

@@ -215,7 +215,8 @@ impl DomainProxy {
             Err(refusal) => {
                 // A module that was loaded for this goes; a standby is kept by `rollback`.
                 if Arc::strong_count(&next.instance) == 1 {
-                    self.retire(next, &mut phases);
+                    // It was never live, so it has no requests.
+                    let _ = self.retire(next, &mut phases);
                 }
                 return Err(refusal);
             }

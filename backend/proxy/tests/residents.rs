@@ -153,6 +153,36 @@ fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() 
 }
 
 #[test]
+fn an_end_that_breaks_off_is_no_end() {
+    // What breaks off may be the wait for the kernel, which still has the requests.
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=2", "break=drop"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([4]);
+    hand.submit([1]);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("stay unanswered")), "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what was not ended");
+}
+
+#[test]
+fn nor_is_that_of_a_replaced_instance() {
+    let device = Device::start(1, &["swap=true", "hold=true", "break=reap,drop"]);
+    let mut hand = device.worker(0);
+    hand.submit([4, 1]);
+    swap(&device, &mut hand, "b").expect("committed");
+    device.stage.release.store(true, Ordering::Release);
+    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("broke off")), "{status:?}");
+    assert_unanswered(&device, &mut hand, 2);
+    assert_eq!(hand.submit([7]), 1, "the successor serves");
+    assert_eq!(hand.take_ended(), well([7]));
+}
+
+#[test]
 fn a_refused_module_with_a_thread_that_does_not_end_is_reported_too() {
     let device = Device::start(1, &[]);
     for (count, fault) in [(1, "fail=prepare"), (2, "fail=activate")] {

@@ -123,7 +123,7 @@ impl Kind for Other {
 }
 
 /// The domain.
-pub struct Puppet<K> {
+pub struct Puppet<K: Kind> {
     host: Host,
     stage: Arc<Stage>,
     params: Params,
@@ -293,8 +293,9 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     }
 }
 
-impl<K> Drop for Puppet<K> {
+impl<K: Kind> Drop for Puppet<K> {
     fn drop(&mut self) {
         self.stage.write(format!("{} dropped", self.label));
+        assert!(!self.is("break", "drop"), "break=drop");
     }
 }
