@@ -43,6 +43,20 @@ impl Daemon {
     ///
     /// Panics with the daemon's log when it does not come up.
     pub fn start(args: &[&str]) -> Daemon {
+        Daemon::spawn(Command::new(binary("vhost-hotswap")), args)
+    }
+
+    /// As [`start`](Self::start), with this soft limit of open descriptors.
+    pub fn start_with_descriptors(soft: u32, args: &[&str]) -> Daemon {
+        let mut command = Command::new("sh");
+        command
+            .arg("-c")
+            .arg(format!("ulimit -S -n {soft} && exec \"$0\" \"$@\""))
+            .arg(binary("vhost-hotswap"));
+        Daemon::spawn(command, args)
+    }
+
+    fn spawn(mut command: Command, args: &[&str]) -> Daemon {
         let directory =
             tempfile::Builder::new().prefix("hotswap-test-").tempdir().expect("a temporary directory");
         let socket = directory.path().join("vhost.sock");
@@ -52,7 +66,7 @@ impl Daemon {
             None => directory.path().join("vhost.sock.control"),
         };
         let log = File::create(directory.path().join("log")).expect("a log file");
-        let child = Command::new(binary("vhost-hotswap"))
+        let child = command
             .arg("--socket-path")
             .arg(&socket)
             .args(args)

@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Control, Daemon};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use serde_json::{Value, json};
@@ -175,6 +177,33 @@ fn five_hundred_swaps_of_a_real_file_under_load() {
     upgrader.settle(&daemon);
     assert_intact(daemon.socket(), &report.ledgers);
     assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn sixty_four_queues_of_a_file_keep_their_rings() {
+    let (_directory, path) = image();
+    let path = path.to_str().expect("UTF-8");
+    // A ring takes three descriptors, a queue ten more. The daemon asks for as many as it may have.
+    let daemon = Daemon::start_with_descriptors(256, &["--blk-file", path, "--queues", "64"]);
+    let options = Options { queues: 64, ..Options::default() };
+    let mut client = Client::connect(daemon.socket(), &options).expect("connected");
+    let data = vec![0x5a; 4096];
+    let all_write = |client: &mut Client| {
+        for queue in 0..64 {
+            let request = Request::Write { offset: queue as u64 * 4096, data: &data };
+            let answer = client.queue(queue).execute(request, Duration::from_secs(10));
+            assert_eq!(answer.expect("an answer").0, Status::Ok);
+        }
+    };
+    all_write(&mut client);
+    for _ in 0..3 {
+        daemon.call(&["upgrade", "file"]);
+        all_write(&mut client);
+    }
+    daemon.call(&["rollback"]);
+    all_write(&mut client);
+    assert!(!daemon.log().contains("no io_uring"), "{}", daemon.log());
+    println!("{} descriptors", daemon.open_fds());
 }
 
 #[test]

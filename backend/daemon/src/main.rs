@@ -6,6 +6,7 @@
 use loader::FileLoader;
 use proxy::DomainProxy;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::os::fd::{AsFd, OwnedFd};
@@ -66,9 +67,18 @@ fn front(listen: &Listen) -> Result<Front, String> {
     }
 }
 
+/// As many descriptors as are allowed: a queue takes up to 19 in an upgrade, and what many systems begin with is 1024, for the sake of programs that use `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("the limit of open descriptors stays {:?}: {error}", limit.current);
+    }
+}
+
 /// Serves until told to stop. Returns what had to be left.
 fn run(config: Config) -> Result<Vec<String>, String> {
     cpus::check(&config.worker_cpus)?;
+    raise_descriptor_limit();
     // First of all that is opened, while no other descriptor can have the number.
     let front = front(&config.listen)?;
     let mut signals =

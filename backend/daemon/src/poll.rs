@@ -15,7 +15,7 @@
 //!
 //! What is awaited makes a difference. A guest that has had all its answers sends its next request when it has thought about them, and spares its kick if we look; a
 //! device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken. So while the domain owes an
-//! answer the budget is small ([`DEVICE_BUDGET`]), and what is learned of the one is not held against the other.
+//! answer the budget is small ([`DEVICE_BUDGET`]), and looks that were in vain then are not held against the guest.
 //!
 //! So a guest whose requests come slowly costs one budget in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
 //! shares our CPU, so that looking keeps it from running, looking stops by itself.

@@ -42,10 +42,11 @@ impl Engine {
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
         let queues = host.served_queues().filter(|_| uring);
-        // What cannot be made now is tried again by the queue, which then says why not.
-        let prepared =
-            queues.map_while(|index| Some((index, PreparedRing::new(file, DEPTH).ok()?))).collect();
-        Ok(Self { uring, prepared: Mutex::new(prepared), loud, said: AtomicBool::new(false) })
+        // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
+        let prepared: io::Result<Vec<_>> =
+            queues.map(|index| Ok((index, PreparedRing::new(file, DEPTH)?))).collect();
+        let prepared = Mutex::new(prepared.unwrap_or_default());
+        Ok(Self { uring, prepared, loud, said: AtomicBool::new(false) })
     }
 
     /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.

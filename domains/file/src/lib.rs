@@ -20,6 +20,7 @@ mod trouble;
 
 use disk::Disk;
 use domain_api::file_io::OpenMode;
+use domain_api::uring::Ring;
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
     QueueIndex, Swap,
@@ -38,8 +39,8 @@ pub struct FileDisk {
     engine: Engine,
     /// One bit for each queue that is attached.
     attached: AtomicU64,
-    /// Queues that were let go of, the last one of each index. To end a ring takes long, and their worker has a guest to serve; they end with the instance.
-    detached: Mutex<Vec<Queue>>,
+    /// The rings of queues that were let go of, the last one of each. To end a ring takes long, and their worker has a guest to serve; they end with the instance.
+    detached: Mutex<Vec<(QueueIndex, Ring)>>,
     serial: String,
 }
 
@@ -112,11 +113,15 @@ impl BlockDomain for FileDisk {
     }
 
     fn detach_queue(&self, queue: Queue) {
-        self.attached.fetch_and(!(1 << queue.index().0), Ordering::Relaxed);
+        let index = queue.index();
+        self.attached.fetch_and(!(1 << index.0), Ordering::Relaxed);
+        let Some(ring) = queue.into_ring() else { return };
         let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
-        // A guest may stop and start its queues as often as it likes.
-        detached.retain(|before| before.index() != queue.index());
-        detached.push(queue);
+        // Queues may come and go as often as they like: one is kept, and the one before ends here, when the others can go on.
+        let before = detached.iter().position(|(of, _)| *of == index).map(|at| detached.swap_remove(at));
+        detached.push((index, ring));
+        drop(detached);
+        drop(before);
     }
 
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {

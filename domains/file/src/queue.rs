@@ -68,6 +68,10 @@ impl Queue {
         self.index
     }
 
+    pub(crate) fn into_ring(self) -> Option<Ring> {
+        self.ring
+    }
+
     pub(crate) fn submit(&mut self, disk: &Disk, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
         if self.ring.is_none() {
             while let Some(request) = batch.next() {

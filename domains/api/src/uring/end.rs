@@ -4,6 +4,9 @@
 //! waits for it, and with deferred completions no other thread than the ring's may even reap. But the kernel lets go of a ring's registered files
 //! at the very end, when no request is left. So one of these files is the writing end of a pipe of which nobody else has one: when the reading
 //! end sees a hang-up, no request of this ring exists any more, whichever thread looks.
+//!
+//! "The very end" is after each thread that made or used the ring has run a task of the kernel's on its next return to user space: one that is stuck in the kernel
+//! holds the hang-up up, and a wait that is in vain is taken for requests that are still there. That errs on the safe side.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

@@ -16,7 +16,8 @@
 //! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
 //!
 //! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
-//! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
+//! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
+//! On older kernels any thread may use a ring, and it is not made disabled: to enable it would wait for a grace period there.
 //!
 //! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
 
@@ -94,9 +95,12 @@ impl PreparedRing {
         let Self { io, depth, end } = self;
         let submitter = io.submitter();
         submitter.register_eventfd(wake.as_raw_fd())?;
-        submitter.register_enable_rings()?;
+        let modern = io.params().is_setup_single_issuer();
+        if modern {
+            submitter.register_enable_rings()?;
+        }
         Ok(Ring {
-            can_be_quiet: cfg!(target_arch = "x86_64") && io.params().is_setup_single_issuer(),
+            can_be_quiet: cfg!(target_arch = "x86_64") && modern,
             io: ManuallyDrop::new(io),
             depth,
             flights: Vec::with_capacity(depth),
@@ -339,7 +343,7 @@ impl Drop for Ring {
     }
 }
 
-/// Makes a ring as the kernel can. Nobody's yet (`IORING_SETUP_R_DISABLED`).
+/// Makes a ring as the kernel can; one that is single-issuer is nobody's yet.
 fn build(depth: usize) -> io::Result<IoUring> {
     let entries = depth.min(MAX_SUBMISSIONS) as u32;
     // Room for everything that can be in flight and a cancellation, so that it never overflows.
@@ -355,7 +359,7 @@ fn build(depth: usize) -> io::Result<IoUring> {
     let io = match modern {
         // Linux before 6.1.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().setup_cqsize(completions).setup_r_disabled().build(entries)?
+            IoUring::builder().setup_cqsize(completions).build(entries)?
         }
         other => other?,
     };
