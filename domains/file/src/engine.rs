@@ -1,10 +1,11 @@
 //! Who does the I/O: the kernel by way of io_uring, or the workers themselves.
+//!
+//! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O each request needs one, so rings are made at preparing for the queues that are
+//! served then. Otherwise a queue makes one when a request first has to wait for the disk, which takes longer; many never have to.
 
-use crate::disk::Disk;
-use crate::queue::Queue;
+use crate::image::Image;
 use domain_api::uring::{PreparedRing, Ring};
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
-use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +17,8 @@ const DEPTH: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Engine {
     uring: bool,
-    /// Rings for the queues that were served when this instance was prepared.
+    host: Host,
+    /// Rings for the queues that were served when this instance was prepared, with direct I/O.
     prepared: Mutex<Vec<(QueueIndex, PreparedRing)>>,
     /// How loudly to say that there is none: it may not have been asked for.
     loud: Level,
@@ -25,10 +27,8 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// What `aio` asks for, for this file. Rings are made now where it is known which queues want one, because later a guest would wait for them.
-    ///
-    /// Only a user who insists is told now that none can be had: the queues do without anyway.
-    pub(crate) fn choose(host: Host, file: &File, params: &Params) -> Result<Self, DomainError> {
+    /// What `aio` asks for, for this image. Only a user who insists is told now that no ring can be had: the queues do without anyway.
+    pub(crate) fn choose(host: Host, image: &Image, params: &Params) -> Result<Self, DomainError> {
         let wanted = params.get("aio").unwrap_or("auto");
         if !["auto", "io_uring", "sync"].contains(&wanted) {
             return Err(DomainError::new(format!(
@@ -41,37 +41,38 @@ impl Engine {
         }
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
-        let queues = host.served_queues().filter(|_| uring);
+        let queues = host.served_queues().filter(|_| uring && image.mode().direct);
         // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
         let prepared: io::Result<Vec<_>> =
-            queues.map(|index| Ok((index, PreparedRing::new(file, DEPTH)?))).collect();
+            queues.map(|index| Ok((index, PreparedRing::new(image.file(), DEPTH)?))).collect();
         let prepared = Mutex::new(prepared.unwrap_or_default());
-        Ok(Self { uring, prepared, loud, said: AtomicBool::new(false) })
+        Ok(Self { host, uring, prepared, loud, said: AtomicBool::new(false) })
     }
 
-    /// A queue, on the thread that will serve it. One that cannot have a ring does without: it is slower, not broken.
-    pub(crate) fn queue(&self, host: Host, disk: &Disk, index: QueueIndex) -> Queue {
-        let ring = self.uring.then(|| {
-            let wake = host.notifier_fd(index).ok_or_else(|| {
+    /// Whether queues are to have rings.
+    pub(crate) const fn wants_rings(&self) -> bool {
+        self.uring
+    }
+
+    /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it is slower, not broken.
+    pub(crate) fn ring(&self, image: &Image, index: QueueIndex) -> Option<Ring> {
+        let made = || {
+            let wake = self.host.notifier_fd(index).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::Unsupported, "this host has no descriptor to wake a worker by")
             })?;
             match self.take_prepared(index) {
                 Some(ring) => ring.begin(wake),
-                None => Ring::new(disk.image().file(), wake, DEPTH),
+                None => Ring::new(image.file(), wake, DEPTH),
             }
-        });
-        let ring = ring.and_then(|made| {
-            made.inspect_err(|error| {
-                // Relaxed: only whether somebody has said it before.
-                if !self.said.swap(true, Ordering::Relaxed) {
-                    let line =
-                        format!("queue {}: {}; its worker serves its requests", index.0, why_not(error));
-                    host.log(self.loud, &line);
-                }
-            })
-            .ok()
-        });
-        Queue::new(disk, index, ring)
+        };
+        let said = |error: &io::Error| {
+            // Relaxed: only whether somebody has said it before.
+            if !self.said.swap(true, Ordering::Relaxed) {
+                let line = format!("queue {}: {}; its worker serves its requests", index.0, why_not(error));
+                self.host.log(self.loud, &line);
+            }
+        };
+        made().inspect_err(said).ok()
     }
 
     fn take_prepared(&self, index: QueueIndex) -> Option<PreparedRing> {

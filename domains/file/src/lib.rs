@@ -65,7 +65,7 @@ impl BlockDomain for FileDisk {
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
         let serial = params.serial()?;
         let disk = Disk::new(host, Image::prepare(host, path, mode)?);
-        let engine = Engine::choose(host, disk.image().file(), params)?;
+        let engine = Engine::choose(host, disk.image(), params)?;
         Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
     }
 
@@ -107,7 +107,7 @@ impl BlockDomain for FileDisk {
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {
         let index = context.queue;
-        let queue = self.engine.queue(self.host, &self.disk, index);
+        let queue = Queue::new(&self.engine, &self.disk, index);
         self.attached.fetch_or(1 << index.0, Ordering::Relaxed);
         Ok(queue)
     }
@@ -125,11 +125,11 @@ impl BlockDomain for FileDisk {
     }
 
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
-        queue.submit(&self.disk, batch, completions);
+        queue.submit(&self.engine, &self.disk, batch, completions);
     }
 
     fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
-        queue.reap(&self.disk, completions);
+        queue.reap(&self.engine, &self.disk, completions);
     }
 
     fn cancel(&self) {

@@ -12,7 +12,7 @@
 //!
 //! At once goes what only copies: reads from the page cache (the kernel says so itself, `RWF_NOWAIT`), writes into it, and everything on a file
 //! system in memory. Writes that turn out to wait, for dirty pages or a journal, go to the ring for a while ([`Pace`]). Direct I/O goes to the ring. What
-//! needs a bounce buffer is so rare that the worker waits for it.
+//! needs a bounce buffer is so rare that the worker waits for it. Without direct I/O the ring is made when a request first needs it (`engine`).
 //!
 //! **Flush.** It has to cover the writes that had completed before it was submitted, by this queue or another, this instance or another. Completed means
 //! that the data is in the page cache or on the device; `fdatasync` on the file takes all of that with it, whoever wrote it, and it is
@@ -26,6 +26,7 @@
 
 use crate::bounce::Bounce;
 use crate::disk::Disk;
+use crate::engine::Engine;
 use crate::pace::Pace;
 use domain_api::uring::{Ended, Ring, Work};
 use domain_api::{Batch, Completions, Op, QueueIndex, Request, Status, file_io};
@@ -37,7 +38,10 @@ use std::time::Instant;
 pub struct Queue {
     index: QueueIndex,
     bounce: Bounce,
+    /// None, as long as no request has needed it.
     ring: Option<Ring>,
+    /// Whether one can be had when it is needed.
+    may_have_ring: bool,
     reads: Pace,
     writes: Pace,
     /// How often the disk had been told to cancel when this queue last looked.
@@ -53,11 +57,15 @@ enum Next {
 }
 
 impl Queue {
-    pub(crate) fn new(disk: &Disk, index: QueueIndex, ring: Option<Ring>) -> Self {
+    /// A queue, on the thread that will serve it.
+    pub(crate) fn new(engine: &Engine, disk: &Disk, index: QueueIndex) -> Self {
+        let at_once = engine.wants_rings() && disk.image().mode().direct;
+        let ring = at_once.then(|| engine.ring(disk.image(), index)).flatten();
         Self {
             index,
             bounce: Bounce::default(),
             ring,
+            may_have_ring: engine.wants_rings(),
             reads: Pace::default(),
             writes: Pace::default(),
             cancels_seen: disk.cancels(),
@@ -72,8 +80,14 @@ impl Queue {
         self.ring
     }
 
-    pub(crate) fn submit(&mut self, disk: &Disk, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
-        if self.ring.is_none() {
+    pub(crate) fn submit(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        batch: &mut Batch<'_>,
+        completions: &mut Completions<'_>,
+    ) {
+        if !self.may_have_ring {
             while let Some(request) = batch.next() {
                 let status = disk.serve(&mut self.bounce, &request);
                 completions.complete(request, status);
@@ -88,15 +102,15 @@ impl Queue {
                 && let Some(request) = batch.next()
             {
                 let next = self.begin(disk, &request);
-                self.go_on(request, next, completions);
+                self.go_on(engine, disk, request, next, completions);
             }
-            self.collect(disk, completions);
+            self.collect(engine, disk, completions);
         }
     }
 
-    pub(crate) fn reap(&mut self, disk: &Disk, completions: &mut Completions<'_>) {
+    pub(crate) fn reap(&mut self, engine: &Engine, disk: &Disk, completions: &mut Completions<'_>) {
         self.heed_cancel(disk);
-        self.collect(disk, completions);
+        self.collect(engine, disk, completions);
     }
 
     /// Gives up what is in flight if that was asked for. Looked at before anything new is taken, which was not meant.
@@ -110,22 +124,52 @@ impl Queue {
     }
 
     fn has_room(&self) -> bool {
-        self.ring.as_ref().is_some_and(Ring::has_room)
+        self.ring.as_ref().is_none_or(Ring::has_room)
     }
 
-    fn collect(&mut self, disk: &Disk, completions: &mut Completions<'_>) {
+    fn collect(&mut self, engine: &Engine, disk: &Disk, completions: &mut Completions<'_>) {
         while let Some(Ended { request, work, result }) = self.ring.as_mut().and_then(Ring::advance) {
             let next = self.ended(disk, &request, work, result);
-            self.go_on(request, next, completions);
+            self.go_on(engine, disk, request, next, completions);
         }
     }
 
     #[inline]
-    fn go_on(&mut self, request: Request, next: Next, completions: &mut Completions<'_>) {
+    fn go_on(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: Request,
+        next: Next,
+        completions: &mut Completions<'_>,
+    ) {
         match (next, &mut self.ring) {
             (Next::Done(status), _) => completions.complete(request, status),
             (Next::Ring(work, done), Some(ring)) => ring.push(request, work, done),
-            (Next::Ring(..), None) => unreachable!("only a queue with a ring begins like this"),
+            (Next::Ring(work, done), None) => {
+                self.first_for_ring(engine, disk, request, work, done, completions);
+            }
+        }
+    }
+
+    /// The first request that is to wait without its worker makes the ring for it. If there is none to be had, the worker serves it, and all that follow.
+    #[cold]
+    fn first_for_ring(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: Request,
+        work: Work,
+        done: u64,
+        completions: &mut Completions<'_>,
+    ) {
+        self.ring = if self.may_have_ring { engine.ring(disk.image(), self.index) } else { None };
+        if let Some(ring) = &mut self.ring {
+            ring.push(request, work, done);
+        } else {
+            self.may_have_ring = false;
+            let status = disk.serve(&mut self.bounce, &request);
+            completions.complete(request, status);
         }
     }
 

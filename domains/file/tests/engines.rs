@@ -261,6 +261,27 @@ fn a_queue_that_is_served_at_preparing_gets_a_ring_made_then() {
 }
 
 #[test]
+fn without_direct_io_a_queue_makes_its_ring_when_a_request_needs_it() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let attached_without = without_io_uring(|| {
+        let mut lane = bench.lane(0).unwrap();
+        lane.one(Job::write(0, vec![6; 4096])).unwrap().ok().unwrap();
+        assert!(bench.host.lines().is_empty(), "writing to the page cache needs none");
+        // And where there is none, what needs it is done nevertheless, and so is all that follows.
+        for _ in 0..2 {
+            lane.one(Job::flush()).unwrap().ok().unwrap();
+            assert_eq!(lane.one(Job::read(0, 4096)).unwrap().ok().unwrap(), vec![6; 4096]);
+            assert_eq!(bench.host.lines().len(), 1, "{:?}", bench.host.lines());
+        }
+        assert!(dirty_pages(image.as_file()).is_none_or(|dirty| dirty == 0), "flushed");
+    });
+    if !attached_without {
+        eprintln!("skipped: not allowed to install a filter");
+    }
+}
+
+#[test]
 fn where_io_uring_is_forbidden_the_workers_serve_and_one_line_says_so() {
     let image = image_in(&real_dir(), 1 << 20);
     let path = image.path();
