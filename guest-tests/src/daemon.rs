@@ -30,6 +30,12 @@ pub struct CtlOutput {
     pub stderr: String,
 }
 
+/// A new directory on a disk, where direct I/O works: beside the binaries.
+pub fn disk_directory() -> TempDir {
+    let bin = binary("vhost-hotswap");
+    tempfile::tempdir_in(bin.parent().expect("a directory with binaries")).expect("a temporary directory")
+}
+
 /// A running daemon in a directory of its own; it is killed when this is dropped.
 pub struct Daemon {
     child: Child,

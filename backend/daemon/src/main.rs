@@ -67,7 +67,7 @@ fn front(listen: &Listen) -> Result<Front, String> {
     }
 }
 
-/// As many descriptors as are allowed: a queue takes up to 19 in an upgrade, and what many systems begin with is 1024, for the sake of programs that use `select`.
+/// As many descriptors as are allowed: a queue takes up to 22 in an upgrade, and what many systems begin with is 1024, for the sake of programs that use `select`.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {

@@ -199,14 +199,17 @@ impl DomainProxy {
         });
         phases.retire += spent;
         self.note_residency(&label, &residency);
-        if let Residency::Running(left) = residency {
-            return Err(left.reason().to_owned());
-        }
         // What broke off may be what was to wait for the kernel or a thread of its own.
-        destroyed.map_err(|error| {
+        let broke_off = destroyed.err().map(|error| {
             log::warn!("{label} did not end well: {error}");
             format!("its end broke off: {error}")
-        })
+        });
+        let runs = match &residency {
+            Residency::Running(left) => Some(left.reason().to_owned()),
+            _ => None,
+        };
+        let why: Vec<String> = broke_off.into_iter().chain(runs).collect();
+        if why.is_empty() { Ok(()) } else { Err(why.join("; ")) }
     }
 
     pub(crate) fn note_residency(&self, label: &str, residency: &Residency) {

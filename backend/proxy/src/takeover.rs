@@ -117,8 +117,10 @@ impl DomainProxy {
                     if Arc::strong_count(&next.instance) > 1 {
                         self.leave_again(upgrades, next);
                     } else {
-                        // It was never live, so it has no requests.
-                        let _ = self.retire(next, &mut phases);
+                        // One that was called back had requests, which its workers may just have let go of.
+                        let fence = Arc::clone(&next.fence);
+                        let ended = self.retire(next, &mut phases);
+                        fence.decide(if ended.is_ok() { Verdict::Fail } else { Verdict::Never });
                     }
                     Err(refusal)
                 }

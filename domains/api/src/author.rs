@@ -448,8 +448,8 @@ impl Host {
         unsafe { (self.vtable.notify)(self.vtable.ctx, queue.0) };
     }
 
-    /// A dup of the eventfd that [`notify`](Self::notify) writes to for `queue`, to be given to the kernel: each write to it wakes the worker. Ask for it in
-    /// [`BlockDomain::attach_queue`]. `None` where the host has no such thing; a domain then has to call `notify`.
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to for `queue`, to be given to the kernel: each write to it wakes the worker. Ask for it when the queue
+    /// is attached, or later. `None` where the host has no such thing; a domain then has to call `notify`.
     #[must_use]
     pub fn notifier_fd(self, queue: QueueIndex) -> Option<OwnedFd> {
         // SAFETY: no more than `ctx` is passed.

@@ -1,7 +1,7 @@
 //! Who does the I/O: the kernel by way of io_uring, or the workers themselves.
 //!
-//! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O each request needs one, so rings are made at preparing for the queues that are
-//! served then. Otherwise a queue makes one when a request first has to wait for the disk, which takes longer; many never have to.
+//! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O nearly each request needs one, so rings are made at preparing for the queues that
+//! are served then. Otherwise a queue makes one for the first request that is not a copy; many never have one.
 
 use crate::image::Image;
 use domain_api::uring::{PreparedRing, Ring};
@@ -18,7 +18,7 @@ const DEPTH: usize = 1024;
 pub(crate) struct Engine {
     uring: bool,
     host: Host,
-    /// Rings for the queues that were served when this instance was prepared, with direct I/O.
+    /// Rings for the queues that were served when this instance was prepared.
     prepared: Mutex<Vec<(QueueIndex, PreparedRing)>>,
     /// How loudly to say that there is none: it may not have been asked for.
     loud: Level,
@@ -41,7 +41,7 @@ impl Engine {
         }
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
-        let queues = host.served_queues().filter(|_| uring && image.mode().direct);
+        let queues = host.served_queues().filter(|_| uring && needs_rings(image));
         // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
         let prepared: io::Result<Vec<_>> =
             queues.map(|index| Ok((index, PreparedRing::new(image.file(), DEPTH)?))).collect();
@@ -49,9 +49,14 @@ impl Engine {
         Ok(Self { host, uring, prepared, loud, said: AtomicBool::new(false) })
     }
 
-    /// Whether queues are to have rings.
+    /// Whether a queue is to have a ring when it first needs one.
     pub(crate) const fn wants_rings(&self) -> bool {
         self.uring
+    }
+
+    /// Whether it is to have one from the beginning.
+    pub(crate) fn wants_rings_at_once(&self, image: &Image) -> bool {
+        self.uring && needs_rings(image)
     }
 
     /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it is slower, not broken.
@@ -80,6 +85,11 @@ impl Engine {
         let at = prepared.iter().position(|(of, _)| *of == index)?;
         Some(prepared.swap_remove(at).1)
     }
+}
+
+/// Whether nearly each request of this image waits for a disk.
+fn needs_rings(image: &Image) -> bool {
+    image.mode().direct && !image.is_in_memory()
 }
 
 fn why_not(error: &io::Error) -> String {

@@ -22,7 +22,7 @@
 //! **Without a write cache** a write is durable before it completes. The setting may change while writes are in flight, so it is looked at once more when a
 //! write has ended: whatever was not written durably is followed by an `fdatasync` of its own.
 //!
-//! Without a ring everything is done by the worker, one after the other ([`Disk::serve`]).
+//! Where no ring can be had everything is done by the worker, one after the other ([`Disk::serve`]).
 
 use crate::bounce::Bounce;
 use crate::disk::Disk;
@@ -38,7 +38,7 @@ use std::time::Instant;
 pub struct Queue {
     index: QueueIndex,
     bounce: Bounce,
-    /// None, as long as no request has needed it.
+    /// None, if no request has needed it yet, or it cannot be had.
     ring: Option<Ring>,
     /// Whether one can be had when it is needed.
     may_have_ring: bool,
@@ -59,13 +59,14 @@ enum Next {
 impl Queue {
     /// A queue, on the thread that will serve it.
     pub(crate) fn new(engine: &Engine, disk: &Disk, index: QueueIndex) -> Self {
-        let at_once = engine.wants_rings() && disk.image().mode().direct;
+        let at_once = engine.wants_rings_at_once(disk.image());
         let ring = at_once.then(|| engine.ring(disk.image(), index)).flatten();
         Self {
             index,
             bounce: Bounce::default(),
+            // One that could not be had now is not tried for again under a request.
+            may_have_ring: engine.wants_rings() && (ring.is_some() || !at_once),
             ring,
-            may_have_ring: engine.wants_rings(),
             reads: Pace::default(),
             writes: Pace::default(),
             cancels_seen: disk.cancels(),

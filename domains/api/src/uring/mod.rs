@@ -17,7 +17,7 @@
 //!
 //! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
 //! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
-//! On older kernels any thread may use a ring, and it is not made disabled: to enable it would wait for a grace period there.
+//! On older kernels any thread may use a ring, so it is not made disabled. Before 5.18 beginning takes milliseconds: registering the eventfd waits for a grace period there.
 //!
 //! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
 
