@@ -100,20 +100,43 @@ fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
     assert_eq!(device.proxy.status().queues[0].replayed, 0);
 }
 
-#[test]
-fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
-    let device = Device::start(1, &["swap=true", "hold=true", "break=reap", "thread=true"]);
+/// Waits until `device` is faulted because somebody died and cannot be ended, for the reason `why`: the two requests that he had stay unanswered.
+#[track_caller]
+fn assert_not_ended(device: &Device, hand: &mut Hand, why: &str) {
+    hand.until(device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    let status = device.proxy.status();
+    let fault = status.fault.as_deref().unwrap_or_default();
+    assert!(fault.contains("stay unanswered") && fault.contains(why), "{status:?}");
+    assert_unanswered(device, hand, 2);
+}
+
+/// A device whose first instance was replaced with two requests in flight, and dies of them; what else it does is in `breaks` and `more`.
+fn with_a_dead_predecessor(breaks: &str, more: &str) -> (Device, Hand) {
+    let device = Device::start(1, &["swap=true", "hold=true", breaks, more]);
     let mut hand = device.worker(0);
     hand.submit([4, 1]);
     swap(&device, &mut hand, "b").expect("committed");
     device.stage.release.store(true, Ordering::Release);
-    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
+    (device, hand)
+}
+
+/// A device whose live domain dies of the second of two requests, with `more` in its script, and whose standby `a` could serve.
+fn with_a_dead_live_domain(more: &str) -> (Device, Hand) {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=2", more]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([4]);
+    hand.submit([1]);
+    (device, hand)
+}
+
+#[test]
+fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
+    let (device, mut hand) = with_a_dead_predecessor("break=reap", "thread=true");
+    assert_not_ended(&device, &mut hand, "thread `puppet`");
     let status = device.proxy.status();
-    let fault = status.fault.as_deref().unwrap_or_default();
-    assert!(fault.contains("stay unanswered") && fault.contains("thread `puppet`"), "{status:?}");
     assert!(status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"), "{status:?}");
     assert!(status.standby.is_none() && status.generation == 2, "{status:?}");
-    assert_unanswered(&device, &mut hand, 2);
     // The successor serves; the two slots are not used again, and what they had is not run again.
     assert_eq!(hand.submit([7]), 1);
     assert_eq!(hand.take_ended(), well([7]));
@@ -130,15 +153,8 @@ fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswe
 
 #[test]
 fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
-    let device = Device::start(1, &[]);
-    device.upgrade("plain", "b", &["hold=true", "die_at=2", "thread=true"]).expect("committed");
-    let mut hand = device.worker(0);
-    hand.submit([4]);
-    hand.submit([1]);
-    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
-    let status = device.proxy.status();
-    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("stay unanswered")), "{status:?}");
-    assert_unanswered(&device, &mut hand, 2);
+    let (device, mut hand) = with_a_dead_live_domain("thread=true");
+    assert_not_ended(&device, &mut hand, "thread `puppet`");
     assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what cannot be ended");
     // What the dead one never had is told the truth.
     hand.submit([7]);
@@ -155,29 +171,11 @@ fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() 
 #[test]
 fn an_end_that_breaks_off_is_no_end() {
     // What breaks off may be the wait for the kernel, which still has the requests.
-    let device = Device::start(1, &[]);
-    device.upgrade("plain", "b", &["hold=true", "die_at=2", "break=drop"]).expect("committed");
-    let mut hand = device.worker(0);
-    hand.submit([4]);
-    hand.submit([1]);
-    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
-    let status = device.proxy.status();
-    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("stay unanswered")), "{status:?}");
-    assert_unanswered(&device, &mut hand, 2);
+    let (device, mut hand) = with_a_dead_live_domain("break=drop");
+    assert_not_ended(&device, &mut hand, "broke off");
     assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what was not ended");
-}
-
-#[test]
-fn nor_is_that_of_a_replaced_instance() {
-    let device = Device::start(1, &["swap=true", "hold=true", "break=reap,drop"]);
-    let mut hand = device.worker(0);
-    hand.submit([4, 1]);
-    swap(&device, &mut hand, "b").expect("committed");
-    device.stage.release.store(true, Ordering::Release);
-    hand.until(&device, "not found dead", |_| device.proxy.status().state == State::Faulted);
-    let status = device.proxy.status();
-    assert!(status.fault.as_deref().is_some_and(|fault| fault.contains("broke off")), "{status:?}");
-    assert_unanswered(&device, &mut hand, 2);
+    let (device, mut hand) = with_a_dead_predecessor("break=reap,drop", "thread=false");
+    assert_not_ended(&device, &mut hand, "broke off");
     assert_eq!(hand.submit([7]), 1, "the successor serves");
     assert_eq!(hand.take_ended(), well([7]));
 }

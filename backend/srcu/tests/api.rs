@@ -172,12 +172,16 @@ fn a_handover_that_times_out_names_who_is_missing_and_lets_everybody_go_on() {
 fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
     let cell = Cell::new(1, 2);
     let (ran_on, ran) = mpsc::channel();
-    let attached = Barrier::new(2);
+    // The upgrader counts readers that are not there, and could be the last to arrive until it has; then it nudges.
+    let (nudge, nudged) = mpsc::channel();
+    let (attached, cell) = (Barrier::new(2), &cell);
     thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let at = &attached;
+        let worker = scope.spawn(move || {
             let mut reader = cell.attach().unwrap();
-            attached.wait();
+            at.wait();
             until(|| reader.pass() == Gate::Shut);
+            nudged.recv().unwrap();
             reader.arrive();
             assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
             thread::current().id()
@@ -187,7 +191,7 @@ fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
             ran_on.send(thread::current().id()).unwrap();
             Some(value + 1)
         });
-        assert_eq!(old(cell.handover(exchange, || {}, LONG).unwrap()), Some(1));
+        assert_eq!(old(cell.handover(exchange, move || nudge.send(()).unwrap(), LONG).unwrap()), Some(1));
         assert_eq!(worker.join().unwrap(), ran.recv().unwrap());
     });
 }
