@@ -1,8 +1,9 @@
 //! Modules that only tests have: built when they are needed, because no installation should have them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::{fs, io};
 
 use crate::daemon::binary;
 
@@ -10,6 +11,19 @@ use crate::daemon::binary;
 pub fn stubborn() -> String {
     static BUILT: OnceLock<String> = OnceLock::new();
     BUILT.get_or_init(|| build("stubborn")).clone()
+}
+
+/// Puts `count` copies of a domain's module into `directory`, which the loader takes for different ones. Their paths.
+pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<String>> {
+    let mut bytes = fs::read(binary(&format!("libdomain_{domain}.so")))?;
+    let copy = |index| {
+        // What follows the last section is nobody's.
+        bytes.push(0);
+        let path = directory.join(format!("{domain}{index}.so"));
+        fs::write(&path, &bytes)?;
+        Ok(path.to_string_lossy().into_owned())
+    };
+    (0..count).map(copy).collect()
 }
 
 /// Builds a module, in a target directory of its own.

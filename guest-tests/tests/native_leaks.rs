@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
-use guest_tests::daemon::{Control, Daemon, disk_directory, module};
+use guest_tests::daemon::{Control, Daemon, disk_directory};
+use guest_tests::modules::copies;
 use serde_json::{Value, json};
 
 /// More than the entries that the history keeps, each of them an event too.
@@ -122,24 +123,19 @@ fn four_thousand_swaps_leave_nothing() {
 }
 
 /// More than the loader keeps of those that were unloaded, so that each is a new one when its turn comes.
-const NEW_ONES: u64 = 12;
+const NEW_ONES: usize = 12;
 
 #[test]
 fn a_thousand_swaps_of_a_file_to_new_modules_leave_nothing() {
     let directory = disk_directory();
-    let mut bytes = fs::read(module("file")).expect("the module");
-    for index in 0..NEW_ONES {
-        // What follows the last section is nobody's.
-        bytes.push(0);
-        fs::write(directory.path().join(format!("{index}.so")), &bytes).expect("a copy");
-    }
+    let modules = copies("file", NEW_ONES, directory.path()).expect("copies of the module");
     let image = directory.path().join("image");
     fs::write(&image, vec![1; 1 << 20]).expect("an image");
     // Past the page cache each instance has a ring for each queue.
     let image = image.to_str().expect("UTF-8");
     let daemon = Daemon::start(&["--blk-file", image, "--param", "direct=true", "--queues", "2"]);
     assert_nothing_stays(&daemon, 1000, |control, round| {
-        let path = directory.path().join(format!("{}.so", round % NEW_ONES));
+        let path = &modules[round as usize % NEW_ONES];
         ok(control.request("upgrade", json!({ "name": path })), "swap");
     });
 }

@@ -15,8 +15,8 @@ use super::drive::{Driver, Load, Measured, Mix, Wait};
 use super::options::Options;
 use super::stats::{Spread, ratios, time, times};
 use super::upgrade::{Done, Operator, print_total};
-use crate::daemon::{Daemon, binary};
-use tempfile::TempDir;
+use crate::daemon::Daemon;
+use crate::modules::copies;
 
 /// Twenty in a second.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -63,27 +63,14 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
     let mut rows = Vec::new();
     for (domain, args) in [("empty", vec!["--domain", "empty"]), ("file", vec!["--blk-file", &path])] {
         for &depth in depths.iter().filter(|depth| options.wants(&format!("swap/{domain}/d{depth}"))) {
-            let (_modules, new) = never_seen(domain)?;
+            let modules = tempfile::tempdir_in("/dev/shm")?;
+            // Each is a new one whenever its turn comes.
+            let new = copies(domain, NEW_ONES, modules.path())?;
             rows.push(cell((domain, "a new module each time"), &new, &args, depth, options, places)?);
             rows.push(cell((domain, "the same again"), &[domain], &args, depth, options, places)?);
         }
     }
     Ok(Value::Array(rows))
-}
-
-/// Copies of a domain's module that the loader takes for different ones, and for new ones whenever their turn comes.
-fn never_seen(domain: &str) -> io::Result<(TempDir, Vec<String>)> {
-    let directory = tempfile::tempdir_in("/dev/shm")?;
-    let mut bytes = std::fs::read(binary(&format!("libdomain_{domain}.so")))?;
-    let copy = |index| {
-        // What follows the last section is nobody's.
-        bytes.push(0);
-        let path = directory.path().join(format!("{domain}{index}.so"));
-        std::fs::write(&path, &bytes)?;
-        Ok(path.to_string_lossy().into_owned())
-    };
-    let paths = (0..NEW_ONES).map(copy).collect::<io::Result<_>>()?;
-    Ok((directory, paths))
 }
 
 fn cell(
