@@ -17,7 +17,7 @@ use crate::poll::Poller;
 use crate::ring::{self, Used};
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
-use proxy::{Ended, Gate, Worker};
+use proxy::{Ended, Gate, Worker, slot_of};
 use std::time::Duration;
 use vhost_user_backend::{VringMutex, VringState, VringT};
 use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, WireStatus, parse, used_len};
@@ -270,7 +270,7 @@ impl QueueWorker {
                     self.queue
                 );
                 used.push(slots.end(Ended {
-                    slot: batch[0].tag as usize,
+                    slot: slot_of(batch[0].tag),
                     status: Status::IoError,
                     written: 0,
                 }));
@@ -345,6 +345,7 @@ impl QueueWorker {
         self.batch.clear();
         self.others.clear();
         let mut translator = snapshot.translator();
+        let naming = self.lane.naming();
         for ahead in 0..take {
             let chain = view.avail_entry(first.wrapping_add(ahead));
             let index = *self.slots.free.last().expect("no more chains are taken than slots are free");
@@ -354,7 +355,7 @@ impl QueueWorker {
                     self.slots.free.pop();
                     (slot.head, slot.op, slot.len, slot.status_at) = (head, op, len, Some(status_at));
                     let mut request = guest_memory::request(op, flags, offset, len, &slot.segments);
-                    request.tag = u64::from(index);
+                    naming.name(&mut request, usize::from(index));
                     self.batch.push(request);
                 }
                 Parsed::Answer { head, status_at, status, written } => self.others.push(Other {
@@ -394,7 +395,7 @@ impl QueueWorker {
             self.lane.count_malformed(malformed);
         }
         for request in &self.batch[accepted..] {
-            self.slots.free.push(request.tag as u16);
+            self.slots.free.push(slot_of(request.tag) as u16);
         }
         (self.batch.len() - accepted + self.others.len() - kept) as u16
     }

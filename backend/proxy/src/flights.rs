@@ -1,4 +1,4 @@
-//! The table of what is in flight on a queue: who has which request, and what it was, to be run again.
+//! The table of what is in flight on a queue: who has which request, what it is called, and what it was, to be run again.
 //!
 //! A request that ends in the call that submits it never comes here; the batch that it is in says all that there is to know. What does not is entered
 //! when the call has returned. While the call lasts nobody needs the table: it is the worker's own, and the worker is in the call.
@@ -9,6 +9,7 @@ use crate::Ended;
 use crate::queue::{QueueLine, add};
 use domain_api::Status;
 use domain_api::abi::{self, RawCompletion, RawRequest};
+use std::fmt;
 
 /// A slot; a cache line.
 #[derive(Clone, Copy)]
@@ -42,17 +43,15 @@ impl Flights {
         self.0[slot].order
     }
 
-    /// The request in a slot, named by its slot as when it came.
+    /// The request in a slot, with the name that it had last.
     pub(crate) fn request(&self, slot: usize) -> RawRequest {
-        let mut request = self.0[slot].request;
-        request.tag = slot as u64;
-        request
+        self.0[slot].request
     }
 
     /// Enters a request, with who has it in its generation.
     #[inline]
     pub(crate) fn enter(&mut self, request: &RawRequest, order: u64) {
-        self.0[untag(request.tag)] = Flight { request: *request, order };
+        self.0[slot_of(request.tag)] = Flight { request: *request, order };
     }
 
     /// Nobody has the request in a slot any more; what it was stays known.
@@ -60,14 +59,14 @@ impl Flights {
         self.0[slot].request.generation = 0;
     }
 
-    /// Closes the slot that a completion by `generation` on `queue` is about. Returns `None` if it is about no request that is in flight there.
+    /// Closes the slot that a completion by a lane is about. Returns `None` if it is about no request that is in flight there.
     #[inline]
-    fn close(&mut self, queue: usize, generation: u64, completion: &RawCompletion) -> Option<usize> {
-        let slot = untag(completion.tag);
+    fn close(&mut self, naming: Naming, completion: &RawCompletion) -> Option<usize> {
+        let slot = slot_of(completion.tag);
         let flight = self.0.get_mut(slot)?;
-        let known = completion.tag == tag(queue, slot)
-            && completion.generation == generation
-            && flight.request.generation == generation;
+        let known = completion.tag == naming.tag(slot)
+            && completion.generation == naming.generation
+            && flight.request.generation == naming.generation;
         if !known {
             return None;
         }
@@ -75,28 +74,27 @@ impl Flights {
         Some(slot)
     }
 
-    /// Takes completions by `generation` on `queue` over: checks each, frees its slot, reports it. Returns how many were good.
+    /// Takes a lane's completions over: checks each, frees its slot, reports it. Returns how many were good.
     pub(crate) fn settle(
         &mut self,
         completed: &[RawCompletion],
-        queue: usize,
-        generation: u64,
+        naming: Naming,
         line: &QueueLine,
         ended: &mut impl FnMut(Ended),
     ) -> usize {
         let (mut count, mut errors) = (0, 0);
         for completion in completed {
-            if self.close(queue, generation, completion).is_none() {
+            let Some(slot) = self.close(naming, completion) else {
                 log::error!(
-                    "queue {queue}: generation {generation} completed request {:#x} of generation {}, which is not in flight; dropped",
+                    "{naming}: completed request {:#x} of generation {}, which is not in flight; dropped",
                     completion.tag,
                     completion.generation
                 );
                 continue;
-            }
+            };
             count += 1;
             errors += u64::from(completion.status != abi::status::OK);
-            ended(told(completion));
+            ended(Ended { slot, status: status(completion), written: completion.written });
         }
         add(&line.requests, count as u64);
         if errors > 0 {
@@ -106,31 +104,74 @@ impl Flights {
     }
 }
 
-/// What a request is called at the ABI: its queue too, so that a domain that mixes queues up is caught.
-pub(crate) const fn tag(queue: usize, slot: usize) -> u64 {
-    (queue as u64) << 32 | slot as u64
+/// What requests of one queue of one instance are called at the ABI.
+///
+/// A tag is the request's slot in its lowest 16 bits, its queue in the next 8, and the generation above: so that a domain that mixes up queues is caught,
+/// and a completion of an earlier generation is never taken for one of this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Naming {
+    base: u64,
+    generation: u64,
 }
 
-/// The slot of a request.
-pub(crate) const fn untag(tag: u64) -> usize {
-    (tag & 0xffff_ffff) as usize
+const SLOT_BITS: u32 = 16;
+const QUEUE_BITS: u32 = 8;
+
+/// Most slots that a queue can have.
+pub(crate) const SLOT_LIMIT: usize = 1 << SLOT_BITS;
+
+impl Naming {
+    /// For requests that nobody has yet.
+    pub(crate) const NOBODY: Self = Self { base: 0, generation: 0 };
+
+    pub(crate) const fn new(queue: usize, generation: u64) -> Self {
+        assert!(queue < 1 << QUEUE_BITS, "queues are numbered in 8 bits");
+        Self { base: (generation << QUEUE_BITS | queue as u64) << SLOT_BITS, generation }
+    }
+
+    /// Names a request by its slot.
+    #[inline]
+    pub const fn name(self, request: &mut RawRequest, slot: usize) {
+        request.tag = self.tag(slot);
+        request.generation = self.generation;
+    }
+
+    #[inline]
+    const fn tag(self, slot: usize) -> u64 {
+        self.base + slot as u64
+    }
+
+    pub(crate) const fn generation(self) -> u64 {
+        self.generation
+    }
+
+    /// Whether a request has a name of this kind.
+    pub(crate) const fn named(self, request: &RawRequest) -> bool {
+        request.tag == self.tag(slot_of(request.tag)) && request.generation == self.generation
+    }
 }
 
-/// What a completion, which was checked, says.
+impl fmt::Display for Naming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let queue = self.base >> SLOT_BITS & ((1 << QUEUE_BITS) - 1);
+        write!(f, "queue {queue}: generation {}", self.generation)
+    }
+}
+
+/// The slot that a tag names.
+#[must_use]
 #[inline]
-pub(crate) const fn told(completion: &RawCompletion) -> Ended {
-    let status = match completion.status {
+pub const fn slot_of(tag: u64) -> usize {
+    tag as usize & (SLOT_LIMIT - 1)
+}
+
+/// How a completion says that it went.
+const fn status(completion: &RawCompletion) -> Status {
+    match completion.status {
         abi::status::OK => Status::Ok,
         abi::status::UNSUPPORTED => Status::Unsupported,
         _ => Status::IoError,
-    };
-    Ended { slot: untag(completion.tag), status, written: completion.written }
-}
-
-/// How many did not end well.
-#[cold]
-pub(crate) fn errors(completed: &[RawCompletion]) -> u64 {
-    completed.iter().filter(|completion| completion.status != abi::status::OK).count() as u64
+    }
 }
 
 #[cfg(test)]
@@ -139,24 +180,31 @@ mod tests {
 
     #[test]
     fn only_a_completion_of_what_is_in_flight_closes_a_slot_and_only_once() {
-        let mut flights = Flights::new(4);
+        let (naming, mut flights) = (Naming::new(3, 7), Flights::new(4));
         let mut request = RawRequest::nothing();
-        (request.tag, request.generation) = (tag(3, 2), 7);
+        naming.name(&mut request, 2);
+        assert!(naming.named(&request) && !Naming::new(2, 7).named(&request));
         flights.enter(&request, 11);
-        let completion = |tag, generation| RawCompletion { tag, generation, status: 0, written: 0 };
+        let completion = |queue, generation, slot, said| {
+            let tag = Naming::new(queue, generation).tag(slot);
+            RawCompletion { tag, generation: said, status: 0, written: 0 }
+        };
         for wrong in [
-            completion(tag(3, 1), 7),
-            completion(tag(2, 2), 7),
-            completion(tag(3, 2), 6),
-            completion(tag(3, 4), 7),
-            completion(u64::MAX, 7),
+            completion(3, 7, 1, 7),
+            completion(2, 7, 2, 7),
+            completion(3, 6, 2, 6),
+            completion(3, 6, 2, 7),
+            completion(3, 7, 2, 6),
+            completion(3, 7, 4, 7),
+            RawCompletion { tag: u64::MAX, ..completion(3, 7, 2, 7) },
         ] {
-            assert_eq!(flights.close(3, 7, &wrong), None, "{wrong:?}");
+            assert_eq!(flights.close(naming, &wrong), None, "{wrong:?}");
         }
-        assert_eq!(flights.close(3, 8, &completion(tag(3, 2), 8)), None, "another generation's");
+        let of_another = Naming::new(3, 8);
+        assert_eq!(flights.close(of_another, &completion(3, 8, 2, 8)), None, "another generation's");
         assert_eq!(flights.generation(2), 7);
-        assert_eq!(flights.close(3, 7, &completion(tag(3, 2), 7)), Some(2));
-        assert_eq!(flights.close(3, 7, &completion(tag(3, 2), 7)), None, "twice");
-        assert_eq!((flights.order(2), flights.request(2).tag), (11, 2));
+        assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), Some(2));
+        assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), None, "twice");
+        assert_eq!((flights.order(2), slot_of(flights.request(2).tag)), (11, 2));
     }
 }

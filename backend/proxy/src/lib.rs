@@ -24,6 +24,7 @@ mod takeover;
 mod upgrade;
 mod worker;
 
+pub use flights::{Naming, slot_of};
 pub use queue::{Notifier, QueueStatus};
 pub use report::{
     Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy,

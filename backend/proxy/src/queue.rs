@@ -70,14 +70,14 @@ pub(crate) fn coarse_now_ns() -> u64 {
 
 /// All queues of the device.
 pub(crate) struct Queues {
-    lines: Box<[QueueLine]>,
+    lines: Box<[Arc<QueueLine>]>,
     notifiers: Box<[ArcSwapOption<Box<dyn Notifier>>]>,
 }
 
 impl Queues {
     pub(crate) fn new(queues: usize) -> Self {
         Self {
-            lines: (0..queues).map(|_| QueueLine::default()).collect(),
+            lines: (0..queues).map(|_| Arc::default()).collect(),
             notifiers: (0..queues).map(|_| ArcSwapOption::empty()).collect(),
         }
     }
@@ -86,8 +86,7 @@ impl Queues {
         self.lines.len()
     }
 
-    #[inline]
-    pub(crate) fn line(&self, queue: usize) -> &QueueLine {
+    pub(crate) fn line(&self, queue: usize) -> &Arc<QueueLine> {
         &self.lines[queue]
     }
 
@@ -117,7 +116,7 @@ impl Queues {
 
     pub(crate) fn status(&self) -> Vec<QueueStatus> {
         let now = coarse_now_ns();
-        let one = |(index, line): (usize, &QueueLine)| {
+        let one = |(index, line): (usize, &Arc<QueueLine>)| {
             let in_flight = line.in_flight.load(Ordering::Relaxed);
             let since = line.busy_since.load(Ordering::Relaxed);
             let age = if in_flight == 0 { 0 } else { now.saturating_sub(since) };

@@ -13,13 +13,12 @@
 //! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it, or its instance is dead.
 
 use crate::fence::{Fence, Verdict};
-use crate::flights::{Flights, errors, tag, told, untag};
+use crate::flights::{Flights, Naming, SLOT_LIMIT, slot_of};
 use crate::queue::{QueueLine, add, coarse_now_ns};
 use crate::{DomainProxy, Member, Service};
 use domain_api::abi::{self, RawRequest};
 use domain_api::host::{CallError, CompletionBuffer, QueueHandle};
 use domain_api::{QueueIndex, Status};
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -42,7 +41,7 @@ pub enum Gate {
 /// A request that ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
-    /// The tag that it was submitted with.
+    /// The slot that it was named by.
     pub slot: usize,
     /// How.
     pub status: Status,
@@ -54,7 +53,7 @@ pub struct Ended {
 struct Lane {
     handle: QueueHandle,
     fence: Arc<Fence>,
-    generation: u64,
+    naming: Naming,
     in_flight: usize,
 }
 
@@ -68,6 +67,7 @@ struct Orphan {
 pub struct Worker {
     proxy: Arc<DomainProxy>,
     queue: usize,
+    line: Arc<QueueLine>,
     reader: srcu::Reader<Option<Member>>,
     current: Option<Lane>,
     /// Earlier instances that still owe completions.
@@ -75,7 +75,8 @@ pub struct Worker {
     /// What all lanes together have in flight.
     owing: usize,
     flights: Flights,
-    submitted: u64,
+    /// How many requests have been given an order.
+    ordered: u64,
     /// How many batches may begin before the clock is looked at again.
     unclocked: u32,
     orphans: Vec<Orphan>,
@@ -89,16 +90,19 @@ pub struct Worker {
 
 impl Worker {
     pub(crate) fn new(proxy: Arc<DomainProxy>, queue: usize, slots: usize) -> Option<Self> {
+        assert!(slots <= SLOT_LIMIT, "a queue of {slots} slots");
         let reader = proxy.cell().attach()?;
+        let line = Arc::clone(proxy.queues().line(queue));
         let mut worker = Self {
             proxy,
             queue,
+            line,
             reader,
             current: None,
             earlier: Vec::new(),
             owing: 0,
             flights: Flights::new(slots),
-            submitted: 0,
+            ordered: 0,
             unclocked: 0,
             orphans: Vec::new(),
             lost: 0,
@@ -108,10 +112,6 @@ impl Worker {
         };
         worker.adopt();
         Some(worker)
-    }
-
-    fn line(&self) -> &QueueLine {
-        self.proxy.queues().line(self.queue)
     }
 
     /// How many requests have been submitted and have not ended.
@@ -147,7 +147,7 @@ impl Worker {
     pub fn wait_at_gate(&mut self) {
         debug_assert_eq!(self.owing, 0, "whoever is owed completions must reap them, not wait");
         self.unclocked = 0;
-        add(&self.line().parks, 1);
+        add(&self.line.parks, 1);
         self.reader.arrive();
     }
 
@@ -197,7 +197,10 @@ impl Worker {
             return;
         }
         match instance.attach(QueueIndex(self.queue as u32)) {
-            Ok(handle) => self.current = Some(Lane { handle, fence, generation, in_flight: 0 }),
+            Ok(handle) => {
+                let naming = Naming::new(self.queue, generation);
+                self.current = Some(Lane { handle, fence, naming, in_flight: 0 });
+            }
             Err(error) => {
                 self.unattachable = generation;
                 self.proxy.died(&instance, &format!("attaching queue {}: {error}", self.queue));
@@ -227,7 +230,7 @@ impl Worker {
         for lane in buried {
             self.owing -= lane.in_flight;
             for slot in 0..self.flights.len() {
-                if self.flights.generation(slot) == lane.generation {
+                if self.flights.generation(slot) == lane.naming.generation() {
                     self.flights.let_go(slot);
                     self.orphans.push(Orphan { slot, fence: Arc::clone(&lane.fence) });
                 }
@@ -242,142 +245,147 @@ impl Worker {
         self.current = at.map(|at| self.earlier.swap_remove(at));
     }
 
-    /// Submits requests, whose tags are their slots, to the live domain; calls `ended` for each request that ended at once. Returns how many from the
-    /// front were taken: the rest is the caller's again.
+    /// What requests that are submitted next are to be called. It holds until the next call that takes `&mut self`.
+    #[must_use]
     #[inline]
-    pub fn submit(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
+    pub fn naming(&self) -> Naming {
+        self.current.as_ref().map_or(Naming::NOBODY, |lane| lane.naming)
+    }
+
+    /// Submits requests, with [names](Self::naming), to the live domain; calls `ended` for each request that ended at once. Returns how many from the
+    /// front were taken: the rest is the caller's again.
+    ///
+    /// # Panics
+    /// If a request that is not answered at once has a name that is none of now.
+    #[inline(always)]
+    pub fn submit(&mut self, requests: &mut [RawRequest], ended: impl FnMut(Ended)) -> usize {
         if !self.orphans.is_empty() {
             // Those come first.
             return 0;
         }
-        let first = self.submitted;
-        self.submitted += requests.len() as u64;
         if self.current.is_none() {
-            return self.submit_to_nobody(requests, first, ended);
+            return self.submit_to_nobody(requests, ended);
         }
-        self.offer(requests, Some(first), &mut ended)
+        self.offer(requests, true, ended)
     }
 
-    /// Submits to the current lane. `first` is which request the first one is, if that is not known of them already. Afterwards, what was not taken has
-    /// its slot as its tag again.
-    fn offer(
-        &mut self,
-        requests: &mut [RawRequest],
-        first: Option<u64>,
-        ended: &mut impl FnMut(Ended),
-    ) -> usize {
-        let line = self.proxy.queues().line(self.queue);
-        let before = self.in_flight() as u64;
+    /// Submits to the current lane. Those that are not `fresh` are in the table already.
+    #[inline(always)]
+    fn offer(&mut self, requests: &[RawRequest], fresh: bool, mut ended: impl FnMut(Ended)) -> usize {
         let Some(lane) = self.current.as_mut() else { return 0 };
-        let generation = lane.generation;
-        for request in requests.iter_mut() {
-            debug_assert_eq!(
-                self.flights.generation(untag(request.tag)),
-                0,
-                "a slot is submitted once at a time"
-            );
-            request.tag |= tag(self.queue, 0);
-            request.generation = generation;
-        }
-        if self.owing == 0 {
-            self.unclocked = self.unclocked.checked_sub(1).unwrap_or_else(|| {
-                line.busy_since.store(coarse_now_ns(), Ordering::Relaxed);
-                UNCLOCKED
-            });
+        let line = &*self.line;
+        self.unclocked = self.unclocked.wrapping_sub(1);
+        if self.unclocked == u32::MAX {
+            self.unclocked = look_at_clock(line, self.owing);
         }
         // Before the call, so that a domain that does not come back is seen with what it has.
-        line.in_flight.store(before + requests.len() as u64, Ordering::Relaxed);
-        let result = lane.handle.submit(requests, &mut self.completions);
-        let taken = *result.as_ref().unwrap_or(&requests.len());
-        // Before anybody is told anything: should that panic, it must be known that the lane has something.
-        lane.in_flight += taken;
-        let completed = self.completions.completed();
-        let (mut answered, mut statuses) = (0, abi::status::OK);
-        for (request, completion) in requests[..taken].iter().zip(completed) {
-            if completion.tag != request.tag || completion.generation != generation {
-                break;
+        add(&line.in_flight, requests.len() as u64);
+        let taken = match lane.handle.submit(requests, &mut self.completions) {
+            Ok(taken) => taken,
+            Err(error) => return self.broke(requests, fresh, error, ended),
+        };
+        let Some(completed) = self.completions.all(requests.len()) else {
+            return self.sort_out(&requests[..taken], fresh, 0, ended);
+        };
+        // Meanwhile nothing is booked on the lane: it has said as much as it was given.
+        let mut told = 0;
+        for (request, completion) in requests.iter().zip(completed) {
+            // The tag says whose request it is, too.
+            if completion.tag != request.tag || completion.status != abi::status::OK {
+                return self.sort_out(&requests[..taken.max(told)], fresh, told, ended);
             }
-            answered += 1;
-            statuses |= completion.status;
-            ended(told(completion));
+            told += 1;
+            ended(Ended { slot: slot_of(request.tag), status: Status::Ok, written: completion.written });
         }
-        lane.in_flight -= answered;
-        add(&line.requests, answered as u64);
-        if statuses != abi::status::OK {
-            add(&line.errors, errors(&completed[..answered]));
-        }
-        if answered == requests.len() && answered == completed.len() && result.is_ok() {
-            line.in_flight.store(before, Ordering::Relaxed);
-            return taken;
-        }
-        self.owing += taken - answered;
-        self.enter(requests, first, answered..taken);
-        self.told_more(answered, result, ended);
-        taken
+        // All of them, whatever else the domain says that it took.
+        add(&line.requests, told as u64);
+        add(&line.in_flight, (told as u64).wrapping_neg());
+        told
     }
 
-    /// Enters what was taken and is not answered yet into the table; gives back what was not taken.
+    /// The domain took these requests, and did something else than to answer them all in their order: what comes after the first `told` goes through the
+    /// table. Returns how many were taken.
     #[inline(never)]
-    fn enter(&mut self, requests: &mut [RawRequest], first: Option<u64>, taken: Range<usize>) {
-        let (end, start) = (taken.end, taken.start);
-        for (at, request) in requests[taken].iter().enumerate() {
-            let order = first
-                .map_or_else(|| self.flights.order(untag(request.tag)), |first| first + (start + at) as u64);
-            self.flights.enter(request, order);
-        }
-        for request in &mut requests[end..] {
-            request.tag = untag(request.tag) as u64;
-        }
-    }
-
-    /// The call is over, and more has happened than that requests were answered in their order: takes the other completions over.
-    #[inline(never)]
-    fn told_more(
+    fn sort_out(
         &mut self,
-        answered: usize,
-        result: Result<usize, CallError>,
-        ended: &mut impl FnMut(Ended),
-    ) {
-        let line = self.proxy.queues().line(self.queue);
+        taken: &[RawRequest],
+        fresh: bool,
+        told: usize,
+        mut ended: impl FnMut(Ended),
+    ) -> usize {
+        add(&self.line.requests, told as u64);
+        self.enter(&taken[told..], fresh);
         if let Some(lane) = self.current.as_mut() {
-            let completed = &self.completions.completed()[answered..];
-            let ended = self.flights.settle(completed, self.queue, lane.generation, line, ended);
+            lane.in_flight += taken.len() - told;
+            self.owing += taken.len() - told;
+            let completed = &self.completions.completed()[told..];
+            let ended = self.flights.settle(completed, lane.naming, &self.line, &mut ended);
             lane.in_flight -= ended;
             self.owing -= ended;
-            if let Err(error) = result {
-                self.proxy.died(lane.handle.instance(), &error.to_string());
-                self.bury();
-            }
         }
         self.publish_in_flight();
+        taken.len()
+    }
+
+    /// The call failed, so nobody knows how many the domain took: it had all of them.
+    #[cold]
+    #[inline(never)]
+    fn broke(
+        &mut self,
+        requests: &[RawRequest],
+        fresh: bool,
+        error: CallError,
+        ended: impl FnMut(Ended),
+    ) -> usize {
+        self.sort_out(requests, fresh, 0, ended);
+        if let Some(lane) = &self.current {
+            self.proxy.died(lane.handle.instance(), &error.to_string());
+            self.bury();
+        }
+        self.publish_in_flight();
+        requests.len()
+    }
+
+    /// Enters what was taken and is not answered yet into the table.
+    fn enter(&mut self, requests: &[RawRequest], fresh: bool) {
+        let naming = self.naming();
+        for request in requests {
+            assert!(naming.named(request), "{naming}: a request was submitted as {:#x}", request.tag);
+            let slot = slot_of(request.tag);
+            debug_assert_eq!(self.flights.generation(slot), 0, "a slot is submitted once at a time");
+            let order = if fresh { self.next_order() } else { self.flights.order(slot) };
+            self.flights.enter(request, order);
+        }
+    }
+
+    const fn next_order(&mut self) -> u64 {
+        self.ordered += 1;
+        self.ordered
     }
 
     /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
     #[cold]
-    fn submit_to_nobody(
-        &mut self,
-        requests: &mut [RawRequest],
-        first: u64,
-        mut ended: impl FnMut(Ended),
-    ) -> usize {
+    fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
         match self.proxy.service() {
             Service::Up | Service::Held => {
                 // Up: somebody has just come, and is found at the next look. Held: somebody will come, or nobody. No dead instance had these, so
                 // nothing has to be fenced off before they run.
                 let fence = Arc::new(Fence::open());
-                for (order, request) in (first..).zip(requests.iter_mut()) {
-                    request.generation = 0;
+                for request in requests.iter_mut() {
+                    let slot = slot_of(request.tag);
+                    Naming::NOBODY.name(request, slot);
+                    let order = self.next_order();
                     self.flights.enter(request, order);
-                    self.orphans.push(Orphan { slot: untag(request.tag), fence: Arc::clone(&fence) });
+                    self.orphans.push(Orphan { slot, fence: Arc::clone(&fence) });
                 }
                 self.publish_in_flight();
             }
             Service::Failed => {
                 for request in requests.iter() {
-                    ended(Ended { slot: request.tag as usize, status: Status::IoError, written: 0 });
+                    ended(Ended { slot: slot_of(request.tag), status: Status::IoError, written: 0 });
                 }
-                add(&self.line().requests, requests.len() as u64);
-                add(&self.line().errors, requests.len() as u64);
+                add(&self.line.requests, requests.len() as u64);
+                add(&self.line.errors, requests.len() as u64);
             }
         }
         requests.len()
@@ -385,12 +393,12 @@ impl Worker {
 
     /// Collects what has ended since; calls `ended` for each.
     pub fn reap(&mut self, mut ended: impl FnMut(Ended)) {
-        let line = self.proxy.queues().line(self.queue);
+        let line = &*self.line;
         let mut died = false;
         for lane in self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0) {
             let result = lane.handle.reap(&mut self.completions);
             let completed = self.completions.completed();
-            let ended = self.flights.settle(completed, self.queue, lane.generation, line, &mut ended);
+            let ended = self.flights.settle(completed, lane.naming, line, &mut ended);
             lane.in_flight -= ended;
             self.owing -= ended;
             if let Err(error) = result {
@@ -411,7 +419,7 @@ impl Worker {
     /// Runs again, or answers, what dead instances left.
     #[cold]
     fn settle_orphans(&mut self, ended: &mut impl FnMut(Ended)) {
-        let line = self.proxy.queues().line(self.queue);
+        let line = &*self.line;
         // Fenced off, and nobody is left who could run them.
         let nobody = self.current.is_none() && self.proxy.service() == Service::Failed;
         let lost = &mut self.lost;
@@ -438,14 +446,20 @@ impl Worker {
         if ready == 0 || self.current.is_none() {
             return;
         }
+        let naming = self.naming();
         let mut replay = std::mem::take(&mut self.replay);
         replay.clear();
-        replay.extend(self.orphans.iter().take(ready).map(|orphan| self.flights.request(orphan.slot)));
+        replay.extend(self.orphans.iter().take(ready).map(|orphan| {
+            let mut request = self.flights.request(orphan.slot);
+            naming.name(&mut request, orphan.slot);
+            request
+        }));
         // Out of the list first: if this instance dies too, it makes orphans of its own.
         let rest = self.orphans.split_off(ready);
         let mut given = std::mem::take(&mut self.orphans);
-        let accepted = self.offer(&mut replay, None, ended);
-        add(&self.line().replayed, accepted as u64);
+        self.publish_in_flight();
+        let accepted = self.offer(&replay, false, ended);
+        add(&self.line.replayed, accepted as u64);
         let mut left = given.split_off(accepted);
         left.append(&mut self.orphans);
         left.extend(rest);
@@ -456,7 +470,7 @@ impl Worker {
     }
 
     fn publish_in_flight(&self) {
-        self.line().in_flight.store(self.in_flight() as u64, Ordering::Relaxed);
+        self.line.in_flight.store(self.in_flight() as u64, Ordering::Relaxed);
     }
 
     /// Asks the domain to end what is in flight.
@@ -471,14 +485,24 @@ impl Worker {
 
     /// Counts requests that were answered without the domain.
     pub fn count_answered(&self, requests: u64, errors: u64) {
-        add(&self.line().requests, requests);
-        add(&self.line().errors, errors);
+        add(&self.line.requests, requests);
+        add(&self.line.errors, errors);
     }
 
     /// Counts chains that were no requests.
     pub fn count_malformed(&self, chains: u64) {
-        add(&self.line().malformed, chains);
+        add(&self.line.malformed, chains);
     }
+}
+
+/// Something is in flight from now on, if nothing was. Returns how many batches may begin before the next look.
+#[inline(never)]
+fn look_at_clock(line: &QueueLine, owing: usize) -> u32 {
+    if owing > 0 {
+        return 0;
+    }
+    line.busy_since.store(coarse_now_ns(), Ordering::Relaxed);
+    UNCLOCKED
 }
 
 impl Drop for Worker {
@@ -489,7 +513,7 @@ impl Drop for Worker {
                     "queue {}: {} requests of generation {} never ended; the instance stays resident",
                     self.queue,
                     lane.in_flight,
-                    lane.generation
+                    lane.naming.generation()
                 );
                 // It may still write to their buffers' bookkeeping: it must not be destroyed under them.
                 lane.fence.abandon(self.queue);
@@ -499,6 +523,6 @@ impl Drop for Worker {
         // Letting go of a queue is a call, too.
         self.proxy.notice_death();
         self.proxy.queues().set_notifier(self.queue, None);
-        self.line().in_flight.store(0, Ordering::Relaxed);
+        self.line.in_flight.store(0, Ordering::Relaxed);
     }
 }

@@ -83,7 +83,7 @@ impl<D: BlockDomain> Exported<D> {
 /// What `create` allocates and the host's `instance` pointer points to.
 struct Slot<D: BlockDomain> {
     domain: D,
-    queues: Box<[QueueSlot<D>]>,
+    queues: [QueueSlot<D>; MAX_QUEUES],
 }
 
 /// One queue's state. Only the thread that serves the queue looks inside.
@@ -210,7 +210,7 @@ pub mod shim {
             given.check_known(D::PARAMS)?;
             // SAFETY: the host keeps its table until `fini` (abi::HostVtable).
             let domain = D::prepare(unsafe { Host::from_vtable(host) }, &given)?;
-            let queues = (0..MAX_QUEUES).map(|_| QueueSlot(UnsafeCell::new(None))).collect();
+            let queues = std::array::from_fn(|_| QueueSlot(UnsafeCell::new(None)));
             let slot = Box::new(Slot { domain, queues });
             // SAFETY: `out` is valid for one pointer.
             unsafe { out.write(Box::into_raw(slot).cast()) };
@@ -307,9 +307,22 @@ pub mod shim {
         DomainError::new(format!("there is no queue {queue}, the last is {}", MAX_QUEUES - 1))
     }
 
+    /// The state of a queue that is attached.
+    ///
+    /// # Safety
+    /// As for [`queue_state`].
+    #[inline]
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn attached<D: BlockDomain>(slot: &Slot<D>, queue: u32) -> Option<&mut D::Queue> {
+        let cell = slot.queues.get(queue as usize)?;
+        // SAFETY: the caller's contract.
+        unsafe { &mut *cell.0.get() }.as_mut()
+    }
+
     #[cold]
-    fn not_attached(queue: u32) -> DomainError {
-        DomainError::new(format!("queue {queue} is not attached"))
+    #[inline(never)]
+    fn not_attached(message: *mut RawMessage, queue: u32) -> u32 {
+        refused(message, &DomainError::new(format!("queue {queue} is not attached")))
     }
 
     /// # Safety
@@ -323,11 +336,11 @@ pub mod shim {
         accepted: *mut usize,
         message: *mut RawMessage,
     ) -> u32 {
+        // SAFETY: a live instance, called by the queue's thread.
+        let slot = unsafe { slot::<D>(instance) };
+        // SAFETY: as above; this is the only reference in this call.
+        let Some(state) = (unsafe { attached(slot, queue) }) else { return not_attached(message, queue) };
         guarded(message, || {
-            // SAFETY: a live instance, called by the queue's thread.
-            let slot = unsafe { slot::<D>(instance) };
-            // SAFETY: as above; this is the only reference in this call.
-            let state = unsafe { queue_state(slot, queue) }?.as_mut().ok_or_else(|| not_attached(queue))?;
             // SAFETY: `requests` points to `count` requests, `accepted` and `completions` to host memory that nobody else uses during
             // the call.
             let (requests, accepted, completions) =
@@ -349,11 +362,11 @@ pub mod shim {
         completions: *mut RawCompletions,
         message: *mut RawMessage,
     ) -> u32 {
+        // SAFETY: a live instance, called by the queue's thread.
+        let slot = unsafe { slot::<D>(instance) };
+        // SAFETY: as above; this is the only reference in this call.
+        let Some(state) = (unsafe { attached(slot, queue) }) else { return not_attached(message, queue) };
         guarded(message, || {
-            // SAFETY: a live instance, called by the queue's thread.
-            let slot = unsafe { slot::<D>(instance) };
-            // SAFETY: as above; this is the only reference in this call.
-            let state = unsafe { queue_state(slot, queue) }?.as_mut().ok_or_else(|| not_attached(queue))?;
             // SAFETY: `completions` is host memory that nobody else uses during the call.
             slot.domain.reap(state, &mut Completions::new(unsafe { &mut *completions }));
             Ok(())

@@ -3,7 +3,7 @@
 //! Each arm does what a queue's worker has to do with it and nothing else: no ring is read, no status written. Rounds are alike, so that two runs
 //! that differ in their number differ in nothing but instructions of rounds.
 
-use domain_api::abi::{self, RawRequest};
+use domain_api::abi::{self, RawCompletion, RawRequest};
 use domain_api::conformance::{TestHost, TestStorage};
 use domain_api::host::direct::{Direct, requests};
 use domain_api::host::{CompletionBuffer, LoadError, ModuleLoader, StaticModule, VerifiedModule};
@@ -18,6 +18,7 @@ use std::hint::black_box;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 const BLOCK: usize = 4096;
@@ -51,76 +52,105 @@ impl Cell {
 }
 
 /// What the completions said, so that looking at them is not optimised away.
+///
+/// In memory in both arms, as a worker's own books are, and atomic so that it stays there: in one of them the compiler could keep all this in registers,
+/// which no worker can.
 #[derive(Debug, Default)]
 struct Tally {
-    ended: u64,
-    errors: u64,
-    slots: u64,
+    ended: AtomicU64,
+    errors: AtomicU64,
+    slots: AtomicU64,
 }
 
 impl Tally {
-    /// In memory in both arms, as a worker's own books are: in one of them the compiler could keep all this in registers, which no worker can.
     #[inline(always)]
-    fn note(&mut self, slot: usize, status: Status) {
-        let books = black_box(&mut *self);
-        books.ended += 1;
-        books.slots ^= slot as u64;
-        books.errors += u64::from(status != Status::Ok);
+    fn note(&self, slot: usize, status: Status) {
+        let change = |of: &AtomicU64, how: fn(u64, u64) -> u64, by: u64| {
+            of.store(how(of.load(Ordering::Relaxed), by), Ordering::Relaxed);
+        };
+        change(&self.ended, u64::wrapping_add, 1);
+        change(&self.slots, |slots, slot| slots ^ slot, slot as u64);
+        if status != Status::Ok {
+            change(&self.errors, u64::wrapping_add, 1);
+        }
     }
 }
 
 trait Arm {
+    /// How a request is named by its slot.
+    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<Self>;
     fn begin(&mut self);
-    fn submit(&mut self, requests: &mut [RawRequest], tally: &mut Tally) -> usize;
-    fn reap(&mut self, tally: &mut Tally);
+    fn submit(&mut self, requests: &mut [RawRequest], tally: &Tally) -> usize;
+    fn reap(&mut self, tally: &Tally);
 }
 
 struct Straight<D: BlockDomain> {
     domain: Direct<D>,
     completions: CompletionBuffer,
+    generation: u64,
 }
 
 impl<D: BlockDomain> Straight<D> {
     #[inline(always)]
-    fn tell(&self, tally: &mut Tally) {
+    fn tell(&self, tally: &Tally) {
         for completion in self.completions.completed() {
-            let status = if completion.status == abi::status::OK { Status::Ok } else { Status::IoError };
-            tally.note(completion.tag as usize, status);
+            // As in the proxy: the usual case by itself.
+            if completion.status != abi::status::OK {
+                went_wrong(completion);
+                continue;
+            }
+            tally.note(completion.tag as usize, Status::Ok);
         }
     }
 }
 
+#[cold]
+#[inline(never)]
+fn went_wrong(completion: &RawCompletion) {
+    panic!("{completion:?}");
+}
+
 impl<D: BlockDomain> Arm for Straight<D> {
+    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<D> {
+        let generation = self.generation;
+        move |request, slot| (request.tag, request.generation) = (slot as u64, generation)
+    }
+
     #[inline]
     fn begin(&mut self) {}
 
     #[inline]
-    fn submit(&mut self, requests: &mut [RawRequest], tally: &mut Tally) -> usize {
+    fn submit(&mut self, requests: &mut [RawRequest], tally: &Tally) -> usize {
         let accepted = self.domain.submit(requests, &mut self.completions);
         self.tell(tally);
         accepted
     }
 
     #[inline]
-    fn reap(&mut self, tally: &mut Tally) {
+    fn reap(&mut self, tally: &Tally) {
         self.domain.reap(&mut self.completions);
         self.tell(tally);
     }
 }
 
 impl Arm for Worker {
+    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<> {
+        let naming = Self::naming(self);
+        move |request, slot| naming.name(request, slot)
+    }
+
     #[inline]
     fn begin(&mut self) {
         assert_eq!(self.gate(), Gate::Open);
     }
 
     #[inline]
-    fn submit(&mut self, requests: &mut [RawRequest], tally: &mut Tally) -> usize {
-        Self::submit(self, requests, |ended| tally.note(ended.slot, ended.status))
+    fn submit(&mut self, requests: &mut [RawRequest], tally: &Tally) -> usize {
+        Self::submit(self, requests, move |ended| tally.note(ended.slot, ended.status))
     }
 
     #[inline]
-    fn reap(&mut self, tally: &mut Tally) {
+    fn reap(&mut self, tally: &Tally) {
         Self::reap(self, |ended| tally.note(ended.slot, ended.status));
     }
 }
@@ -128,28 +158,29 @@ impl Arm for Worker {
 /// `rounds` of `depth` requests, in batches.
 #[inline(never)]
 fn drive(arm: &mut impl Arm, cell: &Cell, rounds: usize, pool: &mut [RawRequest]) {
-    let (depth, mut tally, mut next, mut expected) = (cell.depth(), Tally::default(), 0, 0);
+    let (depth, tally, mut next, mut expected) = (cell.depth(), Tally::default(), 0, 0);
     for _ in 0..rounds {
         for first in (0..depth).step_by(cell.batch) {
             let batch = &mut pool[next..next + cell.batch];
             next = (next + cell.batch) % POOL;
-            for (slot, request) in batch.iter_mut().enumerate() {
-                request.tag = (first + slot) as u64;
-            }
             arm.begin();
-            let accepted = arm.submit(black_box(&mut *batch), &mut tally);
+            let name = arm.naming();
+            for (slot, request) in batch.iter_mut().enumerate() {
+                name(request, first + slot);
+            }
+            let accepted = arm.submit(black_box(&mut *batch), &tally);
             assert_eq!(accepted, batch.len(), "a round is a round only if all is taken");
         }
         expected += depth as u64;
-        while tally.ended < expected {
+        while tally.ended.load(Ordering::Relaxed) < expected {
             // Long enough for all of them, so that every round reaps as often.
             std::thread::sleep(Duration::from_millis(5));
             arm.begin();
-            arm.reap(&mut tally);
+            arm.reap(&tally);
         }
     }
-    assert_eq!(tally.errors, 0);
-    black_box(tally.slots);
+    assert_eq!(tally.errors.load(Ordering::Relaxed), 0);
+    black_box(tally.slots.load(Ordering::Relaxed));
 }
 
 struct Linked<D>(std::marker::PhantomData<fn() -> D>);
@@ -218,7 +249,7 @@ fn with<D: BlockDomain>(arm: &str, cell: &Cell, rounds: usize, pairs: &[&str]) {
             host.own_storage();
             let domain = Direct::<D>::activated(host, &params).expect("a domain");
             let completions = CompletionBuffer::new(POOL);
-            drive(&mut Straight { domain, completions }, cell, rounds, &mut pool);
+            drive(&mut Straight { domain, completions, generation: black_box(1) }, cell, rounds, &mut pool);
         }
         "proxy" => {
             let loader = Box::new(Linked::<D>(std::marker::PhantomData));

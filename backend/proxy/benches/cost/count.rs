@@ -7,6 +7,8 @@ use std::process::{Command, ExitCode};
 const ROUNDS: u64 = 400;
 /// Rounds of a run without valgrind, for CPU times that mean something.
 const LONG: u64 = 60_000;
+/// The same where each round waits for a device.
+const LONG_WAITING: u64 = 2_000;
 
 const CELLS: &[&str] = &[
     "empty/read/1",
@@ -82,7 +84,8 @@ fn per_request(arm: &str, name: &str) -> Result<Count, String> {
 
 /// How much system CPU time comes with each second of user CPU time, without valgrind.
 fn kernel_ratio(cell: &str) -> Result<f64, String> {
-    let said = run(Command::new(me()?).args(arguments("direct", cell, LONG)))?;
+    let rounds = if cell.starts_with("direct") { LONG_WAITING } else { LONG };
+    let said = run(Command::new(me()?).args(arguments("direct", cell, rounds)))?;
     let ticks = said.lines().find_map(|line| line.strip_prefix("ticks "));
     let both = ticks.and_then(|both| both.split_once(' ')).ok_or("no CPU times")?;
     let number = |text: &str| text.trim().parse::<f64>().map_err(|error| error.to_string());
@@ -110,8 +113,7 @@ fn line(name: &str) -> Result<String, String> {
         pair(direct.instructions, proxy.instructions),
         pair(direct.cycles, proxy.cycles)
     );
-    // What waits for a device takes no CPU time to divide.
-    if name.starts_with("tmpfs") || name.starts_with("cached") {
+    if ["tmpfs", "cached", "direct"].iter().any(|file| name.starts_with(file)) {
         let all = direct.instructions * (1.0 + kernel_ratio(name)?);
         let added = proxy.instructions - direct.instructions;
         line += &format!(" | {all:9.0} {:6.2}", 100.0 * added / all);

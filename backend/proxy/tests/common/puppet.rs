@@ -7,7 +7,10 @@
 //! * `die_at=N`: panics at the N-th request of the instance;
 //! * `hold=true`: requests stay in flight until the stage lets them go;
 //! * `take=N`: takes at most N requests of a batch;
-//! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions;
+//! * `bad_at=N`: ends the N-th request of the instance with an I/O error;
+//! * `backwards=true`: ends the requests of a batch from the last to the first;
+//! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions, at its next reap;
+//! * `cross=submit`: the same, but at its next submit;
 //! * `wait=prepare`: prepares only when the stage lets it;
 //! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
 //! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
@@ -155,6 +158,16 @@ impl<K: Kind> Puppet<K> {
     }
 }
 
+impl<K: Kind> Puppet<K> {
+    /// Ends what was kept of other queues, in the completions of this one.
+    fn end_others(&self, queue: u32, completions: &mut Completions<'_>) {
+        let mut kept = lock(&self.stage.kept);
+        while let Some(at) = kept.iter().position(|(from, _)| *from != queue) {
+            completions.complete(kept.swap_remove(at).1, Status::Ok);
+        }
+    }
+}
+
 impl<K: Kind> BlockDomain for Puppet<K> {
     const NAME: &'static str = K::NAME;
     const VERSION: &'static str = "1.0.0";
@@ -162,8 +175,29 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     const SCHEMA: u32 = K::SCHEMA;
     const ACCEPTED_SCHEMAS: &'static [u32] = K::ACCEPTED;
     const PARAMS: &'static [&'static str] = &[
-        "size", "serial", "cache", "backing", "swap", "caps", "stage", "label", "break", "fail", "die_at",
-        "hold", "take", "cross", "wait", "hang_at", "make", "thread", "block", "physical", "kind",
+        "size",
+        "serial",
+        "cache",
+        "backing",
+        "swap",
+        "caps",
+        "stage",
+        "label",
+        "break",
+        "fail",
+        "die_at",
+        "hold",
+        "take",
+        "bad_at",
+        "backwards",
+        "cross",
+        "wait",
+        "hang_at",
+        "make",
+        "thread",
+        "block",
+        "physical",
+        "kind",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -244,34 +278,41 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
         let take = self.number("take").unwrap_or(u64::MAX);
-        let mut taken = 0;
+        let (mut taken, mut ended) = (0, Vec::new());
         while taken < take {
             let Some(request) = batch.next() else { break };
             taken += 1;
-            let slot = request.id().tag & 0xffff_ffff;
+            let slot = proxy::slot_of(request.id().tag);
             self.stage.write(format!("{} got {}:{slot}", self.label, queue.index));
             let number = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
             assert!(!self.is("break", "submit") && self.number("die_at") != Some(number), "request {number}");
             if self.number("hang_at") == Some(number) {
                 wait_for(&self.stage.release);
             }
-            if self.is("cross", "true") {
+            if self.number("bad_at") == Some(number) {
+                completions.complete(request, Status::IoError);
+            } else if self.is("cross", "true") || self.is("cross", "submit") {
                 lock(&self.stage.kept).push((queue.index, request));
             } else if self.is("hold", "true") {
                 queue.held.push(request);
+            } else if self.is("backwards", "true") {
+                ended.push(request);
             } else {
                 completions.complete(request, Status::Ok);
             }
+        }
+        for request in ended.into_iter().rev() {
+            completions.complete(request, Status::Ok);
+        }
+        if self.is("cross", "submit") {
+            self.end_others(queue.index, completions);
         }
     }
 
     fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
         assert!(!self.is("break", "reap") || !self.stage.release.load(Ordering::Acquire), "break=reap");
         if self.is("cross", "true") {
-            let mut kept = lock(&self.stage.kept);
-            while let Some(at) = kept.iter().position(|(from, _)| *from != queue.index) {
-                completions.complete(kept.swap_remove(at).1, Status::Ok);
-            }
+            self.end_others(queue.index, completions);
         }
         if self.stage.release.load(Ordering::Acquire) {
             for request in queue.held.drain(..) {

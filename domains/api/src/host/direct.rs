@@ -37,21 +37,15 @@ impl<D: BlockDomain> Direct<D> {
     #[inline]
     pub fn submit(&mut self, requests: &[RawRequest], completions: &mut CompletionBuffer) -> usize {
         let mut accepted = 0;
-        completions.fill(|out| {
-            // SAFETY: `fill` lends it for the call.
-            let mut out = Completions::new(unsafe { &mut *out });
-            self.domain.submit(&mut self.queue, &mut Batch::new(requests, &mut accepted), &mut out);
-        });
+        let mut out = Completions::new(completions.lend());
+        self.domain.submit(&mut self.queue, &mut Batch::new(requests, &mut accepted), &mut out);
         accepted
     }
 
     /// Collects what completed since.
     #[inline]
     pub fn reap(&mut self, completions: &mut CompletionBuffer) {
-        completions.fill(|out| {
-            // SAFETY: as in `submit`.
-            self.domain.reap(&mut self.queue, &mut Completions::new(unsafe { &mut *out }));
-        });
+        self.domain.reap(&mut self.queue, &mut Completions::new(completions.lend()));
     }
 }
 

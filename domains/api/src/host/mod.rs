@@ -9,22 +9,25 @@
 
 #[cfg(feature = "conformance")]
 pub mod direct;
+mod lent;
 mod linked;
 mod region;
 mod remains;
 mod services;
 mod tasks;
 
+pub use lent::CompletionBuffer;
 pub use linked::StaticModule;
 pub use region::HostRegion;
 pub use remains::Resident;
 pub use services::HostServices;
 
-use crate::abi::{self, ModuleVtable, RawCompletion, RawCompletions, RawDeviceInfo, RawMessage, RawRequest};
+use crate::abi::{self, ModuleVtable, RawDeviceInfo, RawMessage, RawRequest};
 use crate::author::{Capabilities, DeviceInfo, QueueIndex, Swap, raw_bytes};
 use crate::descriptor::Description;
 use crate::export::MAX_QUEUES;
 use crate::params::Params;
+use lent::MessageBuffer;
 use remains::Remains;
 use services::HostSide;
 use std::ffi::c_void;
@@ -116,44 +119,6 @@ pub enum CallError {
     /// The domain panicked and must not be called again.
     #[error("{0}")]
     Panicked(String),
-}
-
-/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not cleared for each call.
-#[derive(Debug)]
-struct MessageBuffer {
-    text: [u8; 512],
-}
-
-impl MessageBuffer {
-    const fn new() -> Self {
-        Self { text: [0; 512] }
-    }
-
-    /// Makes one call with a buffer of its own.
-    fn call(f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
-        let mut buffer = Self::new();
-        buffer.lend(f).map_err(|no| buffer.error(no))
-    }
-
-    /// What a failed call said stays in the buffer until somebody wants to know: what is returned fits into registers.
-    #[inline(always)]
-    fn lend(&mut self, f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), No> {
-        let mut raw = RawMessage { bytes: self.text.as_mut_ptr(), capacity: self.text.len(), len: 0 };
-        let code = f(&raw mut raw);
-        if code == abi::CALL_OK { Ok(()) } else { Err(No { code, len: raw.len }) }
-    }
-
-    #[cold]
-    fn error(&self, No { code, len }: No) -> CallError {
-        let text = String::from_utf8_lossy(&self.text[..len.min(self.text.len())]).into_owned();
-        if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) }
-    }
-}
-
-/// A call that did not do what it should, and how much it said about that.
-struct No {
-    code: u32,
-    len: usize,
 }
 
 /// A prepared domain, and the module it comes from.
@@ -272,19 +237,20 @@ impl Instance {
     }
 
     fn call(&self, f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32) -> Result<(), CallError> {
-        self.call_with(&mut MessageBuffer::new(), f)
+        self.call_with(&mut MessageBuffer::new(), |instance, message| f(instance, message))
     }
 
     #[inline(always)]
     fn call_with(
         &self,
         buffer: &mut MessageBuffer,
-        f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32,
+        f: impl FnOnce(*mut c_void, &mut RawMessage) -> u32,
     ) -> Result<(), CallError> {
         if self.is_dead() {
             return Err(Self::was_dead());
         }
-        buffer.lend(|message| f(self.raw, message)).map_err(|no| self.failed(buffer, no))
+        let code = f(self.raw, buffer.lend());
+        if code == abi::CALL_OK { Ok(()) } else { Err(self.failed(buffer, code)) }
     }
 
     #[cold]
@@ -293,8 +259,8 @@ impl Instance {
     }
 
     #[cold]
-    fn failed(&self, buffer: &MessageBuffer, no: No) -> CallError {
-        let error = buffer.error(no);
+    fn failed(&self, buffer: &mut MessageBuffer, code: u32) -> CallError {
+        let error = buffer.error(code);
         if matches!(error, CallError::Panicked(_)) {
             self.condemn();
         }
@@ -428,7 +394,7 @@ impl Instance {
             taken.store(false, Ordering::Release);
             return Err(error);
         }
-        Ok(QueueHandle { instance: Arc::clone(self), queue, message: Box::new(MessageBuffer::new()) })
+        Ok(QueueHandle { instance: Arc::clone(self), queue, message: MessageBuffer::new() })
     }
 
     /// Ends the instance and unmaps its module.
@@ -483,43 +449,12 @@ pub struct Retired {
     pub residency: Residency,
 }
 
-/// Host memory for completions.
-#[derive(Debug)]
-pub struct CompletionBuffer {
-    entries: Box<[RawCompletion]>,
-    len: usize,
-}
-
-impl CompletionBuffer {
-    /// Room for `capacity` completions: as many as can be in flight on the queue.
-    #[must_use]
-    pub fn new(capacity: usize) -> Self {
-        Self { entries: vec![RawCompletion::default(); capacity].into_boxed_slice(), len: 0 }
-    }
-
-    /// What the last call completed.
-    #[must_use]
-    #[inline]
-    pub fn completed(&self) -> &[RawCompletion] {
-        &self.entries[..self.len]
-    }
-
-    #[inline(always)]
-    fn fill<R>(&mut self, f: impl FnOnce(*mut RawCompletions) -> R) -> R {
-        let mut raw =
-            RawCompletions { entries: self.entries.as_mut_ptr(), capacity: self.entries.len(), len: 0 };
-        let result = f(&raw mut raw);
-        self.len = raw.len.min(self.entries.len());
-        result
-    }
-}
-
 /// The right to use one queue of one instance, on one thread.
 #[derive(Debug)]
 pub struct QueueHandle {
     instance: Arc<Instance>,
     queue: QueueIndex,
-    message: Box<MessageBuffer>,
+    message: MessageBuffer,
 }
 
 impl QueueHandle {
@@ -532,6 +467,8 @@ impl QueueHandle {
 
     /// Offers requests; returns how many from the front were taken. What ended at once, even before a panic, is in `completions`.
     ///
+    /// Whether the instance is dead is for the caller to look at: at best before each batch, it costs a load.
+    ///
     /// # Errors
     /// A panic, or a failing call; how many were taken is then unknown, and `completions` says what is done.
     #[inline(always)]
@@ -540,23 +477,25 @@ impl QueueHandle {
         requests: &[RawRequest],
         completions: &mut CompletionBuffer,
     ) -> Result<usize, CallError> {
-        let mut accepted = 0;
-        completions.fill(|out| {
-            // SAFETY: a live instance; we are the queue's only thread (`&mut self`); all pointers are valid for the call, and whoever made
-            // the requests answers for what they point to (RawRequest::new).
-            self.instance.call_with(&mut self.message, |instance, message| unsafe {
-                (self.instance.vtable.submit)(
-                    instance,
-                    self.queue.0,
-                    requests.as_ptr(),
-                    requests.len(),
-                    out,
-                    &raw mut accepted,
-                    message,
-                )
-            })
-        })?;
-        Ok(accepted.min(requests.len()))
+        let (instance, mut accepted) = (&*self.instance, 0);
+        // SAFETY: an instance that was not destroyed; we are the queue's only thread (`&mut self`); all pointers are valid for the call, and
+        // whoever made the requests answers for what they point to (RawRequest::new).
+        let code = unsafe {
+            (instance.vtable.submit)(
+                instance.raw,
+                self.queue.0,
+                requests.as_ptr(),
+                requests.len(),
+                completions.lend(),
+                &raw mut accepted,
+                self.message.lend(),
+            )
+        };
+        if code != abi::CALL_OK {
+            return Err(instance.failed(&mut self.message, code));
+        }
+        // A domain that says that it took more than it was offered has a fault, but took them all.
+        if accepted >= requests.len() { Ok(requests.len()) } else { Ok(accepted) }
     }
 
     /// Collects what completed since.
@@ -565,11 +504,10 @@ impl QueueHandle {
     /// As for `submit`.
     #[inline]
     pub fn reap(&mut self, completions: &mut CompletionBuffer) -> Result<(), CallError> {
-        completions.fill(|out| {
-            // SAFETY: as in `submit`.
-            self.instance.call_with(&mut self.message, |instance, message| unsafe {
-                (self.instance.vtable.reap)(instance, self.queue.0, out, message)
-            })
+        let out = completions.lend();
+        // SAFETY: as in `submit`.
+        self.instance.call_with(&mut self.message, |instance, message| unsafe {
+            (self.instance.vtable.reap)(instance, self.queue.0, out, message)
         })
     }
 }
