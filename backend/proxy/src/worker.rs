@@ -132,8 +132,7 @@ impl Worker {
     #[inline]
     pub fn gate(&mut self) -> Gate {
         match self.reader.pass() {
-            srcu::Gate::Open
-                if self.current.as_ref().is_some_and(|lane| !lane.handle.instance().is_dead()) => {}
+            srcu::Gate::Open if self.current.is_some() => {}
             srcu::Gate::Open | srcu::Gate::Changed => self.adopt(),
             srcu::Gate::Shut => {
                 self.bury();
@@ -199,6 +198,7 @@ impl Worker {
         match instance.attach(QueueIndex(self.queue as u32)) {
             Ok(handle) => {
                 let naming = Naming::new(self.queue, generation);
+                self.completions.renew();
                 self.current = Some(Lane { handle, fence, naming, in_flight: 0 });
             }
             Err(error) => {
@@ -255,6 +255,8 @@ impl Worker {
     /// Submits requests, with [names](Self::naming), to the live domain; calls `ended` for each request that ended at once. Returns how many from the
     /// front were taken: the rest is the caller's again.
     ///
+    /// `ended` must not panic: nothing is booked while it is told that all went well.
+    ///
     /// # Panics
     /// If a request that is not answered at once has a name that is none of now.
     #[inline(always)]
@@ -263,43 +265,47 @@ impl Worker {
             // Those come first.
             return 0;
         }
-        if self.current.is_none() {
-            return self.submit_to_nobody(requests, ended);
+        if !self.is_served() {
+            return self.submit_elsewhere(requests, ended);
         }
         self.offer(requests, true, ended)
+    }
+
+    /// Whether there is somebody who can be called.
+    #[inline(always)]
+    fn is_served(&self) -> bool {
+        self.current.as_ref().is_some_and(|lane| !lane.handle.instance().is_dead())
     }
 
     /// Submits to the current lane. Those that are not `fresh` are in the table already.
     #[inline(always)]
     fn offer(&mut self, requests: &[RawRequest], fresh: bool, mut ended: impl FnMut(Ended)) -> usize {
         let Some(lane) = self.current.as_mut() else { return 0 };
-        let line = &*self.line;
         self.unclocked = self.unclocked.wrapping_sub(1);
         if self.unclocked == u32::MAX {
-            self.unclocked = look_at_clock(line, self.owing);
+            self.unclocked = look_at_clock(&self.line, self.owing);
         }
         // Before the call, so that a domain that does not come back is seen with what it has.
-        add(&line.in_flight, requests.len() as u64);
+        add(&self.line.in_flight, requests.len() as u64);
         let taken = match lane.handle.submit(requests, &mut self.completions) {
             Ok(taken) => taken,
             Err(error) => return self.broke(requests, fresh, error, ended),
         };
         let Some(completed) = self.completions.all(requests.len()) else {
-            return self.sort_out(&requests[..taken], fresh, 0, ended);
+            return self.sort_out(&requests[..taken.min(requests.len())], fresh, 0, ended);
         };
-        // Meanwhile nothing is booked on the lane: it has said as much as it was given.
         let mut told = 0;
         for (request, completion) in requests.iter().zip(completed) {
             // The tag says whose request it is, too.
             if completion.tag != request.tag || completion.status != abi::status::OK {
-                return self.sort_out(&requests[..taken.max(told)], fresh, told, ended);
+                return self.sort_out(&requests[..taken.clamp(told, requests.len())], fresh, told, ended);
             }
             told += 1;
             ended(Ended { slot: slot_of(request.tag), status: Status::Ok, written: completion.written });
         }
         // All of them, whatever else the domain says that it took.
-        add(&line.requests, told as u64);
-        add(&line.in_flight, (told as u64).wrapping_neg());
+        add(&self.line.requests, told as u64);
+        add(&self.line.in_flight, (told as u64).wrapping_neg());
         told
     }
 
@@ -314,10 +320,13 @@ impl Worker {
         mut ended: impl FnMut(Ended),
     ) -> usize {
         add(&self.line.requests, told as u64);
-        self.enter(&taken[told..], fresh);
         if let Some(lane) = self.current.as_mut() {
             lane.in_flight += taken.len() - told;
             self.owing += taken.len() - told;
+        }
+        // Only now, because it may panic.
+        self.enter(&taken[told..], fresh);
+        if let Some(lane) = self.current.as_mut() {
             let completed = &self.completions.completed()[told..];
             let ended = self.flights.settle(completed, lane.naming, &self.line, &mut ended);
             lane.in_flight -= ended;
@@ -363,8 +372,25 @@ impl Worker {
         self.ordered
     }
 
-    /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
+    /// The domain was not there when we last looked, or has died since.
     #[cold]
+    #[inline(never)]
+    fn submit_elsewhere(&mut self, requests: &mut [RawRequest], ended: impl FnMut(Ended)) -> usize {
+        self.adopt();
+        if !self.orphans.is_empty() {
+            return 0;
+        }
+        if !self.is_served() {
+            return self.submit_to_nobody(requests, ended);
+        }
+        let naming = self.naming();
+        for request in requests.iter_mut() {
+            naming.name(request, slot_of(request.tag));
+        }
+        self.offer(requests, true, ended)
+    }
+
+    /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
     fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
         match self.proxy.service() {
             Service::Up | Service::Held => {
@@ -443,7 +469,7 @@ impl Worker {
         // In order: one that has to wait holds up those behind it.
         let ready =
             self.orphans.iter().take_while(|orphan| orphan.fence.verdict() == Verdict::Replay).count();
-        if ready == 0 || self.current.is_none() {
+        if ready == 0 || !self.is_served() {
             return;
         }
         let naming = self.naming();

@@ -152,6 +152,25 @@ fn a_panic_about_guest_memory_is_a_death_too() {
 }
 
 #[test]
+fn a_domain_that_died_since_the_gate_was_passed_is_not_given_anything() {
+    for standby in [true, false] {
+        let device =
+            if standby { with_standby(1, &["break=cache"]) } else { Device::start(1, &["break=cache"]) };
+        let mut hand = device.worker(0);
+        assert!(hand.step());
+        device.proxy.set_write_cache(true);
+        let (dead, next) = if standby { ("b", "a") } else { ("a", "nobody") };
+        assert_eq!(hand.submit([3]), 1, "taken, by whoever comes");
+        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        assert_eq!(device.stage.lines(dead, "got"), [] as [&str; 0]);
+        let expected = if standby { vec!["0:3"] } else { vec![] };
+        assert_eq!(device.stage.lines(next, "got"), expected);
+        let status = if standby { Status::Ok } else { Status::IoError };
+        assert_eq!(hand.take_ended(), [(3, status)]);
+    }
+}
+
+#[test]
 fn a_panic_about_the_write_cache_is_a_death_too() {
     let device = with_standby(1, &["break=cache"]);
     let mut hand = device.worker(0);

@@ -182,7 +182,7 @@ pub struct RawCompletion {
 /// Where a module puts completions: host memory, filled from the front.
 ///
 /// An entry counts from the moment `len` covers it. `len` lives in host memory and is stored after the entry, so what
-/// completed before a panic is known to the host.
+/// completed before a panic is known to the host. `entries` and `capacity` are the host's, and stay as they are.
 #[repr(C)]
 #[derive(Debug)]
 pub struct RawCompletions {
@@ -194,7 +194,7 @@ pub struct RawCompletions {
     pub len: usize,
 }
 
-/// Where a callee puts one UTF-8 sentence for its caller; what does not fit is cut.
+/// Where a callee that fails puts one UTF-8 sentence for its caller; what does not fit is cut. One that does not fail leaves it alone.
 #[repr(C)]
 #[derive(Debug)]
 pub struct RawMessage {

@@ -83,7 +83,7 @@ impl<D: BlockDomain> Exported<D> {
 /// What `create` allocates and the host's `instance` pointer points to.
 struct Slot<D: BlockDomain> {
     domain: D,
-    queues: [QueueSlot<D>; MAX_QUEUES],
+    queues: Box<[QueueSlot<D>; MAX_QUEUES]>,
 }
 
 /// One queue's state. Only the thread that serves the queue looks inside.
@@ -210,7 +210,9 @@ pub mod shim {
             given.check_known(D::PARAMS)?;
             // SAFETY: the host keeps its table until `fini` (abi::HostVtable).
             let domain = D::prepare(unsafe { Host::from_vtable(host) }, &given)?;
-            let queues = std::array::from_fn(|_| QueueSlot(UnsafeCell::new(None)));
+            // Made where it stays: a queue's state can be large.
+            let queues: Box<[_]> = (0..MAX_QUEUES).map(|_| QueueSlot(UnsafeCell::new(None))).collect();
+            let queues = queues.try_into().unwrap_or_else(|_| unreachable!("as many as there are"));
             let slot = Box::new(Slot { domain, queues });
             // SAFETY: `out` is valid for one pointer.
             unsafe { out.write(Box::into_raw(slot).cast()) };

@@ -242,6 +242,9 @@ impl Lane {
         let handle = self.handle.as_mut().expect("taken in drop only");
         match handle.submit(&offered, &mut self.completions) {
             Ok(taken) => {
+                ensure(taken <= offered.len(), || {
+                    format!("it says that it took {taken} of {} requests", offered.len())
+                })?;
                 self.in_flight.extend(waiting.drain(..taken));
                 Ok(taken + self.settle(results)?)
             }

@@ -57,7 +57,16 @@ impl CompletionBuffer {
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let entries = Kept::of(RawCompletion::default(), capacity);
-        Self { lent: RawCompletions { entries: entries.base(), capacity, len: 0 }, entries }
+        Self { lent: Self::all_of(&entries), entries }
+    }
+
+    fn all_of(entries: &Kept<RawCompletion>) -> RawCompletions {
+        RawCompletions { entries: entries.base(), capacity: entries.len(), len: 0 }
+    }
+
+    /// Fills in afresh what is lent, for another instance: this one may have left anything there.
+    pub fn renew(&mut self) {
+        self.lent = Self::all_of(&self.entries);
     }
 
     /// What the last call completed.

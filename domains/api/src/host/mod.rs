@@ -128,7 +128,7 @@ pub struct Instance {
     raw: *mut c_void,
     host: Option<Arc<HostSide>>,
     attached: [AtomicBool; MAX_QUEUES],
-    /// Set by the first panic: no call but `destroy` is made after it.
+    /// Set by the first panic: whoever sees it makes no call but `destroy` any more.
     dead: AtomicBool,
     generation: AtomicU64,
 }
@@ -465,9 +465,10 @@ impl QueueHandle {
         &self.instance
     }
 
-    /// Offers requests; returns how many from the front were taken. What ended at once, even before a panic, is in `completions`.
+    /// Offers requests; returns how many from the front the domain says that it took, which a domain with a fault may say more of than there were. What
+    /// ended at once, even before a panic, is in `completions`.
     ///
-    /// Whether the instance is dead is for the caller to look at: at best before each batch, it costs a load.
+    /// The caller has looked whether the instance is [dead](Instance::is_dead), before this batch: it costs a load, so it is done once.
     ///
     /// # Errors
     /// A panic, or a failing call; how many were taken is then unknown, and `completions` says what is done.
@@ -494,8 +495,7 @@ impl QueueHandle {
         if code != abi::CALL_OK {
             return Err(instance.failed(&mut self.message, code));
         }
-        // A domain that says that it took more than it was offered has a fault, but took them all.
-        if accepted >= requests.len() { Ok(requests.len()) } else { Ok(accepted) }
+        Ok(accepted)
     }
 
     /// Collects what completed since.
