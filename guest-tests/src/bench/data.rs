@@ -51,6 +51,13 @@ impl Run {
     }
 }
 
+/// What a configuration of ours is of the peer's best.
+struct Against<'a> {
+    label: &'a str,
+    iops: Spread,
+    server_cpu: Spread,
+}
+
 /// All runs of a cell, by contender.
 struct Outcome {
     cell: Cell,
@@ -178,11 +185,20 @@ impl Outcome {
         peers.max_by(|a, b| median(a).total_cmp(&median(b))).expect("every cell has a peer")
     }
 
-    /// Our configurations, each with its ratio to the best peer.
-    fn against_the_best(&self) -> Vec<(&str, Spread)> {
-        let best = self.iops(self.best_peer());
+    /// Our configurations, each with what it is of the best peer.
+    fn against_the_best(&self) -> Vec<Against<'_>> {
+        let best = self.best_peer();
+        let of = |of: fn(&Run) -> f64, index: usize| {
+            let all = |index: usize| self.runs[index].iter().map(of).collect::<Vec<_>>();
+            Spread::of(ratios(&all(index), &all(best)))
+        };
         let ours = self.cell.contenders.iter().enumerate().filter(|(_, c)| c.recipe.is_ours());
-        ours.map(|(index, c)| (c.label.as_str(), Spread::of(ratios(&self.iops(index), &best)))).collect()
+        ours.map(|(index, c)| Against {
+            label: &c.label,
+            iops: of(|run| run.iops, index),
+            server_cpu: of(|run| run.server_cpu_us, index),
+        })
+        .collect()
     }
 
     fn print(&self) {
@@ -201,8 +217,9 @@ impl Outcome {
             );
         }
         let peer = &self.cell.contenders[self.best_peer()].label;
-        for (label, ratio) in self.against_the_best() {
-            println!("  {label} / peer's best ({peer}): {}", ratio.show(times));
+        for Against { label, iops, server_cpu } in self.against_the_best() {
+            let (iops, cpu) = (iops.show(times), server_cpu.show(times));
+            println!("  {label} / peer's best ({peer}): {iops}, server's CPU per I/O {cpu}");
         }
         println!();
     }
@@ -216,13 +233,16 @@ impl Outcome {
                 "runs": self.runs[index].iter().map(Run::json).collect::<Vec<_>>(),
             })
         });
-        let ratios: BTreeMap<_, _> =
-            self.against_the_best().into_iter().map(|(label, ratio)| (label, ratio.json())).collect();
+        let ratios = |of: fn(&Against<'_>) -> Spread| {
+            let ours = self.against_the_best();
+            ours.iter().map(|a| (a.label.to_owned(), of(a).json())).collect::<BTreeMap<_, _>>()
+        };
         json!({
             "name": self.cell.name,
             "contenders": contenders.collect::<Vec<_>>(),
             "best_peer": self.cell.contenders[self.best_peer()].label,
-            "iops_ratio_to_best_peer": ratios,
+            "iops_ratio_to_best_peer": ratios(|a| a.iops),
+            "server_cpu_ratio_to_best_peer": ratios(|a| a.server_cpu),
         })
     }
 }
@@ -230,15 +250,20 @@ impl Outcome {
 /// One line per cell, worst first.
 fn summary(outcomes: &[Outcome]) {
     let mut rows: Vec<_> = outcomes.iter().map(|o| (o.against_the_best(), o)).collect();
-    rows.sort_by(|a, b| a.0[0].1.median.total_cmp(&b.0[0].1.median));
+    rows.sort_by(|a, b| a.0[0].iops.median.total_cmp(&b.0[0].iops.median));
     if rows.is_empty() {
         return;
     }
-    println!("requests per second over those of the peer's best configuration, worst cell first");
+    println!(
+        "requests per second over those of the peer's best configuration, worst cell first; the server's CPU per I/O"
+    );
     for (ratios, outcome) in rows {
-        let columns: Vec<String> = ratios.iter().map(|(l, r)| format!("{l}: {}", r.show(times))).collect();
+        let column = |a: &Against<'_>| {
+            format!("{}: {} CPU {}", a.label, a.iops.show(times), times(a.server_cpu.median))
+        };
+        let columns: Vec<String> = ratios.iter().map(column).collect();
         let peer = &outcome.cell.contenders[outcome.best_peer()].label;
-        println!("  {:<32} {:<70} over {peer}", outcome.cell.name, columns.join("   "));
+        println!("  {:<32} {:<88} over {peer}", outcome.cell.name, columns.join("   "));
     }
 }
 
@@ -275,7 +300,7 @@ fn finish(options: &Options, machine: &Machine, places: Places, outcomes: &[Outc
     save_json(&options.json, &result);
     let rows = outcomes.iter().map(|outcome| {
         let ratios = outcome.against_the_best().into_iter();
-        (outcome.cell.name.clone(), ratios.map(|(label, ratio)| (label.to_owned(), ratio)).collect())
+        (outcome.cell.name.clone(), ratios.map(|a| (a.label.to_owned(), a.iops)).collect())
     });
     picture(&options.svg, rows.collect());
 }
