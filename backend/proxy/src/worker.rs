@@ -349,9 +349,9 @@ impl Worker {
         self.sort_out(requests, fresh, 0, ended);
         if let Some(lane) = &self.current {
             self.proxy.died(lane.handle.instance(), &error.to_string());
+            // What was in flight becomes orphans, which count as in flight.
             self.bury();
         }
-        self.publish_in_flight();
         requests.len()
     }
 

@@ -97,7 +97,6 @@ impl<D: BlockDomain> Straight<D> {
             // As in the proxy: the usual case by itself.
             if completion.status != abi::status::OK {
                 went_wrong(completion);
-                continue;
             }
             tally.note(completion.tag as usize, Status::Ok);
         }
@@ -106,7 +105,7 @@ impl<D: BlockDomain> Straight<D> {
 
 #[cold]
 #[inline(never)]
-fn went_wrong(completion: &RawCompletion) {
+fn went_wrong(completion: &RawCompletion) -> ! {
     panic!("{completion:?}");
 }
 

@@ -237,14 +237,14 @@ impl Instance {
     }
 
     fn call(&self, f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32) -> Result<(), CallError> {
-        self.call_with(&mut MessageBuffer::new(), |instance, message| f(instance, message))
+        self.call_with(&mut MessageBuffer::new(), f)
     }
 
     #[inline(always)]
     fn call_with(
         &self,
         buffer: &mut MessageBuffer,
-        f: impl FnOnce(*mut c_void, &mut RawMessage) -> u32,
+        f: impl FnOnce(*mut c_void, *mut RawMessage) -> u32,
     ) -> Result<(), CallError> {
         if self.is_dead() {
             return Err(Self::was_dead());
