@@ -67,9 +67,21 @@ fn a_thousand_panics_lose_nothing() {
     assert!(sum("replayed") >= 1000, "each panic left a request at least: {now}");
     assert_eq!(sum("errors"), 0);
     assert_eq!(now["resident_modules"], json!([]));
-    let last = control.request("history", json!({})).expect("a history");
-    let last = last.as_array().and_then(|entries| entries.last()).expect("an entry");
-    assert_eq!((&last["change"], &last["mode"]), (&json!("takeover"), &json!("takeover")), "{last}");
+    let history = control.request("history", json!({})).expect("a history");
+    let told: Vec<_> = history
+        .as_array()
+        .expect("entries")
+        .iter()
+        .map(|entry| {
+            (entry["generation"].as_u64().expect("a number"), entry["change"].as_str().expect("a word"))
+        })
+        .collect();
+    let (last, _) = *told.last().expect("an entry");
+    let expected: Vec<_> = (last + 1 - told.len() as u64..=last)
+        .map(|generation| (generation, if generation % 2 == 0 { "upgrade" } else { "takeover" }))
+        .collect();
+    assert_eq!(last, 2001);
+    assert_eq!(told, expected, "in the order in which they came about");
 }
 
 #[test]

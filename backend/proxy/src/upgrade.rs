@@ -52,11 +52,11 @@ impl DomainProxy {
         params: Params,
         options: Options,
     ) -> Result<Report, Refusal> {
-        self.recorded(Change::Upgrade, name, options, || {
-            let mut phases = Phases::default();
-            // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
-            let member = self.prepare(name, params, &mut phases)?;
-            self.replace(&mut lock(&self.upgrades), member, options, phases)
+        let mut phases = Phases::default();
+        // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
+        let prepare = || Ok((self.prepare(name, params, &mut phases)?, phases));
+        self.recorded(Change::Upgrade, name, options, prepare, |upgrades, (member, phases)| {
+            self.replace(upgrades, member, options, phases)
         })
     }
 
@@ -65,8 +65,7 @@ impl DomainProxy {
     /// # Errors
     /// Why it was refused; the device is as it was.
     pub fn rollback(self: &Arc<Self>, options: Options) -> Result<Report, Refusal> {
-        self.recorded(Change::Rollback, "standby", options, || {
-            let mut upgrades = lock(&self.upgrades);
+        self.recorded(Change::Rollback, "standby", options, || Ok(()), |upgrades, ()| {
             let Some(standby) = upgrades.standby.take() else {
                 return Err(Refusal::new(
                     "no_standby",
@@ -74,7 +73,7 @@ impl DomainProxy {
                 ));
             };
             let kept = standby.clone();
-            let result = self.replace(&mut upgrades, standby, options, Phases::default());
+            let result = self.replace(upgrades, standby, options, Phases::default());
             if result.is_err() && !kept.instance.is_dead() {
                 upgrades.standby = Some(kept);
             }
@@ -82,13 +81,15 @@ impl DomainProxy {
         })
     }
 
-    /// One at a time; puts what happens into state, history and log.
-    fn recorded(
+    /// One at a time; puts what happens into state, history and log. `prepare` runs without the upgrade lock, `change_over` with it; it is held until
+    /// the history has the entry, so that no takeover of the new live domain is told of first.
+    fn recorded<T>(
         &self,
         change: Change,
         target: &str,
         options: Options,
-        f: impl FnOnce() -> Result<Report, Refusal>,
+        prepare: impl FnOnce() -> Result<T, Refusal>,
+        change_over: impl FnOnce(&mut Upgrades, T) -> Result<Report, Refusal>,
     ) -> Result<Report, Refusal> {
         let _operator = match (options.when_busy, self.operator.try_lock()) {
             (_, Ok(operator)) => operator,
@@ -102,9 +103,13 @@ impl DomainProxy {
             }
         };
         self.started(change, target);
-        let result =
-            self.check_stopping().and_then(|()| self.settle(&mut lock(&self.upgrades))).and_then(|()| f());
-        self.ended(&lock(&self.upgrades), change, &result);
+        let prepared = self
+            .check_stopping()
+            .and_then(|()| self.settle(&mut lock(&self.upgrades)))
+            .and_then(|()| prepare());
+        let mut upgrades = lock(&self.upgrades);
+        let result = prepared.and_then(|prepared| change_over(&mut upgrades, prepared));
+        self.ended(&upgrades, change, &result);
         result
     }
 
