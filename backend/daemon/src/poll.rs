@@ -13,9 +13,12 @@
 //!    asleep                                     asleep
 //! ```
 //!
-//! What is awaited makes a difference. A guest that has had all its answers sends its next request when it has thought about them, and spares its kick if we look; a
-//! device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken. So while the domain owes an
-//! answer the budget is small ([`DEVICE_BUDGET`]), and looks that were in vain then are not held against the guest.
+//! What is awaited makes a difference, and is remembered apart:
+//!
+//! - A guest sends its next request when it has thought about its answers, and spares its kick if we look. One that was given several answers at once
+//!   reads them all before it has much to send, and all that it sends shares the cost of the look: the budget is twice as long.
+//! - A device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken: the budget is
+//!   small ([`DEVICE_BUDGET`]). It is what is awaited when the domain owes answers and the guest has had none since it sent the last request.
 //!
 //! So a guest whose requests come slowly costs one budget in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
 //! shares our CPU, so that looking keeps it from running, looking stops by itself.
@@ -30,23 +33,29 @@ const BACKOFF_MAX: u32 = 63;
 /// Longest look for a device's answer: enough for one that answers about as fast as a CPU wakes up.
 const DEVICE_BUDGET: Duration = Duration::from_micros(10);
 
-/// A worker's experience, with its guest and with its domain.
+/// A worker's experience.
 #[derive(Debug)]
 pub(crate) struct Poller {
     guest: Experience,
+    guest_with_many: Experience,
     device: Experience,
 }
 
 impl Poller {
-    /// Looks for as long as `budget` for the guest's next request.
+    /// Looks for `budget` for the next request of a guest that was given one answer.
     pub(crate) const fn new(budget: Duration) -> Self {
         let short = if budget.as_nanos() < DEVICE_BUDGET.as_nanos() { budget } else { DEVICE_BUDGET };
-        Self { guest: Experience::new(budget), device: Experience::new(short) }
+        Self {
+            guest: Experience::new(budget),
+            guest_with_many: Experience::new(budget.saturating_mul(2)),
+            device: Experience::new(short),
+        }
     }
 
     /// The worker is awake again, for whatever reason.
     pub(crate) const fn begin(&mut self) {
         self.guest.begin();
+        self.guest_with_many.begin();
         self.device.begin();
     }
 
@@ -54,13 +63,41 @@ impl Poller {
     #[inline]
     pub(crate) fn busy(&mut self) {
         self.guest.busy();
+        self.guest_with_many.busy();
         self.device.busy();
     }
 
-    /// There is nothing to do, and the domain is `owing` answers or not. Whether to look again; if not, the worker sleeps.
+    /// There is nothing to do. Whether to look again; if not, the worker sleeps.
     #[inline]
-    pub(crate) fn idle(&mut self, owing: bool) -> bool {
-        if owing { self.device.idle() } else { self.guest.idle() }
+    pub(crate) fn idle(&mut self, awaited: Awaited) -> bool {
+        match awaited {
+            Awaited::Guest => self.guest.idle(),
+            Awaited::GuestWithMany => self.guest_with_many.idle(),
+            Awaited::Device => self.device.idle(),
+        }
+    }
+}
+
+/// Who is expected to move next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Awaited {
+    /// The guest, with its next request.
+    Guest,
+    /// The guest, with its next requests, when it has read the several answers that it was given.
+    GuestWithMany,
+    /// The device behind the domain, with an answer.
+    Device,
+}
+
+impl Awaited {
+    /// After so many answers since the guest's last request, while the domain is `owing` so many more.
+    #[inline]
+    pub(crate) const fn after(answers: usize, owing: usize) -> Self {
+        match (answers, owing) {
+            (0, 1..) => Self::Device,
+            (0 | 1, _) => Self::Guest,
+            (2.., _) => Self::GuestWithMany,
+        }
     }
 }
 
@@ -196,20 +233,31 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_awaited_briefly_and_apart_from_the_guest() {
+    fn the_guest_is_awaited_once_it_has_been_answered() {
+        assert_eq!(Awaited::after(0, 0), Awaited::Guest);
+        assert_eq!(Awaited::after(0, 3), Awaited::Device);
+        assert_eq!([Awaited::after(1, 0), Awaited::after(1, 3)], [Awaited::Guest; 2]);
+        assert_eq!([Awaited::after(2, 0), Awaited::after(9, 3)], [Awaited::GuestWithMany; 2]);
+    }
+
+    #[test]
+    fn what_is_awaited_has_its_own_budget_and_history() {
         let mut poller = Poller::new(20 * DEVICE_BUDGET);
-        let vain = |poller: &mut Poller, owing| {
-            std::iter::repeat_with(|| poller.idle(owing)).take_while(|looks| *looks).count()
+        let vain = |poller: &mut Poller, awaited| {
+            std::iter::repeat_with(|| poller.idle(awaited)).take_while(|looks| *looks).count()
         };
         let begun = Instant::now();
-        assert!(vain(&mut poller, true) > 0 && begun.elapsed() >= DEVICE_BUDGET);
-        assert!(!poller.idle(true), "the next time it sleeps");
+        assert!(vain(&mut poller, Awaited::Device) > 0 && begun.elapsed() >= DEVICE_BUDGET);
+        assert!(!poller.idle(Awaited::Device), "the next time it sleeps");
         assert_eq!(poller.guest.backoff, 0, "the guest had no part in it");
         let begun = Instant::now();
-        assert!(vain(&mut poller, false) > 0 && begun.elapsed() >= 20 * DEVICE_BUDGET);
+        assert!(vain(&mut poller, Awaited::Guest) > 0 && begun.elapsed() >= 20 * DEVICE_BUDGET);
         assert_eq!((poller.device.backoff, poller.guest.backoff), (1, 1));
+        let begun = Instant::now();
+        assert!(vain(&mut poller, Awaited::GuestWithMany) > 0 && begun.elapsed() >= 40 * DEVICE_BUDGET);
+        assert!(!poller.idle(Awaited::GuestWithMany), "the next time it sleeps");
         assert_eq!(poller.device.budget, DEVICE_BUDGET);
         assert_eq!(Poller::new(BUDGET / 4).device.budget, BUDGET / 4, "never longer than what was asked for");
-        assert!(!Poller::new(Duration::ZERO).idle(true));
+        assert!(!Poller::new(Duration::ZERO).idle(Awaited::Device));
     }
 }

@@ -13,7 +13,7 @@
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
 
 use crate::guest_memory::{self, RingView, Snapshot};
-use crate::poll::Poller;
+use crate::poll::{Awaited, Poller};
 use crate::ring::{self, Used};
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
@@ -111,6 +111,8 @@ pub(crate) struct QueueWorker {
     poller: Poller,
     /// The driver was asked not to kick, and not yet to kick again.
     awake: bool,
+    /// How many answers the guest has been given since it last sent requests.
+    answers: usize,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
     /// The domain took less than it was offered; nothing more is offered until something has ended.
@@ -131,6 +133,7 @@ impl QueueWorker {
             used: Vec::with_capacity(usize::from(queue_size)),
             poller: Poller::new(poll),
             awake: false,
+            answers: 0,
             broken: false,
             full: false,
         }
@@ -173,7 +176,10 @@ impl QueueWorker {
                 // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
                 self.give_up(&Error::InvalidAvailRingIndex);
             }
-            if !orders.stop_popping && !self.broken && self.poller.idle(self.lane.owing() > 0) {
+            if !orders.stop_popping
+                && !self.broken
+                && self.poller.idle(Awaited::after(self.answers, self.lane.owing()))
+            {
                 self.look_on();
                 continue;
             }
@@ -340,6 +346,7 @@ impl QueueWorker {
             (0..take).for_each(|ahead| view.prefetch(first.wrapping_add(ahead)));
         }
         self.next_avail = first.wrapping_add(take);
+        self.answers = 0;
         queue.set_next_avail(self.next_avail);
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
@@ -406,6 +413,7 @@ impl QueueWorker {
         if self.used.is_empty() {
             return;
         }
+        self.answers += self.used.len();
         let queue = state.get_queue_mut();
         match look_up(&mut self.view, snapshot, queue).map(|view| ring::publish(queue, view, &self.used)) {
             Ok(true) => {

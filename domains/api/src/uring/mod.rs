@@ -39,8 +39,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
-/// Most entries of the submission queue: more requests than that are submitted by more than one call.
+/// Most entries of the submission queue.
 const MAX_SUBMISSIONS: usize = 256;
+/// How many requests wait for each other before they are submitted: enough to share a system call, few enough that a device that has nothing to do starts on the first
+/// of a deep queue while the rest is being prepared.
+const AT_ONCE: usize = 4;
 /// What the completion of a cancellation is called; requests are called by their slots.
 const CANCELLATION: u64 = u64::MAX;
 /// How long a dropped ring waits for the kernel.
@@ -174,7 +177,7 @@ impl Ring {
         !self.free.is_empty() || self.flights.len() < self.depth
     }
 
-    /// Puts a request into the ring, to have `work` done from its byte `done` on. What was pushed is submitted by [`advance`](Self::advance), many with one system call.
+    /// Puts a request into the ring, to have `work` done from its byte `done` on. It is submitted with a few others, by [`advance`](Self::advance) at the latest.
     ///
     /// # Panics
     /// If there is no room.
@@ -187,6 +190,10 @@ impl Ring {
         });
         self.flights[slot as usize] = Some(Flight::new(request, work, done));
         self.queue(slot);
+        if self.io.submission().len() >= AT_ONCE {
+            // What the kernel cannot take now stays queued, for `advance`.
+            let _ = self.enter();
+        }
     }
 
     /// Asks the kernel to give up what is in flight, as far as it can: what waits for a thread or a condition, not what a disk is doing. Requests end as ever,

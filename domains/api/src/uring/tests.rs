@@ -129,6 +129,23 @@ fn a_full_ring_has_no_room_and_loses_nothing() {
 }
 
 #[test]
+fn the_kernel_has_the_first_few_before_the_last_is_pushed() {
+    let (reading, writing) = pipe();
+    let Some((mut ring, wake)) = ring(&reading, 16) else { return };
+    let guests: Vec<Guest> = (0..6).map(|_| Guest::new(&[1], 0)).collect();
+    let mut waiting = Vec::new();
+    for (tag, guest) in guests.iter().enumerate() {
+        ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
+        waiting.push(ring.io.submission().len());
+    }
+    assert_eq!(waiting, [1, 2, 3, 0, 1, 2]);
+    (&writing).write_all(&[1; 6]).unwrap();
+    for _ in &guests {
+        next(&mut ring, &wake).result.unwrap();
+    }
+}
+
+#[test]
 fn a_short_transfer_is_finished_by_more_of_them() {
     let (reading, writing) = pipe();
     let Some((mut ring, wake)) = ring(&reading, 1) else { return };
