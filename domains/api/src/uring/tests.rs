@@ -128,21 +128,34 @@ fn a_full_ring_has_no_room_and_loses_nothing() {
     assert!(ring.advance().is_none() && ring.in_flight() == 0);
 }
 
-#[test]
-fn the_kernel_has_the_first_few_before_the_last_is_pushed() {
+/// Pushes eight reads of a pipe that has so many bytes. Returns how many waited to be submitted after each.
+fn pushes(bytes: &[u8]) -> Option<Vec<usize>> {
     let (reading, writing) = pipe();
-    let Some((mut ring, wake)) = ring(&reading, 16) else { return };
-    let guests: Vec<Guest> = (0..6).map(|_| Guest::new(&[1], 0)).collect();
+    let (mut ring, wake) = ring(&reading, 16)?;
+    (&writing).write_all(bytes).unwrap();
+    let guests: Vec<Guest> = (0..8).map(|_| Guest::new(&[1], 0)).collect();
     let mut waiting = Vec::new();
     for (tag, guest) in guests.iter().enumerate() {
         ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
         waiting.push(ring.io.submission().len());
     }
-    assert_eq!(waiting, [1, 2, 3, 0, 1, 2]);
-    (&writing).write_all(&[1; 6]).unwrap();
+    (&writing).write_all(&vec![1; 8 - bytes.len()]).unwrap();
     for _ in &guests {
         next(&mut ring, &wake).result.unwrap();
     }
+    Some(waiting)
+}
+
+#[test]
+fn a_device_that_takes_its_time_has_the_first_before_the_last_is_pushed() {
+    let Some(waiting) = pushes(&[]) else { return };
+    assert_eq!(waiting, [1, 2, 3, 0, 1, 2, 3, 0]);
+}
+
+#[test]
+fn a_device_that_answers_at_once_is_given_the_rest_together() {
+    let Some(waiting) = pushes(&[1; 8]) else { return };
+    assert_eq!(waiting, [1, 2, 3, 0, 1, 2, 3, 4]);
 }
 
 #[test]
