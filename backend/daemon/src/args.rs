@@ -77,7 +77,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
 
-    /// How long a worker polls before it sleeps, in microseconds, at most 1000000; 0 is not at all
+    /// How long a worker polls before it sleeps, in microseconds, at most 1000000; twice that after several answers; 0 is not at all
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: u32,
 
@@ -116,7 +116,7 @@ pub struct Config {
     pub queues: u16,
     /// Largest queue size: a power of two, 16 to 1024.
     pub queue_size: u16,
-    /// How long a worker polls before it sleeps; zero is not at all.
+    /// How long a worker polls before it sleeps, after one answer; twice that after several. Zero is not at all.
     pub poll: Duration,
     /// Which CPU each worker is kept on, in turn; none if empty.
     pub worker_cpus: Vec<usize>,

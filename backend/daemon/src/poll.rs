@@ -18,9 +18,9 @@
 //! - A guest sends its next request when it has thought about its answers, and spares its kick if we look. One that was given several answers at once
 //!   reads them all before it has much to send, and all that it sends shares the cost of the look: the budget is twice as long.
 //! - A device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken: the budget is
-//!   small ([`DEVICE_BUDGET`]). It is what is awaited when the domain owes answers and the guest has had none since it sent the last request.
+//!   small ([`DEVICE_BUDGET`]). It is what is awaited when the domain owes answers and the guest has had none since its requests were last taken.
 //!
-//! So a guest whose requests come slowly costs one budget in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
+//! So a guest whose requests come slowly costs one look in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
 //! shares our CPU, so that looking keeps it from running, looking stops by itself.
 //!
 //! Deliberately absent: what is looked at, and everything that must not wait for a worker that looks: the worker checks it each time.
@@ -59,11 +59,17 @@ impl Poller {
         self.device.begin();
     }
 
-    /// There was work.
+    /// The guest has sent requests.
     #[inline]
-    pub(crate) fn busy(&mut self) {
+    pub(crate) fn guest_came(&mut self) {
         self.guest.busy();
         self.guest_with_many.busy();
+        self.device.busy();
+    }
+
+    /// The domain has answered. That says nothing of the guest: a look at its ring goes on where it is, so that answers that trickle in do not prolong it.
+    #[inline]
+    pub(crate) fn device_came(&mut self) {
         self.device.busy();
     }
 
@@ -90,7 +96,7 @@ pub(crate) enum Awaited {
 }
 
 impl Awaited {
-    /// After so many answers since the guest's last request, while the domain is `owing` so many more.
+    /// After so many answers since the guest's requests were last taken, while the domain is `owing` so many more.
     #[inline]
     pub(crate) const fn after(answers: usize, owing: usize) -> Self {
         match (answers, owing) {
@@ -238,6 +244,21 @@ mod tests {
         assert_eq!(Awaited::after(0, 3), Awaited::Device);
         assert_eq!([Awaited::after(1, 0), Awaited::after(1, 3)], [Awaited::Guest; 2]);
         assert_eq!([Awaited::after(2, 0), Awaited::after(9, 3)], [Awaited::GuestWithMany; 2]);
+    }
+
+    #[test]
+    fn answers_that_trickle_in_prolong_no_look_at_the_guest() {
+        let mut poller = Poller::new(BUDGET);
+        let begun = Instant::now();
+        while poller.idle(Awaited::GuestWithMany) {
+            poller.device_came();
+            assert!(begun.elapsed() < 1000 * BUDGET);
+        }
+        assert_eq!((poller.guest_with_many.backoff, poller.device.backoff), (1, 0), "it was in vain");
+        assert!(!poller.idle(Awaited::GuestWithMany));
+        assert!(poller.idle(Awaited::GuestWithMany));
+        poller.guest_came();
+        assert_eq!(poller.guest_with_many.backoff, 0);
     }
 
     #[test]

@@ -89,8 +89,10 @@ struct Other {
 /// How a round went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// Something was done: there may be more.
-    Busy,
+    /// Requests were taken: there may be more.
+    Took,
+    /// Only what had ended was given back.
+    GaveBack,
     /// Nothing to do.
     Idle,
 }
@@ -111,7 +113,7 @@ pub(crate) struct QueueWorker {
     poller: Poller,
     /// The driver was asked not to kick, and not yet to kick again.
     awake: bool,
-    /// How many answers the guest has been given since it last sent requests.
+    /// How many answers the guest has been given since its requests were last taken.
     answers: usize,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
@@ -167,8 +169,13 @@ impl QueueWorker {
                 continue;
             }
             let orders = orders();
-            if self.round(vring, &orders) == Round::Busy {
-                self.poller.busy();
+            let round = self.round(vring, &orders);
+            match round {
+                Round::Took => self.poller.guest_came(),
+                Round::GaveBack => self.poller.device_came(),
+                Round::Idle => {}
+            }
+            if round != Round::Idle {
                 promised = false;
                 continue;
             }
@@ -253,7 +260,7 @@ impl QueueWorker {
         }
         self.full = false;
         self.give_back(&mut vring.get_mut());
-        Round::Busy
+        Round::GaveBack
     }
 
     fn round(&mut self, vring: &VringMutex, orders: &Orders<'_>) -> Round {
@@ -293,7 +300,7 @@ impl QueueWorker {
             self.next_avail = queue.next_avail();
         }
         self.give_back(&mut state);
-        if self.used.is_empty() && accepted == 0 { collected } else { Round::Busy }
+        if self.used.is_empty() && accepted == 0 { collected } else { Round::Took }
     }
 
     /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight with the old one.

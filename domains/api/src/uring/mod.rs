@@ -42,7 +42,7 @@ use std::time::Duration;
 /// Most entries of the submission queue.
 const MAX_SUBMISSIONS: usize = 256;
 /// How many requests wait for each other before they are submitted: enough to share a system call, few enough that a slow device starts on the first
-/// of a deep queue while the rest is being prepared. A device that answers within the call gains nothing from that and is given the rest together.
+/// of a deep queue while the rest is being prepared. What answers within the call gains nothing from that: once completions wait to be taken, the rest is submitted together.
 const AT_ONCE: usize = 4;
 /// What the completion of a cancellation is called; requests are called by their slots.
 const CANCELLATION: u64 = u64::MAX;
@@ -177,7 +177,8 @@ impl Ring {
         !self.free.is_empty() || self.flights.len() < self.depth
     }
 
-    /// Puts a request into the ring, to have `work` done from its byte `done` on. It is submitted with a few others, by [`advance`](Self::advance) at the latest.
+    /// Puts a request into the ring, to have `work` done from its byte `done` on. It is submitted with a few others, by [`advance`](Self::advance) at the latest,
+    /// which must be called before the worker sleeps: wake-ups may be off until then.
     ///
     /// # Panics
     /// If there is no room.

@@ -128,8 +128,8 @@ fn a_full_ring_has_no_room_and_loses_nothing() {
     assert!(ring.advance().is_none() && ring.in_flight() == 0);
 }
 
-/// Pushes eight reads of a pipe that has so many bytes. Returns how many waited to be submitted after each.
-fn pushes(bytes: &[u8]) -> Option<Vec<usize>> {
+/// Pushes eight reads of a pipe that has so many bytes. Returns how many waited to be submitted after each, and whether any was answered in the call.
+fn pushes(bytes: &[u8]) -> Option<(Vec<usize>, bool)> {
     let (reading, writing) = pipe();
     let (mut ring, wake) = ring(&reading, 16)?;
     (&writing).write_all(bytes).unwrap();
@@ -139,22 +139,27 @@ fn pushes(bytes: &[u8]) -> Option<Vec<usize>> {
         ring.push(guest.request(op::READ, 0, tag as u64), Work::Read, 0);
         waiting.push(ring.io.submission().len());
     }
+    let answered = !ring.io.completion().is_empty();
     (&writing).write_all(&vec![1; 8 - bytes.len()]).unwrap();
     for _ in &guests {
         next(&mut ring, &wake).result.unwrap();
     }
-    Some(waiting)
+    Some((waiting, answered))
 }
 
 #[test]
 fn a_device_that_takes_its_time_has_the_first_before_the_last_is_pushed() {
-    let Some(waiting) = pushes(&[]) else { return };
+    let Some((waiting, _)) = pushes(&[]) else { return };
     assert_eq!(waiting, [1, 2, 3, 0, 1, 2, 3, 0]);
 }
 
 #[test]
 fn a_device_that_answers_at_once_is_given_the_rest_together() {
-    let Some(waiting) = pushes(&[1; 8]) else { return };
+    let Some((waiting, answered)) = pushes(&[1; 8]) else { return };
+    if !answered {
+        eprintln!("skipped: this kernel reads pipes later (Linux before 6.4)");
+        return;
+    }
     assert_eq!(waiting, [1, 2, 3, 0, 1, 2, 3, 4]);
 }
 
