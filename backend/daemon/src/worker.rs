@@ -183,10 +183,10 @@ impl QueueWorker {
                 // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
                 self.give_up(&Error::InvalidAvailRingIndex);
             }
-            if !orders.stop_popping
-                && !self.broken
-                && self.poller.idle(Awaited::after(self.answers, self.lane.owing()))
-            {
+            // Where the domain takes nothing more, only its answers help.
+            let answers = if self.full { 0 } else { self.answers };
+            let awaited = Awaited::after(answers, self.lane.owing());
+            if !orders.stop_popping && !self.broken && self.poller.idle(awaited) {
                 self.look_on();
                 continue;
             }
