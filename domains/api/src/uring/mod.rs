@@ -15,6 +15,10 @@
 //! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The argument needs a full barrier in the middle of 1, which a locked
 //! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
 //!
+//! The flag may be set although there is nothing: a call hands over 20 completions, and clears the flag before it begins with what an earlier one has left; a
+//! completion that comes meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel until the flag is gone, but once, and if that
+//! brings nothing, once more with wake-ups on: what came before that call is handed over by it, and what comes later finds the kernel's list empty and wakes us.
+//!
 //! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
 //! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
 //! On older kernels any thread may use a ring, so it is not made disabled. Before 5.18 beginning takes milliseconds: registering the eventfd waits for a grace period there.
@@ -192,6 +196,7 @@ impl Ring {
         self.flights[slot as usize] = Some(Flight::new(request, work, done));
         self.queue(slot);
         if self.io.submission().len() >= AT_ONCE && self.io.completion().is_empty() {
+            self.be_quiet();
             // What the kernel cannot take now stays queued, for `advance`.
             let _ = self.enter();
         }
@@ -215,20 +220,30 @@ impl Ring {
     /// Call it until it returns `None`: only then the next completion is sure to wake the worker.
     #[inline]
     pub fn advance(&mut self) -> Option<Ended> {
+        // How often the kernel was called for completions since something was last submitted; the second time wake-ups are on.
+        let mut asked = 0;
         loop {
             if let Some(ended) = self.take() {
                 return Some(ended);
             }
-            if self.kernel_is_needed() {
-                if self.enter() {
-                    continue;
-                }
+            if !self.io.submission().is_empty() {
+                asked = 0;
+            } else if asked < 2 && self.kernel_has_completions() {
+                asked += 1;
+            } else if self.be_loud() {
+                continue;
+            } else {
+                return None;
+            }
+            if asked == 2 {
+                self.be_loud();
+            } else {
+                self.be_quiet();
+            }
+            if !self.enter() {
                 self.be_loud();
                 // Nothing may ever complete to bring us back: we come back by ourselves.
                 self.nudge();
-                return None;
-            }
-            if !self.be_loud() {
                 return None;
             }
         }
@@ -274,6 +289,7 @@ impl Ring {
     unsafe fn enqueue(&mut self, entry: &squeue::Entry) {
         // SAFETY: the caller's contract.
         while unsafe { self.io.submission().push(entry) }.is_err() {
+            self.be_quiet();
             if !self.enter() {
                 // The kernel is out of memory and the queue is full. There is room in the table for what cannot be queued, but nowhere to
                 // remember it; the kernel's shortage passes.
@@ -282,19 +298,15 @@ impl Ring {
         }
     }
 
-    /// Whether something is to be submitted, or the kernel has completions that it hands over only when it is called.
+    /// Whether the kernel says that it has completions, which it hands over only when it is called.
     #[inline]
-    fn kernel_is_needed(&mut self) -> bool {
+    fn kernel_has_completions(&mut self) -> bool {
         let submissions = self.io.submission();
-        !submissions.is_empty() || submissions.taskrun() || submissions.cq_overflow()
+        submissions.taskrun() || submissions.cq_overflow()
     }
 
     /// Calls the kernel. Returns `false` if it can take nothing now.
     fn enter(&mut self) -> bool {
-        if self.can_be_quiet && !self.quiet {
-            self.quiet = true;
-            self.io.completion().disable_eventfd();
-        }
         match self.io.submit() {
             Ok(_) => true,
             Err(error) => match error.raw_os_error() {
@@ -303,6 +315,15 @@ impl Ring {
                 Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => !self.io.completion().is_empty(),
                 _ => panic!("io_uring: {error}"),
             },
+        }
+    }
+
+    /// Turns wake-ups off, where that is safe.
+    #[inline]
+    fn be_quiet(&mut self) {
+        if self.can_be_quiet && !self.quiet {
+            self.quiet = true;
+            self.io.completion().disable_eventfd();
         }
     }
 

@@ -109,6 +109,56 @@ fn each_completion_wakes_a_sleeper_however_it_races_with_him() {
     assert_eq!(guest.memory[0], [7]);
 }
 
+/// Linux hands over 20 completions at a time. One that comes while the rest is being handed over goes with it, and is announced all the same: a few times in
+/// these rounds. Whoever believes it waits for what does not exist; whoever only ignores it misses what comes next.
+#[test]
+fn an_announcement_of_nothing_is_not_waited_for() {
+    const ROUNDS: u32 = 10_000;
+    let (finished, progress) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let (reading, writing) = pipe();
+        let Some((mut ring, wake)) = ring(&reading, 32) else { return };
+        let guests: Vec<Guest> = (0..32).map(|_| Guest::new(&[1], 0)).collect();
+        let (ask, asked) = std::sync::mpsc::channel::<u32>();
+        std::thread::spawn(move || {
+            for pause in asked {
+                (&writing).write_all(&[7; 23]).unwrap();
+                for _ in 0..9 {
+                    (0..pause).for_each(|_| std::hint::spin_loop());
+                    (&writing).write_all(&[7]).unwrap();
+                }
+            }
+        });
+        let mut of_nothing = 0;
+        for round in 0..ROUNDS {
+            for (tag, guest) in (0..).zip(&guests) {
+                ring.push(guest.request(op::READ, 0, tag), Work::Read, 0);
+            }
+            assert!(ring.advance().is_none());
+            ask.send(round % 97).unwrap();
+            for _ in &guests {
+                next(&mut ring, &wake).result.unwrap();
+            }
+            assert!(ring.advance().is_none());
+            of_nothing += u32::from(ring.io.submission().taskrun());
+            finished.send(of_nothing).unwrap();
+        }
+    });
+    let mut last = None;
+    for round in 0..ROUNDS {
+        use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
+        match progress.recv_timeout(Duration::from_secs(10)) {
+            Ok(of_nothing) => last = Some(of_nothing),
+            Err(Timeout) => panic!("round {round}: the ring still waits for what does not exist"),
+            Err(Disconnected) => {
+                assert!(last.is_none(), "round {round}: see above");
+                return;
+            }
+        }
+    }
+    eprintln!("{ROUNDS} rounds, {} ended with an announcement of nothing", last.unwrap_or(0));
+}
+
 #[test]
 fn a_full_ring_has_no_room_and_loses_nothing() {
     let (reading, writing) = pipe();
