@@ -16,8 +16,8 @@
 //! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
 //!
 //! The flag may be set although there is nothing: a call hands over 20 completions, and clears the flag before it begins with what an earlier one has left; a
-//! completion that comes meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel until the flag is gone, but once, and if that
-//! brings nothing, once more with wake-ups on: what came before that call is handed over by it, and what comes later finds the kernel's list empty and wakes us.
+//! completion that comes meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel until the flag is gone. If a call has brought
+//! nothing it turns wake-ups on and then asks with `poll`, which looks at the kernel's lists themselves: what is not there yet finds them empty, and wakes us.
 //!
 //! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
 //! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
@@ -220,26 +220,27 @@ impl Ring {
     /// Call it until it returns `None`: only then the next completion is sure to wake the worker.
     #[inline]
     pub fn advance(&mut self) -> Option<Ended> {
-        // How often the kernel was called for completions since something was last submitted; the second time wake-ups are on.
-        let mut asked = 0;
+        let mut called = false;
         loop {
             if let Some(ended) = self.take() {
                 return Some(ended);
             }
-            if !self.io.submission().is_empty() {
-                asked = 0;
-            } else if asked < 2 && self.kernel_has_completions() {
-                asked += 1;
-            } else if self.be_loud() {
-                continue;
-            } else {
-                return None;
+            if self.io.submission().is_empty() {
+                if !self.kernel_announces() {
+                    if self.be_loud() {
+                        continue;
+                    }
+                    return None;
+                }
+                if called {
+                    self.be_loud();
+                    if !self.kernel_has_some() {
+                        return None;
+                    }
+                }
             }
-            if asked == 2 {
-                self.be_loud();
-            } else {
-                self.be_quiet();
-            }
+            called = true;
+            self.be_quiet();
             if !self.enter() {
                 self.be_loud();
                 // Nothing may ever complete to bring us back: we come back by ourselves.
@@ -298,11 +299,19 @@ impl Ring {
         }
     }
 
-    /// Whether the kernel says that it has completions, which it hands over only when it is called.
+    /// Whether the kernel has said that it has completions, which it hands over only when it is called.
     #[inline]
-    fn kernel_has_completions(&mut self) -> bool {
+    fn kernel_announces(&mut self) -> bool {
         let submissions = self.io.submission();
         submissions.taskrun() || submissions.cq_overflow()
+    }
+
+    /// Whether it has any.
+    #[cold]
+    fn kernel_has_some(&self) -> bool {
+        let mut watched = libc::pollfd { fd: self.io.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid structure. An error, which there is no reason for, is taken for a yes.
+        (unsafe { libc::poll(&raw mut watched, 1, 0) }) != 0
     }
 
     /// Calls the kernel. Returns `false` if it can take nothing now.

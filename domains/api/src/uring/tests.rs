@@ -110,7 +110,7 @@ fn each_completion_wakes_a_sleeper_however_it_races_with_him() {
 }
 
 /// Linux hands over 20 completions at a time. One that comes while the rest is being handed over goes with it, and is announced all the same: a few times in
-/// these rounds. Whoever believes it waits for what does not exist; whoever only ignores it misses what comes next.
+/// these rounds. Whoever believes it waits for what does not exist; whoever does not look again misses what comes next.
 #[test]
 fn an_announcement_of_nothing_is_not_waited_for() {
     const ROUNDS: u32 = 10_000;
