@@ -7,6 +7,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::client::features;
+use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::{Control, Daemon};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use serde_json::{Value, json};
@@ -144,6 +146,48 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     assert_eq!(reply["from"]["name"], "faulty");
     assert_eq!(status(&mut control)["state"], "serving");
     assert_intact(daemon.socket(), &report.ledgers);
+}
+
+/// The first request is the domain's when it dies; the second comes while nobody knows yet what the domain may still do with the first. It turns out that it can
+/// never be ended, so the first stays unanswered for good, and alone.
+#[test]
+fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() {
+    for poll in ["0", "50"] {
+        let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--poll-us", poll]);
+        let mut control = daemon.rpc();
+        control
+            .request("upgrade", faulty("request:panic,end:stall,end:panic"))
+            .expect("faulty becomes the live domain");
+        let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+        let ask = |raw: &mut RawSession, number: u16| {
+            let [header, data, status] = [0, 0x1000, 0x200].map(|at| FREE + at + 0x2000 * u64::from(number));
+            raw.put(header, &[0; 16]).expect("memory");
+            raw.put(status, &[0xff]).expect("memory");
+            let at = |offset| GUEST_BASE + offset;
+            let buffers = [(at(header), 16, 0), (at(data), 512, WRITE), (at(status), 1, WRITE)];
+            raw.chain(3 * number, &buffers).expect("memory");
+            raw.offer(3 * number).expect("a kick");
+            status
+        };
+        // Which request is answered next, and how.
+        let answer = |raw: &mut RawSession, status: u64| {
+            let used = raw.used(Duration::from_secs(10)).expect("memory");
+            (used.map(|(head, _)| head / 3), raw.get(status, 1).expect("memory")[0])
+        };
+        let first = ask(&mut raw, 0);
+        wait_until(&mut control, "nobody has died", |now| now["state"] == "upgrading");
+        let second = ask(&mut raw, 1);
+        assert_eq!(answer(&mut raw, second), (Some(1), 1), "an I/O error: {}", status(&mut control));
+        assert_eq!(status(&mut control)["state"], "faulted");
+        control.request("upgrade", json!({"name": "ramdisk"})).expect("ramdisk serves");
+        let third = ask(&mut raw, 2);
+        assert_eq!(answer(&mut raw, third), (Some(2), 0), "{}", status(&mut control));
+        // What may still be written to stays mapped, and holds up no change of the guest's memory.
+        raw.plug(0).expect("room for one more region");
+        let fourth = ask(&mut raw, 3);
+        assert_eq!(answer(&mut raw, fourth), (Some(3), 0), "{}", status(&mut control));
+        assert_eq!(raw.get(first, 1).expect("memory"), [0xff], "the first is not answered");
+    }
 }
 
 #[test]

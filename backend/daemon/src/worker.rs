@@ -8,7 +8,7 @@
 //!
 //! Invariants: the queue's lock is held while chains are taken and while they are given back, never while the domain works or the gate is shut; nobody
 //! waits at the gate with a request in hand; what the domain did not take goes back to the ring, in order; a worker that looks on instead of sleeping
-//! passes the gate, asks for its orders and lets go of the lock each time.
+//! passes the gate, asks for its orders and lets go of the lock each time; a request that is left unanswered for good holds up nothing else.
 //!
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
 
@@ -117,8 +117,8 @@ pub(crate) struct QueueWorker {
     answers: usize,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
-    /// The domain took less than it was offered; nothing more is offered until something has ended.
-    full: bool,
+    /// Generation of the instance that took less than it was offered; it is offered nothing more until something has ended.
+    full: Option<u64>,
 }
 
 impl QueueWorker {
@@ -137,7 +137,7 @@ impl QueueWorker {
             awake: false,
             answers: 0,
             broken: false,
-            full: false,
+            full: None,
         }
     }
 
@@ -179,12 +179,12 @@ impl QueueWorker {
                 promised = false;
                 continue;
             }
-            if std::mem::take(&mut promised) && self.serves(vring, &orders) && !self.full {
+            if std::mem::take(&mut promised) && self.may_take(&orders) && self.serves(vring, &orders) {
                 // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
                 self.give_up(&Error::InvalidAvailRingIndex);
             }
             // Where the domain takes nothing more, only its answers help.
-            let answers = if self.full { 0 } else { self.answers };
+            let answers = if self.is_full() { 0 } else { self.answers };
             let awaited = Awaited::after(answers, self.lane.owing());
             if !orders.stop_popping && !self.broken && self.poller.idle(awaited) {
                 self.look_on();
@@ -202,9 +202,10 @@ impl QueueWorker {
 
     /// Looks at the ring for a moment, without the lock, until something comes.
     fn look_on(&self) {
+        let full = self.is_full();
         for _ in 0..LOOKS {
             // The view may be of a ring that the frontend has given up, but it is mapped. The round will see.
-            if self.view.as_ref().is_some_and(|view| view.avail_idx() != self.next_avail) && !self.full {
+            if !full && self.view.as_ref().is_some_and(|view| view.avail_idx() != self.next_avail) {
                 return;
             }
             std::hint::spin_loop();
@@ -216,15 +217,26 @@ impl QueueWorker {
         !self.broken && !orders.stop_popping && is_on(&vring.get_ref())
     }
 
+    /// Whether the domain is to be offered nothing: what will make it take more is on its way.
+    fn is_full(&self) -> bool {
+        self.lane.awaited() > 0 && self.full == Some(self.lane.naming().generation())
+    }
+
+    /// Whether the ring can be looked at: not, while the domain is full or something is in flight with an older memory map.
+    fn may_take(&self, orders: &Orders<'_>) -> bool {
+        let is_current = |snapshot: &Snapshot| snapshot.version() == orders.memory_version;
+        !self.is_full() && self.snapshot.as_ref().is_some_and(is_current)
+    }
+
     /// Turns notifications on; whether chains have come meanwhile.
     fn more_came(&mut self, vring: &VringMutex, orders: &Orders<'_>) -> bool {
-        if !self.serves(vring, orders) || self.full || self.slots.free.is_empty() {
+        if !self.serves(vring, orders) || self.is_full() || self.slots.free.is_empty() {
             return false;
         }
         let Some(snapshot) = &self.snapshot else { return false };
         if snapshot.version() != orders.memory_version {
             // Something is in flight with the old map: its end brings us back.
-            return self.lane.in_flight() == 0;
+            return self.lane.awaited() == 0;
         }
         let state = vring.get_ref();
         match look_up(&mut self.view, snapshot, state.get_queue()) {
@@ -258,14 +270,14 @@ impl QueueWorker {
         if self.used.is_empty() {
             return Round::Idle;
         }
-        self.full = false;
+        self.full = None;
         self.give_back(&mut vring.get_mut());
         Round::GaveBack
     }
 
     fn round(&mut self, vring: &VringMutex, orders: &Orders<'_>) -> Round {
-        let collected = if self.lane.in_flight() > 0 { self.collect(vring) } else { Round::Idle };
-        if orders.stop_popping || self.full || !self.refresh(orders) {
+        let collected = if self.lane.awaited() > 0 { self.collect(vring) } else { Round::Idle };
+        if orders.stop_popping || self.is_full() || !self.refresh(orders) {
             return collected;
         }
         if !self.pop(vring, orders.limits) {
@@ -276,7 +288,7 @@ impl QueueWorker {
         let mut accepted = 0;
         if !batch.is_empty() {
             accepted = lane.submit(batch, |ended| used.push(slots.end(ended)));
-            if accepted == 0 && lane.in_flight() == 0 {
+            if accepted == 0 && lane.awaited() == 0 {
                 // Against the contract; without an answer the guest would wait for ever.
                 log::error!(
                     "queue {}: the domain takes no request although nothing is in flight",
@@ -292,7 +304,7 @@ impl QueueWorker {
             }
         }
         let unpopped = self.answer(accepted);
-        self.full = unpopped > 0 && self.lane.in_flight() > 0;
+        self.full = (unpopped > 0).then(|| self.lane.naming().generation());
         let mut state = vring.get_mut();
         if unpopped > 0 {
             let queue = state.get_queue_mut();
@@ -308,8 +320,12 @@ impl QueueWorker {
         if self.snapshot.as_ref().is_some_and(|snapshot| snapshot.version() == orders.memory_version) {
             return true;
         }
-        if self.lane.in_flight() > 0 {
+        if self.lane.awaited() > 0 {
             return false;
+        }
+        if let Some(snapshot) = self.snapshot.as_ref().filter(|_| self.lane.in_flight() > 0) {
+            // What was left unanswered for good may still be written to.
+            snapshot.leak();
         }
         self.view = None;
         self.snapshot = Some(Snapshot::take(orders.memory, orders.memory_version));

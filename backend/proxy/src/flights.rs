@@ -141,7 +141,10 @@ impl Naming {
         self.base + slot as u64
     }
 
-    pub(crate) const fn generation(self) -> u64 {
+    /// Which instance takes requests of these names; 0 is none.
+    #[must_use]
+    #[inline]
+    pub const fn generation(self) -> u64 {
         self.generation
     }
 

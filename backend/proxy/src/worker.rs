@@ -118,7 +118,14 @@ impl Worker {
     #[must_use]
     #[inline]
     pub fn in_flight(&self) -> usize {
-        self.owing + self.orphans.len() + self.lost
+        self.awaited() + self.lost
+    }
+
+    /// How many of them will end: all but those that are left unanswered for good, because what had them cannot be ended.
+    #[must_use]
+    #[inline]
+    pub fn awaited(&self) -> usize {
+        self.owing + self.orphans.len()
     }
 
     /// How many of them a domain has: this many must be reaped before the gate is waited at.
@@ -484,8 +491,15 @@ impl Worker {
         let rest = self.orphans.split_off(ready);
         let mut given = std::mem::take(&mut self.orphans);
         self.publish_in_flight();
-        let accepted = self.offer(&replay, false, ended);
+        let accepted = self.offer(&replay, false, &mut *ended);
         add(&self.line.replayed, accepted as u64);
+        if accepted == 0 && self.owing == 0 && self.is_served() {
+            // Against the contract; nothing would ever bring us back here.
+            log::error!("queue {}: the domain takes no request although nothing is in flight", self.queue);
+            ended(Ended { slot: given.remove(0).slot, status: Status::IoError, written: 0 });
+            add(&self.line.requests, 1);
+            add(&self.line.errors, 1);
+        }
         let mut left = given.split_off(accepted);
         left.append(&mut self.orphans);
         left.extend(rest);

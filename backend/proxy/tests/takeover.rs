@@ -311,6 +311,17 @@ fn a_standby_that_takes_little_at_a_time_replays_all_of_it() {
 }
 
 #[test]
+fn a_standby_that_takes_nothing_is_errors_and_not_silence() {
+    let device = Device::start(1, &["take=0"]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=2"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([0, 1]);
+    hand.until(&device, "silence", |hand| hand.ended.len() == 2);
+    assert_eq!(hand.take_ended(), [(0, Status::IoError), (1, Status::IoError)]);
+    assert_serving(&device, 3);
+}
+
+#[test]
 fn a_queue_that_was_left_with_a_request_in_flight_does_not_end_the_device() {
     let device = Device::start(2, &["hold=true"]);
     let mut lost = device.worker(0);

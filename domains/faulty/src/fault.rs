@@ -1,11 +1,11 @@
 //! What breaks, how and when: `PHASE:KIND[:N]`.
 //!
-//! | kind | in prepare, quiesce, activate | in a request |
-//! |---|---|---|
-//! | `fail` | fails | ends with an I/O error |
-//! | `panic` | panics | panics |
-//! | `stall` | does its work 3 s late | stays in flight for 3 s; the worker goes on |
-//! | `hang` | the same | blocks the calling thread for 3 s |
+//! | kind | in prepare, quiesce, activate | in a request | in its end |
+//! |---|---|---|---|
+//! | `fail` | fails | ends with an I/O error | nothing |
+//! | `panic` | panics | panics | panics |
+//! | `stall` | does its work 3 s late | stays in flight for 3 s; the worker goes on | ends 3 s late |
+//! | `hang` | the same | blocks the calling thread for 3 s | the same |
 
 use domain_api::DomainError;
 use std::str::FromStr;
@@ -21,6 +21,7 @@ pub(crate) enum Phase {
     Quiesce,
     Activate,
     Request,
+    End,
 }
 
 impl std::fmt::Display for Phase {
@@ -30,6 +31,7 @@ impl std::fmt::Display for Phase {
             Self::Quiesce => "quiesce",
             Self::Activate => "activate",
             Self::Request => "request",
+            Self::End => "end",
         })
     }
 }
@@ -73,6 +75,7 @@ impl FromStr for Fault {
             Some(&"quiesce") => Some(Phase::Quiesce),
             Some(&"activate") => Some(Phase::Activate),
             Some(&"request") => Some(Phase::Request),
+            Some(&"end") => Some(Phase::End),
             _ => None,
         };
         let kind = match parts.get(1) {
@@ -93,7 +96,7 @@ impl FromStr for Fault {
                 Ok(Self { phase, kind, left: AtomicU64::new(number) })
             }
             _ => Err(DomainError::new(format!(
-                "parameter `fault` is `{text}`; it must be PHASE:KIND or PHASE:KIND:N, with PHASE one of prepare, quiesce, activate, request, \
+                "parameter `fault` is `{text}`; it must be PHASE:KIND or PHASE:KIND:N, with PHASE one of prepare, quiesce, activate, request, end, \
                  KIND one of fail, panic, stall, hang, and N a number from 1"
             ))),
         }

@@ -2,7 +2,7 @@
 //!
 //! It has the storage layout of `ramdisk` and announces the same device, so that it can follow a ramdisk and be followed by one. With
 //! the parameter `fault=PHASE:KIND[:N]` it breaks once, at the N-th time (default: the first) that this instance comes to
-//! PHASE; see `fault`. The fault is not inherited, so a successor, or a rollback, does not break again because its predecessor did.
+//! PHASE; see `fault`. Several, with commas between them, come each at their time, and in their order. The fault is not inherited, so a successor, or a rollback, does not break again because its predecessor did.
 //!
 //! What is the same as in `ramdisk` is written down again, for domains do not depend on each other; it is kept to what tests need.
 
@@ -31,7 +31,7 @@ pub struct Faulty {
     size: u64,
     serial: String,
     region: OnceLock<Region>,
-    fault: Option<Fault>,
+    faults: Vec<Fault>,
     /// Set by `cancel`: what is stalled fails now.
     cancelled: AtomicBool,
     /// Bit per queue that has something stalled, for `cancel` to notify.
@@ -64,14 +64,15 @@ impl BlockDomain for Faulty {
                 "parameter `size` is {size} bytes; it must be a positive multiple of {BLOCK_SIZE}, and that of the disk in storage (now {there}, 0 for none)"
             )));
         }
-        let fault = params.get("fault").map(str::parse).transpose()?;
+        let faults =
+            params.get("fault").map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
         let serial = params.serial()?;
         let new = Self {
             host,
             size,
             serial,
             region: OnceLock::new(),
-            fault,
+            faults,
             cancelled: AtomicBool::new(false),
             stalled_queues: AtomicU64::new(0),
         };
@@ -112,7 +113,8 @@ impl BlockDomain for Faulty {
 
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
         while let Some(request) = batch.next() {
-            match self.fault.as_ref().and_then(|fault| fault.comes(Phase::Request)) {
+            // Every one of them is counted.
+            match self.faults.iter().map(|fault| fault.comes(Phase::Request)).fold(None, Option::or) {
                 None => {}
                 Some(Kind::Fail) => {
                     completions.complete(request, Status::IoError);
@@ -162,15 +164,23 @@ impl BlockDomain for Faulty {
     }
 }
 
+impl Drop for Faulty {
+    fn drop(&mut self) {
+        // There is nobody to whom an end could report a failure.
+        let _ = self.break_in(Phase::End);
+    }
+}
+
 impl Faulty {
     /// Breaks in a phase other than a request, if it is time to.
     fn break_in(&self, phase: Phase) -> Result<(), DomainError> {
-        match self.fault.as_ref().and_then(|fault| fault.comes(phase)) {
-            None => {}
-            Some(Kind::Fail) => return Err(DomainError::new(format!("fault={phase}:fail"))),
-            Some(Kind::Panic) => panic!("fault={phase}:panic"),
-            // Nothing but the calling thread can be late here.
-            Some(Kind::Stall | Kind::Hang) => std::thread::sleep(LATE),
+        for kind in self.faults.iter().filter_map(|fault| fault.comes(phase)) {
+            match kind {
+                Kind::Fail => return Err(DomainError::new(format!("fault={phase}:fail"))),
+                Kind::Panic => panic!("fault={phase}:panic"),
+                // Nothing but the calling thread can be late here.
+                Kind::Stall | Kind::Hang => std::thread::sleep(LATE),
+            }
         }
         Ok(())
     }
