@@ -153,7 +153,7 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
 #[test]
 fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() {
     for poll in ["0", "50"] {
-        let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--poll-us", poll]);
+        let mut daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--poll-us", poll]);
         let mut control = daemon.rpc();
         control
             .request("upgrade", faulty("request:panic,end:stall,end:panic"))
@@ -187,6 +187,9 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
         let fourth = ask(&mut raw, 3);
         assert_eq!(answer(&mut raw, fourth), (Some(3), 0), "{}", status(&mut control));
         assert_eq!(raw.get(first, 1).expect("memory"), [0xff], "the first is not answered");
+        let (code, took) = daemon.stop();
+        assert!(took < Duration::from_secs(5), "nobody waits for what never comes: {took:?}");
+        assert_ne!(code, 0, "something was left, and is said to be");
     }
 }
 

@@ -36,8 +36,8 @@ impl Snapshot {
     }
 
     pub(crate) fn translator(&self) -> Translator<'_, GuestMemoryMmap> {
-        // SAFETY: the worker replaces or drops its snapshot only with nothing in flight (`QueueWorker::refresh`, and `Drop` below the proxy's worker, which
-        // keeps a snapshot for ever if requests never ended); regions are mapped read-write by vhost-user-backend; nobody makes references into them.
+        // SAFETY: the worker replaces or drops its snapshot only when everything in flight has ended, and keeps it mapped for ever if something never will
+        // (`QueueWorker::refresh`, and its `Drop`); regions are mapped read-write by vhost-user-backend; nobody makes references into them.
         unsafe { Translator::new(&*self.memory) }
     }
 

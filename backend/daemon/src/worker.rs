@@ -8,7 +8,8 @@
 //!
 //! Invariants: the queue's lock is held while chains are taken and while they are given back, never while the domain works or the gate is shut; nobody
 //! waits at the gate with a request in hand; what the domain did not take goes back to the ring, in order; a worker that looks on instead of sleeping
-//! passes the gate, asks for its orders and lets go of the lock each time; a request that is left unanswered for good holds up nothing else.
+//! passes the gate, asks for its orders and lets go of the lock each time; a request that is left unanswered for good holds up nothing
+//! but the stop of its ring.
 //!
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
 
@@ -117,6 +118,8 @@ pub(crate) struct QueueWorker {
     answers: usize,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
+    /// How many requests of earlier snapshots are left unanswered for good.
+    lost: usize,
     /// Generation of the instance that took less than it was offered; it is offered nothing more until something has ended.
     full: Option<u64>,
 }
@@ -137,12 +140,18 @@ impl QueueWorker {
             awake: false,
             answers: 0,
             broken: false,
+            lost: 0,
             full: None,
         }
     }
 
     pub(crate) fn in_flight(&self) -> usize {
         self.lane.in_flight()
+    }
+
+    /// How many of them will end.
+    pub(crate) fn awaited(&self) -> usize {
+        self.lane.awaited()
     }
 
     /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to anybody.
@@ -185,7 +194,7 @@ impl QueueWorker {
             }
             // Where the domain takes nothing more, only its answers help.
             let answers = if self.is_full() { 0 } else { self.answers };
-            let awaited = Awaited::after(answers, self.lane.owing());
+            let awaited = Awaited::after(answers, self.lane.awaited());
             if !orders.stop_popping && !self.broken && self.poller.idle(awaited) {
                 self.look_on();
                 continue;
@@ -219,7 +228,8 @@ impl QueueWorker {
 
     /// Whether the domain is to be offered nothing: what will make it take more is on its way.
     fn is_full(&self) -> bool {
-        self.lane.awaited() > 0 && self.full == Some(self.lane.naming().generation())
+        let has_taken_less = || self.full == Some(self.lane.naming().generation());
+        self.lane.has_orphans() || self.lane.owing_here() > 0 && has_taken_less()
     }
 
     /// Whether the ring can be looked at: not, while the domain is full or something is in flight with an older memory map.
@@ -288,12 +298,9 @@ impl QueueWorker {
         let mut accepted = 0;
         if !batch.is_empty() {
             accepted = lane.submit(batch, |ended| used.push(slots.end(ended)));
-            if accepted == 0 && lane.awaited() == 0 {
+            if accepted == 0 && used.is_empty() && lane.owing_here() == 0 && !lane.has_orphans() {
                 // Against the contract; without an answer the guest would wait for ever.
-                log::error!(
-                    "queue {}: the domain takes no request although nothing is in flight",
-                    self.queue
-                );
+                log::error!("queue {}: the domain takes no request although it has none", self.queue);
                 used.push(slots.end(Ended {
                     slot: slot_of(batch[0].tag),
                     status: Status::IoError,
@@ -323,10 +330,12 @@ impl QueueWorker {
         if self.lane.awaited() > 0 {
             return false;
         }
-        if let Some(snapshot) = self.snapshot.as_ref().filter(|_| self.lane.in_flight() > 0) {
-            // What was left unanswered for good may still be written to.
+        let lost = self.lane.in_flight();
+        if let Some(snapshot) = self.snapshot.as_ref().filter(|_| lost > self.lost) {
+            // What has been left unanswered for good since the last time may still be written to.
             snapshot.leak();
         }
+        self.lost = lost;
         self.view = None;
         self.snapshot = Some(Snapshot::take(orders.memory, orders.memory_version));
         true

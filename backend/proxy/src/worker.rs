@@ -128,6 +128,20 @@ impl Worker {
         self.owing + self.orphans.len()
     }
 
+    /// Whether some have to run again, or to be given up, before anything new is taken.
+    #[must_use]
+    #[inline]
+    pub const fn has_orphans(&self) -> bool {
+        !self.orphans.is_empty()
+    }
+
+    /// How many of them the live instance has.
+    #[must_use]
+    #[inline]
+    pub fn owing_here(&self) -> usize {
+        self.current.as_ref().map_or(0, |lane| lane.in_flight)
+    }
+
     /// How many of them a domain has: this many must be reaped before the gate is waited at.
     #[must_use]
     #[inline]
@@ -491,11 +505,12 @@ impl Worker {
         let rest = self.orphans.split_off(ready);
         let mut given = std::mem::take(&mut self.orphans);
         self.publish_in_flight();
+        let owing = self.owing_here();
         let accepted = self.offer(&replay, false, &mut *ended);
         add(&self.line.replayed, accepted as u64);
-        if accepted == 0 && self.owing == 0 && self.is_served() {
+        if accepted == 0 && owing == 0 && self.is_served() {
             // Against the contract; nothing would ever bring us back here.
-            log::error!("queue {}: the domain takes no request although nothing is in flight", self.queue);
+            log::error!("queue {}: the domain takes no request although it has none", self.queue);
             ended(Ended { slot: given.remove(0).slot, status: Status::IoError, written: 0 });
             add(&self.line.requests, 1);
             add(&self.line.errors, 1);

@@ -220,6 +220,7 @@ impl Ring {
     /// Call it until it returns `None`: only then the next completion is sure to wake the worker.
     #[inline]
     pub fn advance(&mut self) -> Option<Ended> {
+        // Whether it was called for completions alone.
         let mut called = false;
         loop {
             if let Some(ended) = self.take() {
@@ -238,8 +239,8 @@ impl Ring {
                         return None;
                     }
                 }
+                called = true;
             }
-            called = true;
             self.be_quiet();
             if !self.enter() {
                 self.be_loud();
