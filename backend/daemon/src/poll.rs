@@ -96,10 +96,10 @@ pub(crate) enum Awaited {
 }
 
 impl Awaited {
-    /// After so many answers since the guest's requests were last taken, while the domain is `owing` so many more.
+    /// After so many answers since the guest's requests were last taken, while it is owed so many more.
     #[inline]
-    pub(crate) const fn after(answers: usize, owing: usize) -> Self {
-        match (answers, owing) {
+    pub(crate) const fn after(answers: usize, owed: usize) -> Self {
+        match (answers, owed) {
             (0, 1..) => Self::Device,
             (0 | 1, _) => Self::Guest,
             (2.., _) => Self::GuestWithMany,

@@ -194,13 +194,14 @@ impl Session {
                 memory: &self.memory,
             });
             idle = serving.in_flight() == 0;
-            if ending && !idle && serving.awaited() == 0 {
-                self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
-                idle = true;
-            }
-            if ending && !idle && post.abandon.load(Ordering::Relaxed) {
-                serving.abandon();
-                idle = true;
+            if ending && !idle {
+                if serving.awaited() == 0 {
+                    self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
+                    idle = true;
+                } else if post.abandon.load(Ordering::Relaxed) {
+                    serving.abandon();
+                    idle = true;
+                }
             }
             if ending && idle {
                 *worker = None;

@@ -2,7 +2,8 @@
 //!
 //! It has the storage layout of `ramdisk` and announces the same device, so that it can follow a ramdisk and be followed by one. With
 //! the parameter `fault=PHASE:KIND[:N]` it breaks once, at the N-th time (default: the first) that this instance comes to
-//! PHASE; see `fault`. Several, with commas between them, come each at their time, and in their order. The fault is not inherited, so a successor, or a rollback, does not break again because its predecessor did.
+//! PHASE; see `fault`. Several, with commas between them, come each at their time, and in their order. The fault is not inherited, so a successor, or a rollback,
+//! does not break again because its predecessor did.
 //!
 //! What is the same as in `ramdisk` is written down again, for domains do not depend on each other; it is kept to what tests need.
 

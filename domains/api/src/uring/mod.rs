@@ -9,13 +9,14 @@
 //! awake and looking, these writes would only make it wake once more for nothing; where it is safe they are off from the moment that it enters the kernel
 //! until `advance` returns `None`. No wake is lost, because `advance` looks again *after* it has turned them on:
 //!
-//! 1. the kernel puts the completion on its list (`llist` cmpxchg), then sets `IORING_SQ_TASKRUN` (locked or), then looks whether wake-ups are off;
+//! 1. the kernel puts the completion on its list (`llist` cmpxchg) and, if the list was empty, sets `IORING_SQ_TASKRUN` (locked or), then looks whether wake-ups
+//!    are off;
 //! 2. we turn wake-ups on, then a full fence, then look at `IORING_SQ_TASKRUN`.
 //!
 //! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The argument needs a full barrier in the middle of 1, which a locked
 //! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
 //!
-//! The flag may be set although there is nothing: a call hands over 20 completions, and clears the flag before it begins with what an earlier one has left; a
+//! The flag may be set although there is nothing: a call hands over 20 completions at a time, and clears the flag before it begins with what an earlier one has left; a
 //! completion that comes meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel until the flag is gone. If a call has brought
 //! nothing it turns wake-ups on and then asks with `poll`, which looks at the kernel's lists themselves: what is not there yet finds them empty, and wakes us.
 //!
@@ -220,7 +221,7 @@ impl Ring {
     /// Call it until it returns `None`: only then the next completion is sure to wake the worker.
     #[inline]
     pub fn advance(&mut self) -> Option<Ended> {
-        // Whether it was called for completions alone.
+        // Whether the kernel was called for completions alone.
         let mut called = false;
         loop {
             if let Some(ended) = self.take() {
