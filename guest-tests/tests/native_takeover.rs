@@ -187,6 +187,9 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
         let fourth = ask(&mut raw, 3);
         assert_eq!(answer(&mut raw, fourth), (Some(3), 0), "{}", status(&mut control));
         assert_eq!(raw.get(first, 1).expect("memory"), [0xff], "the first is not answered");
+        let stopping = Instant::now();
+        raw.stop_ring().expect_err("a ring is not said to be empty when it is not");
+        assert!(stopping.elapsed() < Duration::from_secs(5), "a guest stood still: {:?}", stopping.elapsed());
         let (code, took) = daemon.stop();
         assert!(took < Duration::from_secs(5), "nobody waits for what never comes: {took:?}");
         assert_ne!(code, 0, "something was left, and is said to be");

@@ -57,13 +57,21 @@ struct QueuePost {
     wake: EventFd,
     /// How often somebody asked the worker to settle.
     asked: AtomicU64,
-    /// The newest request to settle that was met: nothing in flight, nothing being popped.
-    settled: Mutex<u64>,
+    settled: Mutex<Settled>,
     settled_changed: Condvar,
     /// Leave even if something is in flight.
     abandon: AtomicBool,
     /// The queue's thread has ended.
     gone: AtomicBool,
+}
+
+/// How far a worker has settled.
+#[derive(Default)]
+struct Settled {
+    /// The newest request to settle after which nothing was being popped, and nothing was awaited any more.
+    asked: u64,
+    /// How many requests were in flight all the same: they are left unanswered for good.
+    lost: usize,
 }
 
 struct Wake(EventFd);
@@ -124,7 +132,7 @@ impl Drop for Presence {
         }
         // Nobody else will: the worker leaves here, on its own thread.
         *lock(&post.worker) = None;
-        *lock(&post.settled) = u64::MAX;
+        lock(&post.settled).asked = u64::MAX;
         post.settled_changed.notify_all();
     }
 }
@@ -147,7 +155,7 @@ impl Session {
                 worker: Mutex::new(None),
                 wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
                 asked: AtomicU64::new(0),
-                settled: Mutex::new(0),
+                settled: Mutex::default(),
                 settled_changed: Condvar::new(),
                 abandon: AtomicBool::new(false),
                 gone: AtomicBool::new(false),
@@ -183,7 +191,7 @@ impl Session {
         if worker.is_none() && !ending {
             *worker = self.hire(queue, post);
         }
-        let mut idle = true;
+        let (mut idle, mut lost) = (true, 0);
         if let Some(serving) = worker.as_mut() {
             let limits = Arc::clone(&lock(&self.limits));
             serving.serve(vring, || Orders {
@@ -193,15 +201,13 @@ impl Session {
                 memory_version: self.memory_version.load(Ordering::Acquire),
                 memory: &self.memory,
             });
-            idle = serving.in_flight() == 0;
-            if ending && !idle {
-                if serving.awaited() == 0 {
-                    self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
-                    idle = true;
-                } else if post.abandon.load(Ordering::Relaxed) {
-                    serving.abandon();
-                    idle = true;
-                }
+            idle = serving.awaited() == 0;
+            lost = serving.in_flight() - serving.awaited();
+            if ending && idle && lost > 0 {
+                self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
+            } else if ending && !idle && post.abandon.load(Ordering::Relaxed) {
+                serving.abandon();
+                idle = true;
             }
             if ending && idle {
                 *worker = None;
@@ -214,8 +220,8 @@ impl Session {
         }
         if idle {
             let mut settled = lock(&post.settled);
-            if *settled < asked {
-                *settled = asked;
+            if settled.asked < asked {
+                *settled = Settled { asked, lost };
                 drop(settled);
                 post.settled_changed.notify_all();
             }
@@ -240,16 +246,25 @@ impl Session {
     }
 
     /// Waits until nothing of `queue` is in flight. The ring must be off or the session ending, or it goes on at once.
+    ///
+    /// # Errors
+    /// Something is in flight still: after [`DRAIN_TIMEOUT`], or left unanswered for good.
     fn settle(&self, queue: usize) -> io::Result<()> {
-        self.settle_until(queue, Instant::now() + DRAIN_TIMEOUT)
+        match self.settle_until(queue, Instant::now() + DRAIN_TIMEOUT)? {
+            0 => Ok(()),
+            lost => Err(io::Error::other(format!(
+                "queue {queue} has {lost} requests that can never be answered: the domain that had them could not be ended"
+            ))),
+        }
     }
 
-    fn settle_until(&self, queue: usize, deadline: Instant) -> io::Result<()> {
+    /// Waits until nothing of `queue` is awaited. Returns how many of its requests are left unanswered for good.
+    fn settle_until(&self, queue: usize, deadline: Instant) -> io::Result<usize> {
         let post = &self.posts[queue];
         let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
         let _ = post.wake.write(1);
         let mut settled = lock(&post.settled);
-        while *settled < asked {
+        while settled.asked < asked {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::Error::new(
@@ -260,7 +275,7 @@ impl Session {
             settled =
                 post.settled_changed.wait_timeout(settled, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        Ok(())
+        Ok(settled.lost)
     }
 
     /// Ends the session's workers, on their own threads. What never ends is left, and stays mapped.
@@ -278,7 +293,7 @@ impl Session {
                 let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
                 let _ = post.wake.write(1);
                 let mut settled = lock(&post.settled);
-                while *settled < asked {
+                while settled.asked < asked {
                     // A thread that is inside the domain cannot be taken out of it.
                     settled = post.settled_changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
                 }
