@@ -49,20 +49,27 @@ impl Daemon {
     ///
     /// Panics with the daemon's log when it does not come up.
     pub fn start(args: &[&str]) -> Daemon {
-        Daemon::spawn(Command::new(binary("vhost-hotswap")), args)
+        Daemon::spawn(Command::new(binary("vhost-hotswap")), args, None)
     }
 
-    /// As [`start`](Self::start), with this soft limit of open descriptors.
-    pub fn start_with_descriptors(soft: u32, args: &[&str]) -> Daemon {
+    /// As [`start`](Self::start), under a shell's `ulimit LIMIT`.
+    pub fn start_with_ulimit(limit: &str, args: &[&str]) -> Daemon {
         let mut command = Command::new("sh");
-        command
-            .arg("-c")
-            .arg(format!("ulimit -S -n {soft} && exec \"$0\" \"$@\""))
-            .arg(binary("vhost-hotswap"));
-        Daemon::spawn(command, args)
+        command.arg("-c").arg(format!("ulimit {limit} && exec \"$0\" \"$@\"")).arg(binary("vhost-hotswap"));
+        Daemon::start_command(command, args)
     }
 
-    fn spawn(mut command: Command, args: &[&str]) -> Daemon {
+    /// As [`start`](Self::start), by a command that ends in what is given to it: the daemon's path and arguments.
+    pub fn start_command(command: Command, args: &[&str]) -> Daemon {
+        Daemon::spawn(command, args, None)
+    }
+
+    /// As [`start`](Self::start), with a log that goes there.
+    pub fn start_with_stderr(stderr: Stdio, args: &[&str]) -> Daemon {
+        Daemon::spawn(Command::new(binary("vhost-hotswap")), args, Some(stderr))
+    }
+
+    fn spawn(mut command: Command, args: &[&str], stderr: Option<Stdio>) -> Daemon {
         let directory =
             tempfile::Builder::new().prefix("hotswap-test-").tempdir().expect("a temporary directory");
         let socket = directory.path().join("vhost.sock");
@@ -78,7 +85,7 @@ impl Daemon {
             .args(args)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("another handle of the log"))
-            .stderr(log)
+            .stderr(stderr.unwrap_or_else(|| log.into()))
             .spawn()
             .expect("vhost-hotswap can be started");
         let mut daemon = Daemon { child, directory, socket, control };
@@ -183,14 +190,24 @@ impl Daemon {
     ///
     /// The directory stays, so that the caller can see what was left in it.
     pub fn stop(&mut self) -> (i32, Duration) {
+        self.stop_with(Signal::TERM)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("the daemon lives");
+    }
+
+    /// As [`stop`](Self::stop), with another signal.
+    pub fn stop_with(&mut self, signal: Signal) -> (i32, Duration) {
         let started = Instant::now();
-        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon lives");
+        self.signal(signal);
         loop {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
                 return (status.code().unwrap_or(-1), started.elapsed());
             }
             if started.elapsed() > Duration::from_secs(10) {
-                panic!("vhost-hotswap ignores SIGTERM:\n{}", self.log());
+                panic!("vhost-hotswap ignores {signal:?}:\n{}", self.log());
             }
             thread::sleep(Duration::from_millis(1));
         }

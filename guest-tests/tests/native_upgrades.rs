@@ -187,7 +187,7 @@ fn sixty_four_queues_of_a_file_keep_their_rings() {
     let path = path.to_str().expect("UTF-8");
     // A ring takes three descriptors, a queue ten more. The daemon asks for as many as it may have.
     let args = ["--blk-file", path, "--param", "direct=true", "--queues", "64"];
-    let daemon = Daemon::start_with_descriptors(256, &args);
+    let daemon = Daemon::start_with_ulimit("-S -n 256", &args);
     let options = Options { queues: 64, ..Options::default() };
     let mut client = Client::connect(daemon.socket(), &options).expect("connected");
     let data = vec![0x5a; 4096];

@@ -1,33 +1,31 @@
 //! `vhost-hotswap`: serves one virtio block device to a QEMU guest, and lets its implementation be replaced under it.
 //!
-//! Start: arguments, domain, sockets. Then one session after the other, until SIGTERM, SIGINT or `hotswapctl shutdown`. End: the session's workers leave, the
-//! domain writes down what it has, the sockets are removed.
+//! Start: arguments, domain, sockets. Then one session after the other, until a signal or `hotswapctl shutdown` (`ending.rs`). End: the session's workers leave, the
+//! sockets are removed, the domain writes down what it has.
 
 use loader::FileLoader;
 use proxy::DomainProxy;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::control::{Server, SocketFile};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
+use vhost_hotswap::ending::Ending;
+use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
 
-/// How long stopping may take before what is left is left.
-const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long frontends are left alone when one could not be served: it may come again at once.
+const AFTER_A_FAILURE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 fn main() -> ExitCode {
     let config = Args::from_command_line();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    logging::start();
     match run(config) {
         Ok(left) if left.is_empty() => ExitCode::SUCCESS,
         Ok(left) => {
@@ -81,41 +79,30 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     raise_descriptor_limit();
     // First of all that is opened, while no other descriptor can have the number.
     let front = front(&config.listen)?;
-    let mut signals =
-        Signals::new([SIGTERM, SIGINT]).map_err(|error| format!("cannot handle signals: {error}"))?;
-    let stop = Arc::new(
-        eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| format!("cannot make an eventfd: {error}"))?,
-    );
+    let ending = Ending::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
+    if let Front::Path(socket) = &front {
+        ending.owns(socket.name());
+    }
+    ending.heed_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
 
     let loader = Box::new(FileLoader::new(config.domain_dirs));
     let proxy = DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
         .map_err(|refusal| refusal.to_string())?;
     let sessions = Arc::new(SessionHandle::default());
-    let paths = match &front {
-        Front::Path(socket) => vec![socket.path().to_owned(), config.control_path.clone()],
-        Front::Inherited(_) => vec![config.control_path.clone()],
-    };
-    let ask_to_stop = {
-        let (proxy, sessions, stop) = (Arc::clone(&proxy), Arc::clone(&sessions), Arc::clone(&stop));
+    ending.serving({
+        let (proxy, sessions) = (Arc::clone(&proxy), Arc::clone(&sessions));
         move || {
-            watch_the_end(paths.clone());
             proxy.begin_stop();
             sessions.stop();
-            let _ = rustix::io::write(&stop, &1u64.to_ne_bytes());
         }
+    });
+    let device = {
+        let ending = Arc::clone(&ending);
+        Arc::new(Device::new(Arc::clone(&proxy), move || ending.begin("shutdown")))
     };
-    let device = Arc::new(Device::new(Arc::clone(&proxy), ask_to_stop.clone()));
     let control =
         Server::start(&config.control_path, Arc::clone(&device)).map_err(|error| error.to_string())?;
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            for signal in signals.forever() {
-                log::info!("signal {signal}: stopping");
-                ask_to_stop();
-            }
-        })
-        .map_err(|error| format!("cannot start a thread: {error}"))?;
+    ending.owns(control.name());
 
     let domain = proxy.domain();
     log::info!(
@@ -133,28 +120,19 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         poll: config.poll,
         worker_cpus: config.worker_cpus,
     };
-    while wait_for_frontend(front.listener(), &stop)? {
+    while wait_for_frontend(front.listener(), ending.wanted())? {
         match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
             Ok(()) => log::info!("the frontend has disconnected"),
-            Err(error) => log::warn!("the session ended: {error}"),
+            Err(error) => {
+                log::warn!("the session ended: {error}");
+                // The next look finds the end, too.
+                let _ = poll(&mut [PollFd::new(ending.wanted(), PollFlags::IN)], Some(&AFTER_A_FAILURE));
+            }
         }
     }
     drop(control);
     drop(front);
     Ok(proxy.stop())
-}
-
-/// A domain that does not come back must not keep the process: ends it by force if stopping takes too long.
-fn watch_the_end(paths: Vec<PathBuf>) {
-    let watched = std::thread::Builder::new().name("end".to_owned()).spawn(move || {
-        std::thread::sleep(STOP_TIMEOUT);
-        log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
-        paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
-        std::process::exit(1);
-    });
-    if let Err(error) = watched {
-        log::warn!("nobody watches over the end: {error}");
-    }
 }
 
 /// Waits until a frontend wants in. `false` if it is time to stop.

@@ -28,7 +28,10 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
     // been opened yet that could have the number.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     match rustix::net::sockopt::socket_acceptconn(&fd) {
-        Ok(true) => Ok(UnixListener::from(fd)),
+        Ok(true) => match rustix::net::sockopt::socket_domain(&fd) {
+            Ok(rustix::net::AddressFamily::UNIX) => Ok(UnixListener::from(fd)),
+            Ok(_) | Err(_) => Err(wrong("is a socket of another kind")),
+        },
         Ok(false) => Err(wrong("is a socket that does not listen")),
         Err(error) => Err(wrong(&format!("is no socket ({error})"))),
     }
@@ -75,5 +78,26 @@ impl ExitEvents {
             // closed once, because it leaves the list.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn only_a_listening_unix_socket_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let unix = UnixListener::bind(directory.path().join("socket")).unwrap();
+        let addr = unix.local_addr().unwrap();
+        let taken = inherited(unix.into_raw_fd()).unwrap();
+        assert_eq!(taken.local_addr().unwrap().as_pathname(), addr.as_pathname());
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let refused = inherited(tcp.into_raw_fd()).unwrap_err();
+        assert!(refused.contains("of another kind"), "{refused}");
+        let (talking, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(inherited(talking.into_raw_fd()).unwrap_err().contains("does not listen"));
+        assert!(inherited(9999).unwrap_err().contains("not passed"));
     }
 }

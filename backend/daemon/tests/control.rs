@@ -618,6 +618,7 @@ fn a_path_is_taken_from_the_dead_only() {
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     let nowhere = Server::start(&directory.path().join("no/control"), Arc::new(Mock::default())).unwrap_err();
     assert!(matches!(nowhere, SocketError::System { .. }), "{nowhere:?}");
+    assert!(nowhere.to_string().contains("No such file"), "{nowhere}");
     let empty = SocketFile::listen(Path::new(""), 0o600).unwrap_err();
     assert!(matches!(empty, SocketError::System { .. }), "{empty:?}");
     let long = SocketFile::listen(&directory.path().join("x".repeat(200)), 0o600).unwrap_err();
@@ -886,4 +887,26 @@ fn hotswapctl_survives_a_reader_that_leaves() {
     let output = fixture.ctl_command(&["status"]).stdout(full).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("(output_failed)"), "{output:?}");
+}
+
+#[test]
+fn a_name_is_removed_once_and_only_if_it_is_ours() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let first = SocketFile::listen(&path, 0o600).unwrap();
+    let name = Arc::clone(first.name());
+    drop(first);
+    assert!(!path.exists());
+    // The first one's inode number may well be the second one's now.
+    let second = SocketFile::listen(&path, 0o600).unwrap();
+    name.remove();
+    assert!(path.exists(), "somebody who is gone has removed another's name");
+    let name = Arc::clone(second.name());
+    name.remove();
+    assert!(!path.exists(), "it can be removed under its owner");
+    let third = SocketFile::listen(&path, 0o600).unwrap();
+    drop(second);
+    assert!(path.exists(), "an owner without a name has removed another's");
+    drop(third);
+    assert!(!path.exists());
 }

@@ -29,7 +29,7 @@ mod server;
 mod socket;
 
 pub use server::{Limits, Server};
-pub use socket::{SocketError, SocketFile};
+pub use socket::{SocketError, SocketFile, SocketName};
 
 /// How long a drain may take if a request does not say.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);

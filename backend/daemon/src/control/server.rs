@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -25,7 +25,7 @@ use serde_json::Value;
 
 use super::connection::Connection;
 use super::rpc::{self, RpcError};
-use super::{Operations, SocketError, SocketFile};
+use super::{Operations, SocketError, SocketFile, SocketName};
 
 /// How long to let accepting rest when the process has no descriptor or thread left for a client.
 const EXHAUSTED: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -57,7 +57,7 @@ impl Default for Limits {
 /// A running control socket. Dropping it stops it, as [`Server::stop`] does.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
+    name: Arc<SocketName>,
     clients: Arc<Clients>,
     stop_patience: Duration,
     acceptor: Option<(thread::JoinHandle<()>, Arc<OwnedFd>)>,
@@ -87,24 +87,26 @@ impl Server {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| system(e.into()))?;
         let wake = Arc::new(wake);
         let clients = Arc::new(Clients::default());
+        let name = Arc::clone(socket.name());
         let acceptor =
             Acceptor { socket, operations, limits, wake: Arc::clone(&wake), clients: Arc::clone(&clients) };
         let thread = thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || acceptor.run())
             .map_err(system)?;
-        Ok(Server {
-            path: path.to_owned(),
-            clients,
-            stop_patience: limits.stop_patience,
-            acceptor: Some((thread, wake)),
-        })
+        Ok(Server { name, clients, stop_patience: limits.stop_patience, acceptor: Some((thread, wake)) })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.name.path()
+    }
+
+    /// The name in the file system.
+    #[must_use]
+    pub const fn name(&self) -> &Arc<SocketName> {
+        &self.name
     }
 
     /// Removes the socket and ends all connections, in a bounded time ([`Limits::stop_patience`], twice).

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ pub enum SocketError {
     #[error("{0} exists and is not a socket; remove it, or choose another path")]
     NotASocket(PathBuf),
     /// The system refused.
-    #[error("cannot listen on {path}")]
+    #[error("cannot listen on {path}: {source}")]
     System {
         /// The path.
         path: PathBuf,
@@ -49,13 +50,38 @@ pub enum SocketError {
     },
 }
 
+/// The name of a [`SocketFile`], for whoever has to remove it from elsewhere.
+#[derive(Debug)]
+pub struct SocketName {
+    path: PathBuf,
+    /// Device and inode of what was bound, until the name has been removed.
+    identity: Mutex<Option<(u64, u64)>>,
+}
+
+impl SocketName {
+    /// The path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the name, once, if it is still ours.
+    pub fn remove(&self) {
+        let Some(ours) = self.identity.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let _lock = lock_directory(&self.path);
+        if rustix::fs::lstat(&self.path).is_ok_and(|stat| identity(&stat) == ours)
+            && let Err(e) = rustix::fs::unlink(&self.path)
+        {
+            log::warn!("cannot remove {}: {e}", self.path.display());
+        }
+    }
+}
+
 /// A listening socket and its name in the file system, which goes when this is dropped.
 #[derive(Debug)]
 pub struct SocketFile {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of what was bound.
-    identity: (u64, u64),
+    name: Arc<SocketName>,
 }
 
 impl SocketFile {
@@ -86,7 +112,8 @@ impl SocketFile {
         }
         let identity = rustix::fs::lstat(path).map(|stat| identity(&stat)).map_err(system)?;
         rustix::net::listen(&socket, BACKLOG).map_err(system)?;
-        Ok(SocketFile { listener: UnixListener::from(socket), path: path.to_owned(), identity })
+        let name = SocketName { path: path.to_owned(), identity: Mutex::new(Some(identity)) };
+        Ok(SocketFile { listener: UnixListener::from(socket), name: Arc::new(name) })
     }
 
     /// The socket to accept from.
@@ -97,19 +124,15 @@ impl SocketFile {
 
     /// The name in the file system.
     #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub const fn name(&self) -> &Arc<SocketName> {
+        &self.name
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let _lock = lock_directory(&self.path);
-        if rustix::fs::lstat(&self.path).is_ok_and(|stat| identity(&stat) == self.identity)
-            && let Err(e) = rustix::fs::unlink(&self.path)
-        {
-            log::warn!("cannot remove {}: {e}", self.path.display());
-        }
+        // Before the socket is closed: after that its inode's number may be somebody else's.
+        self.name.remove();
     }
 }
 

@@ -1,0 +1,131 @@
+//! The end: who may ask for it, and who sees to it that it comes.
+//!
+//! A signal or the control socket asks. While the device is being set up there is nothing to be lost, and the process ends at once, even if a domain does not come back from
+//! being prepared. Afterwards the main thread is told, and ends what there is, in its order; if that takes too long, the process ends without.
+//!
+//! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed once, by whoever comes first, and only while it is ours.
+
+use crate::control::SocketName;
+use rustix::event::{EventfdFlags, eventfd};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long stopping may take before what is left is left.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Tells those who do the work that it is over. Must not wait.
+type Tell = Box<dyn Fn() + Send>;
+
+enum Stage {
+    /// There is no device yet.
+    Starting,
+    /// There is one.
+    Serving(Tell),
+    /// It has been told.
+    Ending,
+}
+
+/// The daemon's end.
+pub struct Ending {
+    wanted: OwnedFd,
+    stage: Mutex<Stage>,
+    names: Mutex<Vec<Arc<SocketName>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Ending {
+    /// Not yet.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn new() -> io::Result<Arc<Self>> {
+        let wanted = eventfd(0, EventfdFlags::CLOEXEC)?;
+        Ok(Arc::new(Self { wanted, stage: Mutex::new(Stage::Starting), names: Mutex::default() }))
+    }
+
+    /// Readable from when the end is wanted on.
+    pub const fn wanted(&self) -> &OwnedFd {
+        &self.wanted
+    }
+
+    /// Has a name removed even if nobody comes to it.
+    pub fn owns(&self, name: &Arc<SocketName>) {
+        lock(&self.names).push(Arc::clone(name));
+    }
+
+    /// There is a device from now on: `tell` is how its end begins.
+    pub fn serving(&self, tell: impl Fn() + Send + 'static) {
+        *lock(&self.stage) = Stage::Serving(Box::new(tell));
+    }
+
+    /// Takes SIGTERM, SIGINT and SIGHUP for a wish to end; SIGHUP not if whoever started us ignores it (`nohup`).
+    ///
+    /// # Errors
+    /// Signals cannot be handled, or there is no thread left.
+    pub fn heed_signals(self: &Arc<Self>) -> io::Result<()> {
+        let mut heeded = vec![SIGTERM, SIGINT];
+        if !is_ignored(SIGHUP) {
+            heeded.push(SIGHUP);
+        }
+        let mut signals = Signals::new(heeded)?;
+        let ending = Arc::clone(self);
+        let heed = move || {
+            for signal in signals.forever() {
+                ending.begin(&format!("signal {signal}"));
+            }
+        };
+        std::thread::Builder::new().name("signals".to_owned()).spawn(heed)?;
+        Ok(())
+    }
+
+    /// Begins the end, and returns at once.
+    pub fn begin(self: &Arc<Self>, why: &str) {
+        let mut stage = lock(&self.stage);
+        match std::mem::replace(&mut *stage, Stage::Ending) {
+            Stage::Starting => {
+                log::info!("{why}: stopping before anything is served");
+                self.end(0);
+            }
+            Stage::Serving(tell) => {
+                self.watch();
+                tell();
+                let _ = rustix::io::write(&self.wanted, &1u64.to_ne_bytes());
+                log::info!("{why}: stopping");
+            }
+            Stage::Ending => log::info!("{why}: stopping already"),
+        }
+    }
+
+    /// A domain that does not come back must not keep the process.
+    fn watch(self: &Arc<Self>) {
+        let ending = Arc::clone(self);
+        let watched = std::thread::Builder::new().name("end".to_owned()).spawn(move || {
+            std::thread::sleep(STOP_TIMEOUT);
+            log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
+            ending.end(1);
+        });
+        if let Err(error) = watched {
+            log::warn!("nobody watches over the end: {error}");
+        }
+    }
+
+    fn end(&self, status: i32) -> ! {
+        lock(&self.names).iter().for_each(|name| name.remove());
+        std::process::exit(status)
+    }
+}
+
+/// Whether the process was started with this signal ignored (`SigIgn` in proc(5)).
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal - 1) & 1 == 1
+}

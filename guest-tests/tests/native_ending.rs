@@ -1,0 +1,108 @@
+//! How the daemon ends, and what must not keep it from ending or from going on.
+
+use std::fs;
+use std::io::{self, Read};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::client::{Client, Options, Request, Status};
+use guest_tests::daemon::{Daemon, binary};
+use rustix::process::{Pid, Signal, kill_process};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn sighup_ends_as_sigterm_does() {
+    let mut daemon = Daemon::start(&["--domain", "ramdisk"]);
+    let (code, took) = daemon.stop_with(Signal::HUP);
+    assert_eq!(code, 0, "{}", daemon.log());
+    assert!(took < 5 * SECOND, "{took:?}");
+    assert!(!daemon.socket().exists() && !daemon.control().exists(), "the sockets are left");
+}
+
+#[test]
+fn sighup_is_nothing_to_a_daemon_that_was_told_so() {
+    // As `nohup` does it.
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(binary("vhost-hotswap"));
+    let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
+    daemon.signal(Signal::HUP);
+    thread::sleep(SECOND / 5);
+    assert_eq!(daemon.status()["state"], "serving");
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn sigterm_while_a_domain_is_being_prepared_ends_at_once() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let socket = directory.path().join("vhost.sock");
+    let mut child = Command::new(binary("vhost-hotswap"))
+        .arg("--socket-path")
+        .arg(&socket)
+        .args(["--domain", "faulty", "--param", "fault=prepare:hang"])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("vhost-hotswap can be started");
+    let deadline = Instant::now() + 5 * SECOND;
+    while !socket.exists() {
+        assert!(Instant::now() < deadline, "no socket");
+        thread::sleep(Duration::from_millis(2));
+    }
+    thread::sleep(Duration::from_millis(200));
+    let asked = Instant::now();
+    kill_process(Pid::from_child(&child), Signal::TERM).expect("it lives");
+    let status = child.wait().expect("the child can be waited for");
+    assert!(asked.elapsed() < SECOND, "it waited for its domain: {:?}", asked.elapsed());
+    assert_eq!(status.code(), Some(0));
+    assert!(!socket.exists(), "the socket is left");
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let (mut unread, log) = io::pipe().expect("a pipe");
+    let mut daemon = Daemon::start_with_stderr(log.into(), &["--domain", "ramdisk", "--param", "size=1M"]);
+    let mut control = daemon.rpc();
+    // 1000 lines of 100 bytes and more: what a pipe holds is 64 KiB.
+    for _ in 0..1000 {
+        let error = control.request("upgrade", serde_json::json!({"name": "no_such_domain"}));
+        assert_eq!(error.expect_err("there is none").name(), "module_not_found");
+    }
+    control.request("upgrade", serde_json::json!({"name": "ramdisk_v2"})).expect("an upgrade");
+    let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+    let read = Request::Read { offset: 0, len: 4096 };
+    assert_eq!(client.queue(0).execute(read, SECOND).expect("an answer").0, Status::Ok);
+    drop(client);
+    let (code, took) = daemon.stop();
+    assert_eq!(code, 0);
+    assert!(took < 5 * SECOND, "{took:?}");
+    let mut said = String::new();
+    unread.read_to_string(&mut said).expect("text");
+    assert!(said.contains("no_such_domain"), "{said}");
+}
+
+#[test]
+fn a_frontend_that_cannot_be_served_costs_next_to_nothing() {
+    let daemon = Daemon::start_with_ulimit("-n 40", &["--domain", "empty", "--queues", "64"]);
+    let waiting = std::os::unix::net::UnixStream::connect(daemon.socket()).expect("a connection");
+    thread::sleep(SECOND / 5);
+    let before = cpu_time(&daemon);
+    thread::sleep(SECOND);
+    let spent = cpu_time(&daemon) - before;
+    drop(waiting);
+    let log = daemon.log();
+    assert!(log.contains("Too many open files"), "{log}");
+    assert!(log.lines().count() < 40, "{log}");
+    assert!(spent < SECOND / 4, "{spent:?} of CPU time in a second");
+    assert_eq!(daemon.status()["state"], "serving");
+    assert_eq!(daemon.terminate(), 0);
+}
+
+/// What the daemon has had of the CPUs (`utime` and `stime` in proc(5), hundredths of a second).
+fn cpu_time(daemon: &Daemon) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("the daemon lives");
+    let after_name = stat.rsplit_once(')').expect("a name in parentheses").1;
+    let ticks: u64 =
+        after_name.split_whitespace().skip(11).take(2).map(|n| n.parse::<u64>().expect("ticks")).sum();
+    Duration::from_millis(10 * ticks)
+}
