@@ -147,9 +147,12 @@ impl Session {
         config: &SessionConfig,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> io::Result<Self> {
-        let info = proxy.domain().info;
-        let space = ConfigSpace::new(&info, config.queues, config.queue_size);
-        proxy.require(space.required_capabilities());
+        let space = |info: &DeviceInfo| ConfigSpace::new(info, config.queues, config.queue_size);
+        let info = proxy.offer(DRAIN_TIMEOUT, |info| space(info).required_capabilities());
+        let info = info.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::TimedOut, "an upgrade is under way, and does not end")
+        })?;
+        let space = space(&info);
         let post = |_| {
             Ok(QueuePost {
                 worker: Mutex::new(None),

@@ -19,6 +19,7 @@ mod flights;
 mod queue;
 mod report;
 mod retire;
+mod stop;
 mod storage;
 mod takeover;
 mod upgrade;
@@ -32,7 +33,7 @@ pub use report::{
 pub use worker::{Ended, Gate, Worker};
 
 use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Resident};
-use domain_api::{Capabilities, Params};
+use domain_api::{Capabilities, DeviceInfo, Params};
 use environment::Environment;
 use events::Events;
 use fence::Fence;
@@ -41,8 +42,8 @@ use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::time::{Duration, Instant, SystemTime};
 use storage::Storage;
 use upgrade::lock;
 
@@ -317,8 +318,29 @@ impl DomainProxy {
         lock(&self.view).generation + 1
     }
 
-    /// Says which capabilities the guest has been offered, so that every successor must have them. Called when a session begins, and
-    /// with the acknowledged ones when it ends.
+    /// What a guest is to be told of the device; from now on every successor must have what `required` picks of it. Called when a session begins.
+    ///
+    /// Waits for a change that is under way, because that was held against what an earlier guest was told. Returns `None` if it takes longer than `patience`.
+    pub fn offer(
+        &self,
+        patience: Duration,
+        required: impl FnOnce(&DeviceInfo) -> Capabilities,
+    ) -> Option<DeviceInfo> {
+        let deadline = Instant::now() + patience;
+        let _upgrades = loop {
+            match self.upgrades.try_lock() {
+                Ok(upgrades) => break upgrades,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        let info = self.domain().info;
+        self.require(required(&info));
+        Some(info)
+    }
+
+    /// Says which capabilities a guest relies on, so that every successor must have them. Called when a session ends, with those that were acknowledged.
     pub fn require(&self, capabilities: Capabilities) {
         self.required.store(capabilities.0, Ordering::Relaxed);
     }
@@ -438,36 +460,8 @@ impl DomainProxy {
         Ok(())
     }
 
-    /// From now on no change is begun, and one that is under way ends at its next boundary.
-    pub fn begin_stop(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
-    }
-
     /// Records something that had to be left, for the end.
     pub fn leave_behind(&self, what: &str) {
         lock(&self.view).left.push(what.to_owned());
-    }
-
-    /// Ends the device, after all workers have left: the live domain writes down and flushes what it has.
-    ///
-    /// Returns what had to be left, in sentences.
-    pub fn stop(&self) -> Vec<String> {
-        self.begin_stop();
-        let mut upgrades = lock(&self.upgrades);
-        // The workers have left; what they have let go of is not left behind.
-        if self.release(&mut upgrades, Duration::ZERO) {
-            self.finish_leaving(&mut upgrades, &mut Phases::default());
-        }
-        let mut left = std::mem::take(&mut lock(&self.view).left);
-        if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
-            && let Err(error) = live.instance.quiesce()
-        {
-            left.push(format!("`{}` did not quiesce: {error}", live.record.name));
-        }
-        if let Some(standby) = upgrades.standby.take() {
-            let _ = self.retire(standby, &mut Phases::default());
-        }
-        left.extend(self.residents());
-        left
     }
 }

@@ -56,7 +56,13 @@ impl DomainProxy {
         // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
         let prepare = || Ok((self.prepare(name, params, &mut phases)?, phases));
         self.recorded(Change::Upgrade, name, options, prepare, |upgrades, (member, phases)| {
-            self.replace(upgrades, member, options, phases)
+            let fresh = member.clone();
+            let result = self.replace(upgrades, member, options, phases);
+            if result.is_err() {
+                // It was never live, so it has no requests.
+                let _ = self.retire(fresh, &mut Phases::default());
+            }
+            result
         })
     }
 
@@ -189,7 +195,7 @@ impl DomainProxy {
         Ok(member)
     }
 
-    /// Brings `next` into service in place of the live domain.
+    /// Brings `next` into service in place of the live domain. If it is refused, what becomes of it is the caller's.
     fn replace(
         self: &Arc<Self>,
         upgrades: &mut Upgrades,
@@ -215,17 +221,7 @@ impl DomainProxy {
                 .map(|()| (Protocol::Handover, None)),
             (Err(refusal), _) => Err(refusal),
         };
-        let (protocol, grace) = match changed {
-            Ok(changed) => changed,
-            Err(refusal) => {
-                // A module that was loaded for this goes; a standby is kept by `rollback`.
-                if Arc::strong_count(&next.instance) == 1 {
-                    // It was never live, so it has no requests.
-                    let _ = self.retire(next, &mut phases);
-                }
-                return Err(refusal);
-            }
-        };
+        let (protocol, grace) = changed?;
         let generation = next.instance.generation();
         self.set_live(next.clone());
         self.queues.notify_all();

@@ -124,7 +124,7 @@ fn a_second_upgrade_is_refused_or_waits_as_asked() {
         // The first one is held until the second one has come, so that it is this one that waits, and not the first that has ended.
         std::thread::sleep(std::time::Duration::from_millis(100));
         assert!(!second.is_finished(), "it was to wait");
-        device.stage.prepare.store(true, std::sync::atomic::Ordering::Release);
+        device.stage.go.store(true, std::sync::atomic::Ordering::Release);
         assert_eq!(first.join().expect("no panic").expect("committed").generation, 2);
         assert_eq!(second.join().expect("no panic").expect("committed").generation, 3);
     });

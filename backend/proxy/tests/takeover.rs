@@ -123,7 +123,7 @@ fn an_upgrade_that_is_prepared_slowly_is_still_under_way_when_a_takeover_has_end
         assert!(!upgrade.is_finished());
         let status = device.proxy.status();
         assert_eq!((status.generation, status.state), (3, State::Upgrading), "{status:?}");
-        device.stage.prepare.store(true, Ordering::Release);
+        device.stage.go.store(true, Ordering::Release);
         hand.until(&device, "the upgrade hangs", |_| upgrade.is_finished());
         assert_eq!(upgrade.join().expect("no panic").expect("committed").generation, 4);
     });

@@ -133,11 +133,17 @@ impl RawRequest {
         }
     }
 
-    /// A request that stands for none: a flush that nobody submits, to fill tables with.
+    /// A flush.
     #[must_use]
-    pub const fn nothing() -> Self {
+    pub const fn flush() -> Self {
         // SAFETY: the list is empty and `'static`.
         unsafe { Self::new(op::FLUSH, 0, 0, 0, &[]) }
+    }
+
+    /// A request that stands for none, and that nobody submits, to fill tables with.
+    #[must_use]
+    pub const fn nothing() -> Self {
+        Self::flush()
     }
 
     /// One of [`op`].

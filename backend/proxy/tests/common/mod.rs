@@ -105,7 +105,7 @@ impl Hand {
         let mut requests: Vec<_> = slots
             .into_iter()
             .map(|slot| {
-                let mut request = RawRequest::nothing();
+                let mut request = RawRequest::flush();
                 naming.name(&mut request, slot);
                 request
             })

@@ -11,7 +11,7 @@
 //! * `backwards=true`: ends the requests of a batch from the last to the first;
 //! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions, at its next reap;
 //! * `cross=submit`: the same, but at its next submit;
-//! * `wait=prepare`: prepares only when the stage lets it;
+//! * `wait=prepare`, `wait=activate`: does that only when the stage lets it;
 //! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
 //! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
 //! * `thread=true`: starts a thread that ends when the stage says so.
@@ -44,8 +44,8 @@ pub struct Stage {
     log: Mutex<Vec<String>>,
     /// What is held may end.
     pub release: AtomicBool,
-    /// `wait=prepare` may go on.
-    pub prepare: AtomicBool,
+    /// `wait=...` may go on.
+    pub go: AtomicBool,
     /// `thread=true` may end.
     pub end: AtomicBool,
     /// What `cross` has kept.
@@ -214,7 +214,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             kind: PhantomData,
         };
         if new.is("wait", "prepare") {
-            wait_for(&new.stage.prepare);
+            wait_for(&new.stage.go);
         }
         if new.is("thread", "true") {
             let stage = Arc::clone(&new.stage);
@@ -240,6 +240,10 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     }
 
     fn activate(&self) -> Result<(), DomainError> {
+        if self.is("wait", "activate") {
+            self.stage.write(format!("{} waits", self.label));
+            wait_for(&self.stage.go);
+        }
         // First, as a domain would that changes things and then finds out that it cannot go on.
         let storage = self.host.storage();
         if let Some(len) = self.number("make") {
