@@ -218,8 +218,8 @@ fn assert_error(reply: &Value, code: i64, name: &str, says: &str) {
 fn bad_requests_have_exact_codes_and_leave_the_connection_good() {
     let fixture = fixture();
     let mut client = fixture.connect();
-    let deep = "[".repeat(100_000) + &"]".repeat(100_000);
-    let deep_id = format!(r#"{{"jsonrpc":"2.0","id":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));
+    let deep = "[".repeat(30_000) + &"]".repeat(30_000);
+    let deep_id = format!(r#"{{"jsonrpc":"2.0","id":{}{}}}"#, "[".repeat(30_000), "]".repeat(30_000));
     let (parse, invalid) = ((-32700, "parse_error"), (-32600, "invalid_request"));
     for (line, (code, name), id, says) in [
         ("", parse, json!(null), "JSON"),
@@ -292,6 +292,10 @@ fn bad_methods_and_parameters_are_named() {
         ("upgrade", json!({"name": 17}), "string"),
         ("upgrade", json!({"name": ""}), "`name`"),
         ("upgrade", json!({"name": "a\0b"}), "`name`"),
+        ("upgrade", json!({"name": "a\nb"}), "control characters"),
+        ("upgrade", json!({"name": "a".repeat(4097)}), "4096"),
+        ("upgrade", json!({"name": "a", "params": {"a\n[forged line]": "x"}}), "`params`"),
+        ("upgrade", json!({"name": "a", "params": {"a": "x\n"}}), "`params`"),
         ("upgrade", json!({"name": "a", "mode": "fast"}), "`fast`"),
         ("upgrade", json!({"name": "a", "mode": "Swap"}), "`Swap`"),
         ("upgrade", json!({"name": "a", "when_busy": "wait"}), "`wait`"),
@@ -417,7 +421,7 @@ fn a_line_of_ten_megabytes_is_refused_once_and_the_next_is_served() {
     let fixture = fixture();
     let mut client = fixture.connect();
     client.send(vec![b'x'; 10 << 20]);
-    assert_error(&client.receive().unwrap(), -32600, "invalid_request", "1048576");
+    assert_error(&client.receive().unwrap(), -32600, "invalid_request", "65536");
     client.send("\n");
     client.works();
     // The largest that is taken, and one byte more.
@@ -425,10 +429,10 @@ fn a_line_of_ten_megabytes_is_refused_once_and_the_next_is_served() {
         let call = r#"{"jsonrpc":"2.0","id":1,"method":"status"}"#;
         format!("{call}{}\n", " ".repeat(length - call.len()))
     };
-    client.send(call(1 << 20));
+    client.send(call(64 << 10));
     assert_eq!(client.receive().unwrap()["result"]["generation"], 1);
-    client.send(call((1 << 20) + 1));
-    assert_error(&client.receive().unwrap(), -32600, "invalid_request", "1048576");
+    client.send(call((64 << 10) + 1));
+    assert_error(&client.receive().unwrap(), -32600, "invalid_request", "65536");
     client.works();
 }
 
@@ -493,6 +497,30 @@ fn watchers_that_leave_give_their_place_back_although_nothing_happens() {
     client.0.get_ref().shutdown(Shutdown::Write).unwrap();
     drop(client);
     fixture.connect_at_last().works();
+}
+
+#[test]
+fn who_says_nothing_makes_room_for_who_does() {
+    let idle = Duration::from_millis(100);
+    let fixture = fixture_with(Limits { connections: 3, idle, ..Limits::default() });
+    let mut watching = fixture.connect();
+    watching.call("watch", json!({}));
+    let mut oldest = fixture.connect();
+    oldest.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"met");
+    thread::sleep(Duration::from_millis(20));
+    let mut other = fixture.connect();
+    other.works();
+    let early = fixture.connect().receive().expect("a refusal");
+    assert_error(&early, -32000, "too_many_connections", "close one");
+    thread::sleep(2 * idle);
+    fixture.connect().works();
+    let told = oldest.receive().expect("a word");
+    assert_error(&told, -32000, "too_many_connections", "connect again");
+    assert!(oldest.receive().is_none(), "it is cut off");
+    // Who watches is not idle, and whoever was idle for less time stays.
+    fixture.mock.happen(json!({"event": "news"}));
+    assert_eq!(watching.receive().expect("an event")["params"]["event"], "news");
+    other.works();
 }
 
 #[test]

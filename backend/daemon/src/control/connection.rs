@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 
 use super::rpc::{self, Method, RpcError};
+use super::server::Idle;
 use super::{Limits, Operations};
 
 /// How long a watching client's thread waits for an event before it looks at its socket again.
@@ -42,9 +43,13 @@ impl<O: Operations> Connection<O> {
     }
 
     /// Serves the client until it leaves, is cut off, or `stopping` is set and its socket shut down.
-    pub(super) fn run(mut self, stopping: &AtomicBool) {
-        let ended =
-            self.stream.set_write_timeout(Some(self.limits.write_timeout)).and_then(|()| self.talk(stopping));
+    ///
+    /// Says in `idle` when it waits for the client to say something.
+    pub(super) fn run(mut self, stopping: &AtomicBool, idle: &Idle) {
+        let ended = self
+            .stream
+            .set_write_timeout(Some(self.limits.write_timeout))
+            .and_then(|()| self.talk(stopping, idle));
         match ended {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -54,7 +59,7 @@ impl<O: Operations> Connection<O> {
         }
     }
 
-    fn talk(&mut self, stopping: &AtomicBool) -> io::Result<()> {
+    fn talk(&mut self, stopping: &AtomicBool, silence: &Idle) -> io::Result<()> {
         // Whether the client has ended its side. One that watches may still be listening.
         let mut ended = false;
         loop {
@@ -65,7 +70,8 @@ impl<O: Operations> Connection<O> {
                 Some(line) => self.answer(line)?,
                 None if ended => {}
                 None if self.watching.is_some() && !self.readable()? => {}
-                None => ended = !self.lines.fill(&*self.stream)?,
+                None if self.watching.is_some() => ended = !self.lines.fill(&*self.stream)?,
+                None => ended = !silence.during(|| self.lines.fill(&*self.stream))?,
             }
             if ended
                 && idle

@@ -217,19 +217,25 @@ struct RollbackParams {
     when_busy: WhenBusy,
 }
 
+/// Longest name of a module: no path is longer (Linux's `PATH_MAX`). Names are kept in the history.
+const NAME_LIMIT: usize = 4096;
+
 fn default_drain_timeout_ms() -> u64 {
     u64::try_from(DEFAULT_DRAIN_TIMEOUT.as_millis()).expect("half a second")
 }
 
 impl UpgradeParams {
     fn check(self) -> Result<UpgradeRequest, RpcError> {
-        if self.name.is_empty() || self.name.contains('\0') {
-            return Err(RpcError::invalid_params("`name` must be a domain's name or a module's path"));
+        if self.name.is_empty() || self.name.len() > NAME_LIMIT || self.name.contains(char::is_control) {
+            return Err(RpcError::invalid_params(format!(
+                "`name` must be a domain's name or a module's path, of at most {NAME_LIMIT} bytes and without control characters"
+            )));
         }
         let mut params = Params::default();
         for (key, value) in self.params {
-            // What the command line could not say either.
-            if key.is_empty() || key.contains(['=', '\0']) || value.contains('\0') {
+            // What the command line could not say either, or would forge lines of the log.
+            let impossible = |text: &str| text.contains(char::is_control);
+            if key.is_empty() || key.contains('=') || impossible(&key) || impossible(&value) {
                 return Err(RpcError::invalid_params(format!(
                     "`params` has an impossible key or value at {key:?}"
                 )));

@@ -1,6 +1,7 @@
 //! The control socket's server: one thread accepts, and each client gets a thread of its own.
 //!
-//! The accepting thread never waits for a client: whom it refuses it tells in one write that does not block. It
+//! The accepting thread never waits for a client: whom it refuses it tells in one write that does not block. Clients
+//! that say nothing and watch nothing keep nobody out: they make room. It
 //! owns the [`SocketFile`], so that the name is gone as soon as nobody would accept any more.
 //!
 //! Ending takes a bounded time whatever clients and operations do. First nobody is accepted and nothing more is
@@ -33,8 +34,10 @@ const EXHAUSTED: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// What a client may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Clients at a time; one more is refused with a sentence.
+    /// Clients at a time. One more takes the place of the one that has been idle longest, or is refused with a sentence.
     pub connections: usize,
+    /// How long a client must have had nothing to say before it has to make room for another one.
+    pub idle: Duration,
     /// Bytes of a line, without its end.
     pub line: usize,
     /// How long a client may take to fetch a reply or an event; then it is cut off.
@@ -47,7 +50,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 32,
-            line: 1 << 20,
+            line: 64 << 10,
+            idle: Duration::from_secs(1),
             write_timeout: Duration::from_secs(5),
             stop_patience: Duration::from_secs(1),
         }
@@ -198,8 +202,8 @@ impl<O: Operations> Acceptor<O> {
                 return refused("permission_denied", format!("the daemon cannot tell who you are: {e}"));
             }
         }
-        let Some(seat) = Seat::take(&self.clients, &stream, self.limits.connections) else {
-            let most = self.limits.connections;
+        let most = self.limits.connections;
+        let Some(seat) = Seat::take(&self.clients, &stream, &self.limits) else {
             return refused(
                 "too_many_connections",
                 format!("there are {most} connections to the control socket, the most it serves; close one"),
@@ -208,7 +212,7 @@ impl<O: Operations> Acceptor<O> {
         let connection = Connection::new(Arc::clone(&stream), Arc::clone(&self.operations), self.limits);
         let served = thread::Builder::new().name("control-client".to_owned()).spawn(move || {
             let seat = seat;
-            connection.run(&seat.clients.stopping);
+            connection.run(&seat.clients.stopping, &seat.idle);
         });
         served.map_err(|e| {
             log::warn!("cannot serve a client of the control socket: {e}");
@@ -230,6 +234,24 @@ fn refuse(stream: &UnixStream, error: RpcError) {
     }
 }
 
+/// Since when a client has been idle, if it is.
+#[derive(Debug, Default)]
+pub(super) struct Idle(Mutex<Option<Instant>>);
+
+impl Idle {
+    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits with `wait` for what a client has to say.
+    pub(super) fn during<R>(&self, wait: impl FnOnce() -> R) -> R {
+        *self.lock() = Some(Instant::now());
+        let heard = wait();
+        *self.lock() = None;
+        heard
+    }
+}
+
 /// Everybody who is connected.
 #[derive(Debug, Default)]
 struct Clients {
@@ -242,7 +264,25 @@ struct Clients {
 #[derive(Debug, Default)]
 struct Seats {
     next: u64,
-    streams: BTreeMap<u64, Arc<UnixStream>>,
+    taken: BTreeMap<u64, (Arc<UnixStream>, Arc<Idle>)>,
+}
+
+impl Seats {
+    /// Cuts off who has been idle longest, and for `least` at least. Whether there was one.
+    fn make_room(&mut self, least: Duration) -> bool {
+        let idle =
+            self.taken.iter().filter_map(|(&number, (_, idle))| Some((*idle.lock())?).zip(Some(number)));
+        let Some((_, number)) = idle.min().filter(|(since, _)| since.elapsed() >= least) else {
+            return false;
+        };
+        if let Some((stream, _)) = self.taken.remove(&number) {
+            let message = "this connection was idle, and another client needed its place; connect again";
+            refuse(&stream, RpcError::refused("too_many_connections", message.to_owned()));
+            // It fails if the client is gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        true
+    }
 }
 
 impl Clients {
@@ -258,21 +298,21 @@ impl Clients {
                 return 0;
             }
         }
-        self.seats().streams.len()
+        self.seats().taken.len()
     }
 
     /// Shuts all connections down in one way and waits; how many are left.
     fn hang_up(&self, how: Shutdown, patience: Duration) -> usize {
         let deadline = Instant::now() + patience;
         let mut seats = self.seats();
-        for stream in seats.streams.values() {
+        for (stream, _) in seats.taken.values() {
             // It fails if the client is gone already.
             let _ = stream.shutdown(how);
         }
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
-            if seats.streams.is_empty() || rest.is_zero() {
-                return seats.streams.len();
+            if seats.taken.is_empty() || rest.is_zero() {
+                return seats.taken.len();
             }
             (seats, _) = self.left.wait_timeout(seats, rest).unwrap_or_else(PoisonError::into_inner);
         }
@@ -283,24 +323,26 @@ impl Clients {
 struct Seat {
     clients: Arc<Clients>,
     number: u64,
+    idle: Arc<Idle>,
 }
 
 impl Seat {
-    fn take(clients: &Arc<Clients>, stream: &Arc<UnixStream>, most: usize) -> Option<Seat> {
+    fn take(clients: &Arc<Clients>, stream: &Arc<UnixStream>, limits: &Limits) -> Option<Seat> {
         let mut seats = clients.seats();
-        if seats.streams.len() >= most {
+        if seats.taken.len() >= limits.connections && !seats.make_room(limits.idle) {
             return None;
         }
         let number = seats.next;
         seats.next += 1;
-        seats.streams.insert(number, Arc::clone(stream));
-        Some(Seat { clients: Arc::clone(clients), number })
+        let idle = Arc::new(Idle::default());
+        seats.taken.insert(number, (Arc::clone(stream), Arc::clone(&idle)));
+        Some(Seat { clients: Arc::clone(clients), number, idle })
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.clients.seats().streams.remove(&self.number);
+        self.clients.seats().taken.remove(&self.number);
         self.clients.left.notify_all();
     }
 }
