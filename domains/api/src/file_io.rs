@@ -3,8 +3,10 @@
 //! The kernel gets the request's segments as iovecs (`preadv`, `pwritev`), so that data is copied once and no Rust slice over guest
 //! memory exists. Short transfers are finished here; what a caller sees is all or an error.
 
+mod claim;
 mod open;
 
+pub use claim::{Claim, claim};
 pub use open::{OpenMode, block_device_size, direct_alignment, open, open_mode, reopen};
 
 use crate::abi::RawSegment;

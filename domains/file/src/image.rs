@@ -11,16 +11,24 @@
 //! The path is inherited, so a successor cannot tell whether the operator gave it. The storage remembers the path in use: the same text
 //! again means "this disk", whatever lies there now; another text must lead to the same file, or it is refused, since
 //! moving a disk is not what an upgrade does.
+//!
+//! The first instance claims the image, so that no other program writes to it, and leaves the claim in storage as well: it is the disk's, whoever serves it, and
+//! ends with the process.
 
-use domain_api::file_io::{self, OpenMode};
+use domain_api::file_io::{self, Claim, OpenMode};
 use domain_api::{DomainError, Host, Level};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Storage key of the descriptor.
 const DESCRIPTOR: &str = "image";
+/// Storage key of a descriptor that other programs see as a lock.
+const CLAIM: &str = "claim";
+/// How long a claim is waited for: who has it may just be ending.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 /// Storage key of the path that it was opened by.
 const PATH: &str = "path";
 
@@ -37,16 +45,20 @@ pub(crate) struct Image {
     block_size: u32,
     physical_block_size: u32,
     in_memory: bool,
+    /// How others see that the image is in use, if storage has nothing to that end. A description of its own: what io_uring knows is closed some time after the process is gone.
+    claim: Option<File>,
 }
 
 impl Image {
-    /// Opens and checks the image, or takes up the one in storage.
-    pub(crate) fn prepare(host: Host, path: &str, mode: OpenMode) -> Result<Self, DomainError> {
+    /// Opens and checks the image, or takes up the one in storage. `locks`: and sees to it that no other program writes to it.
+    pub(crate) fn prepare(host: Host, path: &str, mode: OpenMode, locks: bool) -> Result<Self, DomainError> {
         let file = match host.storage().file(DESCRIPTOR) {
             None => open(path, mode)?,
             Some(served) => take_up(host, served, path, mode)?,
         };
-        Self::describe(file, path, mode)
+        let claims = locks && host.storage().file(CLAIM).is_none();
+        let claim = if claims { claim(host, &file, path, mode)? } else { None };
+        Ok(Self { claim, ..Self::describe(file, path, mode)? })
     }
 
     fn describe(file: File, path: &str, mode: OpenMode) -> Result<Self, DomainError> {
@@ -81,6 +93,7 @@ impl Image {
             block_size,
             physical_block_size: if usable { preferred } else { block_size },
             in_memory,
+            claim: None,
         })
     }
 
@@ -91,6 +104,9 @@ impl Image {
         let fits = served.as_ref().is_some_and(|file| file_io::open_mode(file).ok() == Some(self.mode));
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
+        }
+        if let Some(claim) = self.claim.as_ref().filter(|_| storage.file(CLAIM).is_none()) {
+            storage.set_file(CLAIM, claim)?;
         }
         if storage.bytes(PATH).as_deref() != Some(self.path.as_bytes()) {
             storage.set_bytes(PATH, self.path.as_bytes())?;
@@ -158,6 +174,34 @@ fn open(path: &str, mode: OpenMode) -> Result<File, DomainError> {
         let purpose = if mode.write { "for writing" } else { "for reading" };
         DomainError::new(format!("cannot open `{path}` {purpose}: {error}{advice}"))
     })
+}
+
+/// Claims the image for this process. `None` if that cannot be done with it.
+fn claim(host: Host, file: &File, path: &str, mode: OpenMode) -> Result<Option<File>, DomainError> {
+    let deadline = Instant::now() + CLAIM_PATIENCE;
+    let own = file_io::reopen(file, OpenMode { write: false, direct: false });
+    loop {
+        let outcome = match &own {
+            Ok(own) => file_io::claim(own, mode.write),
+            Err(error) => Claim::Impossible(error.kind().into()),
+        };
+        match outcome {
+            Claim::Ours => return Ok(own.ok()),
+            Claim::Taken if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            Claim::Taken => {
+                return Err(DomainError::new(format!(
+                    "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), or give locking=false if you know better"
+                )));
+            }
+            Claim::Impossible(error) => {
+                host.log(
+                    Level::Warn,
+                    &format!("`{path}` cannot be locked ({error}): see to it that nobody else writes to it"),
+                );
+                return Ok(None);
+            }
+        }
+    }
 }
 
 /// The predecessor's file, opened as we want it.

@@ -50,8 +50,8 @@ impl BlockDomain for FileDisk {
     const SCHEMA_NAME: &'static str = "file";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] = &["path", "direct", "readonly", "serial", "aio"];
-    const INHERITED: &'static [&'static str] = &["path", "direct", "readonly", "serial", "aio"];
+    const PARAMS: &'static [&'static str] = &["path", "direct", "readonly", "locking", "serial", "aio"];
+    const INHERITED: &'static [&'static str] = Self::PARAMS;
 
     type Queue = Queue;
 
@@ -63,8 +63,9 @@ impl BlockDomain for FileDisk {
         })?;
         let mode =
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
+        let locks = params.flag("locking", true)?;
         let serial = params.serial()?;
-        let disk = Disk::new(host, Image::prepare(host, path, mode)?);
+        let disk = Disk::new(host, Image::prepare(host, path, mode, locks)?);
         let engine = Engine::choose(host, disk.image(), params)?;
         Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
     }

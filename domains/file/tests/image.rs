@@ -153,3 +153,47 @@ fn flags_of_the_predecessor_do_not_change() {
     next.retire().unwrap();
     old.retire().unwrap();
 }
+
+#[test]
+fn an_image_is_one_disks_as_long_as_somebody_serves_it() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let params = |more: &[&str]| params(image.path(), &[&["locking=true"], more].concat());
+    let locked = || {
+        let said = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&[])).unwrap_err().to_string();
+        assert!(said.contains("another program uses"), "{said}");
+    };
+    let storage = TestStorage::new();
+    let old = Bench::activated::<FileDisk>(&storage, &params(&[])).unwrap();
+    locked();
+    // Its successors are the same disk, however they open it.
+    let direct = Bench::prepare::<FileDisk>(&storage, &params(&["direct=true"])).unwrap();
+    old.instance.quiesce().unwrap();
+    direct.activate().unwrap();
+    old.retire().unwrap();
+    locked();
+    let cached = Bench::prepare::<FileDisk>(&storage, &params(&[])).unwrap();
+    direct.instance.quiesce().unwrap();
+    cached.activate().unwrap();
+    direct.retire().unwrap();
+    locked();
+    cached.retire().unwrap();
+    locked();
+    drop(storage);
+    let storage = TestStorage::new();
+    let reader = Bench::activated::<FileDisk>(&storage, &params(&["readonly=true"])).unwrap();
+    Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&["readonly=true"])).expect("many may read");
+    locked();
+    drop(reader);
+}
+
+#[test]
+fn a_successor_claims_what_its_predecessor_did_not() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let storage = TestStorage::new();
+    let old = first(&storage, &params(image.path(), &[]));
+    let locking = params(image.path(), &["locking=true"]);
+    let next = Bench::prepare::<FileDisk>(&storage, &locking).unwrap();
+    next.activate().unwrap();
+    assert!(Bench::prepare::<FileDisk>(&TestStorage::new(), &locking).is_err());
+    assert!(reads_ones(&next) && reads_ones(&old));
+}

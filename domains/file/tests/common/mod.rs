@@ -22,9 +22,12 @@ pub fn image_in(dir: &Path, len: u64) -> NamedTempFile {
     image
 }
 
-/// Parameters with this path, and more `KEY=VALUE` pairs.
+/// Parameters with this path, and more `KEY=VALUE` pairs. Without a lock, if nothing else is said: many a test has the same image twice.
 pub fn params(path: &Path, more: &[&str]) -> Params {
     let mut params = Params::from_pairs(more).unwrap();
+    if params.get("locking").is_none() {
+        params.set("locking", "false");
+    }
     params.set("path", path.to_str().unwrap());
     params
 }
