@@ -42,6 +42,7 @@ pub struct Daemon {
     directory: TempDir,
     socket: PathBuf,
     control: PathBuf,
+    args: Vec<String>,
 }
 
 impl Daemon {
@@ -78,22 +79,24 @@ impl Daemon {
             Some(at) => PathBuf::from(args[at + 1]),
             None => directory.path().join("vhost.sock.control"),
         };
-        let log = File::create(directory.path().join("log")).expect("a log file");
-        let child = command
-            .arg("--socket-path")
-            .arg(&socket)
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("another handle of the log"))
-            .stderr(stderr.unwrap_or_else(|| log.into()))
-            .spawn()
-            .expect("vhost-hotswap can be started");
-        let mut daemon = Daemon { child, directory, socket, control };
-        daemon.wait_until_it_answers(args);
+        command.arg("--socket-path").arg(&socket);
+        let child = launch(command, args, &directory.path().join("log"), stderr);
+        let args = args.iter().map(|&arg| arg.to_owned()).collect();
+        let mut daemon = Daemon { child, directory, socket, control, args };
+        daemon.wait_until_it_answers();
         daemon
     }
 
-    fn wait_until_it_answers(&mut self, args: &[&str]) {
+    /// Starts it again, as it was started, after its [end](Self::stop).
+    pub fn start_again(&mut self) {
+        let mut command = Command::new(binary("vhost-hotswap"));
+        command.arg("--socket-path").arg(&self.socket);
+        self.child = launch(command, &self.args, &self.directory.path().join("log"), None);
+        self.wait_until_it_answers();
+    }
+
+    fn wait_until_it_answers(&mut self) {
+        let args = &self.args;
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
@@ -228,6 +231,22 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log, last lines ---\n{}", last_lines(&self.log(), 40));
         }
     }
+}
+
+fn launch(
+    mut command: Command,
+    args: &[impl AsRef<std::ffi::OsStr>],
+    log: &Path,
+    stderr: Option<Stdio>,
+) -> Child {
+    let log = File::options().create(true).append(true).open(log).expect("a log file");
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("another handle of the log"))
+        .stderr(stderr.unwrap_or_else(|| log.into()))
+        .spawn()
+        .expect("vhost-hotswap can be started")
 }
 
 fn last_lines(text: &str, count: usize) -> String {

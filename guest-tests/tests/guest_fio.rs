@@ -76,3 +76,32 @@ fn swaps_lose_nothing_and_pause_nobody() {
         }
     });
 }
+
+/// Not what this project is for, but what a new version of the daemon takes: it ends and begins again, and the guest waits.
+#[test]
+fn restarts_of_the_daemon_lose_nothing() {
+    let directory = guest_tests::daemon::disk_directory();
+    let image = directory.path().join("disk.img");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let path = image.to_str().unwrap();
+    let mut daemon = Daemon::start(&["--blk-file", path, "--queues", "2", "--param", "direct=true"]);
+    let options = GuestOptions { reconnect: Some(1), ..GuestOptions::with_disk(daemon.socket()) };
+    let guest = Guest::boot(options).unwrap();
+    let fio = Fio::start(&guest, FIO_SECONDS);
+    let mut restarts = 0;
+    while fio.is_running() {
+        let (code, took) = daemon.stop();
+        assert_eq!(code, 0, "{}", daemon.log());
+        assert!(took < LONGEST, "{took:?}");
+        daemon.start_again();
+        restarts += 1;
+        thread::sleep(Duration::from_millis(2500));
+    }
+    let report = fio.finish();
+    println!("{restarts} restarts under {report:?}");
+    assert!(restarts >= 4, "only {restarts} restarts while fio ran");
+    let dmesg = guest.sh("dmesg");
+    assert!(!dmesg.contains("I/O error") && !dmesg.contains("is not a head"), "{dmesg}");
+    guest.shutdown().unwrap();
+    assert_eq!(daemon.terminate(), 0);
+}

@@ -6,7 +6,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_tests::client::{Client, Options, Request, Status};
+use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
+use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::{Daemon, binary};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -96,6 +97,49 @@ fn a_frontend_that_cannot_be_served_costs_next_to_nothing() {
     assert!(spent < SECOND / 4, "{spent:?} of CPU time in a second");
     assert_eq!(daemon.status()["state"], "serving");
     assert_eq!(daemon.terminate(), 0);
+}
+
+/// A session with a read in flight that ends after 3 s.
+fn with_a_stalled_read(daemon: &Daemon) -> RawSession {
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    raw.put(FREE, &[0; 16]).expect("memory");
+    let at = GUEST_BASE + FREE;
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.offer(0).expect("a kick");
+    let deadline = Instant::now() + 5 * SECOND;
+    while daemon.status()["queues"][0]["in_flight"] != 1 {
+        assert!(Instant::now() < deadline, "it is not in flight");
+    }
+    raw
+}
+
+fn stalling() -> Daemon {
+    Daemon::start(&["--domain", "faulty", "--param", "fault=request:stall"])
+}
+
+/// A frontend that reconnects takes the used index that it finds for the place to go on at.
+#[test]
+fn what_is_in_flight_at_the_end_is_answered_before_the_frontend_is_let_go() {
+    let daemon = stalling();
+    let mut raw = with_a_stalled_read(&daemon);
+    daemon.signal(Signal::TERM);
+    assert!(raw.wait_for_end(10 * SECOND).expect("a socket"), "it goes on");
+    assert_eq!(raw.used(Duration::ZERO).expect("memory"), Some((0, 513)), "let go without its answer");
+}
+
+#[test]
+fn nothing_is_published_to_a_frontend_that_is_gone() {
+    let daemon = stalling();
+    let mut raw = with_a_stalled_read(&daemon);
+    raw.hang_up().expect("a socket");
+    // The next session begins when nothing of this one is left.
+    let deadline = Instant::now() + 10 * SECOND;
+    while daemon.status()["queues"][0]["in_flight"] != 0 {
+        assert!(Instant::now() < deadline, "it never ends");
+        thread::sleep(SECOND / 50);
+    }
+    RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
+    assert_eq!(raw.used(Duration::ZERO).expect("memory"), None, "whoever comes back would have it twice");
 }
 
 /// What the daemon has had of the CPUs (`utime` and `stime` in proc(5), hundredths of a second).

@@ -467,3 +467,59 @@ fn garbage_on_the_vhost_user_socket_ends_that_connection_only() {
         good_client_works(&daemon);
     }
 }
+
+/// Copying is what upgrades wait for: 16 requests of 3 GiB each shut every gate for longer than anybody waits.
+#[test]
+fn no_more_is_done_in_a_request_than_was_announced() {
+    const MOST: u64 = 126 << 20;
+    const PIECE: u32 = 512 << 10;
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=256M", "--queue-size", "512"]);
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 512).expect("a session");
+    let (header_at, status_at, data_at) = (FREE, FREE + 0x100, FREE + 0x1000);
+    let pieces = MOST / u64::from(PIECE);
+    for (pieces, expected) in [(pieces, 0), (pieces + 1, 1)] {
+        raw.put(header_at, &header(READ, 0)).expect("memory");
+        raw.put(status_at, &[UNWRITTEN]).expect("memory");
+        let mut chain = vec![(GUEST_BASE + header_at, 16, 0)];
+        chain.extend((0..pieces).map(|_| (GUEST_BASE + data_at, PIECE, WRITE)));
+        chain.push((GUEST_BASE + status_at, 1, WRITE));
+        raw.chain(0, &chain).expect("memory");
+        raw.offer(0).expect("a kick");
+        assert!(raw.used(ANSWER).expect("memory").is_some(), "no answer to {pieces} pieces");
+        assert_eq!(raw.get(status_at, 1).expect("memory"), [expected], "{pieces} pieces");
+    }
+    // A deep queue of the largest: an upgrade gets its turn between two of them.
+    raw.put(header_at, &header(READ, 0)).expect("memory");
+    let pieces = MOST / (1 << 20) * 2;
+    let mut chain = vec![(GUEST_BASE + header_at, 16, 0)];
+    chain.extend((0..pieces).map(|_| (GUEST_BASE + data_at, PIECE, WRITE)));
+    chain.push((GUEST_BASE + status_at, 1, WRITE));
+    raw.chain(0, &chain).expect("memory");
+    for _ in 0..64 {
+        raw.offer(0).expect("a kick");
+    }
+    let reply = daemon.call(&["upgrade", "ramdisk_v2"]);
+    let pause = reply["phases_us"]["pause"].as_u64().expect("a number");
+    println!("gate shut for {pause} us under requests of 126 MiB");
+    for _ in 0..64 {
+        assert!(raw.used(ANSWER).expect("memory").is_some(), "no answer");
+    }
+    assert_eq!(daemon.status()["state"], "serving");
+}
+
+/// A guest writes what it likes to the configuration space; QEMU passes it on.
+#[test]
+fn writes_to_the_configuration_space_end_no_session() {
+    use vhost::vhost_user::VhostUserFrontend;
+    use vhost::vhost_user::message::VhostUserConfigFlags;
+    let daemon = start();
+    let mut raw = session(&daemon);
+    for (offset, bytes) in [(32, &[1][..]), (32, &[7]), (0, &[0; 8]), (33, &[1])] {
+        // Whatever the answer is.
+        let _ = raw.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
+        well_formed_works(&mut raw, offset as u8 + bytes[0], &format!("{bytes:?} at {offset}"));
+    }
+    let (_, config) =
+        raw.frontend.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).expect("the space");
+    assert_eq!(config[..8], (16u64 << 20 >> 9).to_le_bytes(), "what is read-only was written");
+}

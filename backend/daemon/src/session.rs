@@ -7,6 +7,9 @@
 //!   accept -> negotiate -> rings start -> serve -> (rings stop -> start ...) -> disconnect -> drain -> leave -> join
 //! ```
 //!
+//! Whoever reconnects takes the used index that it finds for the place to go on at. So when it is us who end a session, everything is answered before the frontend is let
+//! go; and once it is gone, nothing is published any more, because that would be answered, or even run, a second time.
+//!
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
 //! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
@@ -101,6 +104,10 @@ pub(crate) struct Session {
     posts: Box<[QueuePost]>,
     exit_events: ExitEvents,
     ending: AtomicBool,
+    /// What was in flight at the end has been waited for, in vain.
+    out_of_time: AtomicBool,
+    /// The frontend is gone.
+    hung_up: AtomicBool,
     /// Ends the connection, once there is one.
     shutdown: Mutex<Option<ShutdownHandle>>,
 }
@@ -177,6 +184,8 @@ impl Session {
             posts: (0..config.queues).map(post).collect::<io::Result<_>>()?,
             exit_events: ExitEvents::new(usize::from(config.queues))?,
             ending: AtomicBool::new(false),
+            out_of_time: AtomicBool::new(false),
+            hung_up: AtomicBool::new(false),
             shutdown: Mutex::default(),
         })
     }
@@ -203,6 +212,7 @@ impl Session {
                 limits: &limits,
                 memory_version: self.memory_version.load(Ordering::Acquire),
                 memory: &self.memory,
+                silent: self.hung_up.load(Ordering::Acquire),
             });
             idle = serving.awaited() == 0;
             lost = serving.in_flight() - serving.awaited();
@@ -281,11 +291,26 @@ impl Session {
         Ok(settled.lost)
     }
 
-    /// Ends the session's workers, on their own threads. What never ends is left, and stays mapped.
+    /// Answers what is in flight and takes nothing more, before the frontend is let go. What does not end in time is given up by [`leave`](Self::leave).
+    fn drain(&self) {
+        self.ending.store(true, Ordering::Release);
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        for queue in 0..self.posts.len() {
+            if let Err(error) = self.settle_until(queue, deadline) {
+                log::error!("{error}; the frontend is let go without");
+                self.out_of_time.store(true, Ordering::Release);
+                return;
+            }
+        }
+    }
+
+    /// Ends the session's workers, on their own threads, after the frontend has gone. What never ends is left, and stays mapped.
     fn leave(&self) {
+        self.hung_up.store(true, Ordering::Release);
         self.ending.store(true, Ordering::Release);
         // One deadline for all, so that stopping does not take longer with more queues.
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let patience = if self.out_of_time.load(Ordering::Acquire) { Duration::ZERO } else { DRAIN_TIMEOUT };
+        let deadline = Instant::now() + patience;
         for queue in 0..self.posts.len() {
             if let Err(error) = self.settle_until(queue, deadline) {
                 log::error!("{error}; its requests stay unanswered");
@@ -372,11 +397,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
-        let changed = lock(&self.space)
-            .write(offset, buf)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        if let Some(on) = changed {
-            self.proxy.set_write_cache(on);
+        // The guest's doing, and an error would end the session: what cannot be written is not.
+        match lock(&self.space).write(offset, buf) {
+            Ok(Some(on)) => self.proxy.set_write_cache(on),
+            Ok(None) => {}
+            Err(error) => log::debug!("the guest writes to the configuration space: {error}"),
         }
         Ok(())
     }
@@ -427,28 +452,42 @@ impl VhostUserBackend for Backend {
     }
 }
 
+/// What it takes to end a session.
+type Running = (ShutdownHandle, Arc<Session>);
+
 /// Makes the session that runs now end, from any thread.
 #[derive(Default)]
 pub struct SessionHandle {
-    current: Mutex<(bool, Option<ShutdownHandle>)>,
+    current: Mutex<(bool, Option<Running>)>,
 }
 
 impl SessionHandle {
-    /// Ends the session that runs now, and every later one at its start.
+    /// Ends the session that runs now, when what is in flight has been answered, and every later one at its start. Does not wait for that.
     pub fn stop(&self) {
         let mut current = lock(&self.current);
         current.0 = true;
-        if let Some(handle) = &current.1 {
-            handle.shutdown();
+        let Some((handle, session)) = current.1.take() else { return };
+        drop(current);
+        let last = Arc::new((handle, session));
+        let end = {
+            let last = Arc::clone(&last);
+            move || {
+                last.1.drain();
+                last.0.shutdown();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("drain".to_owned()).spawn(end) {
+            log::warn!("no thread to wait for what is in flight: {error}");
+            last.0.shutdown();
         }
     }
 
-    fn set(&self, handle: Option<ShutdownHandle>) {
+    fn set(&self, running: Option<Running>) {
         let mut current = lock(&self.current);
-        if let (true, Some(handle)) = (current.0, &handle) {
+        if let (true, Some((handle, _))) = (current.0, &running) {
             handle.shutdown();
         }
-        current.1 = handle;
+        current.1 = running;
     }
 }
 
@@ -481,7 +520,7 @@ pub fn serve(
     }
     let started = daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(other);
     let ended = started.and_then(|()| {
-        handle.set(daemon.shutdown_handle());
+        handle.set(daemon.shutdown_handle().map(|handle| (handle, Arc::clone(&session))));
         *lock(&session.shutdown) = daemon.shutdown_handle();
         connected.store(true, Ordering::Relaxed);
         proxy.connected(true);

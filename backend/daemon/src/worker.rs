@@ -29,6 +29,9 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 /// driver that sleeps is being woken by the first of a deep queue while the rest is served.
 const BATCH: usize = 16;
 
+/// Most bytes of a batch, but for one request: copying them is what an upgrade's gate waits for.
+const BATCH_BYTES: u64 = 8 << 20;
+
 /// How often a worker that looks on looks at the ring before it looks at everything else, with a pause of the CPU each time: about half a
 /// microsecond, which is how long an upgrade's gate or a control message may wait for it.
 const LOOKS: u32 = 16;
@@ -44,6 +47,8 @@ pub(crate) struct Orders<'a> {
     pub(crate) memory_version: u64,
     /// The memory map.
     pub(crate) memory: &'a GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Publish nothing more: nobody is there, and whoever comes back has taken the used index for the place to go on at.
+    pub(crate) silent: bool,
 }
 
 /// A request in flight: what is needed to end it.
@@ -116,6 +121,8 @@ pub(crate) struct QueueWorker {
     awake: bool,
     /// How many answers the guest has been given since its requests were last taken.
     answers: usize,
+    /// What ends is not published.
+    silent: bool,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
     /// How many requests of earlier snapshots are left unanswered for good.
@@ -139,6 +146,7 @@ impl QueueWorker {
             poller: Poller::new(poll),
             awake: false,
             answers: 0,
+            silent: false,
             broken: false,
             lost: 0,
             full: None,
@@ -178,6 +186,7 @@ impl QueueWorker {
                 continue;
             }
             let orders = orders();
+            self.silent = orders.silent;
             let round = self.round(vring, &orders);
             match round {
                 Round::Took => self.poller.guest_came(),
@@ -377,16 +386,16 @@ impl QueueWorker {
         if take > 1 {
             (0..take).for_each(|ahead| view.prefetch(first.wrapping_add(ahead)));
         }
-        self.next_avail = first.wrapping_add(take);
         self.answers = 0;
-        queue.set_next_avail(self.next_avail);
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
         self.others.clear();
         let mut translator = snapshot.translator();
         let naming = self.lane.naming();
-        for ahead in 0..take {
-            let chain = view.avail_entry(first.wrapping_add(ahead));
+        let mut bytes = 0;
+        while self.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
+            let chain = view.avail_entry(self.next_avail);
+            self.next_avail = self.next_avail.wrapping_add(1);
             let index = *self.slots.free.last().expect("no more chains are taken than slots are free");
             let slot = &mut self.slots.table[usize::from(index)];
             match parse(table, chain, &mut translator, limits, &mut slot.segments) {
@@ -396,6 +405,7 @@ impl QueueWorker {
                     let mut request = guest_memory::request(op, flags, offset, len, &slot.segments);
                     naming.name(&mut request, usize::from(index));
                     self.batch.push(request);
+                    bytes += len;
                 }
                 Parsed::Answer { head, status_at, status, written } => self.others.push(Other {
                     after: self.batch.len(),
@@ -409,6 +419,7 @@ impl QueueWorker {
                 }
             }
         }
+        queue.set_next_avail(self.next_avail);
         true
     }
 
@@ -442,7 +453,7 @@ impl QueueWorker {
     /// Publishes `self.used`.
     fn give_back(&mut self, state: &mut VringState) {
         let Some(snapshot) = &self.snapshot else { return };
-        if self.used.is_empty() {
+        if self.used.is_empty() || self.silent {
             return;
         }
         self.answers += self.used.len();

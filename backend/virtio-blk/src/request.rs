@@ -8,7 +8,7 @@
 //! lengths, flags, range.
 
 use crate::chain::{self, DescriptorTable, Layout, MalformedChain};
-use crate::config::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS};
+use crate::config::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
 use crate::features::{DISCARD, FLUSH, RO, WRITE_ZEROES};
 use crate::memory::{Gather, StatusSlot, Translator, copy_to_segments};
 use crate::status::WireStatus;
@@ -61,6 +61,9 @@ impl Limits {
         (offset.checked_add(len)? <= self.capacity).then_some(offset)
     }
 }
+
+/// Most bytes of a read or write: of more than was announced nobody may ask, since an upgrade waits for it.
+const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
 /// What became of a chain. Each of them takes one entry in the used ring, with `head` as its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,8 +190,8 @@ fn judge(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
 /// A read or a write of `len` bytes. `stray` is data in the other direction, of which there must be none.
 #[inline]
 fn transfer(op: u32, sector: u64, len: u64, stray: u64, limits: &Limits) -> Verdict {
-    // 5.2.6.1: the length is a multiple of 512.
-    if stray != 0 || !len.is_multiple_of(SECTOR_SIZE) {
+    // 5.2.6.1: the length is a multiple of 512. 5.2.4: no more than seg_max segments, of size_max each.
+    if stray != 0 || !len.is_multiple_of(SECTOR_SIZE) || len > MAX_TRANSFER {
         return Verdict::IO_ERROR;
     }
     match limits.offset(sector, len) {

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -13,6 +14,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -70,6 +72,8 @@ impl Descriptor {
 pub struct RawSession {
     /// For messages of one's own.
     pub frontend: Frontend,
+    /// The same connection.
+    socket: UnixStream,
     memory: File,
     plugged: File,
     kick: EventFd,
@@ -87,6 +91,7 @@ impl RawSession {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        let socket = stream.try_clone()?;
         // The queue number is checked on this side as well; a large maximum lets wrong ones through.
         let mut frontend = Frontend::from_stream(stream, 64);
         frontend.set_owner().map_err(other)?;
@@ -110,7 +115,17 @@ impl RawSession {
         };
         let (memory, plugged) = (region("raw-guest")?, region("raw-guest-plugged")?);
         let (kick, call) = (EventFd::new(0)?, EventFd::new(0)?);
-        Ok(RawSession { frontend, memory, plugged, kick, call, size: 0, avail_index: 0, used_index: 0 })
+        Ok(RawSession {
+            frontend,
+            socket,
+            memory,
+            plugged,
+            kick,
+            call,
+            size: 0,
+            avail_index: 0,
+            used_index: 0,
+        })
     }
 
     /// Connects, negotiates, and starts a ring of `size` descriptors.
@@ -164,6 +179,19 @@ impl RawSession {
     /// Writes memory that can be plugged.
     pub fn put_plugged(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.plugged.write_all_at(bytes, offset)
+    }
+
+    /// Ends the connection, from this side. Memory stays as it is, and can be looked at.
+    pub fn hang_up(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Both)
+    }
+
+    /// Waits until the other side has ended the connection; `false` if it does not within `limit`.
+    pub fn wait_for_end(&self, limit: Duration) -> io::Result<bool> {
+        // Nothing is expected from there, so whatever comes is the end.
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+        Ok(poll(&mut fds, Some(&limit))? > 0)
     }
 
     /// Starts the ring, empty.
