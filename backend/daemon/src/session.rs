@@ -36,8 +36,12 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// After so long a drain is given up. Nothing is cancelled before: a guest that comes back must not find errors that were made by our leaving.
+/// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled before: a guest that comes back must not find errors that were made by
+/// our leaving.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often somebody who waits for a drain looks whether he still should.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What does not change from session to session.
 #[derive(Debug, Clone)]
@@ -258,16 +262,42 @@ impl Session {
         lane.map(|lane| QueueWorker::new(lane, queue, self.config.queue_size, self.config.poll))
     }
 
-    /// Waits until nothing of `queue` is in flight. The ring must be off or the session ending, or it goes on at once.
+    /// Waits until nothing of `queue` is in flight, as [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending, or it goes on at once.
     ///
     /// # Errors
-    /// Something is in flight still: after [`DRAIN_TIMEOUT`], or left unanswered for good.
+    /// Something is in flight still: it was given up, or is left unanswered for good.
     fn settle(&self, queue: usize) -> io::Result<()> {
-        match self.settle_until(queue, Instant::now() + DRAIN_TIMEOUT)? {
-            0 => Ok(()),
-            lost => Err(io::Error::other(format!(
-                "queue {queue} has {lost} requests that can never be answered: the domain that had them could not be ended"
-            ))),
+        let lost = self.settle_in_the_end(queue)?;
+        if lost == 0 {
+            return Ok(());
+        }
+        Err(io::Error::other(format!(
+            "queue {queue} has {lost} requests that can never be answered: the domain that had them could not be ended"
+        )))
+    }
+
+    /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over [`DRAIN_TIMEOUT`] and the daemon is to end, or an upgrade has been made.
+    ///
+    /// An instance that is left with a request serves that queue no more, so nobody is left early: storage that hangs would not serve the next frontend either, and comes
+    /// back for both. An upgrade is the way out: somebody else serves then.
+    fn settle_in_the_end(&self, queue: usize) -> io::Result<usize> {
+        let (started, generation) = (Instant::now(), self.proxy.generation());
+        let mut told = DRAIN_TIMEOUT;
+        loop {
+            let settled = self.settle_until(queue, Instant::now() + LOOK_EVERY);
+            let waited = started.elapsed();
+            let way_out = || self.proxy.is_stopping() || self.proxy.generation() != generation;
+            let over = self.out_of_time.load(Ordering::Acquire) || waited >= DRAIN_TIMEOUT && way_out();
+            if settled.is_ok() || over {
+                return settled;
+            }
+            if waited >= told {
+                told += DRAIN_TIMEOUT;
+                log::error!(
+                    "queue {queue}: requests are still in flight after {} s; the frontend, or the next one, waits for them, or for an upgrade",
+                    waited.as_secs()
+                );
+            }
         }
     }
 
@@ -280,10 +310,8 @@ impl Session {
         while settled.asked < asked {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("queue {queue} was not drained in {} s", DRAIN_TIMEOUT.as_secs()),
-                ));
+                let message = format!("queue {queue} was not drained in time");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, message));
             }
             settled =
                 post.settled_changed.wait_timeout(settled, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -308,14 +336,13 @@ impl Session {
     fn leave(&self) {
         self.hung_up.store(true, Ordering::Release);
         self.ending.store(true, Ordering::Release);
-        // One deadline for all, so that stopping does not take longer with more queues.
-        let patience = if self.out_of_time.load(Ordering::Acquire) { Duration::ZERO } else { DRAIN_TIMEOUT };
-        let deadline = Instant::now() + patience;
         for queue in 0..self.posts.len() {
-            if let Err(error) = self.settle_until(queue, deadline) {
+            if let Err(error) = self.settle_in_the_end(queue) {
                 log::error!("{error}; its requests stay unanswered");
                 self.proxy
                     .leave_behind(&format!("requests of queue {queue}, in flight when the session ended"));
+                // The others have had as long.
+                self.out_of_time.store(true, Ordering::Release);
                 let post = &self.posts[queue];
                 post.abandon.store(true, Ordering::Relaxed);
                 let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;

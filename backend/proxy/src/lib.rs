@@ -314,8 +314,14 @@ impl DomainProxy {
         DomainId(self.next_id.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
+    /// The live generation: it grows with every change that is committed.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        lock(&self.view).generation
+    }
+
     pub(crate) fn next_generation(&self) -> u64 {
-        lock(&self.view).generation + 1
+        self.generation() + 1
     }
 
     /// What a guest is to be told of the device; from now on every successor must have what `required` picks of it. Called when a session begins.
@@ -454,7 +460,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn check_stopping(&self) -> Result<(), Refusal> {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return Err(Refusal::new("stopping", "the daemon is stopping; start it again first"));
         }
         Ok(())

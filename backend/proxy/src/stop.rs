@@ -40,6 +40,12 @@ impl DomainProxy {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the device is about to end.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
     /// Ends the device, after all workers have left: the live domain flushes and writes down what it has.
     ///
     /// Returns what had to be left, in sentences.
