@@ -523,3 +523,19 @@ fn writes_to_the_configuration_space_end_no_session() {
         raw.frontend.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).expect("the space");
     assert_eq!(config[..8], (16u64 << 20 >> 9).to_le_bytes(), "what is read-only was written");
 }
+
+/// What was published while nobody listened was meant for somebody: a driver that waits for its interrupt would wait for ever.
+#[test]
+fn who_is_given_a_call_descriptor_is_called() {
+    let daemon = start();
+    let mut raw = session(&daemon);
+    well_formed_works(&mut raw, 1, "the start");
+    assert!(raw.was_called(ANSWER).expect("a descriptor"));
+    assert!(!raw.was_called(Duration::from_millis(50)).expect("a descriptor"), "nothing has happened");
+    raw.renew_call().expect("a new descriptor");
+    assert!(
+        raw.was_called(ANSWER).expect("a descriptor"),
+        "nobody says that there is something in the used ring"
+    );
+    well_formed_works(&mut raw, 2, "a new call descriptor");
+}

@@ -20,4 +20,5 @@ mod poll;
 pub mod raw_fd;
 mod ring;
 pub mod session;
+mod vring;
 mod worker;

@@ -10,11 +10,12 @@
 //! Whoever reconnects takes the used index that it finds for the place to go on at. So when it is us who end a session, everything is answered before the frontend is let
 //! go; and once it is gone, nothing is published any more, because that would be answered, or even run, a second time.
 //!
-//! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped, disabled or reset has
-//! nothing in flight when the frontend gets its answer; when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
+//! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped or reset has
+//! nothing in flight when the frontend gets its answer (one that was disabled takes nothing more); when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
 use crate::cpus;
 use crate::raw_fd::{self, ExitEvents};
+use crate::vring::Vring;
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
 use proxy::{DomainProxy, Notifier};
@@ -27,7 +28,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon};
 use virtio_blk::{ConfigSpace, Limits, features};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -195,7 +196,7 @@ impl Session {
     }
 
     /// Runs on the queue's thread: serves it, settles it, leaves it.
-    fn attend(self: &Arc<Self>, queue: usize, vring: &VringMutex) {
+    fn attend(self: &Arc<Self>, queue: usize, vring: &Vring) {
         PRESENCE.with_borrow_mut(|presence| {
             presence.get_or_insert_with(|| Presence { session: Arc::downgrade(self), queue });
         });
@@ -375,7 +376,7 @@ impl std::ops::Deref for Backend {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = VringMutex;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         usize::from(self.config.queues)
@@ -467,7 +468,7 @@ impl VhostUserBackend for Backend {
         &self,
         device_event: u16,
         _evset: EventSet,
-        vrings: &[VringMutex],
+        vrings: &[Vring],
         thread_id: usize,
     ) -> io::Result<()> {
         // One queue per thread: every event is about that queue, be it a kick or a wake-up.

@@ -16,11 +16,12 @@
 use crate::guest_memory::{self, RingView, Snapshot};
 use crate::poll::{Awaited, Poller};
 use crate::ring::{self, Used};
+use crate::vring::Vring;
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
 use proxy::{Ended, Gate, Worker, slot_of};
 use std::time::Duration;
-use vhost_user_backend::{VringMutex, VringState, VringT};
+use vhost_user_backend::{VringState, VringT};
 use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, WireStatus, parse, used_len};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -172,7 +173,7 @@ impl QueueWorker {
     /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades are concerned.
     ///
     /// `orders` is asked before each batch. Returns with the ring's notifications on, or with the ring not to be served.
-    pub(crate) fn serve<'a>(&mut self, vring: &VringMutex, orders: impl Fn() -> Orders<'a>) {
+    pub(crate) fn serve<'a>(&mut self, vring: &Vring, orders: impl Fn() -> Orders<'a>) {
         let mut promised = false;
         self.poller.begin();
         loop {
@@ -231,7 +232,7 @@ impl QueueWorker {
     }
 
     /// Whether the ring is to be served at all.
-    fn serves(&self, vring: &VringMutex, orders: &Orders<'_>) -> bool {
+    fn serves(&self, vring: &Vring, orders: &Orders<'_>) -> bool {
         !self.broken && !orders.stop_popping && is_on(&vring.get_ref())
     }
 
@@ -248,7 +249,7 @@ impl QueueWorker {
     }
 
     /// Turns notifications on; whether chains have come meanwhile.
-    fn more_came(&mut self, vring: &VringMutex, orders: &Orders<'_>) -> bool {
+    fn more_came(&mut self, vring: &Vring, orders: &Orders<'_>) -> bool {
         if !self.serves(vring, orders) || self.is_full() || self.slots.free.is_empty() {
             return false;
         }
@@ -282,7 +283,7 @@ impl QueueWorker {
     }
 
     /// Gives back what has ended since.
-    fn collect(&mut self, vring: &VringMutex) -> Round {
+    fn collect(&mut self, vring: &Vring) -> Round {
         let Self { lane, slots, used, .. } = self;
         used.clear();
         lane.reap(|ended| used.push(slots.end(ended)));
@@ -294,7 +295,7 @@ impl QueueWorker {
         Round::GaveBack
     }
 
-    fn round(&mut self, vring: &VringMutex, orders: &Orders<'_>) -> Round {
+    fn round(&mut self, vring: &Vring, orders: &Orders<'_>) -> Round {
         let collected = if self.lane.awaited() > 0 { self.collect(vring) } else { Round::Idle };
         if orders.stop_popping || self.is_full() || !self.refresh(orders) {
             return collected;
@@ -351,7 +352,7 @@ impl QueueWorker {
     }
 
     /// Takes up to a batch of chains and parses them. Returns whether there were any.
-    fn pop(&mut self, vring: &VringMutex, limits: &Limits) -> bool {
+    fn pop(&mut self, vring: &Vring, limits: &Limits) -> bool {
         let Some(snapshot) = &self.snapshot else { return false };
         let mut state = vring.get_mut();
         if !is_on(&state) {

@@ -19,7 +19,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Where the guest's only memory region starts, as the guest sees it.
 pub const GUEST_BASE: u64 = 0x4000_0000;
@@ -114,7 +114,7 @@ impl RawSession {
             Ok(file)
         };
         let (memory, plugged) = (region("raw-guest")?, region("raw-guest-plugged")?);
-        let (kick, call) = (EventFd::new(0)?, EventFd::new(0)?);
+        let (kick, call) = (EventFd::new(0)?, EventFd::new(EFD_NONBLOCK)?);
         Ok(RawSession {
             frontend,
             socket,
@@ -205,6 +205,25 @@ impl RawSession {
         self.frontend.set_vring_call(0, &self.call).map_err(other)?;
         self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
         self.frontend.set_vring_enable(0, true).map_err(other)
+    }
+
+    /// Gives the device a new call descriptor (SET_VRING_CALL), as whoever reconnects does.
+    pub fn renew_call(&mut self) -> io::Result<()> {
+        self.call = EventFd::new(EFD_NONBLOCK)?;
+        self.frontend.set_vring_call(0, &self.call).map_err(other)
+    }
+
+    /// Whether the device has called within `limit`, since it was asked last.
+    pub fn was_called(&self, limit: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.call.read() {
+                Ok(_) => return Ok(true),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                Err(_) if Instant::now() >= deadline => return Ok(false),
+                Err(_) => thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 
     /// Says where the parts of the ring are, as offsets in the region; they may lie outside.
