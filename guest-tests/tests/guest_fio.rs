@@ -92,7 +92,7 @@ fn restarts_of_the_daemon_lose_nothing() {
     while fio.is_running() {
         let (code, took) = daemon.stop();
         assert_eq!(code, 0, "{}", daemon.log());
-        assert!(took < LONGEST, "{took:?}");
+        assert!(took < 5 * LONGEST, "{took:?}");
         daemon.start_again();
         restarts += 1;
         thread::sleep(Duration::from_millis(2500));

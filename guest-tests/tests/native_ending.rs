@@ -113,33 +113,40 @@ fn with_a_stalled_read(daemon: &Daemon) -> RawSession {
     raw
 }
 
-fn stalling() -> Daemon {
-    Daemon::start(&["--domain", "faulty", "--param", "fault=request:stall"])
+/// `stall`: the worker goes on meanwhile; `hang`: it does not.
+fn slow(kind: &str) -> Daemon {
+    Daemon::start(&["--domain", "faulty", "--param", &format!("fault=request:{kind}")])
 }
 
 /// A frontend that reconnects takes the used index that it finds for the place to go on at.
 #[test]
 fn what_is_in_flight_at_the_end_is_answered_before_the_frontend_is_let_go() {
-    let daemon = stalling();
-    let mut raw = with_a_stalled_read(&daemon);
-    daemon.signal(Signal::TERM);
-    assert!(raw.wait_for_end(10 * SECOND).expect("a socket"), "it goes on");
-    assert_eq!(raw.used(Duration::ZERO).expect("memory"), Some((0, 513)), "let go without its answer");
+    for kind in ["stall", "hang"] {
+        let daemon = slow(kind);
+        let mut raw = with_a_stalled_read(&daemon);
+        daemon.signal(Signal::TERM);
+        assert!(raw.wait_for_end(10 * SECOND).expect("a socket"), "it goes on");
+        let used = raw.used(Duration::ZERO).expect("memory");
+        assert_eq!(used, Some((0, 513)), "{kind}: let go without its answer");
+    }
 }
 
 #[test]
 fn nothing_is_published_to_a_frontend_that_is_gone() {
-    let daemon = stalling();
-    let mut raw = with_a_stalled_read(&daemon);
-    raw.hang_up().expect("a socket");
-    // The next session begins when nothing of this one is left.
-    let deadline = Instant::now() + 10 * SECOND;
-    while daemon.status()["queues"][0]["in_flight"] != 0 {
-        assert!(Instant::now() < deadline, "it never ends");
-        thread::sleep(SECOND / 50);
+    for kind in ["stall", "hang"] {
+        let daemon = slow(kind);
+        let mut raw = with_a_stalled_read(&daemon);
+        raw.hang_up().expect("a socket");
+        // The next session begins when nothing of this one is left.
+        let deadline = Instant::now() + 10 * SECOND;
+        while daemon.status()["queues"][0]["in_flight"] != 0 {
+            assert!(Instant::now() < deadline, "{kind}: it never ends");
+            thread::sleep(SECOND / 50);
+        }
+        RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
+        let used = raw.used(Duration::ZERO).expect("memory");
+        assert_eq!(used, None, "{kind}: whoever comes back would have it twice");
     }
-    RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
-    assert_eq!(raw.used(Duration::ZERO).expect("memory"), None, "whoever comes back would have it twice");
 }
 
 /// What the daemon has had of the CPUs (`utime` and `stime` in proc(5), hundredths of a second).

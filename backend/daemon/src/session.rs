@@ -44,6 +44,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often somebody who waits for a drain looks whether he still should.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How long a worker with nothing in flight takes to say so, at most.
+const AT_ONCE: Duration = Duration::from_millis(20);
+
 /// What does not change from session to session.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
@@ -67,6 +70,8 @@ struct QueuePost {
     asked: AtomicU64,
     settled: Mutex<Settled>,
     settled_changed: Condvar,
+    /// What is awaited is owed by instances that do not serve any more.
+    is_owed_elsewhere: AtomicBool,
     /// Leave even if something is in flight.
     abandon: AtomicBool,
     /// The queue's thread has ended.
@@ -111,8 +116,8 @@ pub(crate) struct Session {
     ending: AtomicBool,
     /// What was in flight at the end has been waited for, in vain.
     out_of_time: AtomicBool,
-    /// The frontend is gone.
-    hung_up: AtomicBool,
+    /// The frontend is gone, or is let go now: publish nothing more.
+    hung_up: Arc<AtomicBool>,
     /// Ends the connection, once there is one.
     shutdown: Mutex<Option<ShutdownHandle>>,
 }
@@ -172,6 +177,7 @@ impl Session {
                 asked: AtomicU64::new(0),
                 settled: Mutex::default(),
                 settled_changed: Condvar::new(),
+                is_owed_elsewhere: AtomicBool::new(false),
                 abandon: AtomicBool::new(false),
                 gone: AtomicBool::new(false),
             })
@@ -190,7 +196,7 @@ impl Session {
             exit_events: ExitEvents::new(usize::from(config.queues))?,
             ending: AtomicBool::new(false),
             out_of_time: AtomicBool::new(false),
-            hung_up: AtomicBool::new(false),
+            hung_up: Arc::default(),
             shutdown: Mutex::default(),
         })
     }
@@ -208,7 +214,8 @@ impl Session {
         if worker.is_none() && !ending {
             *worker = self.hire(queue, post);
         }
-        let (mut idle, mut lost) = (true, 0);
+        // Without a worker it is as it was when that left.
+        let (mut idle, mut lost) = (true, lock(&post.settled).lost);
         if let Some(serving) = worker.as_mut() {
             let limits = Arc::clone(&lock(&self.limits));
             serving.serve(vring, || Orders {
@@ -217,9 +224,9 @@ impl Session {
                 limits: &limits,
                 memory_version: self.memory_version.load(Ordering::Acquire),
                 memory: &self.memory,
-                silent: self.hung_up.load(Ordering::Acquire),
             });
             idle = serving.awaited() == 0;
+            post.is_owed_elsewhere.store(serving.is_owed_elsewhere(), Ordering::Relaxed);
             lost = serving.in_flight() - serving.awaited();
             if ending && idle && lost > 0 {
                 self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
@@ -260,7 +267,8 @@ impl Session {
         if lane.is_none() {
             log::error!("queue {queue} cannot be served: a worker of an earlier session has not left");
         }
-        lane.map(|lane| QueueWorker::new(lane, queue, self.config.queue_size, self.config.poll))
+        let (size, poll, hung_up) = (self.config.queue_size, self.config.poll, Arc::clone(&self.hung_up));
+        lane.map(|lane| QueueWorker::new(lane, queue, size, poll, hung_up))
     }
 
     /// Waits until nothing of `queue` is in flight, as [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending, or it goes on at once.
@@ -280,22 +288,25 @@ impl Session {
     /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over [`DRAIN_TIMEOUT`] and the daemon is to end, or an upgrade has been made.
     ///
     /// An instance that is left with a request serves that queue no more, so nobody is left early: storage that hangs would not serve the next frontend either, and comes
-    /// back for both. An upgrade is the way out: somebody else serves then.
+    /// back for both. After an upgrade somebody else serves, so a domain that keeps a request for ever can be left.
     fn settle_in_the_end(&self, queue: usize) -> io::Result<usize> {
-        let (started, generation) = (Instant::now(), self.proxy.generation());
+        let started = Instant::now();
         let mut told = DRAIN_TIMEOUT;
         loop {
-            let settled = self.settle_until(queue, Instant::now() + LOOK_EVERY);
+            let out_of_time = self.out_of_time.load(Ordering::Acquire);
+            let settled =
+                self.settle_until(queue, Instant::now() + if out_of_time { AT_ONCE } else { LOOK_EVERY });
             let waited = started.elapsed();
-            let way_out = || self.proxy.is_stopping() || self.proxy.generation() != generation;
-            let over = self.out_of_time.load(Ordering::Acquire) || waited >= DRAIN_TIMEOUT && way_out();
+            let way_out =
+                || self.proxy.is_stopping() || self.posts[queue].is_owed_elsewhere.load(Ordering::Relaxed);
+            let over = out_of_time || waited >= DRAIN_TIMEOUT && way_out();
             if settled.is_ok() || over {
                 return settled;
             }
             if waited >= told {
                 told += DRAIN_TIMEOUT;
                 log::error!(
-                    "queue {queue}: requests are still in flight after {} s; the frontend, or the next one, waits for them, or for an upgrade",
+                    "queue {queue}: requests are still in flight after {} s; the frontend, or the next one, waits for them",
                     waited.as_secs()
                 );
             }
@@ -461,7 +472,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        self.settle(queue_index as usize)
+        self.settle(queue_index as usize).inspect_err(|_| {
+            // This ends the session, which has waited long enough.
+            self.out_of_time.store(true, Ordering::Release);
+        })
     }
 
     fn handle_event(
@@ -501,6 +515,7 @@ impl SessionHandle {
             let last = Arc::clone(&last);
             move || {
                 last.1.drain();
+                last.1.hung_up.store(true, Ordering::Release);
                 last.0.shutdown();
             }
         };
@@ -511,11 +526,14 @@ impl SessionHandle {
     }
 
     fn set(&self, running: Option<Running>) {
-        let mut current = lock(&self.current);
-        if let (true, Some((handle, _))) = (current.0, &running) {
-            handle.shutdown();
+        let stopped = {
+            let mut current = lock(&self.current);
+            current.1 = running;
+            current.0
+        };
+        if stopped {
+            self.stop();
         }
-        current.1 = running;
     }
 }
 

@@ -20,6 +20,8 @@ use crate::vring::Vring;
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
 use proxy::{Ended, Gate, Worker, slot_of};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
 use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, WireStatus, parse, used_len};
@@ -48,8 +50,6 @@ pub(crate) struct Orders<'a> {
     pub(crate) memory_version: u64,
     /// The memory map.
     pub(crate) memory: &'a GuestMemoryAtomic<GuestMemoryMmap>,
-    /// Publish nothing more: nobody is there, and whoever comes back has taken the used index for the place to go on at.
-    pub(crate) silent: bool,
 }
 
 /// A request in flight: what is needed to end it.
@@ -122,8 +122,8 @@ pub(crate) struct QueueWorker {
     awake: bool,
     /// How many answers the guest has been given since its requests were last taken.
     answers: usize,
-    /// What ends is not published.
-    silent: bool,
+    /// Publish nothing more: nobody is there, and whoever comes back has taken the used index for the place to go on at.
+    hung_up: Arc<AtomicBool>,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
     /// How many requests of earlier snapshots are left unanswered for good.
@@ -133,7 +133,13 @@ pub(crate) struct QueueWorker {
 }
 
 impl QueueWorker {
-    pub(crate) fn new(lane: Worker, queue: usize, queue_size: u16, poll: Duration) -> Self {
+    pub(crate) fn new(
+        lane: Worker,
+        queue: usize,
+        queue_size: u16,
+        poll: Duration,
+        hung_up: Arc<AtomicBool>,
+    ) -> Self {
         Self {
             lane,
             queue,
@@ -147,7 +153,7 @@ impl QueueWorker {
             poller: Poller::new(poll),
             awake: false,
             answers: 0,
-            silent: false,
+            hung_up,
             broken: false,
             lost: 0,
             full: None,
@@ -161,6 +167,11 @@ impl QueueWorker {
     /// How many of them will end.
     pub(crate) fn awaited(&self) -> usize {
         self.lane.awaited()
+    }
+
+    /// Whether some of these are owed by instances that do not serve any more.
+    pub(crate) fn is_owed_elsewhere(&self) -> bool {
+        self.lane.awaited() > self.lane.owing_here()
     }
 
     /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to anybody.
@@ -187,7 +198,6 @@ impl QueueWorker {
                 continue;
             }
             let orders = orders();
-            self.silent = orders.silent;
             let round = self.round(vring, &orders);
             match round {
                 Round::Took => self.poller.guest_came(),
@@ -454,7 +464,8 @@ impl QueueWorker {
     /// Publishes `self.used`.
     fn give_back(&mut self, state: &mut VringState) {
         let Some(snapshot) = &self.snapshot else { return };
-        if self.used.is_empty() || self.silent {
+        // Acquire pairs with whoever lets the frontend go: what it finds then is the last of it.
+        if self.used.is_empty() || self.hung_up.load(Ordering::Acquire) {
             return;
         }
         self.answers += self.used.len();

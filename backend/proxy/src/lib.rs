@@ -41,7 +41,7 @@ use queue::Queues;
 use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 use storage::Storage;
@@ -185,7 +185,8 @@ pub struct DomainProxy {
     required: AtomicU64,
     next_id: AtomicU64,
     service: AtomicU8,
-    stopping: AtomicBool,
+    /// Since when the device is about to end.
+    stopping: OnceLock<Instant>,
 }
 
 impl DomainProxy {
@@ -216,7 +217,7 @@ impl DomainProxy {
             view: Mutex::default(),
             required: AtomicU64::new(0),
             next_id: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
+            stopping: OnceLock::new(),
         };
         let member = proxy.prepare(name, params, &mut Phases::default())?;
         proxy.storage.move_to(member.id);
@@ -314,14 +315,8 @@ impl DomainProxy {
         DomainId(self.next_id.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// The live generation: it grows with every change that is committed.
-    #[must_use]
-    pub fn generation(&self) -> u64 {
-        lock(&self.view).generation
-    }
-
     pub(crate) fn next_generation(&self) -> u64 {
-        self.generation() + 1
+        lock(&self.view).generation + 1
     }
 
     /// What a guest is to be told of the device; from now on every successor must have what `required` picks of it. Called when a session begins.

@@ -12,11 +12,10 @@ use domain_api::{Capabilities, QueueIndex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long the last flush is waited for.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Until when the last flush is waited for, from the wish to end on.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(13);
 
 /// How often somebody looks for its end who was not told of it.
 const LOOK_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
@@ -37,13 +36,13 @@ impl Notifier for Bell {
 impl DomainProxy {
     /// From now on no change is begun, and one that is under way ends at its next boundary.
     pub fn begin_stop(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.stopping.get_or_init(Instant::now);
     }
 
     /// Whether the device is about to end.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
+        self.stopping.get().is_some()
     }
 
     /// Ends the device, after all workers have left: the live domain flushes and writes down what it has.
@@ -85,15 +84,15 @@ impl DomainProxy {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|error| format!("no descriptor to be told of its end: {error}"))?);
         self.queues.set_notifier(queue, Some(Box::new(Bell(Arc::clone(&bell)))));
-        let result = flush_on(live, queue, &bell);
+        let deadline = *self.stopping.get_or_init(Instant::now) + FLUSH_TIMEOUT;
+        let result = flush_on(live, queue, &bell, deadline);
         self.queues.set_notifier(queue, None);
         result
     }
 }
 
 /// Submits a flush on `queue`, and waits for its end.
-fn flush_on(live: &Member, queue: usize, bell: &OwnedFd) -> Result<(), String> {
-    let deadline = Instant::now() + FLUSH_TIMEOUT;
+fn flush_on(live: &Member, queue: usize, bell: &OwnedFd, deadline: Instant) -> Result<(), String> {
     let attached = live.instance.attach(QueueIndex(queue as u32));
     let mut handle = attached.map_err(|error| error.to_string())?;
     let mut completions = CompletionBuffer::new(1);
@@ -112,7 +111,7 @@ fn flush_on(live: &Member, queue: usize, bell: &OwnedFd) -> Result<(), String> {
         if Instant::now() >= deadline {
             // It may still complete: its queue stays.
             std::mem::forget(handle);
-            return Err(format!("it has not ended in {} s", FLUSH_TIMEOUT.as_secs()));
+            return Err("it has not ended in time: what was written last may not be on the disk".to_owned());
         }
         let _ = poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&LOOK_EVERY));
         let _ = rustix::io::read(bell, &mut [0; 8]);

@@ -71,7 +71,10 @@ impl<O: Operations> Connection<O> {
                 None if ended => {}
                 None if self.watching.is_some() && !self.readable()? => {}
                 None if self.watching.is_some() => ended = !self.lines.fill(&*self.stream)?,
-                None => ended = !silence.during(|| self.lines.fill(&*self.stream))?,
+                None => match silence.during(|| self.lines.fill(&*self.stream)) {
+                    Some(more) => ended = !more?,
+                    None => return Ok(()),
+                },
             }
             if ended
                 && idle

@@ -234,21 +234,52 @@ fn refuse(stream: &UnixStream, error: RpcError) {
     }
 }
 
-/// Since when a client has been idle, if it is.
+/// What a client is doing.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    /// It is being served.
+    #[default]
+    Something,
+    /// It has had nothing to say since then.
+    Nothing(Instant),
+    /// It has been told to connect again: what it says now is not listened to.
+    Leaving,
+}
+
+/// Whether a client is idle.
 #[derive(Debug, Default)]
-pub(super) struct Idle(Mutex<Option<Instant>>);
+pub(super) struct Idle(Mutex<Doing>);
 
 impl Idle {
-    fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
+    fn lock(&self) -> MutexGuard<'_, Doing> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits with `wait` for what a client has to say.
-    pub(super) fn during<R>(&self, wait: impl FnOnce() -> R) -> R {
-        *self.lock() = Some(Instant::now());
+    /// Waits with `wait` for what a client has to say. `None` if it has been cut off meanwhile.
+    pub(super) fn during<R>(&self, wait: impl FnOnce() -> R) -> Option<R> {
+        *self.lock() = Doing::Nothing(Instant::now());
         let heard = wait();
-        *self.lock() = None;
-        heard
+        let mut doing = self.lock();
+        let stays = *doing != Doing::Leaving;
+        *doing = Doing::Something;
+        stays.then_some(heard)
+    }
+
+    fn since(&self) -> Option<Instant> {
+        match *self.lock() {
+            Doing::Nothing(since) => Some(since),
+            Doing::Something | Doing::Leaving => None,
+        }
+    }
+
+    /// Whether it is idle still, and is not listened to from now on.
+    fn cut(&self, since: Instant) -> bool {
+        let mut doing = self.lock();
+        let is_idle = *doing == Doing::Nothing(since);
+        if is_idle {
+            *doing = Doing::Leaving;
+        }
+        is_idle
     }
 }
 
@@ -270,11 +301,13 @@ struct Seats {
 impl Seats {
     /// Cuts off who has been idle longest, and for `least` at least. Whether there was one.
     fn make_room(&mut self, least: Duration) -> bool {
-        let idle =
-            self.taken.iter().filter_map(|(&number, (_, idle))| Some((*idle.lock())?).zip(Some(number)));
-        let Some((_, number)) = idle.min().filter(|(since, _)| since.elapsed() >= least) else {
+        let idle = self.taken.iter().filter_map(|(&number, (_, idle))| idle.since().zip(Some(number)));
+        let Some((since, number)) = idle.min().filter(|(since, _)| since.elapsed() >= least) else {
             return false;
         };
+        if !self.taken.get(&number).is_some_and(|(_, idle)| idle.cut(since)) {
+            return false;
+        }
         if let Some((stream, _)) = self.taken.remove(&number) {
             let message = "this connection was idle, and another client needed its place; connect again";
             refuse(&stream, RpcError::refused("too_many_connections", message.to_owned()));

@@ -48,6 +48,8 @@ pub fn claim(file: &File, writes: bool) -> Claim {
     let claim = match is_free {
         Ok(true) => return Claim::Ours,
         Ok(false) => Claim::Taken,
+        // A lock of another kind that covers one of the bytes (fcntl(2)).
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Claim::Taken,
         Err(error) => Claim::Impossible(error),
     };
     // It cannot fail where it could be locked.
@@ -88,6 +90,13 @@ fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
 mod tests {
     use super::*;
 
+    /// As `lockf` does, but of the open file description.
+    fn lock_all(file: &File) {
+        let about = libc::flock { l_len: 0, ..flock(libc::F_WRLCK, 0) };
+        // SAFETY: as in `lock`.
+        assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const about) }, 0);
+    }
+
     #[test]
     fn one_may_write_or_many_may_read() {
         let path = std::env::temp_dir().join(format!("hotswap-claim-{}", std::process::id()));
@@ -109,6 +118,10 @@ mod tests {
         drop(dup);
         assert!(is_ours(&second, false), "nothing is left of one that was refused");
         assert!(is_ours(&third, false));
+        lock_all(&second);
+        assert!(!is_ours(&third, false), "the whole file is locked");
+        drop(second);
+        let second = open();
         let writer = open();
         assert!(!is_ours(&writer, true));
         drop((second, third));
