@@ -45,7 +45,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// How long a worker with nothing in flight takes to say so, at most.
-const AT_ONCE: Duration = Duration::from_millis(20);
+const AT_ONCE: Duration = Duration::from_millis(50);
 
 /// What does not change from session to session.
 #[derive(Debug, Clone)]
@@ -285,7 +285,8 @@ impl Session {
         )))
     }
 
-    /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over [`DRAIN_TIMEOUT`] and the daemon is to end, or an upgrade has been made.
+    /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over [`DRAIN_TIMEOUT`] and the daemon is to end, or the instance that owes them
+    /// does not serve any more.
     ///
     /// An instance that is left with a request serves that queue no more, so nobody is left early: storage that hangs would not serve the next frontend either, and comes
     /// back for both. After an upgrade somebody else serves, so a domain that keeps a request for ever can be left.
@@ -472,9 +473,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        self.settle(queue_index as usize).inspect_err(|_| {
-            // This ends the session, which has waited long enough.
-            self.out_of_time.store(true, Ordering::Release);
+        self.settle(queue_index as usize).inspect_err(|error| {
+            if error.kind() == io::ErrorKind::TimedOut {
+                // This ends the session, which has waited long enough.
+                self.out_of_time.store(true, Ordering::Release);
+            }
         })
     }
 
