@@ -118,14 +118,14 @@ mod tests {
         drop(dup);
         assert!(is_ours(&second, false), "nothing is left of one that was refused");
         assert!(is_ours(&third, false));
-        lock_all(&second);
-        assert!(!is_ours(&third, false), "the whole file is locked");
-        drop(second);
-        let second = open();
         let writer = open();
         assert!(!is_ours(&writer, true));
         drop((second, third));
         assert!(is_ours(&writer, true));
+        drop(writer);
+        let other = open();
+        lock_all(&other);
+        assert!(!is_ours(&open(), false), "a lock of another kind is a lock");
         std::fs::remove_file(&path).unwrap();
     }
 }
