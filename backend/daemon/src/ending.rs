@@ -6,12 +6,13 @@
 //! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed once, by whoever comes first, and only while it is ours.
 
 use crate::control::SocketName;
+use crate::session::lock;
 use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// How long stopping may take before what is left is left.
@@ -34,10 +35,6 @@ pub struct Ending {
     wanted: OwnedFd,
     stage: Mutex<Stage>,
     names: Mutex<Vec<Arc<SocketName>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ending {
