@@ -60,6 +60,8 @@ pub(crate) fn status(status: &Status, connected: bool) -> Value {
             "takeovers": status.counts.takeovers,
         },
         "resident_modules": status.resident,
+        "storage_failure": status.storage_failure,
+        "counters": status.counters,
         "connected": connected,
     })
 }

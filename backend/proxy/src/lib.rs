@@ -40,7 +40,7 @@ use fence::Fence;
 use queue::Queues;
 use retire::Leaving;
 use shared_heap::DomainId;
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
@@ -134,6 +134,10 @@ pub struct Status {
     pub counts: Counts,
     /// Modules that are mapped though nothing needs them, and why.
     pub resident: Vec<String>,
+    /// Why something that was written may be lost. It stays until the disk is opened anew.
+    pub storage_failure: Option<String>,
+    /// What domains have counted, by name.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// What changes only under the upgrade lock, and may be looked at without it.
@@ -433,6 +437,8 @@ impl DomainProxy {
             queues,
             counts: view.counts,
             resident,
+            storage_failure: self.storage.failure(),
+            counters: self.storage.counters(),
         }
     }
 

@@ -61,6 +61,8 @@ impl DomainProxy {
         {
             left.push(format!("the last flush of `{}`: {why}", live.record.name));
         }
+        // Said whatever the last flush was answered with, and also where nobody is left to ask.
+        left.extend(self.storage.failure().map(|why| format!("a disk that may have lost data: {why}")));
         if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
             && let Err(error) = live.instance.quiesce()
         {

@@ -39,6 +39,10 @@ struct Inner {
     bytes: BTreeMap<String, RRefVec<u8>>,
     files: BTreeMap<String, RRef<File>>,
     trial: Option<Trial>,
+    /// Why something that was written may be lost. Never undone, so it is no part of a trial.
+    failure: Option<String>,
+    /// What instances have counted.
+    counters: BTreeMap<String, u64>,
 }
 
 /// The storage of the device.
@@ -56,6 +60,16 @@ impl Storage {
     /// The schema number, 0 while it is empty.
     pub(crate) fn schema(&self) -> u32 {
         self.lock().schema
+    }
+
+    /// Why something that was written may be lost, if an instance has said so.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
+    /// What instances have counted, by name.
+    pub(crate) fn counters(&self) -> BTreeMap<String, u64> {
+        self.lock().counters.clone()
     }
 
     /// Gives everything to `to`; the cost follows the number of objects.
@@ -270,6 +284,23 @@ impl HostServices for Services {
         put(&self.storage.heap, files, trial, key, object, self.id);
         Ok(())
     }
+
+    fn mark_storage_failed(&self, sentence: &str) {
+        let mut inner = self.storage.lock();
+        if inner.failure.is_none() {
+            inner.failure = Some(sentence.to_owned());
+            drop(inner);
+            log::error!("the storage has failed: {sentence}");
+        }
+    }
+
+    fn storage_failure(&self) -> Option<String> {
+        self.storage.failure()
+    }
+
+    fn count(&self, name: &str, count: u64) {
+        *self.storage.lock().counters.entry(name.to_owned()).or_default() += count;
+    }
 }
 
 #[cfg(test)]
@@ -307,6 +338,22 @@ mod tests {
         b.set_bytes("note", b"y").unwrap();
         assert_eq!(storage.reclaim(a.id), 0);
         assert_eq!(b.bytes("note").unwrap().as_slice(), b"y");
+    }
+
+    #[test]
+    fn a_failure_is_marked_by_anybody_and_undone_by_nobody() {
+        let storage = Arc::new(Storage::default());
+        let (a, b) = (services(&storage, 1), services(&storage, 2));
+        storage.move_to(a.id);
+        storage.lend(b.id);
+        a.mark_storage_failed("the first");
+        b.mark_storage_failed("another");
+        b.count("things", 2);
+        a.count("things", 1);
+        storage.take_back();
+        storage.reclaim(a.id);
+        assert_eq!(b.storage_failure().as_deref(), Some("the first"));
+        assert_eq!(storage.counters(), BTreeMap::from([("things".to_owned(), 3)]));
     }
 
     #[test]

@@ -338,6 +338,14 @@ pub struct HostVtable {
     /// The queues that have workers now, one bit each, the lowest for queue 0. These will be attached if this instance is activated; they may also have gone by
     /// then, and others may have come.
     pub served_queues: unsafe extern "C" fn(ctx: *mut c_void) -> u64,
+    /// Marks the storage: something that was written to it may be lost for good. The first sentence
+    /// stays. Any instance may say so at any time, also one that does not own the storage.
+    pub storage_failed: unsafe extern "C" fn(ctx: *mut c_void, sentence: RawBytes),
+    /// Copies the sentence that the storage is marked with to `out`; returns its length (which may
+    /// be more than fits), or `u64::MAX` if it is not marked.
+    pub storage_failure: unsafe extern "C" fn(ctx: *mut c_void, out: *mut u8, capacity: usize) -> u64,
+    /// Adds `count` to the device's counter `name`, which `status` shows.
+    pub count: unsafe extern "C" fn(ctx: *mut c_void, name: RawBytes, count: u64),
 }
 
 /// What a module offers: the static behind [`ENTRY_SYMBOL`].

@@ -466,6 +466,13 @@ impl Host {
         (0..u64::BITS).filter(move |index| served & 1 << index != 0).map(QueueIndex)
     }
 
+    /// Adds `count` to the device's counter `name`. Counters outlive instances, and `status` shows
+    /// them. Costs a lock: not for each request. A host that is too old does not count.
+    pub fn count(self, name: &str, count: u64) {
+        // SAFETY: `name` is borrowed for the call.
+        unsafe { (self.vtable.count)(self.vtable.ctx, raw_bytes(name.as_bytes()), count) };
+    }
+
     /// Runs `task` on a thread of the host's. It must end soon after this instance was dropped: the host waits for it before the module is unmapped.
     /// Threads that a domain makes by itself keep its module resident for ever.
     ///
@@ -517,6 +524,11 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
     unsafe extern "C" fn no_queues(_: *mut std::ffi::c_void) -> u64 {
         0
     }
+    unsafe extern "C" fn not_kept(_: *mut std::ffi::c_void, _: RawBytes) {}
+    unsafe extern "C" fn not_marked(_: *mut std::ffi::c_void, _: *mut u8, _: usize) -> u64 {
+        u64::MAX
+    }
+    unsafe extern "C" fn not_counted(_: *mut std::ffi::c_void, _: RawBytes, _: u64) {}
     assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
     let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
     // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover every field but those that are
@@ -524,6 +536,9 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
     unsafe {
         (&raw mut (*full.as_mut_ptr()).notifier_fd).write(no_fd);
         (&raw mut (*full.as_mut_ptr()).served_queues).write(no_queues);
+        (&raw mut (*full.as_mut_ptr()).storage_failed).write(not_kept);
+        (&raw mut (*full.as_mut_ptr()).storage_failure).write(not_marked);
+        (&raw mut (*full.as_mut_ptr()).count).write(not_counted);
         std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
         full.assume_init_ref()
     }

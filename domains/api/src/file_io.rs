@@ -4,10 +4,15 @@
 //! memory exists. Short transfers are finished here; what a caller sees is all or an error.
 
 mod claim;
+mod device;
 mod open;
 
 pub use claim::{Claim, claim};
-pub use open::{OpenMode, block_device_size, direct_alignment, open, open_mode, reopen};
+pub use device::{
+    block_device_size, can_discard_device, device_sector_size, discard_device, is_read_only_device,
+    is_write_sealed,
+};
+pub use open::{OpenMode, direct_alignment, open, open_mode, reopen};
 
 use crate::abi::RawSegment;
 use crate::buffer::Buffer;
@@ -172,6 +177,14 @@ fn transfer(
 /// What `fallocate` says; `EOPNOTSUPP` where the file system or device cannot.
 pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     allocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+}
+
+/// Whether the file system of `file`, open for writing, can punch holes. Tried behind its end, where
+/// there is nothing to lose.
+#[must_use]
+pub fn can_punch_hole(file: &File, size: u64) -> bool {
+    let behind = size.next_multiple_of(1 << 20);
+    !matches!(punch_hole(file, behind, 1 << 20), Err(error) if error.kind() == io::ErrorKind::Unsupported)
 }
 
 /// Makes `offset..offset + len` read as zeros, keeping the space (`FALLOC_FL_ZERO_RANGE`).

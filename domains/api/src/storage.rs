@@ -69,19 +69,31 @@ impl Storage {
     #[must_use]
     pub fn bytes(&self, key: &str) -> Option<Vec<u8>> {
         let vtable = self.host.vtable();
-        let mut value = Vec::new();
-        loop {
-            // SAFETY: `value` has its length writable bytes.
-            let len = unsafe {
-                (vtable.bytes_get)(vtable.ctx, raw_bytes(key.as_bytes()), value.as_mut_ptr(), value.len())
-            };
-            let len = usize::try_from(len).ok().filter(|&len| len < isize::MAX as usize)?;
-            if len <= value.len() {
-                value.truncate(len);
-                return Some(value);
-            }
-            value.resize(len, 0);
-        }
+        // SAFETY: `key` is borrowed, and `out` has room for `capacity` bytes.
+        copied(|out, capacity| unsafe {
+            (vtable.bytes_get)(vtable.ctx, raw_bytes(key.as_bytes()), out, capacity)
+        })
+    }
+
+    /// Marks the storage: something that was written to it may be lost for good, whoever serves it.
+    /// `status` says so from now on, and the daemon's end is no success. The first sentence stays.
+    ///
+    /// Any instance may call this at any time: a write-back that fails is reported once, and maybe
+    /// to one that has been replaced. On a host that is too old the mark is not kept.
+    pub fn mark_failed(&self, sentence: &str) {
+        let vtable = self.host.vtable();
+        // SAFETY: `sentence` is borrowed for the call.
+        unsafe { (vtable.storage_failed)(vtable.ctx, raw_bytes(sentence.as_bytes())) };
+    }
+
+    /// What the storage was marked with ([`mark_failed`](Self::mark_failed)), by any instance.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        let vtable = self.host.vtable();
+        // SAFETY: `out` has room for `capacity` bytes.
+        let sentence =
+            copied(|out, capacity| unsafe { (vtable.storage_failure)(vtable.ctx, out, capacity) })?;
+        Some(String::from_utf8_lossy(&sentence).into_owned())
     }
 
     /// Sets the bytes at `key`.
@@ -116,6 +128,20 @@ impl Storage {
         with_message(|message| unsafe {
             (vtable.fd_put)(vtable.ctx, raw_bytes(key.as_bytes()), file.as_raw_fd(), message)
         })
+    }
+}
+
+/// Bytes of the host's, of which it says at each call how many there are; `None` if there are none.
+fn copied(mut get: impl FnMut(*mut u8, usize) -> u64) -> Option<Vec<u8>> {
+    let mut value = Vec::new();
+    loop {
+        let len = get(value.as_mut_ptr(), value.len());
+        let len = usize::try_from(len).ok().filter(|&len| len < isize::MAX as usize)?;
+        if len <= value.len() {
+            value.truncate(len);
+            return Some(value);
+        }
+        value.resize(len, 0);
     }
 }
 

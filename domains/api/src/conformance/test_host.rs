@@ -33,6 +33,8 @@ struct Contents {
     regions: BTreeMap<String, Arc<HostRegion>>,
     bytes: BTreeMap<String, Arc<Vec<u8>>>,
     files: BTreeMap<String, File>,
+    failure: Option<String>,
+    counters: BTreeMap<String, u64>,
 }
 
 impl TestStorage {
@@ -52,6 +54,18 @@ impl TestStorage {
     #[must_use]
     pub fn region(&self, key: &str) -> Option<Arc<HostRegion>> {
         lock(&self.contents).regions.get(key).map(Arc::clone)
+    }
+
+    /// What it is marked with.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.contents).failure.clone()
+    }
+
+    /// What was added to the counter `name`.
+    #[must_use]
+    pub fn counter(&self, name: &str) -> u64 {
+        lock(&self.contents).counters.get(name).copied().unwrap_or(0)
     }
 
     /// A dup of a file.
@@ -233,6 +247,18 @@ impl HostServices for TestHost {
     fn set_file(&self, key: &str, file: File) -> Result<(), DomainError> {
         self.owned(&format!("keep file `{key}`"))?.files.insert(key.to_owned(), file);
         Ok(())
+    }
+
+    fn mark_storage_failed(&self, sentence: &str) {
+        lock(&self.storage.contents).failure.get_or_insert_with(|| sentence.to_owned());
+    }
+
+    fn storage_failure(&self) -> Option<String> {
+        self.storage.failure()
+    }
+
+    fn count(&self, name: &str, count: u64) {
+        *lock(&self.storage.contents).counters.entry(name.to_owned()).or_default() += count;
     }
 }
 

@@ -55,6 +55,14 @@ pub trait HostServices: Send + Sync {
     /// # Errors
     /// The storage is not this instance's.
     fn set_file(&self, key: &str, file: File) -> Result<(), DomainError>;
+    /// Marks the storage as one that may have lost what was written to it; the first sentence stays.
+    fn mark_storage_failed(&self, sentence: &str);
+    /// What it was marked with.
+    fn storage_failure(&self) -> Option<String>;
+    /// Adds to a counter of the device.
+    fn count(&self, name: &str, count: u64) {
+        let _ = (name, count);
+    }
 }
 
 /// One instance's host table and what stands behind it. Pinned in its `Arc`: the table's `ctx` points to it.
@@ -96,6 +104,9 @@ impl HostSide {
                     timer,
                     notifier_fd,
                     served_queues,
+                    storage_failed,
+                    storage_failure,
+                    count,
                 },
                 services,
                 tasks: Tasks::default(),
@@ -220,8 +231,17 @@ unsafe extern "C" fn bytes_get(ctx: *mut c_void, key: RawBytes, out: *mut u8, ca
     // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
     let (side, key) = unsafe { (side(ctx), text(key)) };
     let found = catch_unwind(AssertUnwindSafe(|| side.services.bytes(&key))).unwrap_or(None);
-    let Some(value) = found else { return u64::MAX };
-    // SAFETY: `out` has room for `capacity` bytes (abi::HostVtable); the module's buffer cannot overlap our copy.
+    // SAFETY: `out` has room for `capacity` bytes (abi::HostVtable).
+    unsafe { hand_out(found.as_deref().map(Vec::as_slice), out, capacity) }
+}
+
+/// Copies what fits, and says how much there is; `u64::MAX` for nothing.
+///
+/// # Safety
+/// `out` has room for `capacity` bytes.
+unsafe fn hand_out(value: Option<&[u8]>, out: *mut u8, capacity: usize) -> u64 {
+    let Some(value) = value else { return u64::MAX };
+    // SAFETY: the caller's contract; the module's buffer cannot overlap the host's value.
     unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), out, value.len().min(capacity)) };
     value.len() as u64
 }
@@ -305,6 +325,26 @@ unsafe extern "C" fn served_queues(ctx: *mut c_void) -> u64 {
     catch_unwind(AssertUnwindSafe(|| side.services.served_queues())).unwrap_or(0)
 }
 
+unsafe extern "C" fn storage_failed(ctx: *mut c_void, sentence: RawBytes) {
+    // SAFETY: abi::HostVtable: `ctx` is ours, `sentence` valid for the call.
+    let (side, sentence) = unsafe { (side(ctx), text(sentence)) };
+    let _ = catch_unwind(AssertUnwindSafe(|| side.services.mark_storage_failed(&sentence)));
+}
+
+unsafe extern "C" fn storage_failure(ctx: *mut c_void, out: *mut u8, capacity: usize) -> u64 {
+    // SAFETY: abi::HostVtable: `ctx` is ours.
+    let side = unsafe { side(ctx) };
+    let found = catch_unwind(AssertUnwindSafe(|| side.services.storage_failure())).unwrap_or(None);
+    // SAFETY: `out` has room for `capacity` bytes (abi::HostVtable).
+    unsafe { hand_out(found.as_deref().map(str::as_bytes), out, capacity) }
+}
+
+unsafe extern "C" fn count(ctx: *mut c_void, name: RawBytes, count: u64) {
+    // SAFETY: abi::HostVtable: `ctx` is ours, `name` valid for the call.
+    let (side, name) = unsafe { (side(ctx), text(name)) };
+    let _ = catch_unwind(AssertUnwindSafe(|| side.services.count(&name, count)));
+}
+
 #[cfg(all(test, feature = "conformance"))]
 mod tests {
     use super::*;
@@ -330,6 +370,13 @@ mod tests {
         let (queue, served) = (QueueIndex(0), |host: Host| host.served_queues().collect::<Vec<_>>());
         let new = cut(&side, size_of::<HostVtable>());
         assert!(new.notifier_fd(queue).is_some() && served(new) == [queue]);
+        let unmarked = cut(&side, offset_of!(HostVtable, storage_failed));
+        unmarked.storage().mark_failed("not kept");
+        unmarked.count("not kept", 1);
+        assert_eq!((unmarked.storage().failure(), served(unmarked)), (None, vec![queue]));
+        new.storage().mark_failed("the first");
+        new.storage().mark_failed("another");
+        assert_eq!(new.storage().failure().as_deref(), Some("the first"));
         let older = cut(&side, offset_of!(HostVtable, served_queues));
         assert!(older.notifier_fd(queue).is_some() && served(older).is_empty());
         let oldest = cut(&side, offset_of!(HostVtable, notifier_fd));

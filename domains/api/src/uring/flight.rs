@@ -1,14 +1,16 @@
 //! One request in a ring: what is to be done, how far it has come, and the entry that asks the kernel for the rest.
 
-use super::image;
+use super::Aligned;
 use crate::Request;
 use crate::abi::RawSegment;
 use io_uring::{opcode, squeue, types};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 
-/// Number of the image in the ring's table of files.
-pub(super) const IMAGE: u32 = 0;
+/// The image in the ring's table of files.
+const IMAGE: types::Fixed = types::Fixed(0);
+/// The description that syncs and durable writes go through.
+const SYNC: types::Fixed = types::Fixed(1);
 /// The kernel's limit of iovecs in one entry (`IOV_MAX` in limits.h).
 const IOV_MAX: usize = 1024;
 /// Zeros that are written at a time, and what they are aligned to: the most that direct I/O asks for.
@@ -27,8 +29,18 @@ pub enum Work {
         /// It is durable before it ends (`RWF_DSYNC`).
         durable: bool,
     },
-    /// Make durable whatever was written to the file before (`fdatasync`).
+    /// Make durable whatever was written to the file before (`fdatasync`), through the ring's
+    /// `sync`. Linux reports a failed write-back once to each open file description.
     SyncData,
+    /// The same through the description that data goes through.
+    SyncImage,
+    /// Read into the flight's own memory. Ends well at the end of the file, with less.
+    ReadAligned,
+    /// Write the flight's own memory.
+    WriteAligned {
+        /// As for `Write`.
+        durable: bool,
+    },
     /// Give the space of the request's range back (`FALLOC_FL_PUNCH_HOLE`).
     PunchHole,
     /// Make the request's range read as zeros, keeping the space (`FALLOC_FL_ZERO_RANGE`).
@@ -55,11 +67,13 @@ pub(super) struct Flight {
     rest: Vec<RawSegment>,
     /// How often the kernel may still be asked again.
     retries: u32,
+    /// What is moved instead of the request's buffer.
+    pub(super) aligned: Option<Box<Aligned>>,
 }
 
 impl Flight {
-    pub(super) const fn new(request: Request, work: Work, done: u64) -> Self {
-        Self { request, work, done, rest: Vec::new(), retries: RETRIES }
+    pub(super) const fn new(request: Request, work: Work, done: u64, aligned: Option<Box<Aligned>>) -> Self {
+        Self { request, work, done, rest: Vec::new(), retries: RETRIES, aligned }
     }
 
     /// Does not try again what is interrupted from now on.
@@ -78,7 +92,10 @@ impl Flight {
             return Progress::Ended(Err(io::Error::from_raw_os_error(code)));
         }
         let nothing = match self.work {
-            Work::SyncData | Work::PunchHole | Work::ZeroRange => return Progress::Ended(Ok(())),
+            Work::SyncData | Work::SyncImage | Work::PunchHole | Work::ZeroRange => {
+                return Progress::Ended(Ok(()));
+            }
+            Work::ReadAligned | Work::WriteAligned { .. } => return self.progress_aligned(result),
             Work::Read => io::ErrorKind::UnexpectedEof,
             Work::Write { .. } | Work::WriteZeros => io::ErrorKind::WriteZero,
         };
@@ -92,6 +109,17 @@ impl Flight {
         }
     }
 
+    fn progress_aligned(&mut self, result: i32) -> Progress {
+        let aligned = self.aligned.as_mut().expect("pushed with it");
+        aligned.moved += result.unsigned_abs() as usize;
+        match (result, self.work) {
+            _ if aligned.moved >= aligned.window.len() => Progress::Ended(Ok(())),
+            (0, Work::ReadAligned) => Progress::Ended(Ok(())),
+            (0, _) => Progress::Ended(Err(io::ErrorKind::WriteZero.into())),
+            _ => Progress::More,
+        }
+    }
+
     /// The entry for what is left. The kernel must have no other one for this flight.
     pub(super) fn entry(&mut self, zeros: &mut Zeros) -> squeue::Entry {
         let (offset, len) = (self.request.offset(), self.request.len());
@@ -99,30 +127,38 @@ impl Flight {
         match self.work {
             Work::Read => match self.left() {
                 [one] if let Ok(len) = u32::try_from(one.len) => {
-                    opcode::Read::new(image(), one.base, len).offset(at).build()
+                    opcode::Read::new(IMAGE, one.base, len).offset(at).build()
                 }
-                many => {
-                    opcode::Readv::new(image(), many.as_ptr().cast(), many.len() as u32).offset(at).build()
-                }
+                many => opcode::Readv::new(IMAGE, many.as_ptr().cast(), many.len() as u32).offset(at).build(),
             },
             Work::Write { durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let (file, flags) = written(durable);
                 match self.left() {
                     [one] if let Ok(len) = u32::try_from(one.len) => {
-                        opcode::Write::new(image(), one.base, len).offset(at).rw_flags(flags).build()
+                        opcode::Write::new(file, one.base, len).offset(at).rw_flags(flags).build()
                     }
-                    many => opcode::Writev::new(image(), many.as_ptr().cast(), many.len() as u32)
+                    many => opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32)
                         .offset(at)
                         .rw_flags(flags)
                         .build(),
                 }
             }
-            Work::SyncData => opcode::Fsync::new(image()).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::ReadAligned => {
+                let (base, len, at) = self.aligned.as_mut().expect("pushed with it").left();
+                opcode::Read::new(IMAGE, base, len).offset(at).build()
+            }
+            Work::WriteAligned { durable } => {
+                let (file, flags) = written(durable);
+                let (base, len, at) = self.aligned.as_mut().expect("pushed with it").left();
+                opcode::Write::new(file, base.cast_const(), len).offset(at).rw_flags(flags).build()
+            }
+            Work::SyncData => opcode::Fsync::new(SYNC).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::SyncImage => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
             Work::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE, offset, len),
             Work::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE, offset, len),
             Work::WriteZeros => {
                 let piece = (len - self.done).min(ZEROS_LEN as u64) as u32;
-                opcode::Write::new(image(), zeros.get(), piece).offset(at).build()
+                opcode::Write::new(IMAGE, zeros.get(), piece).offset(at).build()
             }
         }
     }
@@ -147,8 +183,13 @@ impl Flight {
     }
 }
 
+/// The file that a write goes through, and its flags.
+const fn written(durable: bool) -> (types::Fixed, i32) {
+    if durable { (SYNC, libc::RWF_DSYNC) } else { (IMAGE, 0) }
+}
+
 fn allocate(mode: i32, offset: u64, len: u64) -> squeue::Entry {
-    opcode::Fallocate::new(image(), len).offset(offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
+    opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode | libc::FALLOC_FL_KEEP_SIZE).build()
 }
 
 /// Zeros for the kernel to read, made when they are first needed.

@@ -26,16 +26,18 @@
 //!
 //! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
 
+mod aligned;
 mod end;
 mod flight;
 #[cfg(test)]
 mod tests;
 
+pub use aligned::Aligned;
 pub use flight::Work;
 
 use crate::Request;
 use end::EndWatch;
-use flight::{Flight, IMAGE, Progress, Zeros};
+use flight::{Flight, Progress, Zeros};
 use io_uring::{IoUring, opcode, squeue, types};
 use std::fs::File;
 use std::io;
@@ -62,15 +64,18 @@ pub struct Ended {
     pub request: Request,
     /// What was done with it.
     pub work: Work,
+    /// The memory that the work was about, where that was not the request's own.
+    pub aligned: Option<Box<Aligned>>,
     /// How that went. [`io::ErrorKind::UnexpectedEof`] and [`io::ErrorKind::WriteZero`] say that there was less of the file than of the buffer.
     pub result: io::Result<()>,
 }
 
 /// A ring that does nothing yet and belongs to no thread.
 pub struct PreparedRing {
-    io: IoUring,
+    /// Taken by the ring that begins, as is the next one.
+    io: Option<IoUring>,
+    end: Option<EndWatch>,
     depth: usize,
-    end: EndWatch,
 }
 
 impl std::fmt::Debug for PreparedRing {
@@ -80,45 +85,58 @@ impl std::fmt::Debug for PreparedRing {
 }
 
 impl PreparedRing {
-    /// A ring for `file` with room for `depth` requests.
+    /// A ring for `file` with room for `depth` requests. `sync` is the same file, another open file
+    /// description or a dup: [`Work::SyncData`] and durable writes go through it.
     ///
     /// # Errors
     /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
     ///
     /// # Panics
     /// If `depth` is 0 or more than 16384.
-    pub fn new(file: &File, depth: usize) -> io::Result<Self> {
+    pub fn new(file: &File, sync: &File, depth: usize) -> io::Result<Self> {
         assert!((1..=1 << 14).contains(&depth), "a ring for {depth} requests");
         let io = build(depth)?;
         let (end, dying) = EndWatch::new()?;
-        io.submitter().register_files(&[file.as_raw_fd(), dying.as_raw_fd()])?;
-        Ok(Self { io, depth, end })
+        // In the order of `flight::{IMAGE, SYNC}`.
+        io.submitter().register_files(&[file.as_raw_fd(), sync.as_raw_fd(), dying.as_raw_fd()])?;
+        Ok(Self { io: Some(io), end: Some(end), depth })
     }
 
     /// Makes it the calling thread's. Completions are written to the eventfd `wake`.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn begin(self, wake: OwnedFd) -> io::Result<Ring> {
-        let Self { io, depth, end } = self;
+    pub fn begin(mut self, wake: OwnedFd) -> io::Result<Ring> {
+        let io = self.io.as_ref().expect("there until it begins");
         let submitter = io.submitter();
         submitter.register_eventfd(wake.as_raw_fd())?;
         let modern = io.params().is_setup_single_issuer();
         if modern {
             submitter.register_enable_rings()?;
         }
+        let (io, end) = (self.io.take(), self.end.take());
         Ok(Ring {
             can_be_quiet: cfg!(target_arch = "x86_64") && modern,
-            io: ManuallyDrop::new(io),
-            depth,
-            flights: Vec::with_capacity(depth),
-            free: Vec::with_capacity(depth),
+            io: ManuallyDrop::new(io.expect("looked at just above")),
+            depth: self.depth,
+            flights: Vec::with_capacity(self.depth),
+            free: Vec::with_capacity(self.depth),
             zeros: Zeros::default(),
             wake,
-            end,
+            end: end.expect("taken together with it"),
+            released: false,
             quiet: false,
             cancelling: false,
         })
+    }
+}
+
+impl Drop for PreparedRing {
+    fn drop(&mut self) {
+        if let Some(io) = &self.io {
+            // As in `Ring::release_files`. It belongs to no thread yet, so any may do this.
+            let _ = io.submitter().unregister_files();
+        }
     }
 }
 
@@ -136,6 +154,8 @@ pub struct Ring {
     zeros: Zeros,
     wake: OwnedFd,
     end: EndWatch,
+    /// The kernel has let go of the files.
+    released: bool,
     /// Whether wake-ups can be off; see the module's text.
     can_be_quiet: bool,
     quiet: bool,
@@ -151,14 +171,27 @@ impl std::fmt::Debug for Ring {
 
 impl Ring {
     /// A ring for `file` with room for `depth` requests, whose completions are written to the eventfd `wake`. The calling thread's.
+    /// `sync` is as for [`PreparedRing::new`].
     ///
     /// # Errors
     /// As for [`PreparedRing::new`].
     ///
     /// # Panics
     /// As for [`PreparedRing::new`].
-    pub fn new(file: &File, wake: OwnedFd, depth: usize) -> io::Result<Self> {
-        PreparedRing::new(file, depth)?.begin(wake)
+    pub fn new(file: &File, sync: &File, wake: OwnedFd, depth: usize) -> io::Result<Self> {
+        PreparedRing::new(file, sync, depth)?.begin(wake)
+    }
+
+    /// Has the kernel let go of the ring's files, on the thread that began the ring. Nothing can be
+    /// pushed any more. Without this it lets go of them some 50 ms after the ring was closed, even
+    /// if the process is gone by then, and their file system is busy until it has.
+    ///
+    /// # Panics
+    /// If something is in flight.
+    pub fn release_files(&mut self) {
+        assert_eq!(self.in_flight(), 0, "requests use the files");
+        // Fails where another thread began the ring; then they go when the ring does.
+        self.released = self.io.submitter().unregister_files().is_ok();
     }
 
     /// Whether a ring can be made here at all.
@@ -189,12 +222,28 @@ impl Ring {
     /// If there is no room.
     #[inline]
     pub fn push(&mut self, request: Request, work: Work, done: u64) {
+        self.put(Flight::new(request, work, done, None));
+    }
+
+    /// As [`push`](Self::push), to move data between the file and memory that is not the request's:
+    /// `work` is [`Work::ReadAligned`] or [`Work::WriteAligned`], and is about the
+    /// [window](Aligned::set_window) of `aligned`.
+    ///
+    /// # Panics
+    /// If there is no room.
+    pub fn push_aligned(&mut self, request: Request, work: Work, aligned: Box<Aligned>) {
+        self.put(Flight::new(request, work, 0, Some(aligned)));
+    }
+
+    #[inline]
+    fn put(&mut self, flight: Flight) {
         assert!(self.has_room(), "has_room was asked before");
+        debug_assert!(!self.released, "a ring whose files are released");
         let slot = self.free.pop().unwrap_or_else(|| {
             self.flights.push(None);
             self.flights.len() as u32 - 1
         });
-        self.flights[slot as usize] = Some(Flight::new(request, work, done));
+        self.flights[slot as usize] = Some(flight);
         self.queue(slot);
         if self.io.submission().len() >= AT_ONCE && self.io.completion().is_empty() {
             self.be_quiet();
@@ -267,10 +316,10 @@ impl Ring {
             match flight.progress(entry.result()) {
                 Progress::More => self.queue(slot as u32),
                 Progress::Ended(result) => {
-                    let Flight { request, work, .. } =
+                    let Flight { request, work, aligned, .. } =
                         self.flights[slot].take().expect("looked at just above");
                     self.free.push(slot as u32);
-                    return Some(Ended { request, work, result });
+                    return Some(Ended { request, work, aligned, result });
                 }
             }
         }
@@ -410,9 +459,4 @@ fn build(depth: usize) -> io::Result<IoUring> {
     } else {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is too old"))
     }
-}
-
-/// The registered file that requests are about, for the entries.
-const fn image() -> types::Fixed {
-    types::Fixed(IMAGE)
 }

@@ -51,7 +51,7 @@ fn pipe() -> (File, File) {
 
 fn ring(file: &File, depth: usize) -> Option<(Ring, File)> {
     let wake = eventfd();
-    match Ring::new(file, wake.try_clone().unwrap().into(), depth) {
+    match Ring::new(file, file, wake.try_clone().unwrap().into(), depth) {
         Ok(ring) => Some((ring, wake)),
         Err(error) => {
             eprintln!("skipped: no io_uring here: {error}");
@@ -356,7 +356,7 @@ fn it_may_be_dropped_by_a_thread_that_it_does_not_belong_to() {
 #[test]
 fn one_thread_prepares_a_ring_and_another_uses_it() {
     let (reading, writing) = pipe();
-    let prepare = || PreparedRing::new(&reading, 4);
+    let prepare = || PreparedRing::new(&reading, &reading, 4);
     let Ok(prepared) = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap()) else { return };
     let wake = eventfd();
     let mut ring = prepared.begin(wake.try_clone().unwrap().into()).unwrap();
@@ -380,8 +380,69 @@ fn rings_come_and_go_without_leaving_descriptors() {
         ring.push(raw(op::FLUSH, 0, 0, &[], 0), Work::SyncData, 0);
         next(&mut ring, &wake).result.unwrap();
         // Nor do those that nobody has begun.
-        drop(PreparedRing::new(&file, 64).unwrap());
+        drop(PreparedRing::new(&file, &file, 64).unwrap());
     }
     // Tests run at the same time, and have a few open.
     assert!(open() < before + 50, "{before} descriptors became {}", open());
+}
+
+#[test]
+fn memory_of_its_own_is_read_and_written_in_parts_and_up_to_the_end_of_the_file() {
+    let file = scratch("aligned");
+    file.write_all_at(&[7; 6000], 0).unwrap();
+    let Some((mut ring, wake)) = ring(&file, 4) else { return };
+    let request = || raw(op::FLUSH, 0, 0, &[], 1);
+    let mut aligned = Box::new(Aligned::new(4096, 4096));
+    assert_eq!(aligned.bytes().as_ptr().align_offset(4096), 0);
+    aligned.set_window(512..4096);
+    ring.push_aligned(request(), Work::ReadAligned, aligned);
+    let ended = next(&mut ring, &wake);
+    ended.result.unwrap();
+    let mut aligned = ended.aligned.expect("it comes back");
+    assert_eq!(aligned.moved(), 6000 - 4096 - 512, "the file ends there");
+    assert_eq!(aligned.bytes()[511..514], [0, 7, 7]);
+    aligned.bytes_mut().fill(9);
+    aligned.set_window(1024..2048);
+    ring.push_aligned(request(), Work::WriteAligned { durable: true }, aligned);
+    next(&mut ring, &wake).result.unwrap();
+    let mut found = vec![0; 6000];
+    file.read_exact_at(&mut found, 0).unwrap();
+    let written = 4096 + 1024..4096 + 2048;
+    assert!(found.iter().enumerate().all(|(at, &byte)| byte == if written.contains(&at) { 9 } else { 7 }));
+}
+
+/// Whether nobody else has the file open for writing (`F_SETLEASE`, fcntl(2)).
+fn is_open_once(file: &File) -> bool {
+    // SAFETY: no pointers.
+    let code = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+    if code == 0 {
+        // SAFETY: as above.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+    }
+    code == 0
+}
+
+#[test]
+fn released_files_are_closed_at_once() {
+    let path = std::env::temp_dir().join(format!("hotswap-release-{}", std::process::id()));
+    let make = || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+    let ours = make();
+    for prepared in [true, false] {
+        let theirs = make();
+        assert!(!is_open_once(&ours), "leases tell nothing here");
+        if prepared {
+            let ring = PreparedRing::new(&theirs, &theirs, 4);
+            drop(theirs);
+            drop(ring);
+        } else {
+            let Some((mut ring, wake)) = ring(&theirs, 4) else { return };
+            drop(theirs);
+            let guest = Guest::new(&[512], 1);
+            ring.push(guest.request(op::WRITE, 0, 1), Work::Write { durable: false }, 0);
+            next(&mut ring, &wake).result.unwrap();
+            ring.release_files();
+        }
+        assert!(is_open_once(&ours), "prepared: {prepared}");
+    }
+    std::fs::remove_file(path).unwrap();
 }
