@@ -6,20 +6,29 @@
 use crate::image::Image;
 use domain_api::uring::{PreparedRing, Ring};
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Requests that a queue's ring has room for: the longest virtqueue that is in use.
-const DEPTH: usize = 1024;
+pub(crate) const DEPTH: usize = 1024;
+
+/// What is made for a queue before a guest waits for it.
+#[derive(Debug)]
+struct Prepared {
+    index: QueueIndex,
+    sync: Option<File>,
+    ring: Option<PreparedRing>,
+}
 
 /// The chosen way.
 #[derive(Debug)]
 pub(crate) struct Engine {
     uring: bool,
     host: Host,
-    /// Rings for the queues that were served when this instance was prepared.
-    prepared: Mutex<Vec<(QueueIndex, PreparedRing)>>,
+    /// For the queues that were served when this instance was prepared.
+    prepared: Mutex<Vec<Prepared>>,
     /// How loudly to say that there is none: it may not have been asked for.
     loud: Level,
     /// It was said that a queue does without.
@@ -41,10 +50,14 @@ impl Engine {
         }
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
-        let queues = host.served_queues().filter(|_| uring && needs_rings(image));
+        let prepare = |index| {
+            let sync = image.sync_file()?;
+            let wants_ring = uring && needs_rings(image);
+            let ring = wants_ring.then(|| PreparedRing::new(image.file(), &sync, DEPTH)).transpose()?;
+            Ok(Prepared { index, sync: Some(sync), ring })
+        };
         // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
-        let prepared: io::Result<Vec<_>> =
-            queues.map(|index| Ok((index, PreparedRing::new(image.file(), DEPTH)?))).collect();
+        let prepared: io::Result<Vec<_>> = host.served_queues().map(prepare).collect();
         let prepared = Mutex::new(prepared.unwrap_or_default());
         Ok(Self { host, uring, prepared, loud, said: AtomicBool::new(false) })
     }
@@ -60,14 +73,15 @@ impl Engine {
     }
 
     /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it is slower, not broken.
-    pub(crate) fn ring(&self, image: &Image, index: QueueIndex) -> Option<Ring> {
+    /// `sync` is what the queue syncs through.
+    pub(crate) fn ring(&self, image: &Image, sync: &File, index: QueueIndex) -> Option<Ring> {
         let made = || {
             let wake = self.host.notifier_fd(index).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::Unsupported, "this host has no descriptor to wake a worker by")
             })?;
-            match self.take_prepared(index) {
+            match self.take_prepared(index, |prepared| prepared.ring.take()) {
                 Some(ring) => ring.begin(wake),
-                None => Ring::new(image.file(), wake, DEPTH),
+                None => Ring::new(image.file(), sync, wake, DEPTH),
             }
         };
         let said = |error: &io::Error| {
@@ -80,10 +94,18 @@ impl Engine {
         made().inspect_err(said).ok()
     }
 
-    fn take_prepared(&self, index: QueueIndex) -> Option<PreparedRing> {
+    /// What a queue syncs through. Without a descriptor for it, that is the image's own.
+    pub(crate) fn sync_file(&self, image: &Image, index: QueueIndex) -> Option<File> {
+        self.take_prepared(index, |prepared| prepared.sync.take()).or_else(|| image.sync_file().ok())
+    }
+
+    fn take_prepared<T>(
+        &self,
+        index: QueueIndex,
+        take: impl FnOnce(&mut Prepared) -> Option<T>,
+    ) -> Option<T> {
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = prepared.iter().position(|(of, _)| *of == index)?;
-        Some(prepared.swap_remove(at).1)
+        take(prepared.iter_mut().find(|prepared| prepared.index == index)?)
     }
 }
 

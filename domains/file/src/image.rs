@@ -12,15 +12,27 @@
 //! again means "this disk", whatever lies there now; another text must lead to the same file, or it is refused, since
 //! moving a disk is not what an upgrade does.
 //!
+//! What the guest is told of the disk is the disk's as well (`announced`). Only what the I/O has to be
+//! aligned to is asked of the host anew by each instance, and again when the kernel refuses one: it
+//! is no property of the guest's disk, because what does not fit is carried out on a range that does (`edges`).
+//!
+//! Linux reports a write-back that failed once to each open file description, and then forgets it. So
+//! each queue syncs through a description of its own, opened before it may be needed; the first sync
+//! of an instance asks the storage's description as well, which remembers what was reported to a
+//! predecessor that did not live to say so.
+//!
 //! The first instance claims the image, so that no other program writes to it, and leaves the claim in storage as well: it is the disk's, whoever serves it, and
 //! ends with the process.
 
+use crate::announced::Announced;
 use domain_api::file_io::{self, Claim, OpenMode};
 use domain_api::{DomainError, Host, Level};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Storage key of the descriptor.
@@ -33,6 +45,18 @@ const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 const PATH: &str = "path";
 
 const SECTOR_SIZE: u32 = 512;
+/// The most that direct I/O is known to ask for, and the other block size that a disk can have.
+const LARGEST_BLOCK: u32 = 4096;
+
+/// What an instance is asked to make of the image.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) mode: OpenMode,
+    /// See to it that no other program writes to it.
+    pub(crate) locks: bool,
+    /// The logical block size to announce, if the operator has said so.
+    pub(crate) block_size: Option<u32>,
+}
 
 /// An image that is open.
 #[derive(Debug)]
@@ -40,28 +64,34 @@ pub(crate) struct Image {
     file: File,
     path: String,
     mode: OpenMode,
-    id: (u64, u64),
-    size: u64,
-    block_size: u32,
-    physical_block_size: u32,
+    announced: Announced,
+    /// What offsets, lengths and addresses of I/O must be multiples of, in bytes. It may grow.
+    alignment: AtomicU32,
+    /// Sectors of the block device that it is, if it is one.
+    device_sector: Option<u32>,
     in_memory: bool,
+    /// The same file past direct I/O, for the end of one whose length is not aligned.
+    cached: OnceLock<File>,
     /// How others see that the image is in use, if storage has nothing to that end. A description of its own: what io_uring knows is closed some time after the process is gone.
     claim: Option<File>,
 }
 
 impl Image {
-    /// Opens and checks the image, or takes up the one in storage. `locks`: and sees to it that no other program writes to it.
-    pub(crate) fn prepare(host: Host, path: &str, mode: OpenMode, locks: bool) -> Result<Self, DomainError> {
+    /// Opens and checks the image, or takes up the one in storage.
+    pub(crate) fn prepare(host: Host, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
+        let mode = wanted.mode;
         let file = match host.storage().file(DESCRIPTOR) {
             None => open(path, mode)?,
             Some(served) => take_up(host, served, path, mode)?,
         };
-        let claims = locks && host.storage().file(CLAIM).is_none();
+        check_writable(&file, path, mode)?;
+        let claims = wanted.locks && host.storage().file(CLAIM).is_none();
         let claim = if claims { claim(host, &file, path, mode)? } else { None };
-        Ok(Self { claim, ..Self::describe(file, path, mode)? })
+        Ok(Self { claim, ..Self::describe(host, file, path, wanted)? })
     }
 
-    fn describe(file: File, path: &str, mode: OpenMode) -> Result<Self, DomainError> {
+    fn describe(host: Host, file: File, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
+        let mode = wanted.mode;
         let cannot =
             |what: &str, error: io::Error| DomainError::new(format!("cannot {what} `{path}`: {error}"));
         let about = file.metadata().map_err(|error| cannot("look at", error))?;
@@ -72,27 +102,56 @@ impl Image {
         } else {
             about.len()
         };
-        let block_size = if mode.direct {
+        let device_sector = if device {
+            Some(file_io::device_sector_size(&file).map_err(|error| cannot("read the sectors of", error))?)
+        } else {
+            None
+        };
+        let alignment = if mode.direct {
             file_io::direct_alignment(&file).map_err(|error| {
                 DomainError::new(format!("cannot do direct I/O on `{path}`: {error}; leave direct=true out"))
             })?
         } else {
             SECTOR_SIZE
         };
-        check_size(path, size, block_size, device)?;
         let in_memory =
             file_io::is_in_memory(&file).map_err(|error| cannot("look at the file system of", error))?;
-        let preferred = u32::try_from(about.blksize()).unwrap_or(0);
-        let usable = preferred.is_power_of_two() && (block_size..=1 << 20).contains(&preferred);
+        let announced = match Announced::inherited(host) {
+            Some(announced) => {
+                stand_behind(host, path, size, announced, wanted.block_size)?;
+                announced
+            }
+            None => {
+                let block_size = wanted.block_size.unwrap_or(SECTOR_SIZE);
+                check_size(path, size, block_size, device)?;
+                let preferred = u32::try_from(about.blksize()).unwrap_or(0);
+                let usable = preferred.is_power_of_two() && preferred <= 1 << 20;
+                Announced {
+                    capacity: size,
+                    block_size,
+                    physical_block_size: if usable { preferred } else { 0 }
+                        .max(alignment)
+                        .max(device_sector.unwrap_or(0))
+                        .max(block_size),
+                    discard: mode.write
+                        && if device {
+                            file_io::can_discard_device(&file)
+                        } else {
+                            file_io::can_punch_hole(&file, size)
+                        },
+                    id: identity(&about),
+                }
+            }
+        };
         Ok(Self {
             file,
             path: path.to_owned(),
             mode,
-            id: identity(&about),
-            size,
-            block_size,
-            physical_block_size: if usable { preferred } else { block_size },
+            announced,
+            alignment: AtomicU32::new(alignment),
+            device_sector,
             in_memory,
+            cached: OnceLock::new(),
             claim: None,
         })
     }
@@ -111,7 +170,7 @@ impl Image {
         if storage.bytes(PATH).as_deref() != Some(self.path.as_bytes()) {
             storage.set_bytes(PATH, self.path.as_bytes())?;
         }
-        Ok(())
+        self.announced.keep(host)
     }
 
     pub(crate) const fn file(&self) -> &File {
@@ -122,27 +181,85 @@ impl Image {
         self.mode
     }
 
-    /// Device and inode; for a block device its number and 0, because the node in `/dev` is not the device.
-    pub(crate) const fn id(&self) -> (u64, u64) {
-        self.id
+    pub(crate) const fn announced(&self) -> &Announced {
+        &self.announced
     }
 
-    pub(crate) const fn size(&self) -> u64 {
-        self.size
+    /// A description of its own to sync through, or a dup where none can be had.
+    pub(crate) fn sync_file(&self) -> io::Result<File> {
+        file_io::reopen(&self.file, self.mode).or_else(|_| self.file.try_clone())
     }
 
-    pub(crate) const fn block_size(&self) -> u32 {
-        self.block_size
+    /// The same file through the page cache.
+    pub(crate) fn cached(&self) -> io::Result<&File> {
+        if let Some(file) = self.cached.get() {
+            return Ok(file);
+        }
+        let file = file_io::reopen(&self.file, OpenMode { direct: false, ..self.mode })?;
+        Ok(self.cached.get_or_init(|| file))
+    }
+
+    /// What offsets, lengths and addresses of I/O must be multiples of, in bytes.
+    #[inline]
+    pub(crate) fn alignment(&self) -> u64 {
+        // Relaxed: nothing is published with it. Whoever has an older value is refused by the kernel.
+        u64::from(self.alignment.load(Ordering::Relaxed))
+    }
+
+    /// The kernel has refused direct I/O that was aligned as it had said. Whether it now says, or may
+    /// want, something else.
+    #[cold]
+    pub(crate) fn ask_alignment_again(&self) -> bool {
+        let before = self.alignment.load(Ordering::Relaxed);
+        let stated = file_io::direct_alignment(&self.file).unwrap_or(LARGEST_BLOCK);
+        let now = if stated > before { stated } else { LARGEST_BLOCK };
+        self.alignment.fetch_max(now, Ordering::Relaxed) < now
+    }
+
+    /// Whether requests that the guest may send are carried out by reading, changing and writing.
+    pub(crate) fn may_modify(&self) -> bool {
+        self.mode.direct && self.alignment() > u64::from(self.announced.block_size)
+    }
+
+    /// Sectors of the block device that it is, if it is one.
+    pub(crate) const fn device_sector(&self) -> Option<u32> {
+        self.device_sector
     }
 
     /// Whether reading and writing it is copying, and waits for no device.
     pub(crate) const fn is_in_memory(&self) -> bool {
         self.in_memory
     }
+}
 
-    pub(crate) const fn physical_block_size(&self) -> u32 {
-        self.physical_block_size
+/// Whether the file can stand behind what the guest was told.
+fn stand_behind(
+    host: Host,
+    path: &str,
+    size: u64,
+    announced: Announced,
+    block_size: Option<u32>,
+) -> Result<(), DomainError> {
+    if let Some(wanted) = block_size.filter(|&wanted| wanted != announced.block_size) {
+        return Err(DomainError::new(format!(
+            "`block_size` is {wanted}, and the guest was told {}; leave it as it was",
+            announced.block_size
+        )));
     }
+    if size < announced.capacity {
+        return Err(DomainError::new(format!(
+            "`{path}` has {size} bytes, and the guest was told {}; restore its size with `truncate -s {} {path}`",
+            announced.capacity, announced.capacity
+        )));
+    }
+    if size > announced.capacity {
+        let line = format!(
+            "`{path}` has grown to {size} bytes; the guest goes on with the {} that it was told",
+            announced.capacity
+        );
+        host.log(Level::Info, &line);
+    }
+    Ok(())
 }
 
 fn identity(about: &Metadata) -> (u64, u64) {
@@ -237,6 +354,21 @@ fn take_up(host: Host, served: File, path: &str, mode: OpenMode) -> Result<File,
     })
 }
 
+/// A device or a memory file may be opened for writing and take no writes.
+fn check_writable(file: &File, path: &str, mode: OpenMode) -> Result<(), DomainError> {
+    if !mode.write {
+        return Ok(());
+    }
+    let what = if file_io::is_read_only_device(file).unwrap_or(false) {
+        "is a read-only device"
+    } else if file_io::is_write_sealed(file) {
+        "is sealed against writing"
+    } else {
+        return Ok(());
+    };
+    Err(DomainError::new(format!("`{path}` {what}; make it writable, or serve it with readonly=true")))
+}
+
 fn check_kind(path: &str, about: &Metadata) -> Result<(), DomainError> {
     let kind = about.file_type();
     if kind.is_file() || kind.is_block_device() {
@@ -255,8 +387,7 @@ fn check_size(path: &str, size: u64, block_size: u32, device: bool) -> Result<()
         return Ok(());
     }
     let fit = size.next_multiple_of(u64::from(block_size));
-    let or = if block_size > SECTOR_SIZE { ", or leave direct=true out" } else { "" };
     Err(DomainError::new(format!(
-        "`{path}` has {size} bytes, which is no multiple of {block_size}; extend it with `truncate -s {fit} {path}`{or}"
+        "`{path}` has {size} bytes, which is no multiple of {block_size}; extend it with `truncate -s {fit} {path}`"
     )))
 }

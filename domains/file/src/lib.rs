@@ -1,8 +1,9 @@
 //! A disk in a raw file or block device.
 //!
-//! The data is where it is: in the file, reached through the page cache or, with `direct=true`, past it. An instance holds no data and does no
+//! The data is where it is: in the file, reached through the page cache or, with `direct=true`, past it. An instance holds no data and, as a rule, does no
 //! read-modify-write, so two of them on the same file serve side by side, and an upgrade pauses nobody. For that the storage
-//! keeps the first instance's descriptor, and a successor works on a dup of it; see `image` for when it cannot, and why.
+//! keeps the first instance's descriptor, and a successor works on a dup of it; see `image` for when it cannot, and why. Where direct
+//! I/O is to be aligned to more than the guest's blocks (`edges`), an upgrade is a handover.
 //!
 //! Data moves straight from and to guest memory. What only has to be copied is served in the call that submits it; whatever may wait for a device
 //! goes through io_uring, one ring per queue, and ends later (`queue`). Where io_uring cannot be had, each worker serves its requests itself,
@@ -10,13 +11,17 @@
 
 #![forbid(unsafe_code)]
 
+mod announced;
 mod bounce;
 mod disk;
+mod edges;
 mod engine;
 mod image;
+mod offload;
 mod pace;
 mod queue;
 mod trouble;
+mod turn;
 
 use disk::Disk;
 use domain_api::file_io::OpenMode;
@@ -26,7 +31,7 @@ use domain_api::{
     QueueIndex, Swap,
 };
 use engine::Engine;
-use image::Image;
+use image::{Image, Wanted};
 use queue::Queue;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -50,7 +55,8 @@ impl BlockDomain for FileDisk {
     const SCHEMA_NAME: &'static str = "file";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] = &["path", "direct", "readonly", "locking", "serial", "aio"];
+    const PARAMS: &'static [&'static str] =
+        &["path", "direct", "readonly", "locking", "block_size", "serial", "aio"];
     const INHERITED: &'static [&'static str] = Self::PARAMS;
 
     type Queue = Queue;
@@ -64,32 +70,44 @@ impl BlockDomain for FileDisk {
         let mode =
             OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
         let locks = params.flag("locking", true)?;
+        let block_size = match params.get("block_size") {
+            None => None,
+            Some("512") => Some(512),
+            Some("4096") => Some(4096),
+            Some(other) => {
+                return Err(DomainError::new(format!(
+                    "parameter `block_size` is `{other}`; it must be 512 or 4096"
+                )));
+            }
+        };
         let serial = params.serial()?;
-        let disk = Disk::new(host, Image::prepare(host, path, mode, locks)?);
+        let disk = Disk::new(host, Image::prepare(host, path, Wanted { mode, locks, block_size })?);
         let engine = Engine::choose(host, disk.image(), params)?;
         Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
     }
 
     fn info(&self) -> DeviceInfo {
         let image = self.disk.image();
+        let announced = image.announced();
         let capabilities = if image.mode().write {
+            let takes_discard = Capabilities(if announced.discard { Capabilities::DISCARD.0 } else { 0 });
             Capabilities::FLUSH
                 .with(Capabilities::WRITE_CACHE)
-                .with(Capabilities::DISCARD)
                 .with(Capabilities::WRITE_ZEROES)
+                .with(takes_discard)
         } else {
             Capabilities::READ_ONLY.with(Capabilities::FLUSH)
         };
         DeviceInfo {
-            capacity: image.size(),
-            block_size: image.block_size(),
-            physical_block_size: image.physical_block_size(),
+            capacity: announced.capacity,
+            block_size: announced.block_size,
+            physical_block_size: announced.physical_block_size,
             optimal_io_size: 0,
-            discard_granularity: image.physical_block_size(),
+            discard_granularity: announced.physical_block_size,
             capabilities,
-            swap: Swap::SameBacking,
+            swap: if image.may_modify() { Swap::No } else { Swap::SameBacking },
             backing_kind: "file".to_owned(),
-            backing_id: image.id(),
+            backing_id: announced.id,
             backing_cache: u64::from(image.mode().direct),
             serial: self.serial.clone(),
         }

@@ -4,7 +4,7 @@
 //!   request -> at once? -- yes --> done
 //!                |no / in part
 //!                v
-//!              ring -> kernel -> ended -> more to be done for it (a plainer way, fdatasync) -> ring
+//!              ring -> kernel -> ended -> more to be done for it (a plainer way, an edge, a sync) -> ring
 //!                                  |
 //!                                  v
 //!                                 done
@@ -12,26 +12,35 @@
 //!
 //! At once goes what only copies: reads from the page cache (the kernel says so itself, `RWF_NOWAIT`), writes into it, and everything on a file
 //! system in memory. Writes that turn out to wait, for dirty pages or a journal, go to the ring for a while ([`Pace`]). Direct I/O goes to the ring. What
-//! needs a bounce buffer is so rare that the worker waits for it. Without direct I/O the ring is made when a request first needs it (`engine`).
+//! does not fit the storage's alignment goes there by way of memory of its own ([`crate::edges`]). Without direct I/O the ring is made when a request first needs it (`engine`).
 //!
 //! **Flush.** It has to cover the writes that had completed before it was submitted, by this queue or another, this instance or another. Completed means
 //! that the data is in the page cache or on the device; `fdatasync` on the file takes all of that with it, whoever wrote it, and it is
 //! submitted later than those writes completed. Writes that are still in flight are owed nothing. So no request is ever held back for
-//! another (no `IOSQE_IO_DRAIN`, no links).
+//! another (no `IOSQE_IO_DRAIN`, no links). Flushes that come while one is under way share the next ([`crate::turn`]).
 //!
-//! **Without a write cache** a write is durable before it completes. The setting may change while writes are in flight, so it is looked at once more when a
-//! write has ended: whatever was not written durably is followed by an `fdatasync` of its own.
+//! **Without a write cache** a write is durable before it completes: direct I/O says so with the write, and a write into the page cache is followed by a
+//! sync, which it shares with others. The setting may change while writes are in flight, so it is looked at once more when a
+//! write has ended: whatever was not written durably is followed by a sync.
 //!
 //! Where no ring can be had everything is done by the worker, one after the other ([`Disk::serve`]).
 
 use crate::bounce::Bounce;
-use crate::disk::Disk;
-use crate::engine::Engine;
+use crate::disk::{Disk, is_cancelled};
+use crate::edges;
+use crate::engine::{DEPTH, Engine};
 use crate::pace::Pace;
-use domain_api::uring::{Ended, Ring, Work};
+use crate::turn::Turn;
+use domain_api::uring::{Aligned, Ended, Ring, Work};
 use domain_api::{Batch, Completions, Op, QueueIndex, Request, Status, file_io};
+use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::time::Instant;
+
+/// Most bytes of memory for a request that does not fit; what is longer the worker moves in pieces.
+const MOST_ALIGNED: u64 = 1 << 20;
 
 /// What a worker keeps for its queue.
 #[derive(Debug)]
@@ -42,6 +51,15 @@ pub struct Queue {
     ring: Option<Ring>,
     /// Whether one can be had when it is needed.
     may_have_ring: bool,
+    /// What it syncs through; without it, the image's own descriptor.
+    sync: Option<File>,
+    turn: Turn,
+    /// Ranges that requests in flight have to themselves, by tag.
+    held: Vec<(u64, Range<u64>)>,
+    /// Requests that wait for such a range.
+    blocked: VecDeque<Request>,
+    /// How many requests are with the disk's thread.
+    offloaded: usize,
     reads: Pace,
     writes: Pace,
     /// How often the disk had been told to cancel when this queue last looked.
@@ -54,19 +72,35 @@ enum Next {
     Done(Status),
     /// Leave it to the ring, from this byte on.
     Ring(Work, u64),
+    /// Leave it to the ring, with memory of its own.
+    Aligned(Work, Box<Aligned>),
+    /// Make durable what was written.
+    Sync,
+    /// Leave it to the disk's thread.
+    Offload(Range<u64>),
+    /// Begin again when a range is free.
+    Blocked,
 }
 
 impl Queue {
     /// A queue, on the thread that will serve it.
     pub(crate) fn new(engine: &Engine, disk: &Disk, index: QueueIndex) -> Self {
-        let at_once = engine.wants_rings_at_once(disk.image());
-        let ring = at_once.then(|| engine.ring(disk.image(), index)).flatten();
+        let image = disk.image();
+        let sync = engine.sync_file(image, index);
+        let at_once = engine.wants_rings_at_once(image);
+        let ring =
+            at_once.then(|| engine.ring(image, sync.as_ref().unwrap_or(image.file()), index)).flatten();
         Self {
             index,
             bounce: Bounce::default(),
             // One that could not be had now is not tried for again under a request.
             may_have_ring: engine.wants_rings() && (ring.is_some() || !at_once),
             ring,
+            sync,
+            turn: Turn::default(),
+            held: Vec::new(),
+            blocked: VecDeque::new(),
+            offloaded: 0,
             reads: Pace::default(),
             writes: Pace::default(),
             cancels_seen: disk.cancels(),
@@ -77,8 +111,11 @@ impl Queue {
         self.index
     }
 
+    /// Its ring, with which nothing is done any more, and which has let go of the image.
     pub(crate) fn into_ring(self) -> Option<Ring> {
-        self.ring
+        let mut ring = self.ring?;
+        ring.release_files();
+        Some(ring)
     }
 
     pub(crate) fn submit(
@@ -90,7 +127,7 @@ impl Queue {
     ) {
         if !self.may_have_ring {
             while let Some(request) = batch.next() {
-                let status = disk.serve(&mut self.bounce, &request);
+                let status = self.serve(disk, &request);
                 completions.complete(request, status);
             }
             return;
@@ -102,7 +139,7 @@ impl Queue {
             while self.has_room()
                 && let Some(request) = batch.next()
             {
-                let next = self.begin(disk, &request);
+                let next = self.begin(engine, disk, &request);
                 self.go_on(engine, disk, request, next, completions);
             }
             self.collect(engine, disk, completions);
@@ -124,15 +161,54 @@ impl Queue {
         }
     }
 
+    /// Whether the ring can take one more, and all that wait beside it.
+    #[inline]
     fn has_room(&self) -> bool {
-        self.ring.as_ref().is_none_or(Ring::has_room)
+        let beside = self.turn.len() + self.blocked.len() + self.offloaded;
+        self.ring
+            .as_ref()
+            .is_none_or(|ring| ring.has_room() && (beside == 0 || ring.in_flight() + beside < DEPTH))
+    }
+
+    /// Serves a request here and now.
+    fn serve(&mut self, disk: &Disk, request: &Request) -> Status {
+        let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+        disk.serve(&mut self.bounce, sync, request)
     }
 
     fn collect(&mut self, engine: &Engine, disk: &Disk, completions: &mut Completions<'_>) {
-        while let Some(Ended { request, work, result }) = self.ring.as_mut().and_then(Ring::advance) {
-            let next = self.ended(disk, &request, work, result);
+        loop {
+            while let Some(ended) = self.ring.as_mut().and_then(Ring::advance) {
+                let Ended { request, work, aligned, result } = ended;
+                if matches!(work, Work::SyncData | Work::SyncImage) {
+                    self.synced(disk, request, work, result, completions);
+                } else {
+                    let next = self.ended(engine, disk, &request, work, aligned, result);
+                    self.go_on(engine, disk, request, next, completions);
+                }
+            }
+            if self.offloaded > 0 {
+                for (request, result) in disk.offload().done(self.index) {
+                    self.offloaded -= 1;
+                    let status = disk.discard_ended(&request, result);
+                    completions.complete(request, status);
+                }
+            }
+            if !self.unblock(engine, disk, completions) {
+                return;
+            }
+        }
+    }
+
+    /// Begins what waited for a range. Whether any of it could.
+    fn unblock(&mut self, engine: &Engine, disk: &Disk, completions: &mut Completions<'_>) -> bool {
+        let before = self.blocked.len();
+        for _ in 0..before {
+            let Some(request) = self.blocked.pop_front() else { break };
+            let next = self.begin(engine, disk, &request);
             self.go_on(engine, disk, request, next, completions);
         }
+        self.blocked.len() < before
     }
 
     #[inline]
@@ -145,37 +221,80 @@ impl Queue {
         completions: &mut Completions<'_>,
     ) {
         match (next, &mut self.ring) {
-            (Next::Done(status), _) => completions.complete(request, status),
+            (Next::Done(status), _) => self.done(disk, request, status, completions),
             (Next::Ring(work, done), Some(ring)) => ring.push(request, work, done),
-            (Next::Ring(work, done), None) => {
-                self.first_for_ring(engine, disk, request, work, done, completions);
-            }
-        }
-    }
-
-    /// The first request that is to wait without its worker makes the ring for it. If there is none to be had, the worker serves it, and all that follow.
-    #[cold]
-    fn first_for_ring(
-        &mut self,
-        engine: &Engine,
-        disk: &Disk,
-        request: Request,
-        work: Work,
-        done: u64,
-        completions: &mut Completions<'_>,
-    ) {
-        self.ring = if self.may_have_ring { engine.ring(disk.image(), self.index) } else { None };
-        if let Some(ring) = &mut self.ring {
-            ring.push(request, work, done);
-        } else {
-            self.may_have_ring = false;
-            let status = disk.serve(&mut self.bounce, &request);
-            completions.complete(request, status);
+            (Next::Blocked, _) => self.blocked.push_back(request),
+            (next, _) => self.go_on_elsewhere(engine, disk, request, next, completions),
         }
     }
 
     #[inline]
-    fn begin(&mut self, disk: &Disk, request: &Request) -> Next {
+    fn done(&mut self, disk: &Disk, request: Request, status: Status, completions: &mut Completions<'_>) {
+        if !self.held.is_empty() {
+            self.give_back(disk, &request);
+        }
+        completions.complete(request, status);
+    }
+
+    /// Gives back the range that a request has to itself, if it has one.
+    #[cold]
+    fn give_back(&mut self, disk: &Disk, request: &Request) {
+        let tag = request.id().tag;
+        if let Some(at) = self.held.iter().position(|(of, _)| *of == tag) {
+            disk.ranges().give_back(&self.held.swap_remove(at).1);
+        }
+    }
+
+    /// What is rarer than reads and writes that fit. The first request that is to wait without its worker makes the ring
+    /// for it. If there is none to be had, the worker serves it, and all that follow.
+    #[inline(never)]
+    fn go_on_elsewhere(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: Request,
+        next: Next,
+        completions: &mut Completions<'_>,
+    ) {
+        if let Next::Offload(range) = next {
+            match disk.offload().discard(disk.image().file(), self.index, request, range) {
+                Ok(()) => self.offloaded += 1,
+                Err(request) => {
+                    let status = self.serve(disk, &request);
+                    completions.complete(request, status);
+                }
+            }
+            return;
+        }
+        if !self.make_ring(engine, disk) {
+            let status = self.serve(disk, &request);
+            return self.done(disk, request, status, completions);
+        }
+        let Some(ring) = &mut self.ring else { unreachable!("just made") };
+        match next {
+            Next::Ring(work, done) => ring.push(request, work, done),
+            Next::Aligned(work, aligned) => ring.push_aligned(request, work, aligned),
+            Next::Sync => {
+                if let Some(first) = self.turn.join(request) {
+                    ring.push(first, Work::SyncData, 0);
+                }
+            }
+            Next::Done(_) | Next::Blocked | Next::Offload(_) => unreachable!("dealt with above"),
+        }
+    }
+
+    /// Makes the ring, if there is none yet. Whether there is one now.
+    fn make_ring(&mut self, engine: &Engine, disk: &Disk) -> bool {
+        if self.ring.is_none() && self.may_have_ring {
+            let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+            self.ring = engine.ring(disk.image(), sync, self.index);
+            self.may_have_ring = self.ring.is_some();
+        }
+        self.ring.is_some()
+    }
+
+    #[inline]
+    fn begin(&mut self, engine: &Engine, disk: &Disk, request: &Request) -> Next {
         let Some(op) = request.op() else { return Next::Done(Status::Unsupported) };
         if op != Op::Flush {
             if !matches!(op, Op::Read) && !disk.image().mode().write {
@@ -187,23 +306,31 @@ impl Queue {
             }
         }
         match op {
-            Op::Read | Op::Write if !disk.takes(request) => Next::Done(disk.serve(&mut self.bounce, request)),
+            Op::Read | Op::Write if !disk.takes(request) => self.begin_aligned(engine, disk, request),
             Op::Read => self.begin_read(disk, request),
             Op::Write => self.begin_write(disk, request),
-            Op::Flush if disk.image().is_in_memory() => Next::Done(disk.serve(&mut self.bounce, request)),
-            Op::Flush => Next::Ring(Work::SyncData, 0),
-            Op::Discard if disk.can_punch_hole() => Next::Ring(Work::PunchHole, 0),
-            Op::Discard => Next::Done(Status::Ok),
+            Op::Flush if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
+            Op::Flush => match disk.check_storage() {
+                Ok(()) => Next::Sync,
+                Err(error) => Next::Done(disk.failed(request, &error)),
+            },
+            Op::Discard if disk.image().device_sector().is_some() => {
+                // What is less than a sector cannot be given back.
+                disk.discarded(request).map_or(Next::Done(Status::Ok), Next::Offload)
+            }
+            Op::Discard if !disk.can_punch_hole() => Next::Done(Status::Unsupported),
+            Op::Discard | Op::WriteZeroes { .. } if !self.has_range(disk, request) => Next::Blocked,
+            Op::Discard => Next::Ring(Work::PunchHole, 0),
             Op::WriteZeroes { may_unmap: true } if disk.can_punch_hole() => Next::Ring(Work::PunchHole, 0),
             Op::WriteZeroes { .. } if disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
-            Op::WriteZeroes { .. } => Next::Ring(Work::WriteZeros, 0),
+            Op::WriteZeroes { .. } => self.write_zeros(disk, request),
         }
     }
 
     #[inline]
     fn begin_read(&mut self, disk: &Disk, request: &Request) -> Next {
         if disk.image().is_in_memory() {
-            return Next::Done(disk.serve(&mut self.bounce, request));
+            return Next::Done(self.serve(disk, request));
         }
         if disk.image().mode().direct || !disk.tries_reads() || !self.reads.worth_trying() {
             return Next::Ring(Work::Read, 0);
@@ -228,47 +355,222 @@ impl Queue {
 
     #[inline]
     fn begin_write(&mut self, disk: &Disk, request: &Request) -> Next {
-        let durable = disk.is_write_through();
         if disk.image().is_in_memory() {
-            return Next::Done(disk.serve(&mut self.bounce, request));
+            return Next::Done(self.serve(disk, request));
         }
-        let work = Work::Write { durable };
-        if durable || disk.image().mode().direct || !self.writes.worth_trying() {
-            return Next::Ring(work, 0);
+        if disk.image().mode().direct {
+            return Next::Ring(Work::Write { durable: disk.is_write_through() }, 0);
+        }
+        if !self.writes.worth_trying() {
+            return Next::Ring(Work::Write { durable: false }, 0);
         }
         // Few file systems can say beforehand whether a write into the page cache would wait (ext4 cannot), so the clock tells afterwards.
         let started = Instant::now();
-        let status = disk.serve(&mut self.bounce, request);
+        let result = file_io::write_at(disk.image().file(), request.offset(), &request.buffer());
         self.writes.took(started.elapsed());
-        Next::Done(status)
+        match result {
+            Ok(()) if disk.is_write_through() => Next::Sync,
+            result => Next::Done(disk.status(request, result)),
+        }
+    }
+
+    /// Whether the request has its range to itself, where it needs that: it is taken if it is free.
+    fn has_range(&mut self, disk: &Disk, request: &Request) -> bool {
+        if !disk.has_edges(request) {
+            return true;
+        }
+        let (tag, range) = (request.id().tag, edges::hull(request, disk.image().alignment()));
+        let taken = disk.ranges().try_take(&range, self.index);
+        if taken {
+            self.held.push((tag, range));
+        }
+        taken
+    }
+
+    /// A read or a write that the kernel does not take as it is.
+    #[cold]
+    fn begin_aligned(&mut self, engine: &Engine, disk: &Disk, request: &Request) -> Next {
+        if !self.make_ring(engine, disk) {
+            return Next::Done(self.serve(disk, request));
+        }
+        let alignment = disk.image().alignment();
+        let hull = edges::hull(request, alignment);
+        let len = hull.end - hull.start;
+        let reads = request.op() == Some(Op::Read);
+        if reads {
+            disk.count_unaligned(false);
+            if len > MOST_ALIGNED {
+                let result = disk.read_bounced(&mut self.bounce, request);
+                return Next::Done(disk.status(request, result));
+            }
+            return Next::Aligned(Work::ReadAligned, Box::new(Aligned::new(hull.start, len as usize)));
+        }
+        if !self.has_range(disk, request) {
+            return Next::Blocked;
+        }
+        let (head, tail) = (request.offset() > hull.start, request.offset() + request.len() < hull.end);
+        disk.count_unaligned(head || tail);
+        if len > MOST_ALIGNED || disk.partial_block(request.offset() + request.len()).is_some() {
+            let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+            let result = disk.write_bounced(&mut self.bounce, sync, request);
+            return Next::Done(disk.status(request, result));
+        }
+        let (mut aligned, len) = (Box::new(Aligned::new(hull.start, len as usize)), len as usize);
+        let block = alignment as usize;
+        match (head, tail) {
+            (false, false) => return fill_and_write(disk, request, aligned),
+            // Both blocks at once, where they are neighbours.
+            _ if len <= 2 * block => {}
+            (true, _) => aligned.set_window(0..block),
+            (false, true) => aligned.set_window(len - block..len),
+        }
+        Next::Aligned(Work::ReadAligned, aligned)
+    }
+
+    /// What follows when a piece of a request that does not fit has been moved.
+    #[cold]
+    fn moved(&mut self, disk: &Disk, request: &Request, work: Work, mut aligned: Box<Aligned>) -> Next {
+        let from = (request.offset() - aligned.offset()) as usize;
+        let (to, len) = (from + request.len() as usize, aligned.bytes().len());
+        if matches!(work, Work::WriteAligned { .. }) {
+            let durable = matches!(work, Work::WriteAligned { durable: true });
+            return if disk.is_write_through() && !durable { Next::Sync } else { Next::Done(Status::Ok) };
+        }
+        let window = aligned.window();
+        if request.op() == Some(Op::Read) {
+            if aligned.moved() < to {
+                return Next::Done(disk.failed(request, &io::ErrorKind::UnexpectedEof.into()));
+            }
+            request.buffer().copy_from_slice(0, &aligned.bytes()[from..to]);
+            return Next::Done(Status::Ok);
+        }
+        if aligned.moved() < window.len() {
+            return Next::Done(disk.failed(request, &io::ErrorKind::UnexpectedEof.into()));
+        }
+        // The first block has been read, and the last one is still to come.
+        if window.start == 0 && window.end < len && to < len {
+            aligned.set_window(len - window.end..len);
+            return Next::Aligned(Work::ReadAligned, aligned);
+        }
+        fill_and_write(disk, request, aligned)
+    }
+
+    /// Zeros by writing them, of a request that has its range to itself if it has edges.
+    fn write_zeros(&mut self, disk: &Disk, request: &Request) -> Next {
+        if !disk.has_edges(request) {
+            return Next::Ring(Work::WriteZeros, 0);
+        }
+        disk.count_unaligned(true);
+        let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+        let result = disk.zero_bounced(&mut self.bounce, sync, request);
+        Next::Done(disk.status(request, result))
     }
 
     /// What follows when the ring is done with `work`.
-    fn ended(&mut self, disk: &Disk, request: &Request, work: Work, result: io::Result<()>) -> Next {
+    fn ended(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: &Request,
+        work: Work,
+        aligned: Option<Box<Aligned>>,
+        result: io::Result<()>,
+    ) -> Next {
         let op = request.op();
-        let error = match result {
-            Ok(()) => {
-                let covered = matches!(work, Work::SyncData | Work::Write { durable: true });
+        let error = match (result, aligned) {
+            (Ok(()), Some(aligned)) => return self.moved(disk, request, work, aligned),
+            (Ok(()), None) => {
+                let covered = matches!(work, Work::Write { durable: true });
                 let writes = matches!(op, Some(Op::Write | Op::WriteZeroes { .. }));
                 return if writes && !covered && disk.is_write_through() {
-                    Next::Ring(Work::SyncData, 0)
+                    Next::Sync
                 } else {
                     Next::Done(Status::Ok)
                 };
             }
-            Err(error) => error,
+            (Err(error), aligned) if disk.is_misaligned(&error) && is_transfer(work) => {
+                // The kernel did not like the guest's memory, or the storage asks for more than it did.
+                let grown = disk.image().ask_alignment_again()
+                    || aligned.is_some_and(|aligned| {
+                        aligned.bytes().len() as u64 != hull_len(request, disk.image().alignment())
+                    });
+                let was_plain = matches!(work, Work::Read | Work::Write { .. });
+                if grown || was_plain {
+                    if !self.held.is_empty() {
+                        self.give_back(disk, request);
+                    }
+                    return self.begin_aligned(engine, disk, request);
+                }
+                return Next::Done(disk.failed(request, &error));
+            }
+            (Err(error), _) => error,
         };
         let cannot = disk.cannot(work, &error);
         match work {
-            // Only a hint: a file system that cannot take it leaves the data where it is.
-            Work::PunchHole if cannot && op == Some(Op::Discard) => Next::Done(Status::Ok),
+            // A hint, but one that was not taken is not answered well.
+            Work::PunchHole if cannot && op == Some(Op::Discard) => Next::Done(Status::Unsupported),
             Work::PunchHole if cannot && disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
-            Work::PunchHole | Work::ZeroRange if cannot => Next::Ring(Work::WriteZeros, 0),
-            // The kernel did not like the guest's memory after all; a bounce buffer may help.
-            Work::Read | Work::Write { .. } if disk.is_misaligned(&error) => {
-                Next::Done(disk.serve_bounced(&mut self.bounce, request))
-            }
+            Work::PunchHole | Work::ZeroRange if cannot => self.write_zeros(disk, request),
             _ => Next::Done(disk.failed(request, &error)),
         }
     }
+
+    /// A sync has ended, for the request that it went with and all that ride on it.
+    fn synced(
+        &mut self,
+        disk: &Disk,
+        request: Request,
+        work: Work,
+        result: io::Result<()>,
+        completions: &mut Completions<'_>,
+    ) {
+        let Some(ring) = &mut self.ring else { unreachable!("it has ended there") };
+        if work == Work::SyncData && result.is_ok() && !disk.is_witnessed() {
+            return ring.push(request, Work::SyncImage, 0);
+        }
+        if work == Work::SyncImage && result.is_ok() {
+            disk.set_witnessed();
+        }
+        let given_up = result.as_ref().is_err_and(is_cancelled);
+        let outcome = disk.sync_ended(result);
+        let mut served = self.turn.riders();
+        served.push(request);
+        loop {
+            for request in served.drain(..) {
+                let status = match &outcome {
+                    Ok(()) => Status::Ok,
+                    Err(error) => disk.failed(&request, error),
+                };
+                self.done(disk, request, status, completions);
+            }
+            let Some(first) = self.turn.next() else { return };
+            if given_up {
+                // All that was in flight was to be given up.
+                served = self.turn.riders();
+                served.push(first);
+                continue;
+            }
+            let Some(ring) = &mut self.ring else { unreachable!("it has ended there") };
+            return ring.push(first, Work::SyncData, 0);
+        }
+    }
+}
+
+/// Whether it moves data.
+const fn is_transfer(work: Work) -> bool {
+    matches!(work, Work::Read | Work::Write { .. } | Work::ReadAligned | Work::WriteAligned { .. })
+}
+
+fn hull_len(request: &Request, alignment: u64) -> u64 {
+    let hull = edges::hull(request, alignment);
+    hull.end - hull.start
+}
+
+/// Puts the guest's data between the edges, and writes all of it.
+fn fill_and_write(disk: &Disk, request: &Request, mut aligned: Box<Aligned>) -> Next {
+    let from = (request.offset() - aligned.offset()) as usize;
+    let (to, len) = (from + request.len() as usize, aligned.bytes().len());
+    request.buffer().copy_to_slice(0, &mut aligned.bytes_mut()[from..to]);
+    aligned.set_window(0..len);
+    Next::Aligned(Work::WriteAligned { durable: disk.is_write_through() }, aligned)
 }

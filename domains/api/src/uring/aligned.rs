@@ -75,6 +75,12 @@ impl Aligned {
         (self.window, self.moved) = (window, 0);
     }
 
+    /// Which bytes the last work was about.
+    #[must_use]
+    pub fn window(&self) -> Range<usize> {
+        self.window.clone()
+    }
+
     /// How many bytes of the window the last work has moved. Reading at the end of the file moves
     /// less than all.
     #[must_use]
