@@ -9,6 +9,7 @@
 //! - [`daemon`]: starts and ends the daemon, runs `hotswapctl`, speaks JSON-RPC by hand.
 //! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
 //! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
+//! - [`loopback`]: loop devices and file systems of the host.
 //! - [`modules`]: modules that only tests have.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
 //! - [`power`]: a disk that forgets what was not synced when its power is cut.
@@ -20,6 +21,7 @@ pub mod client;
 pub mod daemon;
 pub mod guest;
 pub mod initramfs;
+pub mod loopback;
 pub mod modules;
 pub mod operator;
 pub mod power;

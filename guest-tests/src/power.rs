@@ -4,6 +4,9 @@
 //! when it is in the disk's volatile cache; `fsync` makes durable what was in the cache when it began, takes its time, and writes go on meanwhile. After
 //! the cut nothing is answered any more, and what is left is [`Disk::image`]: nothing that was not synced.
 //!
+//! With a page cache in front of it ([`Disk::mount_cached`]) writes come when the kernel writes back, and can be made to
+//! fail then ([`Disk::set_full`]), as on storage that is full behind a file system that had promised room.
+//!
 //! The protocol is that of `include/uapi/linux/fuse.h`; the mount point is a file, so that there are no names to look up. It wants `/dev/fuse` and the
 //! right to mount, which root has; where that is missing, [`Disk::mount`] says so.
 
@@ -41,6 +44,9 @@ const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 const FALLOCATE: u32 = 43;
 const ENOSYS: i32 = 38;
+const ENOSPC: i32 = 28;
+/// FUSE_WRITEBACK_CACHE.
+const WRITEBACK_CACHE: u32 = 1 << 16;
 
 struct Sectors {
     /// What reads see.
@@ -50,6 +56,7 @@ struct Sectors {
     /// Which sectors differ, as far as is known.
     dirty: Vec<bool>,
     cut: bool,
+    full: bool,
     syncs: u64,
 }
 
@@ -76,6 +83,18 @@ impl Disk {
     ///
     /// Fails where there is no FUSE, or no right to mount.
     pub fn mount(len: usize) -> io::Result<Disk> {
+        Disk::mount_with(len, 0)
+    }
+
+    /// As [`mount`](Self::mount), with writes that stay in the kernel's page cache until it writes them back.
+    pub fn mount_cached(len: usize) -> io::Result<Disk> {
+        let disk = Disk::mount_with(len, WRITEBACK_CACHE)?;
+        // With such a cache the kernel is the one who knows the size, and it begins with 0.
+        File::options().write(true).open(disk.path())?.set_len(len as u64)?;
+        Ok(disk)
+    }
+
+    fn mount_with(len: usize, flags: u32) -> io::Result<Disk> {
         let device = File::options().read(true).write(true).open("/dev/fuse")?;
         let point = NamedTempFile::with_prefix("hotswap-power-")?;
         let options = format!("fd={},rootmode=100000,user_id=0,group_id=0\0", device.as_raw_fd());
@@ -86,11 +105,12 @@ impl Disk {
             durable: vec![0; len],
             dirty: vec![false; len / SECTOR],
             cut: false,
+            full: false,
             syncs: 0,
         };
         let shared = Arc::new(Shared { device, sectors: Mutex::new(sectors), syncing: Mutex::default() });
         let served = Arc::clone(&shared);
-        let server = Some(thread::spawn(move || served.serve()));
+        let server = Some(thread::spawn(move || served.serve(flags)));
         Ok(Disk { point, shared, server })
     }
 
@@ -102,6 +122,11 @@ impl Disk {
     /// From now on nothing is made durable, and nobody is answered.
     pub fn cut_power(&self) {
         lock(&self.shared.sectors).cut = true;
+    }
+
+    /// Whether writes fail from now on, because there is no room.
+    pub fn set_full(&self, full: bool) {
+        lock(&self.shared.sectors).full = full;
     }
 
     /// Ends whatever still waits for an answer, with an error. A process that waits cannot even be killed before this.
@@ -138,7 +163,7 @@ fn number<const BYTES: usize>(body: &[u8], at: usize) -> u64 {
 }
 
 impl Shared {
-    fn serve(self: Arc<Self>) {
+    fn serve(self: Arc<Self>, flags: u32) {
         let mut buffer = vec![0; BUFFER];
         loop {
             let len = match (&self.device).read(&mut buffer) {
@@ -157,7 +182,7 @@ impl Shared {
             } else if ![FORGET, BATCH_FORGET, INTERRUPT].contains(&opcode) {
                 let mut sectors = lock(&self.sectors);
                 if !sectors.cut {
-                    let answer = sectors.answer(opcode, body);
+                    let answer = sectors.answer(opcode, body, flags);
                     self.reply(unique, answer);
                 }
             }
@@ -200,9 +225,10 @@ impl Shared {
 }
 
 impl Sectors {
-    fn answer(&mut self, opcode: u32, body: &[u8]) -> Result<Vec<u8>, i32> {
+    fn answer(&mut self, opcode: u32, body: &[u8], flags: u32) -> Result<Vec<u8>, i32> {
         match opcode {
-            INIT => Ok(init(number::<4>(body, 8) as u32)),
+            INIT => Ok(init(number::<4>(body, 8) as u32, flags)),
+            WRITE | FALLOCATE if self.full => Err(ENOSPC),
             GETATTR | SETATTR => Ok(self.attributes()),
             OPEN => Ok(vec![0; 16]),
             // Nobody asks how much room there is.
@@ -220,7 +246,12 @@ impl Sectors {
             }
             // Punching holes and zeroing are the same here.
             FALLOCATE => {
-                self.change(number::<8>(body, 8) as usize, number::<8>(body, 16) as usize).fill(0);
+                // There is nothing behind the end.
+                let (at, len) = (number::<8>(body, 8) as usize, number::<8>(body, 16) as usize);
+                let len = len.min(self.current.len().saturating_sub(at));
+                if len > 0 {
+                    self.change(at, len).fill(0);
+                }
                 Ok(Vec::new())
             }
             _ => Err(ENOSYS),
@@ -244,9 +275,9 @@ impl Sectors {
     }
 }
 
-/// fuse_init_out. No flag is asked for: without a write-back cache in the kernel a write is here when it ends.
-fn init(readahead: u32) -> Vec<u8> {
-    let mut out: Vec<u8> = [7u32, 31, readahead, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+/// fuse_init_out. Without a write-back cache in the kernel a write is here when it ends.
+fn init(readahead: u32, flags: u32) -> Vec<u8> {
+    let mut out: Vec<u8> = [7u32, 31, readahead, flags].into_iter().flat_map(u32::to_le_bytes).collect();
     out.extend([64u16, 48].into_iter().flat_map(u16::to_le_bytes));
     out.extend([MAX_WRITE, 1].into_iter().flat_map(u32::to_le_bytes));
     out.resize(64, 0);
