@@ -13,6 +13,12 @@ pub fn stubborn() -> String {
     BUILT.get_or_init(|| build("stubborn")).clone()
 }
 
+/// The path of the module `fragile`: the domain `file`, which panics at a flush. Built at the first call.
+pub fn fragile() -> String {
+    static BUILT: OnceLock<String> = OnceLock::new();
+    BUILT.get_or_init(|| build("fragile")).clone()
+}
+
 /// Puts `count` copies of a domain's module into `directory`, which the loader takes for different ones. Their paths.
 pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<String>> {
     let mut bytes = fs::read(binary(&format!("libdomain_{domain}.so")))?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use guest_tests::client::{Client, Options, Queue, Request, Status, features};
 use guest_tests::daemon::{Daemon, disk_directory, run_daemon};
 use guest_tests::loopback::{LoopDevice, Mounted, host};
+use guest_tests::modules::fragile;
 use guest_tests::power::Disk;
 use serde_json::Value;
 
@@ -23,8 +24,12 @@ fn text(path: &Path) -> &str {
 }
 
 fn serve(path: &Path, params: &[&str]) -> Daemon {
+    serve_with("file", path, params)
+}
+
+fn serve_with(domain: &str, path: &Path, params: &[&str]) -> Daemon {
     let path = format!("path={}", path.display());
-    let mut args = vec!["--queues", "2", "--domain", "file", "--param", &path];
+    let mut args = vec!["--queues", "2", "--domain", domain, "--param", &path];
     params.iter().for_each(|param| args.extend(["--param", param]));
     Daemon::start(&args)
 }
@@ -175,6 +180,54 @@ fn flushes_at_the_same_time_fail_together() {
                 }
             }
             assert_eq!(answers, [Status::IoError; 2], "{params:?}, {queues} queues, round {round}");
+        }
+    }
+}
+
+/// The kernel has told an instance that data is lost, and that has died before it could tell anybody.
+#[test]
+fn what_a_dead_domain_was_told_is_not_lost_with_it() {
+    for panics in ["panics=reap", "panics=submit"] {
+        for standby in [true, false] {
+            let Some(disk) = failing_disk() else { return };
+            // It dies at the second call: the first is the write.
+            let dies = [panics, "calls=1"];
+            let daemon = if standby {
+                let daemon = serve(disk.path(), &[]);
+                daemon.call(&["upgrade", &fragile(), "--param", dies[0], "--param", dies[1]]);
+                daemon
+            } else {
+                serve_with(&fragile(), disk.path(), &dies)
+            };
+            let mut client = connect(&daemon, &Options::default());
+            let queue = client.queue(0);
+            write(queue, 0, &[1; BLOCK]);
+            disk.set_full(true);
+            queue.submit(Request::Flush, 1).expect("room");
+            queue.kick().expect("a kick");
+            let deadline = Instant::now() + LIMIT;
+            let takeovers = if standby { 1 } else { 0 };
+            while daemon.status()["upgrades"]["takeovers"] != takeovers
+                || !standby && daemon.status()["state"] != "faulted"
+            {
+                assert!(Instant::now() < deadline, "{}", daemon.status());
+                thread::sleep(Duration::from_millis(5));
+            }
+            disk.set_full(false);
+            let mut answers = Vec::new();
+            while answers.is_empty() {
+                assert!(Instant::now() < deadline, "the flush is not answered");
+                queue.wait(Duration::from_millis(10)).expect("a wait");
+                queue.reap(|done| answers.push(done.status));
+            }
+            assert_eq!(answers, [Status::IoError], "{panics}, standby {standby}");
+            if !standby {
+                daemon.call(&["upgrade", "file"]);
+            }
+            assert_eq!(status(queue, Request::Flush), Status::IoError, "{panics}, standby {standby}");
+            assert!(is_marked(&daemon));
+            drop(client);
+            assert_eq!(daemon.terminate(), 1);
         }
     }
 }
