@@ -184,6 +184,33 @@ fn flushes_at_the_same_time_fail_together() {
     }
 }
 
+#[test]
+fn flushes_that_wait_for_one_share_the_next() {
+    const FLUSHES: usize = 24;
+    let disk = match Disk::mount(1 << 20) {
+        Ok(disk) => disk,
+        Err(error) => return eprintln!("skipped: cannot mount a FUSE file: {error}"),
+    };
+    let daemon = serve(disk.path(), &[]);
+    let mut client = connect(&daemon, &Options::default());
+    let queue = client.queue(0);
+    assert_eq!(status(queue, Request::Flush), Status::Ok);
+    let before = disk.syncs();
+    (0..FLUSHES).for_each(|context| queue.submit(Request::Flush, context as u64).expect("room"));
+    queue.kick().expect("a kick");
+    let (deadline, mut answered) = (Instant::now() + LIMIT, 0);
+    while answered < FLUSHES {
+        assert!(Instant::now() < deadline, "a flush is not answered");
+        queue.wait(Duration::from_millis(10)).expect("a wait");
+        answered += queue.reap(|done| assert_eq!(done.status, Status::Ok));
+    }
+    // The first goes by itself, and the others together, if all came while it was under way.
+    let syncs = disk.syncs() - before;
+    assert!((1..FLUSHES as u64 / 2).contains(&syncs), "{syncs} syncs for {FLUSHES} flushes");
+    drop(client);
+    assert_eq!(daemon.terminate(), 0);
+}
+
 /// The kernel has told an instance that data is lost, and that has died before it could tell anybody.
 #[test]
 fn what_a_dead_domain_was_told_is_not_lost_with_it() {
