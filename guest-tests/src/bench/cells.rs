@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::drive::{Load, Mix, Wait};
 use super::server::Recipe;
+use crate::loopback::LoopDevice;
 
 /// Size of all disks but the direct one.
 const DISK_BYTES: u64 = 256 << 20;
@@ -33,11 +34,18 @@ pub(super) enum Backing {
     Cached,
     /// A file on disk, past the page cache.
     Direct,
+    /// A device with sectors of 4096 bytes, past the page cache, and requests of 512 bytes. A loop device on tmpfs, which takes root.
+    Sectors,
 }
 
 impl Backing {
-    const ALL: [Backing; 5] =
-        [Backing::Null, Backing::Memory, Backing::Tmpfs, Backing::Cached, Backing::Direct];
+    const ALL: [Backing; 6] =
+        [Backing::Null, Backing::Memory, Backing::Tmpfs, Backing::Cached, Backing::Direct, Backing::Sectors];
+
+    /// How long requests are.
+    fn sizes(self) -> &'static [usize] {
+        if self == Backing::Sectors { &[512] } else { &[4 << 10, 128 << 10] }
+    }
 
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -46,6 +54,7 @@ impl Backing {
             Backing::Tmpfs => "tmpfs",
             Backing::Cached => "cached",
             Backing::Direct => "direct",
+            Backing::Sectors => "sectors",
         }
     }
 }
@@ -72,20 +81,30 @@ pub(super) struct Images {
     memory: Option<(TempDir, PathBuf)>,
     disk: Option<(TempDir, PathBuf)>,
     direct: Option<(TempDir, PathBuf)>,
+    sectors: Option<LoopDevice>,
 }
 
 impl Images {
     /// `disk_dir` is on a real disk.
     pub(super) fn new(disk_dir: PathBuf) -> Images {
-        Images { disk_dir, memory: None, disk: None, direct: None }
+        Images { disk_dir, memory: None, disk: None, direct: None, sectors: None }
     }
 
     pub(super) fn path(&mut self, backing: Backing) -> io::Result<&Path> {
+        if backing == Backing::Sectors {
+            if self.sectors.is_none() {
+                self.sectors = LoopDevice::new(Path::new("/dev/shm"), DISK_BYTES, 4096, &[]);
+            }
+            let missing = || io::Error::new(io::ErrorKind::PermissionDenied, "no loop device can be made");
+            return self.sectors.as_ref().map(LoopDevice::path).ok_or_else(missing);
+        }
         let (place, directory, bytes) = match backing {
             Backing::Tmpfs => (&mut self.memory, Path::new("/dev/shm"), DISK_BYTES),
             Backing::Cached => (&mut self.disk, self.disk_dir.as_path(), DISK_BYTES),
             Backing::Direct => (&mut self.direct, self.disk_dir.as_path(), DIRECT_BYTES),
-            Backing::Null | Backing::Memory => return Err(io::ErrorKind::Unsupported.into()),
+            Backing::Null | Backing::Memory | Backing::Sectors => {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
         };
         if place.is_none() {
             *place = Some(image(directory, bytes)?);
@@ -140,7 +159,7 @@ pub(super) struct Selection<'a> {
 pub(super) fn list(selection: &Selection<'_>) -> Vec<(Backing, String, Load)> {
     let mut cells = Vec::new();
     for backing in Backing::ALL {
-        for bytes in [4 << 10, 128 << 10] {
+        for &bytes in backing.sizes() {
             for mix in [Mix::Read, Mix::Write, Mix::Mixed] {
                 for depth in [1, 4, 32, 128] {
                     for wait in [Wait::Polled, Wait::Sleeping] {
@@ -149,6 +168,8 @@ pub(super) fn list(selection: &Selection<'_>) -> Vec<(Backing, String, Load)> {
                         let wanted = match selection.glob {
                             Some(glob) => matches(glob, &name),
                             None if selection.quick => is_quick(backing, load),
+                            // It takes a right that the others do not.
+                            None if backing == Backing::Sectors => false,
                             // Depths in between say little where a system call dominates.
                             None => matches!(backing, Backing::Null) || matches!(depth, 1 | 32),
                         };
@@ -173,7 +194,8 @@ fn name(backing: Backing, load: Load) -> String {
         Mix::Write => "write",
         Mix::Mixed => "mixed",
     };
-    format!("{}/d{}/{wait}/{}k/{mix}", backing.name(), load.depth, load.bytes >> 10)
+    let size = if load.bytes < 1024 { format!("{}b", load.bytes) } else { format!("{}k", load.bytes >> 10) };
+    format!("{}/d{}/{wait}/{size}/{mix}", backing.name(), load.depth)
 }
 
 /// The cells that matter most.
@@ -186,6 +208,7 @@ fn is_quick(backing: Backing, load: Load) -> bool {
         Backing::Memory => false,
         Backing::Tmpfs | Backing::Cached => load.wait == Wait::Sleeping && load.mix != Mix::Mixed,
         Backing::Direct => load.wait == Wait::Sleeping && load.mix == Mix::Read,
+        Backing::Sectors => false,
     }
 }
 
@@ -206,12 +229,13 @@ pub(super) fn contenders(
             let null = format!("driver=null-co,size={DISK_BYTES},read-zeroes=on,latency-ns=0");
             (ours(&args), vec![peer(label, &null, false), peer(&format!("{label}, iothread"), &null, true)])
         }
-        Backing::Tmpfs | Backing::Cached | Backing::Direct => {
+        Backing::Tmpfs | Backing::Cached | Backing::Direct | Backing::Sectors => {
             let path = images.path(backing)?.display().to_string();
             let mut args: Vec<String> =
                 ["--blk-file", &path, "--queue-size", "512"].map(str::to_owned).to_vec();
-            let file = |more: &str| format!("driver=file,filename={path},{more}");
-            let peers = if backing == Backing::Direct {
+            let driver = if backing == Backing::Sectors { "host_device" } else { "file" };
+            let file = |more: &str| format!("driver={driver},filename={path},{more}");
+            let peers = if matches!(backing, Backing::Direct | Backing::Sectors) {
                 args.extend(["--param".to_owned(), "direct=true".to_owned()]);
                 vec![
                     peer("io_uring, direct", &file("aio=io_uring,cache.direct=on"), false),
