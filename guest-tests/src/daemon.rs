@@ -65,6 +65,11 @@ impl Daemon {
         Daemon::spawn(command, args, None)
     }
 
+    /// As [`start_command`](Self::start_command), with a log that goes there.
+    pub fn start_command_with_stderr(command: Command, stderr: Stdio, args: &[&str]) -> Daemon {
+        Daemon::spawn(command, args, Some(stderr))
+    }
+
     /// As [`start`](Self::start), with a log that goes there.
     pub fn start_with_stderr(stderr: Stdio, args: &[&str]) -> Daemon {
         Daemon::spawn(Command::new(binary("vhost-hotswap")), args, Some(stderr))

@@ -7,8 +7,8 @@
 
 use crate::control::SocketName;
 use crate::session::lock;
+use crate::signals;
 use rustix::event::{EventfdFlags, eventfd};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -62,16 +62,13 @@ impl Ending {
         *lock(&self.stage) = Stage::Serving(Box::new(tell));
     }
 
-    /// Takes SIGTERM, SIGINT and SIGHUP for a wish to end; SIGHUP not if whoever started us ignores it (`nohup`).
+    /// Takes [some signals](signals::ending) for a wish to end, also if they were blocked.
     ///
     /// # Errors
     /// Signals cannot be handled, or there is no thread left.
     pub fn heed_signals(self: &Arc<Self>) -> io::Result<()> {
-        let mut heeded = vec![SIGTERM, SIGINT];
-        if !is_ignored(SIGHUP) {
-            heeded.push(SIGHUP);
-        }
-        let mut signals = Signals::new(heeded)?;
+        let mut signals = Signals::new(signals::ending())?;
+        signals::unblock();
         let ending = Arc::clone(self);
         let heed = move || {
             for signal in signals.forever() {
@@ -117,12 +114,4 @@ impl Ending {
         lock(&self.names).iter().for_each(|name| name.remove());
         std::process::exit(status)
     }
-}
-
-/// Whether the process was started with this signal ignored (`SigIgn` in proc(5)).
-fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    mask >> (signal - 1) & 1 == 1
 }

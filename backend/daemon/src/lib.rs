@@ -20,5 +20,6 @@ mod poll;
 pub mod raw_fd;
 mod ring;
 pub mod session;
+pub mod signals;
 mod vring;
 mod worker;

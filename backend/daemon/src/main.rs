@@ -19,11 +19,13 @@ use vhost_hotswap::ending::Ending;
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
+use vhost_hotswap::signals;
 
 /// How long frontends are left alone when one could not be served: it may come again at once.
 const AFTER_A_FAILURE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 fn main() -> ExitCode {
+    signals::ignore_strays();
     let config = Args::from_command_line();
     logging::start();
     match run(config) {

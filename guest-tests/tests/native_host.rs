@@ -1,0 +1,124 @@
+//! What a host does to its processes, and what a disk must not end or be lost by.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use guest_tests::client::{Client, Options, Request, Status};
+use guest_tests::daemon::{Daemon, binary, disk_directory};
+use rustix::process::Signal;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// A file of zeros.
+fn image(path: &Path, bytes: u64) {
+    File::create(path).and_then(|file| file.set_len(bytes)).expect("an image");
+}
+
+/// Runs a program, unless it is not installed or the system does not let us.
+fn permitted(program: &str, args: &[&str]) -> bool {
+    let worked = Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
+    if !worked {
+        println!("skipped: {program} {args:?} does not work here");
+    }
+    worked
+}
+
+/// Those that end the daemon as its table says (HUP, INT, QUIT, TERM, XCPU), those that say that
+/// it is broken, and the two that nobody can refuse.
+const FATAL: [i32; 14] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 19, 24, 31];
+
+#[test]
+fn a_stray_signal_takes_no_disk_away() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=1M"]);
+    let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+    for signal in (1..=64).filter(|signal| !FATAL.contains(signal)) {
+        let kill = format!("kill -{signal} {}", daemon.pid());
+        let sent = Command::new("sh").args(["-c", &kill]).status().expect("a shell");
+        assert!(sent.success(), "{kill}");
+        let (status, _) = client
+            .queue(0)
+            .execute(Request::Write { offset: 0, data: &[1; 512] }, 10 * SECOND)
+            .unwrap_or_else(|error| panic!("after signal {signal}: {error}"));
+        assert_eq!(status, Status::Ok, "after signal {signal}");
+        assert_eq!(daemon.status()["state"], "serving", "after signal {signal}");
+    }
+    drop(client);
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn the_end_of_the_cpu_time_is_an_end_in_order() {
+    let mut daemon = Daemon::start(&["--domain", "ramdisk"]);
+    let (code, _) = daemon.stop_with(Signal::XCPU);
+    assert_eq!(code, 0, "{}", daemon.log());
+    assert!(!daemon.socket().exists() && !daemon.control().exists(), "the sockets are left");
+}
+
+#[test]
+fn a_parent_that_blocks_or_ignores_signals_leaves_ways_to_end_the_daemon() {
+    for how in ["--block-signal", "--ignore-signal=TERM,CHLD,PIPE"] {
+        if !permitted("env", &[how, "true"]) {
+            continue;
+        }
+        let mut command = Command::new("env");
+        command.arg(how).arg(binary("vhost-hotswap"));
+        let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
+        assert_eq!(daemon.terminate(), 0, "{how}");
+    }
+}
+
+#[test]
+fn a_write_beyond_the_limit_of_a_files_size_fails_alone() {
+    let directory = disk_directory();
+    let path = directory.path().join("disk.img");
+    for direct in ["false", "true"] {
+        image(&path, 8 << 20);
+        // In units of 512 bytes: half of the image.
+        let daemon = Daemon::start_with_ulimit(
+            "-f 8192",
+            &["--blk-file", text(&path), "--param", &format!("direct={direct}")],
+        );
+        let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+        let mut write = |offset: u64, what: u8| {
+            let request = Request::Write { offset, data: &[what; 8192] };
+            client.queue(0).execute(request, 10 * SECOND).expect("an answer").0
+        };
+        assert_eq!(write(0, 1), Status::Ok);
+        assert_eq!(write(6 << 20, 2), Status::IoError, "direct={direct}");
+        assert_eq!(write((4 << 20) - 4096, 3), Status::IoError, "direct={direct}: half of it");
+        assert_eq!(write(4096, 4), Status::Ok);
+        let status = daemon.status();
+        assert_eq!((&status["state"], &status["queues"][0]["errors"]), (&"serving".into(), &2.into()));
+        drop(client);
+        assert_eq!(daemon.terminate(), 0);
+        let mut block = [0; 12288];
+        File::open(&path).and_then(|file| file.read_exact_at(&mut block, 0)).expect("the image");
+        assert!(block[..4096] == [1; 4096] && block[4096..] == [4; 8192], "direct={direct}");
+    }
+}
+
+#[test]
+fn a_log_that_has_reached_the_limit_of_a_files_size_stops_nothing() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let log = directory.path().join("log");
+    image(&log, 8 << 20);
+    let stderr = File::options().append(true).open(&log).expect("the log");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 8192 && exec \"$0\" \"$@\""]).arg(binary("vhost-hotswap"));
+    let daemon = Daemon::start_command_with_stderr(
+        command,
+        stderr.into(),
+        &["--domain", "ramdisk", "--param", "size=1M"],
+    );
+    daemon.refuse(&["upgrade", "no_such_domain"]);
+    assert_eq!(daemon.status()["state"], "serving");
+    assert_eq!(daemon.terminate(), 0);
+    assert_eq!(fs::metadata(&log).expect("the log").len(), 8 << 20);
+}
