@@ -4,10 +4,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
-use guest_tests::daemon::{Daemon, binary, disk_directory};
+use guest_tests::daemon::{Daemon, binary, disk_directory, run_ctl};
 use rustix::process::Signal;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -121,4 +122,67 @@ fn a_log_that_has_reached_the_limit_of_a_files_size_stops_nothing() {
     assert_eq!(daemon.status()["state"], "serving");
     assert_eq!(daemon.terminate(), 0);
     assert_eq!(fs::metadata(&log).expect("the log").len(), 8 << 20);
+}
+
+/// Runs what follows in a namespace of its own, and ends it with the program that made it.
+fn in_namespace(which: &[&str]) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(which).args(["--fork", "--kill-child"]).arg(binary("vhost-hotswap"));
+    command
+}
+
+#[test]
+fn whoever_is_outside_of_the_daemons_pid_namespace_can_command_it() {
+    if !permitted("unshare", &["--pid", "--fork", "true"]) {
+        return;
+    }
+    let daemon = Daemon::start_command(in_namespace(&["--pid"]), &["--domain", "ramdisk"]);
+    assert_eq!(daemon.call(&["upgrade", "ramdisk_v2"])["generation"], 2);
+    daemon.call(&["shutdown"]);
+}
+
+#[test]
+fn a_user_without_a_number_in_the_daemons_namespace_is_not_taken_for_its_own() {
+    if !permitted("unshare", &["--user", "true"]) {
+        return;
+    }
+    // Without a map everybody is 65534 there, the daemon as well.
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let socket = directory.path().join("socket");
+    let control = directory.path().join("control");
+    let mut child = in_namespace(&["--user"])
+        .arg("--socket-path")
+        .arg(&socket)
+        .arg("--control-path")
+        .arg(&control)
+        .spawn()
+        .expect("unshare can be started");
+    wait_until("a control socket", || control.exists());
+    let output = run_ctl(&["--control-path", text(&control), "status"]);
+    let _ = child.kill();
+    child.wait().expect("the child can be waited for");
+    assert_eq!(output.status, 1, "{output:?}");
+    assert!(output.stderr.contains("no number in its user namespace"), "{output:?}");
+    assert!(output.stderr.contains("(permission_denied)"), "{output:?}");
+}
+
+#[test]
+fn root_of_the_daemons_user_namespace_can_command_it() {
+    if !permitted("unshare", &["--user", "--map-root-user", "true"]) {
+        return;
+    }
+    let daemon =
+        Daemon::start_command(in_namespace(&["--user", "--map-root-user"]), &["--domain", "ramdisk"]);
+    assert_eq!(daemon.status()["state"], "serving");
+    daemon.call(&["shutdown"]);
+}
+
+/// Waits until something is so.
+#[track_caller]
+fn wait_until(what: &str, so: impl Fn() -> bool) {
+    let deadline = Instant::now() + 20 * SECOND;
+    while !so() {
+        assert!(Instant::now() < deadline, "it never comes: {what}");
+        thread::sleep(SECOND / 500);
+    }
 }

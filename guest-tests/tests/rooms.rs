@@ -44,7 +44,7 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("domains/api", "the C ABI below the safe traits"),
     ("backend/virtio-blk", "guest memory is handed to the kernel as iovecs"),
     ("backend/daemon/src/guest_memory.rs", "what a worker promises to those who get guest addresses"),
-    ("backend/daemon/src/raw_fd.rs", "descriptors that come or go as numbers"),
+    ("backend/daemon/src/raw_fd.rs", "descriptors that come or go as numbers, and who is behind one"),
     ("backend/daemon/src/signals.rs", "a system call that sets what a signal does"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),
     ("domains/file/tests", "limits and mounts of the test's own process"),

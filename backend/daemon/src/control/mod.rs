@@ -24,6 +24,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 mod connection;
+mod peer;
 mod rpc;
 mod server;
 mod socket;

@@ -25,6 +25,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde_json::Value;
 
 use super::connection::Connection;
+use super::peer::Commanders;
 use super::rpc::{self, RpcError};
 use super::{Operations, SocketError, SocketFile, SocketName};
 
@@ -92,8 +93,14 @@ impl Server {
         let wake = Arc::new(wake);
         let clients = Arc::new(Clients::default());
         let name = Arc::clone(socket.name());
-        let acceptor =
-            Acceptor { socket, operations, limits, wake: Arc::clone(&wake), clients: Arc::clone(&clients) };
+        let acceptor = Acceptor {
+            socket,
+            commanders: Commanders::of_this_process(),
+            operations,
+            limits,
+            wake: Arc::clone(&wake),
+            clients: Arc::clone(&clients),
+        };
         let thread = thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || acceptor.run())
@@ -145,6 +152,7 @@ impl Drop for Server {
 /// The thread that accepts.
 struct Acceptor<O> {
     socket: SocketFile,
+    commanders: Commanders,
     operations: Arc<O>,
     limits: Limits,
     wake: Arc<OwnedFd>,
@@ -189,18 +197,8 @@ impl<O: Operations> Acceptor<O> {
     fn serve(&self, stream: UnixStream) -> Result<(), (Arc<UnixStream>, RpcError)> {
         let stream = Arc::new(stream);
         let refused = |name, message: String| Err((Arc::clone(&stream), RpcError::refused(name, message)));
-        match rustix::net::sockopt::socket_peercred(&*stream) {
-            Ok(peer) if peer.uid.is_root() || peer.uid == rustix::process::geteuid() => {}
-            Ok(peer) => {
-                log::warn!("process {} of user {} may not command this daemon", peer.pid, peer.uid.as_raw());
-                return refused(
-                    "permission_denied",
-                    "only root and the daemon's own user may command it".to_owned(),
-                );
-            }
-            Err(e) => {
-                return refused("permission_denied", format!("the daemon cannot tell who you are: {e}"));
-            }
+        if let Err(error) = self.commanders.check(&stream) {
+            return Err((stream, error));
         }
         let most = self.limits.connections;
         let Some(seat) = Seat::take(&self.clients, &stream, &self.limits) else {
