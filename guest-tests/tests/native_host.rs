@@ -2,8 +2,9 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -175,6 +176,43 @@ fn root_of_the_daemons_user_namespace_can_command_it() {
         Daemon::start_command(in_namespace(&["--user", "--map-root-user"]), &["--domain", "ramdisk"]);
     assert_eq!(daemon.status()["state"], "serving");
     daemon.call(&["shutdown"]);
+}
+
+#[test]
+fn what_can_be_seen_of_a_daemon_that_starts_can_be_connected_to() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let connect_at_sight = |path: &Path| {
+        let deadline = Instant::now() + 20 * SECOND;
+        while path.symlink_metadata().is_err() {
+            assert!(Instant::now() < deadline, "no {}", path.display());
+        }
+        UnixStream::connect(path)
+    };
+    let mut names = Vec::new();
+    for start in 0..300 {
+        let socket = directory.path().join(format!("{start}.sock"));
+        let control = directory.path().join(format!("{start}.sock.control"));
+        let mut child = Command::new(binary("vhost-hotswap"))
+            .arg("--socket-path")
+            .arg(&socket)
+            .args(["--domain", "empty"])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("vhost-hotswap can be started");
+        let connected = [connect_at_sight(&socket), connect_at_sight(&control)];
+        child.kill().and_then(|()| child.wait()).expect("the daemon lives");
+        for (connected, path) in connected.into_iter().zip([socket, control]) {
+            connected.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            names.push(path);
+        }
+    }
+    let mut left: Vec<_> = fs::read_dir(directory.path())
+        .expect("the directory")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    left.sort();
+    names.sort();
+    assert_eq!(left, names, "other names are left");
 }
 
 /// Waits until something is so.

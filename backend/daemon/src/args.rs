@@ -18,11 +18,10 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use domain_api::Params;
 
+use crate::control::SOCKET_PATH_MAX;
+
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
-
-/// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
-const SOCKET_PATH_MAX: usize = 107;
 
 /// CPUs are numbered from 0; Linux knows of no machine with more.
 const CPUS_MAX: usize = 1024;

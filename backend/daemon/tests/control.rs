@@ -688,6 +688,76 @@ fn of_daemons_that_start_at_once_one_gets_the_path() {
 }
 
 #[test]
+fn a_socket_that_can_be_seen_can_be_connected_to() {
+    let directory = tempfile::tempdir().unwrap();
+    for round in 0..3000 {
+        let path = directory.path().join(round.to_string());
+        let together = Barrier::new(2);
+        thread::scope(|scope| {
+            let looking = scope.spawn(|| {
+                together.wait();
+                let deadline = Instant::now() + Duration::from_secs(20);
+                while path.symlink_metadata().is_err() {
+                    assert!(Instant::now() < deadline, "round {round}: it never comes");
+                }
+                UnixStream::connect(&path)
+            });
+            together.wait();
+            let socket = SocketFile::listen(&path, 0o600).unwrap();
+            looking.join().unwrap().unwrap_or_else(|error| panic!("round {round}: {error}"));
+            drop(socket);
+        });
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "something is left");
+}
+
+#[test]
+fn what_was_left_between_the_two_names_goes_with_the_next_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    for dead in ["socket~abcdefgh", "socket~22223333", "socket~short", "socket~abcdefg8", "other~abcdefgh"] {
+        drop(UnixListener::bind(path(dead)).unwrap());
+    }
+    let _living = UnixListener::bind(path("socket~zzzzzzzz")).unwrap();
+    std::fs::write(path("socket~aaaaaaaa"), "precious").unwrap();
+    let socket = SocketFile::listen(&path("socket"), 0o600).unwrap();
+    let mut names: Vec<_> =
+        std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    let stay =
+        ["other~abcdefgh", "socket", "socket~aaaaaaaa", "socket~abcdefg8", "socket~short", "socket~zzzzzzzz"];
+    assert_eq!(names, stay);
+    drop(socket);
+}
+
+#[test]
+fn every_path_that_fits_a_socket_can_be_listened_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let long = directory.path().as_os_str().len() + 1;
+    for name in [1, 2, 3, 9, 10, 11, 30] {
+        // Directories in between, so that path and name have the length that is wanted.
+        let between = directory.path().join("d".repeat(107 - long - 1 - name));
+        std::fs::create_dir(&between).unwrap();
+        for letter in ["~", "-", "x"] {
+            let path = between.join(letter.repeat(name));
+            assert_eq!(path.as_os_str().len(), 107);
+            for _ in 0..3 {
+                let socket = SocketFile::listen(&path, 0o600).unwrap();
+                UnixStream::connect(&path).unwrap();
+                assert_eq!(std::fs::read_dir(&between).unwrap().count(), 1, "{name}");
+                drop(socket);
+                drop(UnixListener::bind(&path).unwrap());
+            }
+            std::fs::remove_file(&path).unwrap();
+        }
+        std::fs::remove_dir(&between).unwrap();
+    }
+    let like_a_directory = SocketFile::listen(&directory.path().join("socket/"), 0o600).unwrap_err();
+    assert!(matches!(like_a_directory, SocketError::System { .. }), "{like_a_directory:?}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn only_our_own_socket_is_removed() {
     let fixture = fixture();
     let path = fixture.server.path().to_owned();

@@ -30,6 +30,7 @@ mod server;
 mod socket;
 
 pub use server::{Limits, Server};
+pub(crate) use socket::SOCKET_PATH_MAX;
 pub use socket::{SocketError, SocketFile, SocketName};
 
 /// How long a drain may take if a request does not say.

@@ -4,31 +4,45 @@
 //! a dead daemon, or a living one. Only the remains may be replaced, and at the end only our own may be removed.
 //!
 //! Invariants:
-//! * The mode is set on the socket *before* it is bound, so the name never exists with another one. (On Linux
-//!   `bind` makes the inode with the mode of the socket, less the umask.)
+//! * Whoever can see the name can connect. The socket is bound under another name beside it, a
+//!   draft, and gets its own when it listens.
+//! * The mode is set on the socket *before* it is bound, so neither name ever exists with a wider
+//!   one. (On Linux `bind` makes the inode with the mode of the socket, less the umask.)
 //! * A path is taken from another only if a connection to it was refused, and both happen under a lock on the
 //!   directory, so that of two daemons that start at once one wins and the other is told.
 //! * A name is removed only if it still leads to the inode that was bound. The kernel keeps that inode as long as
 //!   the socket is open, so its number cannot come back as somebody else's while we compare.
 //!
+//! A daemon that is killed between the two names leaves a draft. Drafts of a name are recognized by
+//! their form, and those that refuse a connection are removed by the next daemon that wants it.
+//!
 //! Deliberately absent: abstract names, which have no mode, and waiting for the other daemon to end.
 
+use std::ffi::{OsStr, OsString};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, Stat};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::geteuid;
 
 /// How many clients may wait to be accepted.
 const BACKLOG: i32 = 128;
 /// How long another process may keep the directory locked before we go on without the lock.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
+pub(crate) const SOCKET_PATH_MAX: usize = 107;
+/// How often somebody who does not take the lock may come between.
+const ATTEMPTS: usize = 10;
 
 /// Why a path cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +99,7 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Listens on `path`, which gets `mode` (less the umask); replaces what a dead daemon has left there.
+    /// Listens on `path`, which gets `mode`; replaces what a dead daemon has left there.
     ///
     /// # Errors
     /// The path belongs to a living daemon, is no socket, or cannot be bound.
@@ -96,24 +110,27 @@ impl SocketFile {
             return Err(system(Errno::INVAL));
         }
         let address = SocketAddrUnix::new(path).map_err(system)?;
-        let _lock = lock_directory(path);
-        let mut socket = open_socket(mode).map_err(system)?;
-        if let Err(e) = rustix::net::bind(&socket, &address) {
-            if e != Errno::ADDRINUSE {
-                return Err(system(e));
-            }
-            remove_remains(path, &address)?;
-            socket = open_socket(mode).map_err(system)?;
-            // A second refusal is somebody who does not take the lock: no daemon of ours.
-            rustix::net::bind(&socket, &address).map_err(|e| match e {
-                Errno::ADDRINUSE => SocketError::InUse(path.to_owned()),
-                e => system(e),
-            })?;
+        let form = DraftForm::of(path).ok_or_else(|| system(Errno::ISDIR))?;
+        let lock = lock_directory(path);
+        if lock.is_some() {
+            form.remove_remains();
         }
-        let identity = rustix::fs::lstat(path).map(|stat| identity(&stat)).map_err(system)?;
-        rustix::net::listen(&socket, BACKLOG).map_err(system)?;
-        let name = SocketName { path: path.to_owned(), identity: Mutex::new(Some(identity)) };
-        Ok(SocketFile { listener: UnixListener::from(socket), name: Arc::new(name) })
+        // What goes wrong here is done by somebody who does not take the lock: no daemon of ours.
+        for _ in 0..ATTEMPTS {
+            let replaces = match look(path, &address).map_err(system)? {
+                Found::Nothing => false,
+                Found::Remains => true,
+                Found::Living => return Err(SocketError::InUse(path.to_owned())),
+                Found::SomethingElse => return Err(SocketError::NotASocket(path.to_owned())),
+            };
+            let draft = Draft::listen(&form, mode).map_err(system)?;
+            match draft.publish(path, replaces) {
+                Ok(socket) => return Ok(socket),
+                Err(Errno::EXIST | Errno::NOENT) => {}
+                Err(e) => return Err(system(e)),
+            }
+        }
+        Err(SocketError::InUse(path.to_owned()))
     }
 
     /// The socket to accept from.
@@ -140,38 +157,169 @@ fn identity(stat: &Stat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
 
-fn open_socket(mode: u32) -> Result<OwnedFd, Errno> {
-    let socket = stream_socket(SocketFlags::CLOEXEC)?;
-    rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode))?;
-    Ok(socket)
-}
-
 fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// Removes a socket that nobody listens on, and nothing else.
-fn remove_remains(path: &Path, address: &SocketAddrUnix) -> Result<(), SocketError> {
-    let system = |e: Errno| SocketError::System { path: path.to_owned(), source: e.into() };
+/// What is at a path.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A socket that nobody listens on.
+    Remains,
+    /// A socket that somebody listens on.
+    Living,
+    SomethingElse,
+}
+
+fn look(path: &Path, address: &SocketAddrUnix) -> Result<Found, Errno> {
     match rustix::fs::lstat(path) {
-        Err(Errno::NOENT) => return Ok(()),
-        Err(e) => return Err(system(e)),
+        Err(Errno::NOENT) => return Ok(Found::Nothing),
+        Err(e) => return Err(e),
         Ok(stat) if FileType::from_raw_mode(stat.st_mode) != FileType::Socket => {
-            return Err(SocketError::NotASocket(path.to_owned()));
+            return Ok(Found::SomethingElse);
         }
         Ok(_) => {}
     }
     // Non-blocking, because a living daemon with a full backlog would keep us waiting.
-    let probe = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(system)?;
+    let probe = stream_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
     match rustix::net::connect(&probe, address) {
-        Err(Errno::CONNREFUSED) => match rustix::fs::unlink(path) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(e) => Err(system(e)),
-        },
-        Err(Errno::NOENT) => Ok(()),
+        Err(Errno::CONNREFUSED) => Ok(Found::Remains),
+        Err(Errno::NOENT) => Ok(Found::Nothing),
         // Somebody is there: with a full backlog, or with a socket of another type.
-        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Err(SocketError::InUse(path.to_owned())),
-        Err(e) => Err(system(e)),
+        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Ok(Found::Living),
+        Err(e) => Err(e),
+    }
+}
+
+/// The names under which a socket is bound before it gets its own: `NAME~` and random letters, in
+/// the same directory. Where that would be too long for a socket there is less of either.
+#[derive(Debug)]
+struct DraftForm {
+    /// With the slash at its end.
+    directory: Vec<u8>,
+    /// All of the name but the letters.
+    stem: Vec<u8>,
+    letters: usize,
+}
+
+/// What the random part of a draft's name is made of.
+const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+
+impl DraftForm {
+    /// That of `path`, unless it ends like a directory or is too long.
+    fn of(path: &Path) -> Option<DraftForm> {
+        let path = path.as_os_str().as_bytes();
+        let begin = path.iter().rposition(|&byte| byte == b'/').map_or(0, |slash| slash + 1);
+        let (directory, name) = path.split_at(begin);
+        // For what is not the mark.
+        let room = SOCKET_PATH_MAX.checked_sub(directory.len() + 1).filter(|_| !name.is_empty())?;
+        let letters = room.min(8);
+        // It must differ from the name even if there is room for nothing else.
+        let mark: &[u8] = if name == b"~" { b"-" } else { b"~" };
+        let stem = [&name[..name.len().min(room - letters)], mark].concat();
+        Some(DraftForm { directory: directory.to_owned(), stem, letters })
+    }
+
+    fn path(&self, name: &[u8]) -> PathBuf {
+        OsString::from_vec([&self.directory, name].concat()).into()
+    }
+
+    fn new_path(&self) -> PathBuf {
+        let mut random = RandomState::new().build_hasher().finish();
+        let mut name = self.stem.clone();
+        for _ in 0..self.letters {
+            name.push(LETTERS[(random % 32) as usize]);
+            random /= 32;
+        }
+        self.path(&name)
+    }
+
+    fn fits(&self, name: &[u8]) -> bool {
+        let letters = name.strip_prefix(self.stem.as_slice());
+        letters.is_some_and(|letters| {
+            letters.len() == self.letters && letters.iter().all(|letter| LETTERS.contains(letter))
+        })
+    }
+
+    /// Removes what daemons of this user have left that were killed. What cannot be looked at stays.
+    fn remove_remains(&self) {
+        let directory = if self.directory.is_empty() { b"." } else { self.directory.as_slice() };
+        let Ok(entries) = std::fs::read_dir(OsStr::from_bytes(directory)) else { return };
+        for name in entries.flatten().map(|entry| entry.file_name()) {
+            if !self.fits(name.as_bytes()) {
+                continue;
+            }
+            let path = self.path(name.as_bytes());
+            let is_ours = rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
+            let found = SocketAddrUnix::new(&path).and_then(|address| look(&path, &address));
+            if is_ours && found == Ok(Found::Remains) {
+                log::debug!("{} is what a daemon that was killed has left", path.display());
+                drop(DraftName(path));
+            }
+        }
+    }
+}
+
+/// A draft's name, which goes when this is dropped.
+#[derive(Debug)]
+struct DraftName(PathBuf);
+
+impl Drop for DraftName {
+    fn drop(&mut self) {
+        // Empty if it has become another's. Whoever wants the name next tries again.
+        if !self.0.as_os_str().is_empty() {
+            let _ = rustix::fs::unlink(&self.0);
+        }
+    }
+}
+
+/// A listening socket that nobody knows yet.
+struct Draft {
+    socket: OwnedFd,
+    name: DraftName,
+    identity: (u64, u64),
+}
+
+impl Draft {
+    fn listen(form: &DraftForm, mode: u32) -> Result<Draft, Errno> {
+        let socket = stream_socket(SocketFlags::CLOEXEC)?;
+        let mode = Mode::from_raw_mode(mode);
+        rustix::fs::fchmod(&socket, mode)?;
+        let name = Self::bind(form, &socket)?;
+        let stat = rustix::fs::lstat(&name.0)?;
+        if Mode::from_raw_mode(stat.st_mode) != mode {
+            // The umask took away what the owner needs.
+            rustix::fs::chmod(&name.0, mode)?;
+        }
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(Draft { socket, name, identity: identity(&stat) })
+    }
+
+    fn bind(form: &DraftForm, socket: &OwnedFd) -> Result<DraftName, Errno> {
+        let mut attempt = 1;
+        loop {
+            let path = form.new_path();
+            match rustix::net::bind(socket, &SocketAddrUnix::new(&path)?) {
+                Ok(()) => return Ok(DraftName(path)),
+                Err(Errno::ADDRINUSE) if attempt < ATTEMPTS => attempt += 1,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Gives it its name. `replaces`: what is there now may go.
+    fn publish(mut self, path: &Path, replaces: bool) -> Result<SocketFile, Errno> {
+        let draft = &self.name.0;
+        let flags = if replaces { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        match rustix::fs::renameat_with(CWD, draft, CWD, path, flags) {
+            // Not every file system can. If nothing is to be replaced, nothing was there just now.
+            Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::rename(draft, path)?,
+            renamed => renamed?,
+        }
+        self.name.0 = PathBuf::new();
+        let name = SocketName { path: path.to_owned(), identity: Mutex::new(Some(self.identity)) };
+        Ok(SocketFile { listener: UnixListener::from(self.socket), name: Arc::new(name) })
     }
 }
 
