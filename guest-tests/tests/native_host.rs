@@ -215,6 +215,21 @@ fn what_can_be_seen_of_a_daemon_that_starts_can_be_connected_to() {
     assert_eq!(left, names, "other names are left");
 }
 
+#[test]
+fn modules_are_loaded_where_memory_files_must_not_be_executable() {
+    // It holds in the PID namespace of whoever sets it.
+    let forbid = "echo 2 > /proc/sys/vm/memfd_noexec";
+    if !permitted("unshare", &["--pid", "--fork", "sh", "-c", forbid]) {
+        return;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "sh", "-c", &format!("{forbid}; exec \"$0\" \"$@\"")]);
+    command.arg(binary("vhost-hotswap"));
+    let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
+    assert_eq!(daemon.call(&["upgrade", "ramdisk_v2"])["generation"], 2);
+    daemon.call(&["shutdown"]);
+}
+
 /// Waits until something is so.
 #[track_caller]
 fn wait_until(what: &str, so: impl Fn() -> bool) {

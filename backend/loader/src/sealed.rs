@@ -186,10 +186,12 @@ fn kind(file_type: FileType) -> &'static str {
     }
 }
 
+/// Not to be executed as a program: nobody needs that to map it as code, and where
+/// `vm.memfd_noexec` is 2 there are no others.
 fn create(name: &str) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::EXEC) {
-        // Linux before 6.3 does not know the flag; there every memfd is executable.
+    let fd = match rustix::fs::memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+        // Linux before 6.3 does not know the flag.
         Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(name, flags)?,
         other => other?,
     };
