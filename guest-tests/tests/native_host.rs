@@ -230,6 +230,30 @@ fn modules_are_loaded_where_memory_files_must_not_be_executable() {
     daemon.call(&["shutdown"]);
 }
 
+#[test]
+fn without_proc_the_daemon_says_what_it_misses_and_takes_no_code_from_anywhere_else() {
+    let hide = "mount -t tmpfs none /proc";
+    if !permitted("unshare", &["--mount", "sh", "-c", hide]) {
+        return;
+    }
+    // Modules in the current directory are none of its own.
+    let modules = binary("vhost-hotswap").parent().expect("a directory").to_owned();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c", &format!("{hide}; exec \"$0\" \"$@\"")])
+        .arg(binary("vhost-hotswap"))
+        .arg("--socket-path")
+        .arg(directory.path().join("socket"))
+        .args(["--domain", "ramdisk"])
+        .current_dir(modules)
+        .output()
+        .expect("unshare can be started");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("/proc") && said.contains("mount it"), "{said}");
+    assert_eq!(fs::read_dir(directory.path()).expect("the directory").count(), 0);
+}
+
 /// Waits until something is so.
 #[track_caller]
 fn wait_until(what: &str, so: impl Fn() -> bool) {

@@ -278,11 +278,12 @@ fn queue_size(text: &str) -> Result<u16, &'static str> {
     size.ok_or("it must be a power of two, 16 to 1024")
 }
 
-/// Beside the executable, then in the installed place relative to it.
+/// Beside the executable, then in the installed place relative to it. Nowhere if nobody knows where
+/// that is: what lies in the directory that we happen to be in is not ours to run.
 fn default_domain_dirs() -> Vec<PathBuf> {
-    let exe = std::env::current_exe().unwrap_or_default();
-    let dir = exe.parent().unwrap_or(Path::new("."));
-    vec![dir.to_owned(), dir.join("../lib/vhost-hotswap")]
+    let exe = std::env::current_exe().ok();
+    let dir = exe.as_deref().and_then(Path::parent);
+    dir.map_or_else(Vec::new, |dir| vec![dir.to_owned(), dir.join("../lib/vhost-hotswap")])
 }
 
 #[cfg(test)]

@@ -75,8 +75,16 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// Descriptors are opened by their names in `/proc`: each module, and an image once more.
+fn check_proc() -> Result<(), String> {
+    std::fs::symlink_metadata("/proc/self/fd").map(drop).map_err(|error| {
+        format!("/proc is not that of this process, and modules are loaded by it: mount it ({error})")
+    })
+}
+
 /// Serves until told to stop. Returns what had to be left.
 fn run(config: Config) -> Result<Vec<String>, String> {
+    check_proc()?;
     cpus::check(&config.worker_cpus)?;
     raise_descriptor_limit();
     // First of all that is opened, while no other descriptor can have the number.
