@@ -254,6 +254,22 @@ fn without_proc_the_daemon_says_what_it_misses_and_takes_no_code_from_anywhere_e
     assert_eq!(fs::read_dir(directory.path()).expect("the directory").count(), 0);
 }
 
+#[test]
+fn a_sentence_that_cannot_be_said_is_no_panic() {
+    // At the limit of a file's size nothing can be written to it.
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let log = File::create(directory.path().join("log")).expect("a log");
+    let status = Command::new("sh")
+        .args(["-c", "ulimit -f 0 && exec \"$0\" \"$@\""])
+        .arg(binary("vhost-hotswap"))
+        .arg("--socket-path")
+        .arg(directory.path().join("socket"))
+        .stderr(log)
+        .status()
+        .expect("a shell");
+    assert_eq!(status.code(), Some(1));
+}
+
 /// Waits until something is so.
 #[track_caller]
 fn wait_until(what: &str, so: impl Fn() -> bool) {

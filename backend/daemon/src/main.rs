@@ -7,6 +7,7 @@ use loader::FileLoader;
 use proxy::DomainProxy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -35,7 +36,8 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(sentence) => {
-            eprintln!("vhost-hotswap: {sentence}");
+            // It may not be possible to say it; that is no reason to panic.
+            let _ = writeln!(std::io::stderr(), "vhost-hotswap: {sentence}");
             ExitCode::FAILURE
         }
     }
