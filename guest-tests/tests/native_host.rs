@@ -216,6 +216,41 @@ fn what_can_be_seen_of_a_daemon_that_starts_can_be_connected_to() {
 }
 
 #[test]
+fn without_standard_descriptors_nothing_of_the_daemons_goes_to_the_image() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("disk.img");
+    image(&path, 1 << 20);
+    for closed in ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "0<&-"] {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec \"$0\" \"$@\" {closed}")]).arg(binary("vhost-hotswap"));
+        let daemon = Daemon::start_command(command, &["--blk-file", text(&path)]);
+        daemon.refuse(&["upgrade", "no_such_domain"]);
+        let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+        let write = Request::Write { offset: 4096, data: &[7; 4096] };
+        assert_eq!(client.queue(0).execute(write, 10 * SECOND).expect("an answer").0, Status::Ok);
+        drop(client);
+        assert_eq!(daemon.terminate(), 0, "{closed}");
+        let written = fs::read(&path).expect("the image");
+        let right = |(at, &byte): (usize, &u8)| byte == if at / 4096 == 1 { 7 } else { 0 };
+        assert!(written.len() == 1 << 20 && written.iter().enumerate().all(right), "{closed}");
+    }
+}
+
+#[test]
+fn a_umask_takes_no_socket_away_from_its_owner() {
+    use std::os::unix::fs::PermissionsExt;
+    for umask in ["777", "277", "0"] {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(binary("vhost-hotswap"));
+        let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
+        for path in [daemon.socket(), daemon.control()] {
+            let mode = path.metadata().expect("a socket").permissions().mode();
+            assert_eq!(mode & 0o7777, 0o600, "{umask}: {}", path.display());
+        }
+    }
+}
+
+#[test]
 fn modules_are_loaded_where_memory_files_must_not_be_executable() {
     // It holds in the PID namespace of whoever sets it.
     let forbid = "echo 2 > /proc/sys/vm/memfd_noexec";
