@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, binary, disk_directory, run_ctl};
+use guest_tests::stamp::{Load, LoadOptions, run_load};
 use rustix::process::Signal;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -53,6 +54,34 @@ fn a_stray_signal_takes_no_disk_away() {
     }
     drop(client);
     assert_eq!(daemon.terminate(), 0);
+}
+
+/// As a debugger, a terminal and a container's freezer do it: waits are interrupted.
+#[test]
+fn a_stop_is_a_pause_and_no_more() {
+    for domain in ["ramdisk", "file"] {
+        let directory = disk_directory();
+        let path = directory.path().join("disk.img");
+        image(&path, 64 << 20);
+        let args = match domain {
+            "file" => vec!["--blk-file", text(&path), "--param", "direct=true", "--queues", "2"],
+            _ => vec!["--domain", domain, "--queues", "2"],
+        };
+        let daemon = Daemon::start(&args);
+        let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
+        for _ in 0..30 {
+            load.wait_for(50);
+            daemon.signal(Signal::STOP);
+            thread::sleep(SECOND / 100);
+            daemon.signal(Signal::CONT);
+        }
+        load.stop().assert_clean();
+        // And while everything sleeps.
+        daemon.signal(Signal::STOP);
+        daemon.signal(Signal::CONT);
+        run_load(daemon.socket(), &LoadOptions::new(2, 16).on_unknown_content(), SECOND / 5).assert_clean();
+        assert_eq!(daemon.terminate(), 0);
+    }
 }
 
 #[test]

@@ -664,27 +664,44 @@ fn a_full_backlog_is_a_living_daemon() {
     drop((clients, socket));
 }
 
+/// Eight that want a path at once; those who got it.
+fn at_once(path: &Path) -> Vec<SocketFile> {
+    let together = Barrier::new(8);
+    thread::scope(|scope| {
+        let listen = || {
+            together.wait();
+            SocketFile::listen(path, 0o600)
+        };
+        let starting = [(); 8].map(|()| scope.spawn(listen));
+        starting.into_iter().filter_map(|one| one.join().unwrap().ok()).collect()
+    })
+}
+
 #[test]
 fn of_daemons_that_start_at_once_one_gets_the_path() {
     let directory = tempfile::tempdir().unwrap();
     for round in 0..300 {
-        let together = Barrier::new(8);
         let path = directory.path().join(round.to_string());
         drop(UnixListener::bind(&path).unwrap());
-        let won: Vec<_> = thread::scope(|scope| {
-            let starting: Vec<_> = (0..8)
-                .map(|_| {
-                    scope.spawn(|| {
-                        together.wait();
-                        SocketFile::listen(&path, 0o600)
-                    })
-                })
-                .collect();
-            starting.into_iter().filter_map(|one| one.join().unwrap().ok()).collect()
-        });
+        let won = at_once(&path);
         assert_eq!(won.len(), 1, "round {round}");
         UnixStream::connect(&path).expect("the one that won listens there");
     }
+}
+
+#[test]
+fn a_new_path_goes_to_one_even_if_the_directory_cannot_be_locked() {
+    let directory = tempfile::tempdir().unwrap();
+    let locked = std::fs::File::open(directory.path()).unwrap();
+    rustix::fs::flock(&locked, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for round in 0..4 {
+        let path = directory.path().join(round.to_string());
+        let won = at_once(&path);
+        assert_eq!(won.len(), 1, "round {round}");
+        UnixStream::connect(&path).expect("the one that won listens there");
+        std::mem::forget(won);
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 4, "other names are left");
 }
 
 #[test]
