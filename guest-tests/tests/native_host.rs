@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, binary, disk_directory, run_ctl};
 use guest_tests::stamp::{Load, LoadOptions, run_load};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -90,6 +90,26 @@ fn the_end_of_the_cpu_time_is_an_end_in_order() {
     let (code, _) = daemon.stop_with(Signal::XCPU);
     assert_eq!(code, 0, "{}", daemon.log());
     assert!(!daemon.socket().exists() && !daemon.control().exists(), "the sockets are left");
+}
+
+#[test]
+fn a_daemon_whose_socket_can_be_seen_can_be_ended() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for start in 0..100 {
+        let socket = directory.path().join(start.to_string());
+        let mut child = Command::new(binary("vhost-hotswap"))
+            .arg("--socket-path")
+            .arg(&socket)
+            .args(["--domain", "empty"])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("vhost-hotswap can be started");
+        wait_until("a socket", || socket.symlink_metadata().is_ok());
+        kill_process(Pid::from_child(&child), Signal::TERM).expect("it lives");
+        let status = child.wait().expect("the child can be waited for");
+        assert_eq!(status.code(), Some(0), "start {start}: {status}");
+        assert!(fs::read_dir(directory.path()).expect("the directory").next().is_none(), "start {start}");
+    }
 }
 
 #[test]
@@ -340,6 +360,6 @@ fn wait_until(what: &str, so: impl Fn() -> bool) {
     let deadline = Instant::now() + 20 * SECOND;
     while !so() {
         assert!(Instant::now() < deadline, "it never comes: {what}");
-        thread::sleep(SECOND / 500);
+        thread::yield_now();
     }
 }

@@ -5,13 +5,14 @@
 //!
 //! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed once, by whoever comes first, and only while it is ours.
 
-use crate::control::SocketName;
+use crate::control::{SocketError, SocketFile, SocketName};
 use crate::session::lock;
 use crate::signals;
 use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::iterator::Signals;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -50,6 +51,18 @@ impl Ending {
     /// Readable from when the end is wanted on.
     pub const fn wanted(&self) -> &OwnedFd {
         &self.wanted
+    }
+
+    /// Listens on a socket whose name is removed even if nobody comes to it. Who sees it may want
+    /// the end at once, which therefore waits until the name is noted.
+    ///
+    /// # Errors
+    /// As for [`SocketFile::listen`].
+    pub fn listen(&self, path: &Path, mode: u32) -> Result<SocketFile, SocketError> {
+        let mut names = lock(&self.names);
+        let socket = SocketFile::listen(path, mode)?;
+        names.push(Arc::clone(socket.name()));
+        Ok(socket)
     }
 
     /// Has a name removed even if nobody comes to it.

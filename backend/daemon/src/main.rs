@@ -10,6 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use vhost_hotswap::args::{Args, Config, Listen};
@@ -43,6 +44,12 @@ fn main() -> ExitCode {
     }
 }
 
+/// What there is to listen on, before anybody does.
+enum Given {
+    Path(PathBuf),
+    Listener(UnixListener),
+}
+
 /// Where frontends come in.
 enum Front {
     /// A socket of ours, removed at the end.
@@ -57,15 +64,6 @@ impl Front {
             Self::Path(socket) => socket.listener(),
             Self::Inherited(listener) => listener,
         }
-    }
-}
-
-fn front(listen: &Listen) -> Result<Front, String> {
-    match listen {
-        Listen::Path(path) => {
-            SocketFile::listen(path, 0o600).map(Front::Path).map_err(|error| error.to_string())
-        }
-        Listen::Fd(fd) => inherited(*fd).map(Front::Inherited),
     }
 }
 
@@ -90,12 +88,17 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     cpus::check(&config.worker_cpus)?;
     raise_descriptor_limit();
     // First of all that is opened, while no other descriptor can have the number.
-    let front = front(&config.listen)?;
+    let given = match config.listen {
+        Listen::Fd(fd) => Given::Listener(inherited(fd)?),
+        Listen::Path(path) => Given::Path(path),
+    };
     let ending = Ending::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
-    if let Front::Path(socket) = &front {
-        ending.owns(socket.name());
-    }
     ending.heed_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
+    // Whoever sees a socket of ours may end us, so signals are heeded by then.
+    let front = match given {
+        Given::Path(path) => Front::Path(ending.listen(&path, 0o600).map_err(|error| error.to_string())?),
+        Given::Listener(listener) => Front::Inherited(listener),
+    };
 
     let loader = Box::new(FileLoader::new(config.domain_dirs));
     let proxy = DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))

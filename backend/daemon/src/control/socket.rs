@@ -252,8 +252,8 @@ impl DraftForm {
             }
             let path = self.path(name.as_bytes());
             let is_ours = rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
-            let found = SocketAddrUnix::new(&path).and_then(|address| look(&path, &address));
-            if is_ours && found == Ok(Found::Remains) {
+            let found = || SocketAddrUnix::new(&path).and_then(|address| look(&path, &address));
+            if is_ours && found() == Ok(Found::Remains) {
                 log::debug!("{} is what a daemon that was killed has left", path.display());
                 drop(DraftName(path));
             }
