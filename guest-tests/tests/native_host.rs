@@ -300,6 +300,21 @@ fn a_umask_takes_no_socket_away_from_its_owner() {
 }
 
 #[test]
+fn what_is_not_used_need_not_be_known() {
+    // As where there are more CPUs than a set of them has room for, or in a sandbox.
+    let failing = ["-f", "-o", "/dev/null", "-e", "inject=sched_getaffinity,renameat2:error=EINVAL"];
+    if !permitted("strace", &[&failing[..], &["true"]].concat()) {
+        return;
+    }
+    let mut command = Command::new("strace");
+    command.args(failing).arg(binary("vhost-hotswap"));
+    let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
+    assert_eq!(daemon.call(&["upgrade", "ramdisk_v2"])["generation"], 2);
+    daemon.call(&["shutdown"]);
+    wait_until("the end", || !daemon.socket().exists());
+}
+
+#[test]
 fn modules_are_loaded_where_memory_files_must_not_be_executable() {
     // It holds in the PID namespace of whoever sets it.
     let forbid = "echo 2 > /proc/sys/vm/memfd_noexec";
