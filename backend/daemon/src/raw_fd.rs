@@ -1,5 +1,6 @@
-//! Descriptors that come or go as bare numbers: the listening socket of `--fd`, and the events that end a session's threads. And
-//! what a system call says of a descriptor that no crate passes on as it is: who has connected.
+//! Descriptors that come or go as bare numbers: the listening socket of `--fd`, and the events that
+//! end a session's threads. And what a system call says of a descriptor that no crate passes on as
+//! it is: who has connected.
 //!
 //! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is over: one descriptor lost per queue and session. So we keep the
 //! numbers and close them, once the threads that used them are gone.

@@ -313,8 +313,8 @@ impl Draft {
         let draft = &self.name.0;
         let flags = if replaces { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
         match rustix::fs::renameat_with(CWD, draft, CWD, path, flags) {
-            // Not every file system can, nor every sandbox. If nothing is to be replaced, nothing was
-            // there just now.
+            // Not every file system can, nor every sandbox. If nothing is to be replaced, then
+            // nothing was there just now.
             Err(Errno::INVAL | Errno::NOSYS | Errno::PERM) => rustix::fs::rename(draft, path)?,
             renamed => renamed?,
         }
