@@ -395,8 +395,13 @@ fn an_image_that_was_reflinked_or_has_grown_is_upgraded_as_before() {
         goes_on(&daemon, &mut client, "nothing");
         let copy = mounted.path().join("copy.img");
         host("cp", &["--reflink=always", text(&image), text(&copy)]).expect("a reflink");
-        // The live instance goes on as well, without any change.
+        // The live instance goes on as well, without any change, and past the page cache from the next flush on.
+        let changed = |daemon: &Daemon| daemon.status()["counters"]["read_modify_writes"].as_u64();
+        assert_eq!(changed(&daemon), None, "nothing asks for it yet");
         write(client.queue(0), 1536, &[6; 512]);
+        assert_eq!(status(client.queue(0), Request::Flush), Status::Ok);
+        write(client.queue(0), 1536, &[6; 512]);
+        assert_eq!(changed(&daemon), params.contains(&"direct=true").then_some(1), "{params:?}");
         goes_on(&daemon, &mut client, "a reflink");
         File::options().write(true).open(&image).and_then(|file| file.set_len(8 << 20)).expect("it grows");
         goes_on(&daemon, &mut client, "growing");

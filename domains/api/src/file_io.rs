@@ -12,7 +12,7 @@ pub use device::{
     block_device_size, can_discard_device, device_sector_size, discard_device, is_read_only_device,
     is_write_sealed,
 };
-pub use open::{OpenMode, direct_alignment, open, open_mode, reopen};
+pub use open::{OpenMode, direct_alignment, open, open_mode, reopen, stated_alignment};
 
 use crate::abi::RawSegment;
 use crate::buffer::Buffer;

@@ -126,7 +126,10 @@ impl Disk {
         let result = match request.op() {
             None => return Status::Unsupported,
             Some(Op::Read) => self.read(bounce, request),
-            Some(Op::Flush) => self.sync(sync),
+            Some(Op::Flush) => {
+                self.image.follow_alignment();
+                self.sync(sync)
+            }
             // The host does not let a guest come this far.
             Some(_) if !self.image.mode().write => return Status::IoError,
             Some(Op::Write) => self.write(bounce, sync, request),

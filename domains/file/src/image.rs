@@ -216,6 +216,17 @@ impl Image {
         self.alignment.fetch_max(now, Ordering::Relaxed) < now
     }
 
+    /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it has said
+    /// through the page cache, without a word, once a file shares blocks with another.
+    pub(crate) fn follow_alignment(&self) {
+        if self.mode.direct
+            && self.device_sector.is_none()
+            && let Ok(Some(stated)) = file_io::stated_alignment(&self.file)
+        {
+            self.alignment.fetch_max(stated, Ordering::Relaxed);
+        }
+    }
+
     /// Whether requests that the guest may send are carried out by reading, changing and writing.
     pub(crate) fn may_modify(&self) -> bool {
         self.mode.direct && self.alignment() > u64::from(self.announced.block_size)

@@ -311,7 +311,10 @@ impl Queue {
             Op::Write => self.begin_write(disk, request),
             Op::Flush if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
             Op::Flush => match disk.check_storage() {
-                Ok(()) => Next::Sync,
+                Ok(()) => {
+                    disk.image().follow_alignment();
+                    Next::Sync
+                }
                 Err(error) => Next::Done(disk.failed(request, &error)),
             },
             Op::Discard if disk.image().device_sector().is_some() => {

@@ -55,7 +55,7 @@ pub fn open_mode(file: &File) -> io::Result<OpenMode> {
 /// `EINVAL` where it cannot do direct I/O with any alignment up to 4096.
 pub fn direct_alignment(file: &File) -> io::Result<u32> {
     if let Some(align) = stated_alignment(file)? {
-        return Ok(align.max(512));
+        return Ok(align);
     }
     // An older kernel or file system does not say. A read of one such block at the second such offset shows it; reading at the end
     // of the file gives 0 bytes, which is as good.
@@ -73,8 +73,12 @@ pub fn direct_alignment(file: &File) -> io::Result<u32> {
     Err(io::Error::from_raw_os_error(libc::EINVAL))
 }
 
-/// What `statx` says (`STATX_DIOALIGN`, Linux 6.1), or `None` if it says nothing.
-fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
+/// As [`direct_alignment`], as far as `statx` says it (`STATX_DIOALIGN`, Linux 6.1); `None` if it says nothing. It may change
+/// while a file is open.
+///
+/// # Errors
+/// `EINVAL` where it says that there is no direct I/O; what `statx` says.
+pub fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
     // SAFETY: a structure of integers: all zeros is one.
     let mut about: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the path is a C string, `about` is valid for the call, the descriptor is open.
@@ -92,7 +96,7 @@ fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
     if align == 0 || !align.is_power_of_two() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    Ok(Some(align))
+    Ok(Some(align.max(512)))
 }
 
 #[cfg(test)]
