@@ -15,7 +15,7 @@
 
 use crate::cpus;
 use crate::raw_fd::{self, ExitEvents};
-use crate::vring::Vring;
+use crate::vring::{Event, Vring};
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
 use proxy::{DomainProxy, Notifier};
@@ -204,7 +204,19 @@ impl Session {
     /// Runs on the queue's thread: serves it, settles it, leaves it.
     fn attend(self: &Arc<Self>, queue: usize, vring: &Vring) {
         PRESENCE.with_borrow_mut(|presence| {
-            presence.get_or_insert_with(|| Presence { session: Arc::downgrade(self), queue });
+            presence.get_or_insert_with(|| {
+                // Each thread comes here once before the frontend is heard, see `serve`.
+                let session = Arc::downgrade(self);
+                vring.listen({
+                    let session = Weak::clone(&session);
+                    move |event| {
+                        if let Some(session) = session.upgrade() {
+                            session.ring_event(event);
+                        }
+                    }
+                });
+                Presence { session, queue }
+            });
         });
         let post = &self.posts[queue];
         let mut worker = lock(&post.worker);
@@ -250,6 +262,28 @@ impl Session {
                 drop(settled);
                 post.settled_changed.notify_all();
             }
+        }
+    }
+
+    /// Does something to the configuration space; afterwards the domain's write cache is in the
+    /// mode that it says.
+    fn configure<T>(&self, change: impl FnOnce(&mut ConfigSpace) -> T) -> T {
+        let mut space = lock(&self.space);
+        let result = change(&mut space);
+        // Under the lock, so that the last to change it is the last to tell.
+        self.proxy.set_write_cache(space.write_cache());
+        result
+    }
+
+    fn ring_event(&self, event: Event) {
+        let is_guarded = self.configure(|space| match event {
+            Event::ComesFromElsewhere => space.ring_comes_from_elsewhere(),
+            Event::Starts => space.ring_starts(),
+        });
+        if is_guarded {
+            log::info!(
+                "the guest has been running before, with its write cache on or off: each write is made durable until its driver turns the cache on"
+            );
         }
     }
 
@@ -405,8 +439,7 @@ impl VhostUserBackend for Backend {
     fn acked_features(&self, acked: u64) {
         self.acked.store(acked, Ordering::Relaxed);
         *lock(&self.limits) = Arc::new(Limits::new(&self.info, acked));
-        let on = lock(&self.space).set_acked_features(acked);
-        self.proxy.set_write_cache(on);
+        self.configure(|space| space.set_acked_features(acked));
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -424,8 +457,7 @@ impl VhostUserBackend for Backend {
             }
         }
         self.acked.store(0, Ordering::Relaxed);
-        let on = lock(&self.space).reset();
-        self.proxy.set_write_cache(on);
+        self.configure(ConfigSpace::reset);
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -433,15 +465,13 @@ impl VhostUserBackend for Backend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        lock(&self.space).read(offset, size)
+        self.configure(|space| space.read(offset, size))
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
         // The guest's doing, and an error would end the session: what cannot be written is not.
-        match lock(&self.space).write(offset, buf) {
-            Ok(Some(on)) => self.proxy.set_write_cache(on),
-            Ok(None) => {}
-            Err(error) => log::debug!("the guest writes to the configuration space: {error}"),
+        if let Err(error) = self.configure(|space| space.write(offset, buf)) {
+            log::debug!("the guest writes to the configuration space: {error}");
         }
         Ok(())
     }

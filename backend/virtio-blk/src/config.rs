@@ -7,6 +7,7 @@
 
 use crate::SECTOR_SIZE;
 use crate::features::{self, CONFIG_WCE, FLUSH};
+use crate::write_cache::WriteCache;
 use domain_api::{Capabilities, DeviceInfo};
 
 /// Size of `struct virtio_blk_config` (5.2.4).
@@ -72,6 +73,7 @@ pub struct ConfigSpace {
     bytes: [u8; CONFIG_SIZE],
     offered: u64,
     acked: u64,
+    cache: WriteCache,
 }
 
 impl ConfigSpace {
@@ -86,7 +88,8 @@ impl ConfigSpace {
         let seg_max = u32::from(queue_size).saturating_sub(2).clamp(1, SEG_MAX);
         let blocks_per_physical = (info.physical_block_size / block_size).max(1);
 
-        let mut config = Self { bytes: [0; CONFIG_SIZE], offered, acked: 0 };
+        let cache = WriteCache::new(offered & FLUSH != 0);
+        let mut config = Self { bytes: [0; CONFIG_SIZE], offered, acked: 0, cache };
         config.put(at::CAPACITY, sectors.to_le_bytes());
         config.put(at::SIZE_MAX, SIZE_MAX.to_le_bytes());
         config.put(at::SEG_MAX, seg_max.to_le_bytes());
@@ -108,7 +111,6 @@ impl ConfigSpace {
             // 5.2.6.2: clear only if a write zeroes can never deallocate, which is the domain's to decide, request by request.
             config.put(at::WRITE_ZEROES_MAY_UNMAP, [1]);
         }
-        config.reset();
         config
     }
 
@@ -117,9 +119,15 @@ impl ConfigSpace {
     }
 
     /// Exactly `size` bytes from `offset` on; zeros where there is no configuration space. The caller bounds `size`:
-    /// vhost-user does, to 256 bytes.
+    /// vhost-user does, to 256 bytes. The frontend keeps what it reads: if
+    /// `writeback` is in it, that may change the write cache's mode.
     #[must_use]
-    pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
+    pub fn read(&mut self, offset: u32, size: u32) -> Vec<u8> {
+        let at = at::WRITEBACK as u32;
+        if (offset..offset.saturating_add(size)).contains(&at) {
+            self.cache.read();
+        }
+        self.bytes[at::WRITEBACK] = u8::from(self.cache.is_on());
         let mut out = vec![0; size as usize];
         let from = self.bytes.get(offset as usize..).unwrap_or_default();
         let len = from.len().min(out.len());
@@ -127,13 +135,13 @@ impl ConfigSpace {
         out
     }
 
-    /// The driver writes. Returns whether the write cache is on now, if that changed.
+    /// The driver writes, which may change the write cache's mode.
     ///
     /// # Errors
     /// The driver wrote what it may not write. An empty write is none.
-    pub fn write(&mut self, offset: u32, data: &[u8]) -> Result<Option<bool>, Error> {
+    pub fn write(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
         let mode = match *data {
-            [] => return Ok(None),
+            [] => return Ok(()),
             [mode] if offset as usize == at::WRITEBACK => mode,
             _ => return Err(Error::NotWritable { offset, len: data.len() }),
         };
@@ -143,40 +151,49 @@ impl ConfigSpace {
         if mode > 1 {
             return Err(Error::NoSuchMode(mode));
         }
-        let before = self.write_cache();
-        self.bytes[at::WRITEBACK] = mode;
-        Ok((self.write_cache() != before).then_some(mode == 1))
+        self.cache.wrote(mode == 1);
+        Ok(())
     }
 
-    /// The driver has acknowledged these features. Returns whether the write cache is on now.
-    ///
-    /// With `FLUSH` it is: a driver that can flush expects a cache (5.2.5.1), and with `CONFIG_WCE` it can turn it off.
-    /// Without `FLUSH` it is off: each write has to be stable when it completes (5.2.6.2), and `writeback` has to begin with
-    /// 0 (5.2.5.2). Telling the same features again, as frontends do, keeps the driver's choice.
-    pub fn set_acked_features(&mut self, acked: u64) -> bool {
-        let changed = (acked ^ self.acked) & (FLUSH | CONFIG_WCE) != 0;
+    /// The driver has acknowledged these features, which may change the write cache's mode, but not
+    /// what the driver has chosen.
+    pub const fn set_acked_features(&mut self, acked: u64) {
         self.acked = acked;
-        if changed || acked & CONFIG_WCE == 0 {
-            self.bytes[at::WRITEBACK] = u8::from(acked & self.offered & FLUSH != 0);
-        }
-        self.write_cache()
+        self.cache.acked(acked);
     }
 
-    /// The driver has reset the device, or is gone: no features are acknowledged. Returns whether the write cache is on now.
-    ///
-    /// It is if the device has one. Nobody writes before features were negotiated; but frontends read the space then and
-    /// keep what they got.
-    pub fn reset(&mut self) -> bool {
+    /// A ring starts: from now on its driver relies on the write cache's mode. Returns `true` once,
+    /// if the driver could have it on and has it off only because nothing is known of what it
+    /// relies on.
+    pub fn ring_starts(&mut self) -> bool {
+        self.cache.ring_starts() && self.is_switchable()
+    }
+
+    /// A ring is to go on at a position that this session has not left it at, so that nothing is
+    /// known of what its driver relies on. Returns as [`ring_starts`](Self::ring_starts).
+    pub fn ring_comes_from_elsewhere(&mut self) -> bool {
+        self.cache.ring_comes_from_elsewhere() && self.is_switchable()
+    }
+
+    const fn is_switchable(&self) -> bool {
+        const SWITCH: u64 = FLUSH | CONFIG_WCE;
+        self.offered & self.acked & SWITCH == SWITCH
+    }
+
+    /// The driver has reset the device, or is gone: no features are acknowledged. The write cache
+    /// stays as it was chosen, because frontends show the next driver what they have read or been
+    /// told before.
+    pub const fn reset(&mut self) {
         self.acked = 0;
-        self.bytes[at::WRITEBACK] = u8::from(self.offered & FLUSH != 0);
-        self.write_cache()
+        self.cache.reset();
     }
 
-    /// Whether the write cache is on: a completed write may be lost until it is flushed. The domain has to be told of each change
+    /// Whether the write cache is on: a completed write may be lost until it is flushed. To be
+    /// asked after each of the calls above: the domain has to be told of each change
     /// (`set_write_cache`), and a successor of the mode as it is.
     #[must_use]
-    pub const fn write_cache(&self) -> bool {
-        self.bytes[at::WRITEBACK] != 0
+    pub fn write_cache(&self) -> bool {
+        self.cache.is_on()
     }
 
     /// What a domain has to be able to do for the features that this device offers. See [`features::required_capabilities`].
@@ -243,7 +260,7 @@ mod tests {
     #[test]
     fn seg_max_fits_into_the_queue() {
         for (queue_size, seg_max) in [(1, 1), (2, 1), (4, 2), (64, 62), (128, 126), (1024, 126)] {
-            let config = ConfigSpace::new(&info(ALL), 1, queue_size);
+            let mut config = ConfigSpace::new(&info(ALL), 1, queue_size);
             assert_eq!(u32_at(&config.read(12, 4), 0), seg_max, "queue of {queue_size}");
         }
     }
@@ -257,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_read_has_exactly_the_size_that_was_asked_for() {
-        let config = ConfigSpace::new(&info(ALL), 4, 256);
+        let mut config = ConfigSpace::new(&info(ALL), 4, 256);
         let all = config.read(0, 72);
         assert_eq!(config.read(0, 60), all[..60]);
         assert_eq!(config.read(34, 2), [4, 0]);
@@ -283,35 +300,32 @@ mod tests {
             assert_eq!(config.write(offset, data), Err(Error::NotWritable { offset, len: data.len() }));
         }
         assert_eq!(config.write(32, &[2]), Err(Error::NoSuchMode(2)));
-        assert_eq!(config.write(0, &[]), Ok(None));
+        assert_eq!(config.write(0, &[]), Ok(()));
         assert_eq!(config.read(0, 72), before);
-        assert_eq!(config.write(32, &[1]), Ok(None), "it was on");
-        assert_eq!(config.write(32, &[0]), Ok(Some(false)));
-        assert_eq!(config.read(32, 1), [0]);
-        assert_eq!(config.write(32, &[1]), Ok(Some(true)));
-        assert!(config.write_cache());
-    }
-
-    #[test]
-    fn the_cache_mode_follows_what_was_negotiated() {
-        let mut config = ConfigSpace::new(&info(ALL), 1, 256);
-        assert!(config.write_cache());
-        assert!(!config.set_acked_features(0), "a driver that cannot flush gets writethrough");
-        assert!(config.set_acked_features(FLUSH));
-        assert!(!config.set_acked_features(CONFIG_WCE), "5.2.5.2: begins with 0 without FLUSH");
-        assert!(config.set_acked_features(FLUSH | CONFIG_WCE));
-        assert_eq!(config.write(32, &[0]), Ok(Some(false)));
-        assert!(!config.set_acked_features(FLUSH | CONFIG_WCE), "the driver's choice stays");
-        assert!(config.set_acked_features(FLUSH), "a choice that cannot be made any more is void");
-        assert!(!config.set_acked_features(0));
-        assert!(config.reset());
+        for mode in [1, 0, 1] {
+            assert_eq!(config.write(32, &[mode]), Ok(()));
+            assert_eq!((config.read(32, 1), config.write_cache()), (vec![mode], mode == 1));
+        }
+        config.reset();
         assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated), "reset forgets the features");
     }
 
+    /// The rule itself is tested where it is, in `write_cache.rs`.
     #[test]
-    fn without_a_cache_there_is_none_to_turn_on() {
-        let mut config = ConfigSpace::new(&info(Capabilities::DISCARD), 1, 256);
-        assert!(!config.set_acked_features(FLUSH), "not offered");
-        assert!(!config.reset());
+    fn the_byte_says_which_mode_the_cache_is_in() {
+        let mut config = ConfigSpace::new(&info(ALL), 1, 256);
+        assert!(!config.write_cache(), "nobody has read anything");
+        let _ = (config.read(0, 32), config.read(33, 27));
+        assert!(!config.write_cache(), "nobody has read the byte");
+        assert_eq!((config.read(0, 33)[32], config.write_cache()), (1, true));
+        config.set_acked_features(0);
+        assert_eq!((config.read(32, 1), config.write_cache()), (vec![0], false));
+        let mut moved = ConfigSpace::new(&info(ALL), 1, 256);
+        moved.set_acked_features(FLUSH | CONFIG_WCE);
+        assert!(moved.ring_comes_from_elsewhere() && !moved.ring_starts(), "it is said once");
+        assert_eq!((moved.read(32, 1), moved.write_cache()), (vec![0], false));
+        let mut without = ConfigSpace::new(&info(Capabilities::DISCARD), 1, 256);
+        without.set_acked_features(FLUSH);
+        assert_eq!((without.read(32, 1), without.write_cache()), (vec![0], false), "not offered");
     }
 }

@@ -17,6 +17,7 @@ pub mod features;
 mod memory;
 mod request;
 mod status;
+mod write_cache;
 
 pub use chain::{DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain};
 pub use config::{

@@ -196,11 +196,19 @@ impl RawSession {
 
     /// Starts the ring, empty.
     pub fn start_ring(&mut self, size: u16) -> io::Result<()> {
-        self.put(AVAIL, &[0; 4])?;
-        self.put(USED, &[0; 4])?;
-        (self.size, self.avail_index, self.used_index) = (size, 0, 0);
+        self.start_ring_at(size, 0)
+    }
+
+    /// Starts the ring, empty, for a driver that has been running: everything up to `base` was
+    /// answered somewhere else.
+    pub fn start_ring_at(&mut self, size: u16, base: u16) -> io::Result<()> {
+        for ring in [AVAIL, USED] {
+            self.put(ring, &[0; 2])?;
+            self.put(ring + 2, &base.to_le_bytes())?;
+        }
+        (self.size, self.avail_index, self.used_index) = (size, base, base);
         self.frontend.set_vring_num(0, size).map_err(other)?;
-        self.frontend.set_vring_base(0, 0).map_err(other)?;
+        self.frontend.set_vring_base(0, base).map_err(other)?;
         self.place_ring(DESCRIPTORS, AVAIL, USED)?;
         self.frontend.set_vring_call(0, &self.call).map_err(other)?;
         self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;

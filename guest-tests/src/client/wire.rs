@@ -8,6 +8,8 @@ pub mod features {
     pub const RO: u64 = 1 << 5;
     /// The device has a cache that FLUSH empties.
     pub const FLUSH: u64 = 1 << 9;
+    /// The driver can turn the cache on and off.
+    pub const CONFIG_WCE: u64 = 1 << 11;
     /// More than one request queue.
     pub const MQ: u64 = 1 << 12;
     /// DISCARD requests.
