@@ -15,6 +15,7 @@ pub mod device;
 pub mod ending;
 mod guest_memory;
 mod json;
+pub mod log_limit;
 pub mod logging;
 mod poll;
 pub mod raw_fd;
