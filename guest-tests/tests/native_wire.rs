@@ -340,7 +340,7 @@ fn broken_rings_end_with_their_session_at_worst() {
 }
 
 #[test]
-fn get_id_answers_the_serial_and_get_config_any_size() {
+fn get_id_answers_the_serial_and_get_config_any_range_that_there_is() {
     let daemon = start();
     let mut raw = session(&daemon);
     try_case(&mut raw, &usual("the serial", GET_ID, 0, 20, WRITE, Expect::Ok));
@@ -357,11 +357,23 @@ fn get_id_answers_the_serial_and_get_config_any_size() {
     }
     let (_, middle) = ask(20, 4).expect("the block size");
     assert_eq!(middle, whole[20..24]);
-    // Larger than the configuration space: either padded or refused, but always answered.
-    for (offset, size) in [(0, 64), (0, 256), (32, 60), (250, 6), (4000, 96)] {
-        let _ = ask(offset, size);
-    }
+    let (_, padded) = ask(0, 256).expect("the largest configuration space");
+    assert_eq!((&padded[..60], &padded[72..]), (&whole[..], &[0; 184][..]));
+    // As Cloud Hypervisor up to v50 counts.
+    let (_, from_mmio) = ask(0x100, 60).expect("the configuration space");
+    assert_eq!(from_mmio, whole);
+    let (_, middle) = ask(0x114, 4).expect("the block size");
+    assert_eq!(middle, whole[20..24]);
+    // Zeros would be a disk of no size.
     drop(raw);
+    for (offset, size) in [(72, 4), (250, 6), (0, 257), (0x100 + 72, 4), (0x200, 60), (4000, 96)] {
+        let mut raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+        let answer = raw.frontend.get_config(offset, size, flags, &vec![0; size as usize]);
+        assert!(answer.is_err(), "{size} bytes at {offset} are answered");
+        let log = daemon.log();
+        let wanted = format!("{size} bytes at {offset} of the configuration space, which has 72");
+        assert!(offset != 72 || log.contains(&wanted), "{log}");
+    }
     good_client_works(&daemon);
 }
 
@@ -522,6 +534,11 @@ fn writes_to_the_configuration_space_end_no_session() {
     let (_, config) =
         raw.frontend.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).expect("the space");
     assert_eq!(config[..8], (16u64 << 20 >> 9).to_le_bytes(), "what is read-only was written");
+    // But no frontend lets a guest write where there is nothing.
+    let beyond = raw.frontend.set_config(72, VhostUserConfigFlags::WRITABLE, &[1]);
+    assert!(beyond.is_err(), "a write behind the end was acknowledged");
+    drop(raw);
+    good_client_works(&daemon);
 }
 
 /// What was published while nobody listened was meant for somebody: a driver that waits for its interrupt would wait for ever.

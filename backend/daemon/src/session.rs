@@ -14,10 +14,12 @@
 //! nothing in flight when the frontend gets its answer (one that was disabled takes nothing more); when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
 use crate::cpus;
+use crate::log_limit;
 use crate::raw_fd::{self, ExitEvents};
 use crate::vring::{Event, Vring};
 use crate::worker::{Orders, QueueWorker};
 use domain_api::DeviceInfo;
+use log::Level;
 use proxy::{DomainProxy, Notifier};
 use std::cell::RefCell;
 use std::io;
@@ -43,6 +45,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often somebody who waits for a drain looks whether he still should.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long a frontend that is refused something may take to read that.
+const TO_READ_A_REFUSAL: Duration = Duration::from_millis(200);
 
 /// How long a worker with nothing in flight takes to say so, at most.
 const AT_ONCE: Duration = Duration::from_millis(50);
@@ -118,6 +123,8 @@ pub(crate) struct Session {
     out_of_time: AtomicBool,
     /// The frontend is gone, or is let go now: publish nothing more.
     hung_up: Arc<AtomicBool>,
+    /// The frontend was refused something, and its connection is about to be ended.
+    is_let_go: AtomicBool,
     /// Ends the connection, once there is one.
     shutdown: Mutex<Option<ShutdownHandle>>,
 }
@@ -197,6 +204,7 @@ impl Session {
             ending: AtomicBool::new(false),
             out_of_time: AtomicBool::new(false),
             hung_up: Arc::default(),
+            is_let_go: AtomicBool::new(false),
             shutdown: Mutex::default(),
         })
     }
@@ -284,6 +292,26 @@ impl Session {
             log::info!(
                 "the guest has been running before, with its write cache on or off: each write is made durable until its driver turns the cache on"
             );
+        }
+    }
+
+    /// Ends the connection when its frontend has had the time to read an answer that refuses it
+    /// something. The `vhost` crate's frontend (Cloud Hypervisor's, for one) would wait for the
+    /// rest of such an answer for ever; QEMU's gives up by itself.
+    fn end_soon(self: &Arc<Self>) {
+        if self.is_let_go.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let session = Arc::downgrade(self);
+        let end = move || {
+            std::thread::sleep(TO_READ_A_REFUSAL);
+            let Some(session) = session.upgrade() else { return };
+            if let Some(handle) = lock(&session.shutdown).as_ref() {
+                handle.shutdown();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("refuse".to_owned()).spawn(end) {
+            log::warn!("no thread to end the session that was refused something: {error}");
         }
     }
 
@@ -465,15 +493,31 @@ impl VhostUserBackend for Backend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.configure(|space| space.read(offset, size))
+        self.configure(|space| space.read(offset, size)).unwrap_or_else(|error| {
+            log_limit::say(
+                Level::Warn,
+                "config read",
+                format_args!("the frontend is refused its read, and let go: {error}"),
+            );
+            self.0.end_soon();
+            // An answer of another length than was asked for becomes one of no length, which says
+            // that it is an error.
+            Vec::new()
+        })
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
-        // The guest's doing, and an error would end the session: what cannot be written is not.
-        if let Err(error) = self.configure(|space| space.write(offset, buf)) {
-            log::debug!("the guest writes to the configuration space: {error}");
+        match self.configure(|space| space.write(offset, buf)) {
+            // The frontend's doing, which has let its guest write where there is nothing. There is
+            // no other way to say no than to end the session.
+            Err(error @ virtio_blk::Error::OutOfBounds { .. }) => Err(io::Error::other(error)),
+            // The guest's doing, which is to end no session: what cannot be written is not.
+            Err(error) => {
+                log::debug!("the guest writes to the configuration space: {error}");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
-        Ok(())
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {

@@ -1,7 +1,8 @@
 //! The configuration space: `struct virtio_blk_config` as bytes, and the one byte in it that the driver may write.
 //!
 //! The bytes are made once from what the domain announces and do not change while the device lives, except for `writeback`.
-//! A frontend may ask for any range: a newer one knows fields that we do not, and gets zeros there.
+//! A newer frontend knows fields that we do not, and gets zeros there. A range that is elsewhere is
+//! refused: zeros in its place would be a disk of no size.
 //!
 //! Fields whose feature is not offered are zero. Deliberately absent: geometry, secure erase, zones.
 
@@ -27,6 +28,14 @@ pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Most sectors of a write zeroes: 16 MiB, because where it is carried out by writing, an upgrade waits for it.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
 
+/// Most bytes of a configuration space that vhost-user knows of. What is behind ours in it belongs
+/// to fields that later versions of the specification may have.
+const MAX_CONFIG_SIZE: u32 = 256;
+
+/// Where virtio-mmio has the configuration space among its registers (4.2.2). Some frontends name
+/// offsets from there: Cloud Hypervisor up to v50 reads at 0x100, and writes at the plain offset.
+const MMIO_CONFIG: u32 = 0x100;
+
 /// Offsets in `struct virtio_blk_config` (5.2.4).
 mod at {
     pub const CAPACITY: usize = 0;
@@ -46,9 +55,19 @@ mod at {
     pub const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
-/// Why a driver's write to the configuration space is refused. Nothing has changed then.
+/// Why a read of the configuration space, or a write to it, is refused. Nothing has changed then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
+    /// A range that begins or ends where there can be no field.
+    #[error(
+        "{len} bytes at {offset} of the configuration space, which has {CONFIG_SIZE} and is never larger than {MAX_CONFIG_SIZE}"
+    )]
+    OutOfBounds {
+        /// Where it begins, as the frontend said it.
+        offset: u32,
+        /// How long it is.
+        len: usize,
+    },
     /// Only the byte `writeback` can be written (5.2.5).
     #[error(
         "the driver wrote {len} bytes at {offset} of the configuration space, where only the byte at 32 can be written"
@@ -118,31 +137,46 @@ impl ConfigSpace {
         self.bytes[at..at + N].copy_from_slice(&value);
     }
 
-    /// Exactly `size` bytes from `offset` on; zeros where there is no configuration space. The caller bounds `size`:
-    /// vhost-user does, to 256 bytes. The frontend keeps what it reads: if
-    /// `writeback` is in it, that may change the write cache's mode.
-    #[must_use]
-    pub fn read(&mut self, offset: u32, size: u32) -> Vec<u8> {
-        let at = at::WRITEBACK as u32;
-        if (offset..offset.saturating_add(size)).contains(&at) {
+    /// Where a range of the space begins, however the frontend counts.
+    ///
+    /// No range that is counted from the beginning reaches [`MMIO_CONFIG`], so an offset from there
+    /// on is one that is counted from there.
+    fn place(offset: u32, len: usize) -> Result<usize, Error> {
+        let at = offset.checked_sub(MMIO_CONFIG).unwrap_or(offset) as usize;
+        let fits = at < CONFIG_SIZE && len <= MAX_CONFIG_SIZE as usize - at;
+        if fits { Ok(at) } else { Err(Error::OutOfBounds { offset, len }) }
+    }
+
+    /// Exactly `size` bytes from `offset` on, with zeros behind the fields that we know. The
+    /// frontend keeps what it reads: if `writeback` is in it, that may change the write cache's
+    /// mode.
+    ///
+    /// # Errors
+    /// The range begins behind the last field, or ends behind the largest space that there can be.
+    pub fn read(&mut self, offset: u32, size: u32) -> Result<Vec<u8>, Error> {
+        let at = Self::place(offset, size as usize)?;
+        if (at..at + size as usize).contains(&at::WRITEBACK) {
             self.cache.read();
         }
         self.bytes[at::WRITEBACK] = u8::from(self.cache.is_on());
         let mut out = vec![0; size as usize];
-        let from = self.bytes.get(offset as usize..).unwrap_or_default();
+        let from = &self.bytes[at..];
         let len = from.len().min(out.len());
         out[..len].copy_from_slice(&from[..len]);
-        out
+        Ok(out)
     }
 
     /// The driver writes, which may change the write cache's mode.
     ///
     /// # Errors
-    /// The driver wrote what it may not write. An empty write is none.
+    /// The driver wrote what it may not write ([`Error::NotWritable`] and the others), or the
+    /// frontend let it write where there is nothing ([`Error::OutOfBounds`]). An empty write is no
+    /// error.
     pub fn write(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
+        let at = Self::place(offset, data.len())?;
         let mode = match *data {
             [] => return Ok(()),
-            [mode] if offset as usize == at::WRITEBACK => mode,
+            [mode] if at == at::WRITEBACK => mode,
             _ => return Err(Error::NotWritable { offset, len: data.len() }),
         };
         if self.acked & CONFIG_WCE == 0 {
@@ -232,7 +266,7 @@ mod tests {
 
     #[test]
     fn layout_is_the_one_of_the_specification() {
-        let bytes = ConfigSpace::new(&info(ALL), 4, 256).read(0, CONFIG_SIZE as u32);
+        let bytes = ConfigSpace::new(&info(ALL), 4, 256).read(0, CONFIG_SIZE as u32).unwrap();
         assert_eq!(bytes[..8], ((3u64 << 30) / 512).to_le_bytes());
         assert_eq!(u32_at(&bytes, 8), SIZE_MAX);
         assert_eq!(u32_at(&bytes, 12), 126);
@@ -252,7 +286,7 @@ mod tests {
 
     #[test]
     fn fields_of_features_not_offered_are_zero() {
-        let bytes = ConfigSpace::new(&info(Capabilities(0)), 1, 256).read(0, CONFIG_SIZE as u32);
+        let bytes = ConfigSpace::new(&info(Capabilities(0)), 1, 256).read(0, CONFIG_SIZE as u32).unwrap();
         assert_eq!(bytes[36..72], [0; 36]);
         assert_eq!(bytes[32], 0, "no flush, no cache");
     }
@@ -261,30 +295,58 @@ mod tests {
     fn seg_max_fits_into_the_queue() {
         for (queue_size, seg_max) in [(1, 1), (2, 1), (4, 2), (64, 62), (128, 126), (1024, 126)] {
             let mut config = ConfigSpace::new(&info(ALL), 1, queue_size);
-            assert_eq!(u32_at(&config.read(12, 4), 0), seg_max, "queue of {queue_size}");
+            assert_eq!(u32_at(&config.read(12, 4).unwrap(), 0), seg_max, "queue of {queue_size}");
         }
     }
 
     #[test]
     fn a_small_disk_is_not_asked_for_more_than_it_has() {
         let small = DeviceInfo { capacity: 1 << 20, ..info(ALL) };
-        let bytes = ConfigSpace::new(&small, 1, 256).read(0, 72);
+        let bytes = ConfigSpace::new(&small, 1, 256).read(0, 72).unwrap();
         assert_eq!((u32_at(&bytes, 36), u32_at(&bytes, 48)), (2048, 2048));
     }
 
     #[test]
-    fn a_read_has_exactly_the_size_that_was_asked_for() {
+    fn a_range_is_answered_whole_or_refused() {
         let mut config = ConfigSpace::new(&info(ALL), 4, 256);
-        let all = config.read(0, 72);
-        assert_eq!(config.read(0, 60), all[..60]);
-        assert_eq!(config.read(34, 2), [4, 0]);
-        assert_eq!(config.read(0, 0), []);
-        let long = config.read(0, 256);
-        assert_eq!(long.len(), 256);
-        assert_eq!(long[..72], all);
-        assert_eq!(long[72..], [0; 184]);
-        for offset in [71, 72, 73, 1 << 20, u32::MAX] {
-            assert_eq!(config.read(offset, 5), [0; 5], "at {offset}");
+        let mut padded = config.read(0, 72).unwrap();
+        padded.resize(256, 0);
+        let mmio = MMIO_CONFIG;
+        // Offset and size, and where that is. QEMU asks for 57 bytes, Cloud Hypervisor for 60.
+        for (offset, size, at) in [
+            (0, 57, Some(0)),
+            (0, 60, Some(0)),
+            (0, 72, Some(0)),
+            (0, 256, Some(0)),
+            (0, 257, None),
+            (34, 2, Some(34)),
+            (71, 1, Some(71)),
+            (71, 5, Some(71)),
+            (71, 185, Some(71)),
+            (71, 186, None),
+            (72, 1, None),
+            (128, 4, None),
+            (255, 1, None),
+            (mmio, 60, Some(0)),
+            (mmio, 256, Some(0)),
+            (mmio, 257, None),
+            (mmio + 32, 1, Some(32)),
+            (mmio + 71, 5, Some(71)),
+            (mmio + 72, 1, None),
+            (2 * mmio, 1, None),
+            (4000, 96, None),
+            (u32::MAX, 1, None),
+            (0, u32::MAX, None),
+            (u32::MAX, u32::MAX, None),
+        ] {
+            let len = size as usize;
+            let refusal = Error::OutOfBounds { offset, len };
+            let expected = at.map(|at| padded[at..at + len].to_vec()).ok_or(refusal);
+            assert_eq!(config.read(offset, size), expected, "{size} bytes at {offset}");
+            if len <= 300 {
+                let written = config.write(offset, &vec![0; len]);
+                assert_eq!(written == Err(refusal), at.is_none(), "{size} bytes to {offset}");
+            }
         }
     }
 
@@ -296,15 +358,15 @@ mod tests {
         config.set_acked_features(FLUSH);
         assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated));
         config.set_acked_features(FLUSH | CONFIG_WCE);
-        for (offset, data) in [(0, &[0; 8][..]), (31, &[0, 0]), (32, &[0, 0]), (33, &[0]), (u32::MAX, &[0])] {
+        for (offset, data) in [(0, &[0; 8][..]), (31, &[0, 0]), (32, &[0, 0]), (33, &[0]), (71, &[0])] {
             assert_eq!(config.write(offset, data), Err(Error::NotWritable { offset, len: data.len() }));
         }
         assert_eq!(config.write(32, &[2]), Err(Error::NoSuchMode(2)));
         assert_eq!(config.write(0, &[]), Ok(()));
         assert_eq!(config.read(0, 72), before);
-        for mode in [1, 0, 1] {
-            assert_eq!(config.write(32, &[mode]), Ok(()));
-            assert_eq!((config.read(32, 1), config.write_cache()), (vec![mode], mode == 1));
+        for (offset, mode) in [(32, 1), (32, 0), (MMIO_CONFIG + 32, 1)] {
+            assert_eq!(config.write(offset, &[mode]), Ok(()));
+            assert_eq!((config.read(32, 1), config.write_cache()), (Ok(vec![mode]), mode == 1));
         }
         config.reset();
         assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated), "reset forgets the features");
@@ -315,17 +377,17 @@ mod tests {
     fn the_byte_says_which_mode_the_cache_is_in() {
         let mut config = ConfigSpace::new(&info(ALL), 1, 256);
         assert!(!config.write_cache(), "nobody has read anything");
-        let _ = (config.read(0, 32), config.read(33, 27));
+        let _ = (config.read(0, 32), config.read(33, 27), config.read(32, 300));
         assert!(!config.write_cache(), "nobody has read the byte");
-        assert_eq!((config.read(0, 33)[32], config.write_cache()), (1, true));
+        assert_eq!((config.read(0, 33).unwrap()[32], config.write_cache()), (1, true));
         config.set_acked_features(0);
-        assert_eq!((config.read(32, 1), config.write_cache()), (vec![0], false));
+        assert_eq!((config.read(32, 1), config.write_cache()), (Ok(vec![0]), false));
         let mut moved = ConfigSpace::new(&info(ALL), 1, 256);
         moved.set_acked_features(FLUSH | CONFIG_WCE);
         assert!(moved.ring_comes_from_elsewhere() && !moved.ring_starts(), "it is said once");
-        assert_eq!((moved.read(32, 1), moved.write_cache()), (vec![0], false));
+        assert_eq!((moved.read(32, 1), moved.write_cache()), (Ok(vec![0]), false));
         let mut without = ConfigSpace::new(&info(Capabilities::DISCARD), 1, 256);
         without.set_acked_features(FLUSH);
-        assert_eq!((without.read(32, 1), without.write_cache()), (vec![0], false), "not offered");
+        assert_eq!((without.read(32, 1), without.write_cache()), (Ok(vec![0]), false), "not offered");
     }
 }
