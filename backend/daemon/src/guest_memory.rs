@@ -243,8 +243,9 @@ fn prefetch(at: *const u8) {
 
 /// Describes a request whose segments lie in a worker's slot.
 pub(crate) fn request(op: u32, flags: u32, offset: u64, len: u64, segments: &[RawSegment]) -> RawRequest {
-    // SAFETY: the slot that owns the list is not touched until the request has ended: slots are handed out by `Slots::take` and come back
-    // with the completion, and the table of slots never moves or shrinks (`Box<[Slot]>`; the list inside is not pushed to meanwhile).
+    // SAFETY: the slot that owns the list is not touched until the request has ended: slots are
+    // taken from `Slots` and come back with the completion, and the table of slots never moves or
+    // shrinks (room for all of them is reserved; the list inside is not pushed to meanwhile).
     unsafe { RawRequest::new(op, flags, offset, len, segments) }
 }
 

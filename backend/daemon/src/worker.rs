@@ -61,16 +61,54 @@ struct Slot {
     segments: Vec<RawSegment>,
 }
 
-/// All slots of a queue; never reallocated.
+/// All slots of a queue. There is room for all of them, so that none ever moves; they are made when
+/// they are first needed, so that a ring costs what of it is used.
 struct Slots {
-    table: Box<[Slot]>,
+    table: Vec<Slot>,
+    /// Those of the table that nobody has.
     free: Vec<u16>,
+    /// How many there can be.
+    limit: usize,
 }
 
 impl Slots {
-    fn new(count: u16) -> Self {
-        let slot = |_| Slot { head: 0, op: 0, len: 0, status_at: None, segments: Vec::with_capacity(8) };
-        Self { table: (0..count).map(slot).collect(), free: (0..count).rev().collect() }
+    fn new(limit: u16) -> Self {
+        let limit = usize::from(limit);
+        Self { table: Vec::with_capacity(limit), free: Vec::with_capacity(limit), limit }
+    }
+
+    /// How many can be taken.
+    #[inline]
+    fn available(&self) -> usize {
+        self.free.len() + (self.limit - self.table.len())
+    }
+
+    /// The slot that is taken next, by [`take`](Self::take).
+    ///
+    /// # Panics
+    /// None is available.
+    #[inline]
+    fn next(&mut self) -> u16 {
+        match self.free.last() {
+            Some(&index) => index,
+            None => self.make(),
+        }
+    }
+
+    #[cold]
+    fn make(&mut self) -> u16 {
+        assert!(self.table.len() < self.limit, "no more chains are taken than slots are available");
+        let index = self.table.len() as u16;
+        let segments = Vec::with_capacity(8);
+        self.table.push(Slot { head: 0, op: 0, len: 0, status_at: None, segments });
+        self.free.push(index);
+        index
+    }
+
+    /// Takes the slot that is next.
+    #[inline]
+    fn take(&mut self) {
+        self.free.pop();
     }
 
     /// Turns a request that has ended into its entry of the used ring, after telling the guest how it ended.
@@ -149,7 +187,7 @@ impl QueueWorker {
             next_avail: 0,
             batch: Vec::with_capacity(BATCH),
             others: Vec::with_capacity(BATCH),
-            used: Vec::with_capacity(usize::from(queue_size)),
+            used: Vec::with_capacity(BATCH),
             poller: Poller::new(poll),
             awake: false,
             answers: 0,
@@ -260,7 +298,7 @@ impl QueueWorker {
 
     /// Turns notifications on; whether chains have come meanwhile.
     fn more_came(&mut self, vring: &Vring, orders: &Orders<'_>) -> bool {
-        if !self.serves(vring, orders) || self.is_full() || self.slots.free.is_empty() {
+        if !self.serves(vring, orders) || self.is_full() || self.slots.available() == 0 {
             return false;
         }
         let Some(snapshot) = &self.snapshot else { return false };
@@ -385,7 +423,7 @@ impl QueueWorker {
         };
         let first = queue.next_avail();
         self.next_avail = first;
-        let take = usize::from(waiting).min(BATCH).min(self.slots.free.len()) as u16;
+        let take = usize::from(waiting).min(BATCH).min(self.slots.available()) as u16;
         if take == 0 {
             return false;
         }
@@ -407,15 +445,15 @@ impl QueueWorker {
         while self.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.next_avail);
             self.next_avail = self.next_avail.wrapping_add(1);
-            let index = *self.slots.free.last().expect("no more chains are taken than slots are free");
+            let index = self.slots.next();
             let slot = &mut self.slots.table[usize::from(index)];
             match parse(table, chain, &mut translator, limits, &mut slot.segments) {
                 Parsed::Request { op, flags, offset, len, status_at, head } => {
-                    self.slots.free.pop();
                     (slot.head, slot.op, slot.len, slot.status_at) = (head, op, len, Some(status_at));
                     let mut request = guest_memory::request(op, flags, offset, len, &slot.segments);
                     naming.name(&mut request, usize::from(index));
                     self.batch.push(request);
+                    self.slots.take();
                     bytes += len;
                 }
                 Parsed::Answer { head, status_at, status, written } => self.others.push(Other {

@@ -21,21 +21,24 @@ struct Flight {
     order: u64,
 }
 
-/// All slots of a queue.
-pub(crate) struct Flights(Box<[Flight]>);
+/// All slots of a queue. Those that were never needed are not there yet, so that a ring costs what
+/// of it is used.
+pub(crate) struct Flights(Vec<Flight>);
 
 impl Flights {
+    /// With room for `slots` of them.
     pub(crate) fn new(slots: usize) -> Self {
-        Self(vec![Flight { request: RawRequest::nothing(), order: 0 }; slots].into_boxed_slice())
+        Self(Vec::with_capacity(slots))
     }
 
+    /// How many there are: all that were ever needed are among them.
     pub(crate) const fn len(&self) -> usize {
         self.0.len()
     }
 
     /// Who has the request in a slot; 0 is nobody.
     pub(crate) fn generation(&self, slot: usize) -> u64 {
-        self.0[slot].request.generation
+        self.0.get(slot).map_or(0, |flight| flight.request.generation)
     }
 
     /// The how-manieth the request in a slot was.
@@ -51,7 +54,16 @@ impl Flights {
     /// Enters a request, with who has it in its generation.
     #[inline]
     pub(crate) fn enter(&mut self, request: &RawRequest, order: u64) {
-        self.0[slot_of(request.tag)] = Flight { request: *request, order };
+        let slot = slot_of(request.tag);
+        if slot >= self.0.len() {
+            self.grow(slot + 1);
+        }
+        self.0[slot] = Flight { request: *request, order };
+    }
+
+    #[cold]
+    fn grow(&mut self, len: usize) {
+        self.0.resize(len, Flight { request: RawRequest::nothing(), order: 0 });
     }
 
     /// Nobody has the request in a slot any more; what it was stays known.

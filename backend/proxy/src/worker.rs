@@ -29,6 +29,9 @@ pub(crate) const OUTSIDE_A_REQUEST: &str = "it panicked outside of a request";
 /// includes, at most, these batches before it.
 const UNCLOCKED: u32 = 7;
 
+/// For how many completions there is room at first. It grows with what is in flight.
+const FIRST_ROOM: usize = 32;
+
 /// Whether requests may be submitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gate {
@@ -84,6 +87,8 @@ pub struct Worker {
     lost: usize,
     replay: Vec<RawRequest>,
     completions: CompletionBuffer,
+    /// For how many there is room: at least as many as are in flight, and those that are submitted.
+    room: usize,
     /// The generation that could not be attached to, so that it is not tried for ever.
     unattachable: u64,
 }
@@ -107,7 +112,8 @@ impl Worker {
             orphans: Vec::new(),
             lost: 0,
             replay: Vec::new(),
-            completions: CompletionBuffer::new(slots),
+            completions: CompletionBuffer::new(FIRST_ROOM),
+            room: FIRST_ROOM,
             unattachable: 0,
         };
         worker.adopt();
@@ -301,6 +307,10 @@ impl Worker {
     /// Submits to the current lane. Those that are not `fresh` are in the table already.
     #[inline(always)]
     fn offer(&mut self, requests: &[RawRequest], fresh: bool, mut ended: impl FnMut(Ended)) -> usize {
+        let needed = self.owing + requests.len();
+        if needed > self.room {
+            self.make_room(needed);
+        }
         let Some(lane) = self.current.as_mut() else { return 0 };
         self.unclocked = self.unclocked.wrapping_sub(1);
         if self.unclocked == u32::MAX {
@@ -328,6 +338,14 @@ impl Worker {
         add(&self.line.requests, told as u64);
         add(&self.line.in_flight, (told as u64).wrapping_neg());
         told
+    }
+
+    /// Makes room for `needed` completions, between two calls: nothing of an earlier one is there
+    /// still.
+    #[cold]
+    fn make_room(&mut self, needed: usize) {
+        self.room = needed.next_power_of_two();
+        self.completions = CompletionBuffer::new(self.room);
     }
 
     /// The domain took these requests, and did something else than to answer them all in their order: what comes after the first `told` goes through the
