@@ -254,3 +254,53 @@ fn workers_are_kept_on_the_cpus_that_are_asked_for() {
     }
     assert_eq!(workers, 3);
 }
+
+/// Rings as large as QEMU makes them (`queue-size=`) are served without an option.
+#[test]
+fn the_largest_ring_is_served_by_default() {
+    let daemon = ramdisk();
+    for size in [1024, 512, 128] {
+        let mut raw = RawSession::start(daemon.socket(), features::USUAL, size).expect("a session");
+        assert_one_read(&mut raw);
+    }
+}
+
+#[test]
+fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queue-size", "256"]);
+    let lines = |what: &str| daemon.log().lines().filter(|line| line.contains(what)).count();
+    for _ in 0..3 {
+        assert!(RawSession::start(daemon.socket(), features::USUAL, 512).is_err(), "512 is accepted");
+    }
+    assert_eq!(lines("start the daemon with --queue-size 512"), 1, "{}", daemon.log());
+    for _ in 0..3 {
+        assert!(RawSession::start(daemon.socket(), features::USUAL, 100).is_err(), "100 is accepted");
+    }
+    assert_eq!(lines("100 entries, which is no power of two"), 1, "{}", daemon.log());
+    assert!(lines("queue-size") + lines("the session ended") <= 4, "it repeats itself: {}", daemon.log());
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 256).expect("a session");
+    assert_one_read(&mut raw);
+}
+
+/// Memory follows what is in flight, and not what could be.
+#[test]
+fn rings_that_are_not_used_cost_no_memory() {
+    const SLACK_KIB: u64 = 2048;
+    // A session with all its workers, in KiB: idle, then with a deep queue on one of them.
+    let resident = |size: &str| {
+        let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "64", "--queue-size", size]);
+        let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+        assert_one_read(&mut raw);
+        let idle = daemon.rss_kib();
+        raw.put(guest_tests::client::raw::FREE, &[0; 16]).expect("memory");
+        (0..64).for_each(|_| raw.offer(0).expect("a kick"));
+        for _ in 0..64 {
+            assert!(raw.used(5 * SECOND).expect("memory").is_some(), "no answer");
+        }
+        (idle, daemon.rss_kib())
+    };
+    let (small, large) = (resident("64"), resident("1024"));
+    println!("64 queues of 64: {small:?} KiB, of 1024: {large:?} KiB");
+    assert!(large.0 <= small.0 + SLACK_KIB, "idle: {small:?} -> {large:?} KiB");
+    assert!(large.1 <= small.1 + SLACK_KIB, "in use: {small:?} -> {large:?} KiB");
+}

@@ -23,6 +23,9 @@ use crate::control::SOCKET_PATH_MAX;
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
+/// The largest queue size: as large as QEMU makes them.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
 /// CPUs are numbered from 0; Linux knows of no machine with more.
 const CPUS_MAX: usize = 1024;
 
@@ -72,8 +75,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
 
-    /// Largest size of a queue: a power of two, 16 to 1024
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    /// Largest size of a queue: a power of two, 16 to 1024. It costs nothing that is not used
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = queue_size)]
     queue_size: u16,
 
     /// How long a worker polls before it sleeps, in microseconds, at most 1000000; twice that after several answers; 0 is not at all
@@ -274,7 +277,10 @@ fn is_file_domain(domain: &str) -> bool {
 }
 
 fn queue_size(text: &str) -> Result<u16, &'static str> {
-    let size = text.parse::<u16>().ok().filter(|size| size.is_power_of_two() && (16..=1024).contains(size));
+    let size = text
+        .parse::<u16>()
+        .ok()
+        .filter(|size| size.is_power_of_two() && (16..=MAX_QUEUE_SIZE).contains(size));
     size.ok_or("it must be a power of two, 16 to 1024")
 }
 
@@ -319,7 +325,7 @@ mod tests {
         assert_eq!(config.listen, Listen::Path("/run/vm.sock".into()));
         assert_eq!(config.control_path, Path::new("/run/vm.sock.control"));
         assert_eq!((config.domain.as_str(), config.params), ("ramdisk", Params::default()));
-        assert_eq!((config.queues, config.queue_size, config.poll), (1, 256, Duration::from_micros(50)));
+        assert_eq!((config.queues, config.queue_size, config.poll), (1, 1024, Duration::from_micros(50)));
         let exe = std::env::current_exe().unwrap();
         let beside = exe.parent().unwrap();
         assert_eq!(config.domain_dirs, [beside.to_owned(), beside.join("../lib/vhost-hotswap")]);

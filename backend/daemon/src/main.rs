@@ -4,6 +4,7 @@
 //! sockets are removed, the domain writes down what it has.
 
 use loader::FileLoader;
+use log::Level;
 use proxy::DomainProxy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -18,6 +19,7 @@ use vhost_hotswap::control::{Server, SocketFile};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::ending::Ending;
+use vhost_hotswap::log_limit;
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
@@ -139,7 +141,11 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
             Ok(()) => log::info!("the frontend has disconnected"),
             Err(error) => {
-                log::warn!("the session ended: {error}");
+                log_limit::say(
+                    Level::Warn,
+                    &format!("session: {error}"),
+                    format_args!("the session ended: {error}"),
+                );
                 // The next look finds the end, too.
                 let _ = poll(&mut [PollFd::new(ending.wanted(), PollFlags::IN)], Some(&AFTER_A_FAILURE));
             }

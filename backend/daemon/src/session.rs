@@ -13,6 +13,7 @@
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped or reset has
 //! nothing in flight when the frontend gets its answer (one that was disabled takes nothing more); when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
 
+use crate::args::MAX_QUEUE_SIZE;
 use crate::cpus;
 use crate::log_limit;
 use crate::raw_fd::{self, ExitEvents};
@@ -215,11 +216,11 @@ impl Session {
             presence.get_or_insert_with(|| {
                 // Each thread comes here once before the frontend is heard, see `serve`.
                 let session = Arc::downgrade(self);
-                vring.listen({
+                vring.listen(self.config.queue_size, {
                     let session = Weak::clone(&session);
                     move |event| {
                         if let Some(session) = session.upgrade() {
-                            session.ring_event(event);
+                            session.ring_event(queue, event);
                         }
                     }
                 });
@@ -283,8 +284,9 @@ impl Session {
         result
     }
 
-    fn ring_event(&self, event: Event) {
+    fn ring_event(self: &Arc<Self>, queue: usize, event: Event) {
         let is_guarded = self.configure(|space| match event {
+            Event::IsRefused(_) => false,
             Event::ComesFromElsewhere => space.ring_comes_from_elsewhere(),
             Event::Starts => space.ring_starts(),
         });
@@ -292,6 +294,15 @@ impl Session {
             log::info!(
                 "the guest has been running before, with its write cache on or off: each write is made durable until its driver turns the cache on"
             );
+        }
+        if let Event::IsRefused(size) = event {
+            let cure = how_to_size(size, self.config.queue_size);
+            log_limit::say(
+                Level::Error,
+                &format!("ring of {size}"),
+                format_args!("queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"),
+            );
+            self.end_soon();
         }
     }
 
@@ -437,6 +448,19 @@ impl Session {
     }
 }
 
+/// What to do about a ring of a size that is refused.
+fn how_to_size(size: u16, largest: u16) -> String {
+    if !size.is_power_of_two() {
+        let other = size.next_power_of_two().min(largest);
+        return format!("which is no power of two: give QEMU queue-size={other}");
+    }
+    let qemu = format!("give QEMU queue-size={largest}");
+    if size > MAX_QUEUE_SIZE {
+        return format!("and {MAX_QUEUE_SIZE} is the most that there can be: {qemu}");
+    }
+    format!("and {largest} is the most: start the daemon with --queue-size {size}, or {qemu}")
+}
+
 /// The session as `vhost-user-backend` sees it.
 #[derive(Clone)]
 struct Backend(Arc<Session>);
@@ -457,7 +481,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn max_queue_size(&self) -> usize {
-        usize::from(self.config.queue_size)
+        usize::from(Vring::LARGEST)
     }
 
     fn features(&self) -> u64 {

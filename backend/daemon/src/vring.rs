@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
@@ -16,6 +17,9 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// What happens to a ring, on the thread of the frontend's messages and before its effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
+    /// It is to have a size that it cannot have (SET_VRING_NUM). It is not served until it has
+    /// another.
+    IsRefused(u16),
     /// It is to go on at a position that is neither the beginning nor where it was left in this
     /// session (SET_VRING_BASE).
     ComesFromElsewhere,
@@ -24,24 +28,37 @@ pub(crate) enum Event {
 }
 
 /// Whoever hears of it.
-type Listener = Box<dyn Fn(Event) + Send + Sync>;
+struct Listener {
+    /// The largest size that the ring can have.
+    largest: u16,
+    tell: Box<dyn Fn(Event) + Send + Sync>,
+}
 
 /// One ring.
 #[derive(Clone)]
 pub(crate) struct Vring {
     ring: VringMutex<Memory>,
     listener: Arc<OnceLock<Listener>>,
+    is_refused: Arc<AtomicBool>,
 }
 
 impl Vring {
-    /// Tells `listener` of every [`Event`] from now on; the first who asks for that stays.
-    pub(crate) fn listen(&self, listener: impl Fn(Event) + Send + Sync + 'static) {
-        self.listener.get_or_init(|| Box::new(listener));
+    /// The largest ring that there is (virtio 1.2, 2.7). The library is told that each may be so
+    /// large, because it would refuse a larger one without saying what to do.
+    pub(crate) const LARGEST: u16 = 1 << 15;
+
+    /// Tells `tell` of every [`Event`] from now on, and refuses sizes above `largest`, which is the
+    /// size until there is another. Who comes second is not heard.
+    pub(crate) fn listen(&self, largest: u16, tell: impl Fn(Event) + Send + Sync + 'static) {
+        self.listener.get_or_init(|| {
+            self.ring.set_queue_size(largest);
+            Listener { largest, tell: Box::new(tell) }
+        });
     }
 
     fn tell(&self, event: Event) {
         if let Some(listener) = self.listener.get() {
-            listener(event);
+            (listener.tell)(event);
         }
     }
 }
@@ -56,7 +73,11 @@ impl<'a> VringStateMutGuard<'a, Memory> for Vring {
 
 impl VringT<Memory> for Vring {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        VringMutex::new(memory, max_queue_size).map(|ring| Self { ring, listener: Arc::default() })
+        VringMutex::new(memory, max_queue_size).map(|ring| Self {
+            ring,
+            listener: Arc::default(),
+            is_refused: Arc::default(),
+        })
     }
 
     fn set_call(&self, file: Option<File>) {
@@ -100,6 +121,10 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
+        if self.is_refused.load(Ordering::Relaxed) {
+            // SET_VRING_NUM could not be refused.
+            return Err(Error::InvalidSize);
+        }
         self.ring.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
@@ -123,7 +148,14 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_size(&self, num: u16) {
-        self.ring.set_queue_size(num);
+        let largest = self.listener.get().map_or(Self::LARGEST, |listener| listener.largest);
+        let is_refused = num > largest || !num.is_power_of_two();
+        self.is_refused.store(is_refused, Ordering::Relaxed);
+        if is_refused {
+            self.tell(Event::IsRefused(num));
+        } else {
+            self.ring.set_queue_size(num);
+        }
     }
 
     fn set_queue_event_idx(&self, enabled: bool) {
@@ -134,7 +166,7 @@ impl VringT<Memory> for Vring {
         if ready {
             self.tell(Event::Starts);
         }
-        self.ring.set_queue_ready(ready);
+        self.ring.set_queue_ready(ready && !self.is_refused.load(Ordering::Relaxed));
     }
 
     fn set_kick(&self, file: Option<File>) {
