@@ -19,7 +19,7 @@ use vhost_hotswap::control::{Server, SocketFile};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::ending::Ending;
-use vhost_hotswap::log_limit;
+use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
@@ -141,6 +141,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
             Ok(()) => log::info!("the frontend has disconnected"),
             Err(error) => {
+                let error = how_to_have_more(&error);
                 log_limit::say(
                     Level::Warn,
                     &format!("session: {error}"),

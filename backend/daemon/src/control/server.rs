@@ -21,6 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use log::Level;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use serde_json::Value;
 
@@ -28,6 +29,7 @@ use super::connection::Connection;
 use super::peer::Commanders;
 use super::rpc::{self, RpcError};
 use super::{Operations, SocketError, SocketFile, SocketName};
+use crate::log_limit::{self, how_to_have_more};
 
 /// How long to let accepting rest when the process has no descriptor or thread left for a client.
 const EXHAUSTED: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -172,7 +174,14 @@ impl<O: Operations> Acceptor<O> {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
                     // Descriptors or memory have run out; the client stays in the backlog meanwhile.
-                    log::warn!("cannot accept a client on the control socket: {e}");
+                    log_limit::say(
+                        Level::Warn,
+                        "control client",
+                        format_args!(
+                            "cannot accept a client on the control socket, which has to wait: {}",
+                            how_to_have_more(&e)
+                        ),
+                    );
                     if self.wait(false, Some(&EXHAUSTED)) {
                         break;
                     }
