@@ -121,10 +121,14 @@ impl RingView {
         let avail = snapshot.place::<AtomicU16>(layout.avail, RING_HEADER + size * AVAIL_ELEMENT + event);
         let used = snapshot.place::<AtomicU32>(layout.used, RING_HEADER + size * USED_ELEMENT + event);
         let desc = snapshot.place::<u8>(layout.desc, size * DESCRIPTOR);
+        let (avail, used) = avail.zip(used).ok_or_else(|| {
+            let is_aligned = layout.avail.is_multiple_of(2) && layout.used.is_multiple_of(4);
+            if is_aligned { Error::FindMemoryRegion } else { Error::InvalidUsedRingAlign }
+        })?;
         Ok(Self {
             layout,
-            avail: avail.ok_or(Error::InvalidAvailRingIndex)?.cast_const(),
-            used: used.ok_or(Error::InvalidUsedRingAlign)?.cast(),
+            avail: avail.cast_const(),
+            used: used.cast(),
             desc: desc.map_or(std::ptr::null(), <*mut u8>::cast_const),
             _memory: Arc::clone(&snapshot.memory),
         })

@@ -15,7 +15,7 @@
 
 use crate::args::MAX_QUEUE_SIZE;
 use crate::cpus;
-use crate::log_limit;
+use crate::log_limit::{self, how_to_have_more};
 use crate::raw_fd::{self, ExitEvents};
 use crate::vring::{Event, Vring};
 use crate::worker::{Orders, QueueWorker};
@@ -31,7 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VhostUserHandlerError};
 use virtio_blk::{ConfigSpace, Limits, features};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -39,6 +39,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled before: a guest that comes back must not find errors that were made by
 /// our leaving.
@@ -47,11 +48,24 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often somebody who waits for a drain looks whether he still should.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// How long a guest may take from the start of its first ring to its first request, before its
+/// memory is suspected.
+const TO_BEGIN: Duration = Duration::from_secs(5);
+
+/// What to do about memory that is not shared.
+const SHARE: &str =
+    "start QEMU with share=on for its memory backend, and with memory-backend= for the machine";
+
 /// How long a frontend that is refused something may take to read that.
 const TO_READ_A_REFUSAL: Duration = Duration::from_millis(200);
 
 /// How long a worker with nothing in flight takes to say so, at most.
 const AT_ONCE: Duration = Duration::from_millis(50);
+
+/// What wake-ups are called at the library, and what the look at the first ring is, both behind the
+/// queues.
+const WAKE: u16 = 1;
+const LOOK: u16 = 2;
 
 /// What does not change from session to session.
 #[derive(Debug, Clone)]
@@ -106,8 +120,13 @@ impl Notifier for Wake {
     }
 }
 
+/// How many sessions there have been.
+static SESSIONS: AtomicU64 = AtomicU64::new(0);
+
 /// The backend of one connection.
 pub(crate) struct Session {
+    /// Which one it is, for the log.
+    number: u64,
     proxy: Arc<DomainProxy>,
     config: SessionConfig,
     info: DeviceInfo,
@@ -124,6 +143,12 @@ pub(crate) struct Session {
     out_of_time: AtomicBool,
     /// The frontend is gone, or is let go now: publish nothing more.
     hung_up: Arc<AtomicBool>,
+    /// Ends the time that the first ring has to show that the guest's memory is shared.
+    lookout: Mutex<TimerFd>,
+    /// It was set.
+    is_watched: AtomicBool,
+    /// Something was taken from some ring.
+    has_taken: AtomicBool,
     /// The frontend was refused something, and its connection is about to be ended.
     is_let_go: AtomicBool,
     /// Ends the connection, once there is one.
@@ -147,9 +172,13 @@ impl Drop for Presence {
         let post = &session.posts[self.queue];
         post.gone.store(true, Ordering::Release);
         if !session.ending.load(Ordering::Acquire) {
-            log::error!(
-                "the thread of queue {} has ended; ending the session, so that the frontend connects again",
-                self.queue
+            log_limit::say(
+                Level::Error,
+                "thread ended",
+                format_args!(
+                    "the thread of queue {} has ended; ending the session, so that the frontend connects again",
+                    self.queue
+                ),
             );
             if let Some(handle) = lock(&session.shutdown).as_ref() {
                 handle.shutdown();
@@ -191,6 +220,10 @@ impl Session {
             })
         };
         Ok(Self {
+            number: SESSIONS.fetch_add(1, Ordering::Relaxed),
+            lookout: Mutex::new(TimerFd::new().map_err(io::Error::from)?),
+            is_watched: AtomicBool::new(false),
+            has_taken: AtomicBool::new(false),
             limits: Mutex::new(Arc::new(Limits::new(&info, 0))),
             space: Mutex::new(space),
             acked: AtomicU64::new(0),
@@ -246,6 +279,7 @@ impl Session {
                 memory_version: self.memory_version.load(Ordering::Acquire),
                 memory: &self.memory,
             });
+            self.watch(queue, vring, serving);
             idle = serving.awaited() == 0;
             post.is_owed_elsewhere.store(serving.is_owed_elsewhere(), Ordering::Relaxed);
             lost = serving.in_flight() - serving.awaited();
@@ -272,6 +306,53 @@ impl Session {
                 post.settled_changed.notify_all();
             }
         }
+    }
+
+    /// Sees to it that a look is taken at a first ring with nothing in it. If what is mapped here
+    /// is not the guest's memory (QEMU without `share=on` shows us a file that it does not use
+    /// itself) nothing ever comes, and the guest waits for ever.
+    fn watch(&self, queue: usize, vring: &Vring, serving: &QueueWorker) {
+        if serving.has_taken() {
+            self.has_taken.store(true, Ordering::Relaxed);
+        } else if queue == 0 && serving.is_blank(vring) && !self.is_watched.swap(true, Ordering::Relaxed) {
+            // It fails for no time that is neither zero nor negative.
+            let _ = lock(&self.lookout).reset(TO_BEGIN, None);
+        }
+    }
+
+    /// The look.
+    fn look(&self, vring: &Vring) {
+        // It is due, so this does not wait.
+        let _ = lock(&self.lookout).wait();
+        let is_blank = lock(&self.posts[0].worker).as_ref().is_some_and(|serving| serving.is_blank(vring));
+        if is_blank && !self.has_taken.load(Ordering::Relaxed) {
+            log_limit::say(
+                Level::Warn,
+                "nothing comes",
+                format_args!(
+                    "there has been nothing in the guest's first ring since it was started {} s ago. If the guest waits for its disk, its memory is not shared: {SHARE}",
+                    TO_BEGIN.as_secs()
+                ),
+            );
+        }
+    }
+
+    /// Says what may be behind the error that a session has ended with.
+    fn explain(&self, error: &vhost_user_backend::Error) -> io::Error {
+        let has_memory = self.memory_version.load(Ordering::Relaxed) > 1;
+        let has_features = self.acked.load(Ordering::Relaxed) != 0;
+        let is_let_go = self.is_let_go.load(Ordering::Relaxed);
+        let place = match error {
+            vhost_user_backend::Error::HandleRequest(vhost::vhost_user::Error::ReqHandlerError(error))
+                if error.get_ref().is_some_and(|error| error.is::<VhostUserHandlerError>()) =>
+            {
+                "a ring is outside of the guest's memory that is shared"
+            }
+            // Rings are set up after that.
+            _ if has_features && !has_memory && !is_let_go => "none of the guest's memory is shared",
+            _ => return io::Error::other(error.to_string()),
+        };
+        io::Error::other(format!("{place}: {SHARE} ({error})"))
     }
 
     /// Does something to the configuration space; afterwards the domain's write cache is in the
@@ -330,7 +411,14 @@ impl Session {
         let wake = match post.wake.try_clone() {
             Ok(wake) => wake,
             Err(error) => {
-                log::error!("queue {queue} cannot be served: no descriptor for its wake-ups: {error}");
+                log_limit::say(
+                    Level::Error,
+                    "no wake-ups",
+                    format_args!(
+                        "queue {queue} cannot be served, for want of a descriptor: {}",
+                        how_to_have_more(&error)
+                    ),
+                );
                 return None;
             }
         };
@@ -338,10 +426,14 @@ impl Session {
         let slots = usize::from(self.config.queue_size);
         let lane = self.proxy.worker(queue, slots, Box::new(Wake(wake)));
         if lane.is_none() {
-            log::error!("queue {queue} cannot be served: a worker of an earlier session has not left");
+            log_limit::say(
+                Level::Error,
+                "not left",
+                format_args!("queue {queue} cannot be served: a worker of an earlier session has not left"),
+            );
         }
         let (size, poll, hung_up) = (self.config.queue_size, self.config.poll, Arc::clone(&self.hung_up));
-        lane.map(|lane| QueueWorker::new(lane, queue, size, poll, hung_up))
+        lane.map(|lane| QueueWorker::new(lane, (self.number, queue), size, poll, hung_up))
     }
 
     /// Waits until nothing of `queue` is in flight, as [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending, or it goes on at once.
@@ -587,7 +679,9 @@ impl VhostUserBackend for Backend {
         thread_id: usize,
     ) -> io::Result<()> {
         // One queue per thread: every event is about that queue, be it a kick or a wake-up.
-        if device_event != 0 {
+        if device_event == self.config.queues + LOOK {
+            self.look(&vrings[0]);
+        } else if device_event != 0 {
             let _ = self.posts[thread_id].wake.read();
         }
         self.0.attend(thread_id, &vrings[0]);
@@ -657,9 +751,13 @@ pub fn serve(
     let other = |error: vhost_user_backend::Error| io::Error::other(error.to_string());
     let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), Backend(Arc::clone(&session)), memory)
         .map_err(other)?;
-    let wake_id = u64::from(config.queues) + 1;
+    let wake_id = u64::from(config.queues + WAKE);
     for (post, threads) in session.posts.iter().zip(daemon.get_epoll_handlers()) {
         threads.register_listener(post.wake.as_raw_fd(), EventSet::IN, wake_id)?;
+    }
+    if let Some(first) = daemon.get_epoll_handlers().first() {
+        let look_id = u64::from(config.queues + LOOK);
+        first.register_listener(lock(&session.lookout).as_raw_fd(), EventSet::IN, look_id)?;
     }
     // Each thread has been here once before the frontend can break it: from then on its end is noticed.
     for queue in 0..session.posts.len() {
@@ -679,7 +777,7 @@ pub fn serve(
         match ended {
             // How frontends go: between two messages, or in the middle of one.
             Err(HandleRequest(Disconnected | PartialMessage)) => Ok(()),
-            ended => ended.map_err(other),
+            ended => ended.map_err(|error| session.explain(&error)),
         }
     });
     session.leave();

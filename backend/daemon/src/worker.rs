@@ -14,17 +14,19 @@
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
 
 use crate::guest_memory::{self, RingView, Snapshot};
+use crate::log_limit;
 use crate::poll::{Awaited, Poller};
 use crate::ring::{self, Used};
 use crate::vring::Vring;
 use domain_api::Status;
 use domain_api::abi::{RawRequest, RawSegment};
+use log::Level;
 use proxy::{Ended, Gate, Worker, slot_of};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
-use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, WireStatus, parse, used_len};
+use virtio_blk::{DescriptorTable, Limits, MalformedChain, Parsed, StatusSlot, WireStatus, parse, used_len};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -146,6 +148,10 @@ enum Round {
 pub(crate) struct QueueWorker {
     lane: Worker,
     queue: usize,
+    /// Which session it is, as far as the log is concerned.
+    session: u64,
+    /// A chain was taken.
+    has_taken: bool,
     slots: Slots,
     snapshot: Option<Snapshot>,
     /// Where the rings are in `snapshot`, once somebody has looked.
@@ -173,7 +179,7 @@ pub(crate) struct QueueWorker {
 impl QueueWorker {
     pub(crate) fn new(
         lane: Worker,
-        queue: usize,
+        (session, queue): (u64, usize),
         queue_size: u16,
         poll: Duration,
         hung_up: Arc<AtomicBool>,
@@ -181,6 +187,8 @@ impl QueueWorker {
         Self {
             lane,
             queue,
+            session,
+            has_taken: false,
             slots: Slots::new(queue_size),
             snapshot: None,
             view: None,
@@ -205,6 +213,18 @@ impl QueueWorker {
     /// How many of them will end.
     pub(crate) fn awaited(&self) -> usize {
         self.lane.awaited()
+    }
+
+    /// Whether a chain has ever been taken.
+    pub(crate) const fn has_taken(&self) -> bool {
+        self.has_taken
+    }
+
+    /// Whether the ring is on, and its driver has never written to it, as far as can be seen: so it
+    /// looks at first, and for ever if what is mapped here is not the guest's memory.
+    pub(crate) fn is_blank(&self, vring: &Vring) -> bool {
+        let is_blank = |view: &RingView| view.avail_flags() == 0 && view.avail_idx() == 0;
+        is_on(&vring.get_ref()) && self.view.as_ref().is_some_and(is_blank)
     }
 
     /// Whether some of these are owed by instances that do not serve any more.
@@ -322,9 +342,19 @@ impl QueueWorker {
 
     #[cold]
     fn give_up(&mut self, error: &Error) {
-        log::error!(
-            "queue {}: the ring makes no sense ({error}); it is not served until the driver resets it",
-            self.queue
+        let what_to_do = match error {
+            Error::FindMemoryRegion => {
+                ", nor is it in the memory that the frontend has shared (in QEMU share=on)"
+            }
+            _ => "",
+        };
+        log_limit::say(
+            Level::Error,
+            &format!("ring of queue {}", self.queue),
+            format_args!(
+                "queue {}: the ring makes no sense ({error}){what_to_do}; it is not served until the driver resets it",
+                self.queue
+            ),
         );
         self.lane.count_malformed(1);
         self.broken = true;
@@ -358,7 +388,11 @@ impl QueueWorker {
             accepted = lane.submit(batch, |ended| used.push(slots.end(ended)));
             if accepted == 0 && used.is_empty() && lane.owing_here() == 0 && !lane.has_orphans() {
                 // Against the contract; without an answer the guest would wait for ever.
-                log::error!("queue {}: the domain takes no request although it has none", self.queue);
+                log_limit::say(
+                    Level::Error,
+                    "takes no request",
+                    format_args!("queue {}: the domain takes no request although it has none", self.queue),
+                );
                 used.push(slots.end(Ended {
                     slot: slot_of(batch[0].tag),
                     status: Status::IoError,
@@ -436,6 +470,7 @@ impl QueueWorker {
             (0..take).for_each(|ahead| view.prefetch(first.wrapping_add(ahead)));
         }
         self.answers = 0;
+        self.has_taken = true;
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
         self.others.clear();
@@ -456,13 +491,18 @@ impl QueueWorker {
                     self.slots.take();
                     bytes += len;
                 }
-                Parsed::Answer { head, status_at, status, written } => self.others.push(Other {
-                    after: self.batch.len(),
-                    used: Used { head, len: written },
-                    answer: Some((status_at, status)),
-                }),
+                Parsed::Answer { head, status_at, status, written } => {
+                    if let Some(addr) = translator.take_outside() {
+                        tell_of_outside(self.queue, addr);
+                    }
+                    self.others.push(Other {
+                        after: self.batch.len(),
+                        used: Used { head, len: written },
+                        answer: Some((status_at, status)),
+                    });
+                }
                 Parsed::Malformed { head, reason } => {
-                    log::debug!("queue {}: chain {head} is malformed: {reason}", self.queue);
+                    tell_of_malformed(self.queue, self.session, head, reason, translator.take_outside());
                     let used = Used { head, len: 0 };
                     self.others.push(Other { after: self.batch.len(), used, answer: None });
                 }
@@ -511,13 +551,44 @@ impl QueueWorker {
         match look_up(&mut self.view, snapshot, queue).map(|view| ring::publish(queue, view, &self.used)) {
             Ok(true) => {
                 if let Err(error) = state.signal_used_queue() {
-                    log::warn!("queue {}: the frontend was not notified: {error}", self.queue);
+                    log_limit::say(
+                        Level::Warn,
+                        "not notified",
+                        format_args!("queue {}: the frontend was not notified: {error}", self.queue),
+                    );
                 }
             }
             Ok(false) => {}
             Err(error) => self.give_up(&error),
         }
     }
+}
+
+/// Says that a request is answered with an error because memory is not shared.
+#[cold]
+fn tell_of_outside(queue: usize, addr: u64) {
+    log_limit::say(
+        Level::Warn,
+        "buffer outside",
+        format_args!(
+            "queue {queue}: a request has a buffer at guest address {addr:#x}, which is outside of the memory that the frontend has shared, and is answered with an I/O error. All of the guest's memory has to be shared (in QEMU share=on), that which is plugged in later too"
+        ),
+    );
+}
+
+/// Says why a chain cannot be answered: of each session's chains the first.
+#[cold]
+fn tell_of_malformed(queue: usize, session: u64, head: u16, reason: MalformedChain, outside: Option<u64>) {
+    let place = outside.map_or_else(String::new, |addr| {
+        format!(
+            " (guest address {addr:#x}; all of the guest's memory has to be shared: in QEMU with share=on, for the firmware of a microvm with aux-ram-share=on)"
+        )
+    });
+    log_limit::say(
+        Level::Warn,
+        &format!("malformed chain of session {session}"),
+        format_args!("queue {queue}: chain {head} is malformed and cannot be answered: {reason}{place}"),
+    );
 }
 
 /// The view of `queue`, from before if it is still the right one.

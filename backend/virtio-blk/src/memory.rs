@@ -19,6 +19,8 @@ pub struct Translator<'m, M> {
     memory: &'m M,
     /// The region that was found last, and the one before.
     known: [Region; 2],
+    /// The first address that was asked for in vain.
+    outside: Option<u64>,
 }
 
 /// A region of guest memory: first guest address, length, where it is mapped. Length 0 is none.
@@ -51,7 +53,13 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
     /// earlier. Nobody in this process holds a Rust reference into guest memory.
     #[must_use]
     pub const unsafe fn new(memory: &'m M) -> Self {
-        Self { memory, known: [Region::NONE; 2] }
+        Self { memory, known: [Region::NONE; 2], outside: None }
+    }
+
+    /// The first address that was asked for since the last time and is outside of guest memory. A
+    /// chain with such an address ends as an answer or as malformed, so this is to be asked then.
+    pub const fn take_outside(&mut self) -> Option<u64> {
+        self.outside.take()
     }
 
     /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most. `None` outside of guest memory.
@@ -65,7 +73,10 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
 
     #[cold]
     fn find(&mut self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
-        let region = self.memory.find_region(GuestAddress(addr))?;
+        let Some(region) = self.memory.find_region(GuestAddress(addr)) else {
+            self.outside.get_or_insert(addr);
+            return None;
+        };
         let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
         self.known = [Region { start: region.start_addr().0, len: region.len(), base }, self.known[0]];
         self.known[0].piece(addr, len)
