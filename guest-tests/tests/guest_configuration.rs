@@ -89,3 +89,15 @@ fn one_queue_is_one_queue_and_the_default_size_is_64m() {
     let depth = guest.sh("cd /sys/block/vda/queue; echo none >scheduler; cat nr_requests");
     assert_eq!(depth, "64");
 }
+
+/// The guest would wait for its first request for ever if its rings were refused.
+#[test]
+fn rings_as_large_as_those_of_qemu_need_no_option() {
+    let daemon = Daemon::start(&["--domain", "ramdisk"]);
+    let options = GuestOptions { queues: 1, queue_size: 1024, ..GuestOptions::with_disk(daemon.socket()) };
+    let guest = Guest::boot(options).unwrap();
+    assert_eq!(guest.sh("cat /sys/block/vda/queue/max_segments"), "126");
+    guest.sh("dd if=/dev/zero of=/dev/vda bs=1M count=8 oflag=direct 2>/dev/null");
+    guest.shutdown().unwrap();
+    assert_eq!(daemon.terminate(), 0);
+}
