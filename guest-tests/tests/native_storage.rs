@@ -211,51 +211,69 @@ fn flushes_that_wait_for_one_share_the_next() {
     assert_eq!(daemon.terminate(), 0);
 }
 
+/// What follows a domain that has died with the kernel's answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Successor {
+    /// A standby that has served before, and flushed.
+    Standby,
+    /// A standby that has not flushed.
+    IdleStandby,
+    /// None, so that there are errors until an upgrade, with these parameters.
+    Upgrade(&'static [&'static str]),
+}
+
 /// The kernel has told an instance that data is lost, and that has died before it could tell anybody.
 #[test]
 fn what_a_dead_domain_was_told_is_not_lost_with_it() {
-    for panics in ["panics=reap", "panics=submit"] {
-        for standby in [true, false] {
-            let Some(disk) = failing_disk() else { return };
-            // It dies at the second call: the first is the write.
-            let dies = [panics, "calls=1"];
-            let daemon = if standby {
-                let daemon = serve(disk.path(), &[]);
-                daemon.call(&["upgrade", &fragile(), "--param", dies[0], "--param", dies[1]]);
-                daemon
-            } else {
-                serve_with(&fragile(), disk.path(), &dies)
-            };
-            let mut client = connect(&daemon, &Options::default());
-            let queue = client.queue(0);
-            write(queue, 0, &[1; BLOCK]);
-            disk.set_full(true);
-            queue.submit(Request::Flush, 1).expect("room");
-            queue.kick().expect("a kick");
-            let deadline = Instant::now() + LIMIT;
-            let takeovers = if standby { 1 } else { 0 };
-            while daemon.status()["upgrades"]["takeovers"] != takeovers
-                || !standby && daemon.status()["state"] != "faulted"
-            {
-                assert!(Instant::now() < deadline, "{}", daemon.status());
-                thread::sleep(Duration::from_millis(5));
-            }
-            disk.set_full(false);
-            let mut answers = Vec::new();
-            while answers.is_empty() {
-                assert!(Instant::now() < deadline, "the flush is not answered");
-                queue.wait(Duration::from_millis(10)).expect("a wait");
-                queue.reap(|done| answers.push(done.status));
-            }
-            assert_eq!(answers, [Status::IoError], "{panics}, standby {standby}");
-            if !standby {
-                daemon.call(&["upgrade", "file"]);
-            }
-            assert_eq!(status(queue, Request::Flush), Status::IoError, "{panics}, standby {standby}");
-            assert!(is_marked(&daemon));
-            drop(client);
-            assert_eq!(daemon.terminate(), 1);
+    let successors = [
+        Successor::Standby,
+        Successor::IdleStandby,
+        Successor::Upgrade(&[]),
+        Successor::Upgrade(&["--param", "direct=true"]),
+    ];
+    for (panics, successor) in
+        ["panics=reap", "panics=submit"].into_iter().flat_map(|panics| successors.map(|next| (panics, next)))
+    {
+        let Some(disk) = failing_disk() else { return };
+        // It dies at the second call: the first is the write.
+        let dies = [panics, "calls=1"];
+        let has_standby = !matches!(successor, Successor::Upgrade(_));
+        let daemon =
+            if has_standby { serve(disk.path(), &[]) } else { serve_with(&fragile(), disk.path(), &dies) };
+        let mut client = connect(&daemon, &Options::default());
+        let queue = client.queue(0);
+        if successor == Successor::Standby {
+            assert_eq!(status(queue, Request::Flush), Status::Ok);
         }
+        if has_standby {
+            daemon.call(&["upgrade", &fragile(), "--param", dies[0], "--param", dies[1]]);
+        }
+        write(queue, 0, &[1; BLOCK]);
+        disk.set_full(true);
+        queue.submit(Request::Flush, 1).expect("room");
+        queue.kick().expect("a kick");
+        let deadline = Instant::now() + LIMIT;
+        while daemon.status()["upgrades"]["takeovers"] != u64::from(has_standby)
+            || !has_standby && daemon.status()["state"] != "faulted"
+        {
+            assert!(Instant::now() < deadline, "{}", daemon.status());
+            thread::sleep(Duration::from_millis(5));
+        }
+        disk.set_full(false);
+        let mut answers = Vec::new();
+        while answers.is_empty() {
+            assert!(Instant::now() < deadline, "the flush is not answered");
+            queue.wait(Duration::from_millis(10)).expect("a wait");
+            queue.reap(|done| answers.push(done.status));
+        }
+        assert_eq!(answers, [Status::IoError], "{panics}, {successor:?}");
+        if let Successor::Upgrade(params) = successor {
+            daemon.call(&[&["upgrade", "file"], params].concat());
+        }
+        assert_eq!(status(queue, Request::Flush), Status::IoError, "{panics}, {successor:?}");
+        assert!(is_marked(&daemon));
+        drop(client);
+        assert_eq!(daemon.terminate(), 1);
     }
 }
 
@@ -350,6 +368,75 @@ fn sectors_of_512_bytes_survive_on_a_device_of_larger_ones() {
         let daemon = serve(device.path(), params);
         sectors_survive(&daemon, device.path(), params.contains(&"direct=true"));
         assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+/// Writes, from two queues at the same time, that overlap: what only one of them writes must be there afterwards.
+#[test]
+fn a_large_write_beside_one_of_a_sector_is_written_whole() {
+    let directory = disk_directory();
+    let Some(device) = LoopDevice::new(directory.path(), 4 << 20, 4096, &[]) else { return };
+    for params in [&["direct=true"][..], &["direct=true", "aio=sync"]] {
+        let daemon = serve(device.path(), params);
+        let mut client = connect(&daemon, &Options { queues: 2, ..Options::default() });
+        for round in 0..500u32 {
+            let (small, large) = ([(round % 100) as u8 + 1; 512], [(round % 100) as u8 + 101; 4096]);
+            client.queue(0).submit(Request::Write { offset: 0, data: &small }, 1).expect("room");
+            client.queue(1).submit(Request::Write { offset: 0, data: &large }, 2).expect("room");
+            client.queue(0).kick().expect("a kick");
+            client.queue(1).kick().expect("a kick");
+            let (deadline, mut answered) = (Instant::now() + LIMIT, 0);
+            while answered < 2 {
+                assert!(Instant::now() < deadline, "a write is not answered");
+                for queue in 0..2 {
+                    let queue = client.queue(queue);
+                    queue.wait(Duration::from_millis(1)).expect("a wait");
+                    answered += queue.reap(|done| assert_eq!(done.status, Status::Ok));
+                }
+            }
+            let found = read(client.queue(0), 0, 4096);
+            assert!(
+                found[512..] == large[512..],
+                "{params:?}: sectors that only one wrote are lost, round {round}"
+            );
+        }
+        drop(client);
+        assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+/// A device that takes 512 bytes when the disk begins, and 4096 later.
+#[test]
+fn storage_that_begins_to_ask_for_larger_blocks_loses_nothing() {
+    let directory = disk_directory();
+    for params in [&["direct=true"][..], &["direct=true", "aio=sync"]] {
+        for first in ["write", "zeroes", "read"] {
+            let Some(device) = LoopDevice::new(directory.path(), 4 << 20, 512, &[]) else { return };
+            let daemon = serve(device.path(), params);
+            let mut client = connect(&daemon, &Options { queues: 2, ..Options::default() });
+            daemon.call(&["upgrade", "file"]);
+            write(client.queue(1), 0, &[1; 4096]);
+            assert_eq!(status(client.queue(1), Request::Flush), Status::Ok);
+            host("losetup", &["--sector-size", "4096", text(device.path())]).expect("other sectors");
+            // The first that the live instance hears of it.
+            let queue = client.queue(0);
+            match first {
+                "write" => write(queue, 512, &[2; 512]),
+                "read" => assert_eq!(read(queue, 512, 512), [1; 512]),
+                _ => {
+                    let zeroes = Request::WriteZeroes { offset: 512, len: 512, unmap: false };
+                    assert_eq!(status(queue, zeroes), Status::Ok, "{params:?}");
+                    assert_eq!(read(queue, 0, 1536), [[1; 512], [0; 512], [1; 512]].concat());
+                }
+            }
+            write(client.queue(1), 1024, &[3; 512]);
+            // It was prepared, and so was its standby, when they could have served side by side.
+            let reply = daemon.call(&["rollback"]);
+            assert_eq!(reply["mode"], "handover", "{reply}");
+            drop(client);
+            sectors_survive(&daemon, device.path(), true);
+            assert_eq!(daemon.terminate(), 0);
+        }
     }
 }
 

@@ -12,7 +12,7 @@ pub use device::{
     block_device_size, can_discard_device, device_sector_size, discard_device, is_read_only_device,
     is_write_sealed,
 };
-pub use open::{OpenMode, direct_alignment, open, open_mode, reopen, stated_alignment};
+pub use open::{Alignment, OpenMode, direct_alignment, open, open_mode, reopen, stated_alignment};
 
 use crate::abi::RawSegment;
 use crate::buffer::Buffer;
@@ -106,14 +106,27 @@ fn attempt(
 /// What `fstatfs` says.
 pub fn is_in_memory(file: &File) -> io::Result<bool> {
     const RAMFS_MAGIC: i64 = 0x8584_58f6; // linux/magic.h
+    Ok([libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&file_system(file)?))
+}
+
+/// Whether direct I/O on the file system of `file` goes past the page cache for certain, where it is aligned as the file system
+/// says. Some take what they do not like through it, without a word.
+///
+/// # Errors
+/// What `fstatfs` says.
+pub fn is_truly_direct(file: &File) -> io::Result<bool> {
+    Ok([libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC].contains(&file_system(file)?))
+}
+
+/// Which kind of file system `file` is on, as linux/magic.h has it.
+fn file_system(file: &File) -> io::Result<i64> {
     let mut about = std::mem::MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: room for the structure, and the descriptor is open because `file` is borrowed.
     if unsafe { libc::fstatfs(file.as_raw_fd(), about.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: filled by the call, which succeeded.
-    let kind = unsafe { about.assume_init() }.f_type;
-    Ok([libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&kind))
+    Ok(unsafe { about.assume_init() }.f_type)
 }
 
 fn transfer(

@@ -16,11 +16,15 @@ use crate::offload::Offload;
 use crate::trouble::Trouble;
 use domain_api::uring::Work;
 use domain_api::{Host, Op, Request, Status, file_io};
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// What a guest's requests are multiples of.
+const SECTOR: u64 = 512;
 
 // All flags but `write_through` are hints; nothing is published by them, so Relaxed does.
 
@@ -29,11 +33,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 pub(crate) struct Disk {
     host: Host,
     image: Image,
+    /// What is synced through where no queue asks for it, and where a queue has no descriptor of its own.
+    own_sync: File,
     /// Each write is durable before it completes.
     write_through: AtomicBool,
     /// The storage is marked, as far as this instance has looked.
     failed: AtomicBool,
-    /// The storage's own description was asked whether a predecessor was told of a failure.
+    /// The witness was asked whether a predecessor was told of a failure, since this instance was activated.
     witnessed: AtomicBool,
     /// The file system has said that it has no such thing: not asked again.
     no_punch_hole: AtomicBool,
@@ -47,9 +53,12 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn new(host: Host, image: Image) -> Self {
-        Self {
+    /// # Errors
+    /// There is no descriptor left.
+    pub(crate) fn new(host: Host, image: Image) -> io::Result<Self> {
+        Ok(Self {
             host,
+            own_sync: image.sync_file(host)?,
             image,
             write_through: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -61,7 +70,17 @@ impl Disk {
             ranges: Ranges::new(host),
             offload: Offload::new(host),
             trouble: Trouble::new(host),
-        }
+        })
+    }
+
+    /// It serves from now on, maybe once more: others may have been told of a failure meanwhile.
+    pub(crate) fn activated(&self) {
+        self.witnessed.store(false, Ordering::Relaxed);
+    }
+
+    /// See the field.
+    pub(crate) const fn own_sync(&self) -> &File {
+        &self.own_sync
     }
 
     pub(crate) const fn image(&self) -> &Image {
@@ -81,7 +100,7 @@ impl Disk {
         // SeqCst here and in `is_write_through`: either a write that ends now sees the flag, or the `fdatasync` below sees the write.
         self.write_through.store(!on, Ordering::SeqCst);
         // From now on nothing is volatile; if this fails, what was has just been lost.
-        if !on && let Err(error) = self.sync_ended(self.image.file().sync_data()) {
+        if !on && let Err(error) = self.sync_ended(self.own_sync.sync_data()) {
             self.trouble.report("turning the write cache off", &error);
         }
     }
@@ -116,15 +135,23 @@ impl Disk {
         self.no_reads_at_once.store(true, Ordering::Relaxed);
     }
 
-    /// Counts a request that does not fit: `modified` if a block had to be read to change a part of it.
+    /// Counts a request that does not fit: one of which a block has to be read to change a part of it, or another.
     pub(crate) fn count_unaligned(&self, modified: bool) {
         self.host.count(if modified { "read_modify_writes" } else { "bounced_requests" }, 1);
+    }
+
+    /// Whether a request is one of the disk's blocks, as a driver that was told of them sends it. A disk with blocks of 512 bytes takes all
+    /// that the host lets through.
+    #[inline]
+    pub(crate) fn is_of_blocks(&self, request: &Request) -> bool {
+        !edges::has_edges(request, u64::from(self.image.announced().block_size))
     }
 
     /// Serves a request from beginning to end. `sync` is what the queue syncs through.
     pub(crate) fn serve(&self, bounce: &mut Bounce, sync: &File, request: &Request) -> Status {
         let result = match request.op() {
             None => return Status::Unsupported,
+            Some(Op::Read) if !self.is_of_blocks(request) => return Status::IoError,
             Some(Op::Read) => self.read(bounce, request),
             Some(Op::Flush) => {
                 self.image.follow_alignment();
@@ -132,6 +159,7 @@ impl Disk {
             }
             // The host does not let a guest come this far.
             Some(_) if !self.image.mode().write => return Status::IoError,
+            Some(_) if !self.is_of_blocks(request) => return Status::IoError,
             Some(Op::Write) => self.write(bounce, sync, request),
             Some(Op::Discard) => return self.discard(request),
             Some(Op::WriteZeroes { may_unmap }) => self.write_zeroes(bounce, sync, request, may_unmap),
@@ -160,19 +188,31 @@ impl Disk {
         Status::IoError
     }
 
+    /// What offsets and lengths must be multiples of now: of one request it is to be asked once.
+    #[inline]
+    pub(crate) fn alignment(&self) -> u64 {
+        if self.image.mode().direct { self.image.alignment() } else { SECTOR }
+    }
+
     /// Whether the kernel may be given the guest's memory as it is.
     #[inline]
-    pub(crate) fn takes(&self, request: &Request) -> bool {
+    pub(crate) fn takes(&self, request: &Request, alignment: u64) -> bool {
         let fits = || {
-            let alignment = self.image.alignment();
-            !edges::has_edges(request, alignment) && request.buffer().is_aligned(alignment as usize)
+            !edges::has_edges(request, alignment)
+                && request.buffer().is_aligned(self.image.memory_alignment())
         };
         !self.image.mode().direct || fits()
     }
 
-    /// Whether a change of the request's range has to have the blocks at its edges to itself.
-    pub(crate) fn has_edges(&self, request: &Request) -> bool {
-        self.image.mode().direct && edges::has_edges(request, self.image.alignment())
+    /// Whether a change has to have its range to itself.
+    #[inline]
+    pub(crate) const fn takes_ranges(alignment: u64) -> bool {
+        alignment > SECTOR
+    }
+
+    /// Whether changes without a range may be in flight where others need one.
+    pub(crate) fn may_have_plain(&self) -> bool {
+        self.image.has_grown()
     }
 
     /// Whether the kernel has refused the alignment of direct I/O.
@@ -203,13 +243,18 @@ impl Disk {
         self.check_storage()?;
         self.sync_ended(file.sync_data())?;
         if !self.is_witnessed() {
-            self.sync_ended(self.image.file().sync_data())?;
+            if !self.ranges.take(&edges::WITNESS, false) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let asked = self.sync_ended(self.image.witness().sync_data());
+            self.ranges.give_back(&edges::WITNESS);
+            asked?;
             self.set_witnessed();
         }
         Ok(())
     }
 
-    /// Whether the storage's own description has been asked.
+    /// Whether the witness has been asked.
     pub(crate) fn is_witnessed(&self) -> bool {
         self.witnessed.load(Ordering::Relaxed)
     }
@@ -244,74 +289,124 @@ impl Disk {
     }
 
     fn read(&self, bounce: &mut Bounce, request: &Request) -> io::Result<()> {
-        let (file, offset, buffer) = (self.image.file(), request.offset(), request.buffer());
-        if self.takes(request) {
-            match file_io::read_at(file, offset, &buffer) {
-                Err(error) if self.is_misaligned(&error) => {
-                    self.image.ask_alignment_again();
-                }
+        let alignment = self.alignment();
+        if self.takes(request, alignment) {
+            match file_io::read_at(self.image.file(), request.offset(), &request.buffer()) {
+                Err(error) if self.is_misaligned(&error) => drop(self.image.ask_alignment_again()),
                 result => return result,
             }
         }
         self.count_unaligned(false);
-        bounce.read(file, self.image.alignment(), offset, &buffer)
+        self.read_bounced(bounce, request)
+    }
+
+    /// Reads a request's data by way of the bounce buffer.
+    pub(crate) fn read_bounced(&self, bounce: &mut Bounce, request: &Request) -> io::Result<()> {
+        let mut read =
+            || bounce.read(self.image.file(), self.alignment(), request.offset(), &request.buffer());
+        match read() {
+            Err(error) if self.is_misaligned(&error) && self.image.ask_alignment_again() => read(),
+            result => result,
+        }
     }
 
     fn write(&self, bounce: &mut Bounce, sync: &File, request: &Request) -> io::Result<()> {
-        if self.takes(request) {
-            let (offset, buffer) = (request.offset(), request.buffer());
-            let result = if self.image.mode().direct && self.is_write_through() {
-                file_io::write_at_durably(sync, offset, &buffer)
+        let data = |bounce: &mut Bounce, alignment| {
+            if self.takes(request, alignment) {
+                let (file, offset, buffer) = (self.image.file(), request.offset(), request.buffer());
+                let result = if self.image.writes_durably() && self.is_write_through() {
+                    file_io::write_at_durably(file, offset, &buffer)
+                } else {
+                    // Looked at again afterwards: it may have been turned on meanwhile.
+                    file_io::write_at(file, offset, &buffer).and_then(|()| self.harden(sync))
+                };
+                match result {
+                    // Only its memory is in the way, or the storage asks for more, which is found out below.
+                    Err(error) if self.is_misaligned(&error) => {}
+                    result => return result,
+                }
+            }
+            self.count_unaligned(edges::has_edges(request, alignment));
+            self.write_bounced(bounce, sync, request, alignment)
+        };
+        self.change(bounce, request, data)
+    }
+
+    /// Makes a change with the range of its request to itself, where that is needed; once more if the storage asks for more than it did.
+    fn change(
+        &self,
+        bounce: &mut Bounce,
+        request: &Request,
+        make: impl Fn(&mut Bounce, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if !self.image.mode().direct {
+            return make(bounce, SECTOR);
+        }
+        loop {
+            let plain = self.ranges.plain_at_worker();
+            // Only now, see `edges`.
+            let alignment = self.alignment();
+            let result = if Self::takes_ranges(alignment) {
+                drop(plain);
+                let range = edges::hull(request, alignment);
+                if !self.ranges.take(&range, self.may_have_plain()) {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                let result = make(bounce, alignment);
+                self.ranges.give_back(&range);
+                result
             } else {
-                // Looked at again afterwards: it may have been turned on meanwhile.
-                file_io::write_at(self.image.file(), offset, &buffer).and_then(|()| self.harden(sync))
+                make(bounce, alignment)
             };
             match result {
-                Err(error) if self.is_misaligned(&error) => {
-                    self.image.ask_alignment_again();
-                }
+                Err(error) if self.is_misaligned(&error) && self.image.ask_alignment_again() => {}
                 result => return result,
             }
         }
-        let has_edges = self.has_edges(request);
-        self.count_unaligned(has_edges);
-        self.having_range(has_edges, request, || self.write_bounced(bounce, sync, request))
     }
 
-    /// Writes the data of a request, of which the caller has the range if it has edges.
+    /// Writes the data of a request, in blocks of `alignment`. Who calls has its range, where that is needed.
+    ///
+    /// # Errors
+    /// One for which [`is_misaligned`](Self::is_misaligned) holds: the storage may ask for more by now.
     pub(crate) fn write_bounced(
         &self,
         bounce: &mut Bounce,
         sync: &File,
         request: &Request,
+        alignment: u64,
     ) -> io::Result<()> {
         let buffer = request.buffer();
-        self.fill(bounce, request, |at, bytes| {
+        self.fill(bounce, request, alignment, |at, bytes| {
             buffer.copy_to_slice(at, bytes);
         })?;
         self.harden(sync)
     }
 
-    /// Writes zeros to the range of a request, of which the caller has the range if it has edges.
-    pub(crate) fn zero_bounced(&self, bounce: &mut Bounce, sync: &File, request: &Request) -> io::Result<()> {
-        self.fill(bounce, request, |_, bytes| bytes.fill(0))?;
+    /// Writes zeros to the range of a request; as [`write_bounced`](Self::write_bounced).
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn zero_bounced(
+        &self,
+        bounce: &mut Bounce,
+        sync: &File,
+        request: &Request,
+        alignment: u64,
+    ) -> io::Result<()> {
+        self.fill(bounce, request, alignment, |_, bytes| bytes.fill(0))?;
         self.harden(sync)
-    }
-
-    /// Reads a request's data by way of the bounce buffer.
-    pub(crate) fn read_bounced(&self, bounce: &mut Bounce, request: &Request) -> io::Result<()> {
-        bounce.read(self.image.file(), self.image.alignment(), request.offset(), &request.buffer())
     }
 
     fn fill(
         &self,
         bounce: &mut Bounce,
         request: &Request,
+        alignment: u64,
         fill: impl Fn(usize, &mut [u8]),
     ) -> io::Result<()> {
-        let (alignment, start, end) =
-            (self.image.alignment(), request.offset(), request.offset() + request.len());
-        let Some(last) = self.partial_block(end) else {
+        let (start, end) = (request.offset(), request.offset() + request.len());
+        let Some(last) = self.partial_block(end, alignment) else {
             return bounce.write(self.image.file(), alignment, start..end, fill);
         };
         if start < last {
@@ -327,32 +422,12 @@ impl Disk {
     }
 
     /// Where the last block of the file begins, if it is no whole one and a write up to `end` reaches into it.
-    pub(crate) fn partial_block(&self, end: u64) -> Option<u64> {
-        let alignment = self.image.alignment();
+    pub(crate) fn partial_block(&self, end: u64, alignment: u64) -> Option<u64> {
         if end.is_multiple_of(alignment) || self.image.device_sector().is_some() {
             return None;
         }
         let len = self.image.file().metadata().ok()?.len();
         (end.next_multiple_of(alignment) > len).then(|| len / alignment * alignment)
-    }
-
-    /// Calls `f` with the range of the request to itself.
-    fn having_range(
-        &self,
-        has_edges: bool,
-        request: &Request,
-        f: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<()> {
-        if !has_edges {
-            return f();
-        }
-        let range = edges::hull(request, self.image.alignment());
-        if !self.ranges.take(&range) {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let result = f();
-        self.ranges.give_back(&range);
-        result
     }
 
     fn discard(&self, request: &Request) -> Status {
@@ -361,14 +436,13 @@ impl Disk {
             let result = file_io::discard_device(self.image.file(), range.start, range.end - range.start);
             return self.discard_ended(request, result);
         }
-        let has_edges = self.has_edges(request);
-        let mut done = false;
-        let result = self.having_range(has_edges, request, || {
-            done = self.attempt(Work::PunchHole, request)?;
+        let done = Cell::new(false);
+        let result = self.change(&mut Bounce::default(), request, |_, _| {
+            done.set(self.attempt(Work::PunchHole, request)?);
             Ok(())
         });
         match result {
-            Ok(()) if !done => Status::Unsupported,
+            Ok(()) if !done.get() => Status::Unsupported,
             result => self.status(request, result),
         }
     }
@@ -396,10 +470,10 @@ impl Disk {
         request: &Request,
         may_unmap: bool,
     ) -> io::Result<()> {
-        self.having_range(self.has_edges(request), request, || {
+        self.change(bounce, request, |bounce, alignment| {
             let done = may_unmap && self.attempt(Work::PunchHole, request)?;
             if !done && !self.attempt(Work::ZeroRange, request)? {
-                return self.zero_bounced(bounce, sync, request);
+                return self.zero_bounced(bounce, sync, request, alignment);
             }
             self.harden(sync)
         })

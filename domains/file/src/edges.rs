@@ -2,23 +2,38 @@
 //!
 //! A guest's disk has blocks of 512 bytes whatever the storage asks for. A write whose edges are inside
 //! a block of the storage is carried out by reading that block, changing a part of it, and writing it
-//! back. Two such writes may be about different sectors of one block, on different queues: without
-//! more, one would write back what the other has just changed. So each has its range to itself.
+//! back. What somebody else has changed in that block meanwhile would be lost, be it another sector or a
+//! sector of a larger write. So on such storage each change has its range to itself, whether it fits or
+//! not. On storage that asks for no more than a sector nobody takes a range. Reads take none.
 //!
-//! Requests that fit take no lock: one that overlaps such a block overlaps the guest's own sectors
-//! in it, and requests that overlap have no order on any disk. Reads take none either.
+//! Storage may begin to ask for more (`cp --reflink` of an image on XFS, `losetup --sector-size`). A
+//! change that was begun before has no range. It is *plain*, and who needs a range waits until nothing
+//! plain is left. Both sides count in first and then look, in one order that all see (SeqCst):
 //!
-//! A replaced instance must not do this beside its successor, which knows nothing of its locks: such a
-//! disk is upgraded by a handover.
+//! 1. a plain change is counted, then the alignment is looked at again, and if it has grown the change
+//!    begins anew, with a range;
+//! 2. the alignment has grown, then the plain changes are looked at.
+//!
+//! Either 1 sees the growth, or 2 sees the count.
+//!
+//! A replaced instance and its successor do not know each other's ranges: such a disk is upgraded by a
+//! handover. Not covered is storage that begins to ask for more in the very milliseconds of a swap.
 
 use domain_api::{Host, QueueIndex, Request};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a worker waits for a range that it cannot wait for otherwise. Who has one gives it back
 /// when the device answers, or its instance has died.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Stands for the storage's witness, through which one sync goes at a time. No range of a file is there.
+pub(crate) const WITNESS: Range<u64> = u64::MAX - 1..u64::MAX;
+
+/// Most queues that there are.
+const QUEUES: usize = u64::BITS as usize;
 
 /// The range of the file that a request is carried out on.
 pub(crate) fn hull(request: &Request, alignment: u64) -> Range<u64> {
@@ -33,7 +48,7 @@ pub(crate) fn has_edges(request: &Request, alignment: u64) -> bool {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// A few: those of requests in flight that do not fit.
+    /// Those of changes in flight.
     held: Vec<Range<u64>>,
     /// Queues that wait for one of them, one bit each.
     waiting: u64,
@@ -45,32 +60,62 @@ pub(crate) struct Ranges {
     host: Host,
     inner: Mutex<Inner>,
     released: Condvar,
+    /// Changes in flight that have no range: of each queue's ring, which only its worker counts, and of all workers.
+    plain: [AtomicU32; QUEUES],
+    plain_at_workers: AtomicU32,
 }
 
 impl Ranges {
     pub(crate) fn new(host: Host) -> Self {
-        Self { host, inner: Mutex::default(), released: Condvar::new() }
+        Self {
+            host,
+            inner: Mutex::default(),
+            released: Condvar::new(),
+            plain: [const { AtomicU32::new(0) }; QUEUES],
+            plain_at_workers: AtomicU32::new(0),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes `range`, or has `queue` notified when it may be free.
-    pub(crate) fn try_take(&self, range: &Range<u64>, queue: QueueIndex) -> bool {
+    /// Says how many plain changes `queue` has in its ring.
+    #[inline]
+    pub(crate) fn set_plain(&self, queue: QueueIndex, count: u32) {
+        self.plain[queue.0 as usize].store(count, Ordering::SeqCst);
+    }
+
+    /// Counts a plain change that a worker makes itself, until it is dropped.
+    pub(crate) fn plain_at_worker(&self) -> PlainAtWorker<'_> {
+        self.plain_at_workers.fetch_add(1, Ordering::SeqCst);
+        PlainAtWorker(self)
+    }
+
+    fn has_plain(&self) -> bool {
+        self.plain_at_workers.load(Ordering::SeqCst) > 0
+            || self.plain.iter().any(|count| count.load(Ordering::SeqCst) > 0)
+    }
+
+    /// Takes `range`, or has `queue` notified when it may be free. `plain_too`: not while anything is plain.
+    pub(crate) fn try_take(&self, range: &Range<u64>, plain_too: bool, queue: QueueIndex) -> bool {
         let mut inner = self.lock();
-        let taken = inner.take(range);
-        if !taken {
-            inner.waiting |= 1 << queue.0;
+        let before = inner.waiting;
+        inner.waiting |= 1 << queue.0;
+        // After the bit is set: whoever ends the last plain change sees it, or is seen.
+        let taken = !(plain_too && self.has_plain()) && inner.take(range);
+        if taken {
+            // Unless something else of the queue waits.
+            inner.waiting = before;
         }
         taken
     }
 
     /// Takes `range` when it is free; `false` if that takes too long.
-    pub(crate) fn take(&self, range: &Range<u64>) -> bool {
+    pub(crate) fn take(&self, range: &Range<u64>, plain_too: bool) -> bool {
         let deadline = Instant::now() + PATIENCE;
         let mut inner = self.lock();
-        while !inner.take(range) {
+        while (plain_too && self.has_plain()) || !inner.take(range) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -86,6 +131,16 @@ impl Ranges {
         if let Some(at) = inner.held.iter().position(|held| held == range) {
             inner.held.swap_remove(at);
         }
+        self.wake(inner);
+    }
+
+    /// Has all that wait look again: something plain has ended.
+    #[cold]
+    pub(crate) fn look_again(&self) {
+        self.wake(self.lock());
+    }
+
+    fn wake(&self, mut inner: MutexGuard<'_, Inner>) {
         let waiting = std::mem::take(&mut inner.waiting);
         drop(inner);
         self.released.notify_all();
@@ -103,5 +158,16 @@ impl Inner {
         }
         self.held.push(range.clone());
         true
+    }
+}
+
+/// A plain change of a worker's.
+pub(crate) struct PlainAtWorker<'a>(&'a Ranges);
+
+impl Drop for PlainAtWorker<'_> {
+    fn drop(&mut self) {
+        if self.0.plain_at_workers.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.look_again();
+        }
     }
 }

@@ -51,9 +51,9 @@ impl Engine {
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
         let prepare = |index| {
-            let sync = image.sync_file()?;
+            let sync = image.sync_file(host)?;
             let wants_ring = uring && needs_rings(image);
-            let ring = wants_ring.then(|| PreparedRing::new(image.file(), &sync, DEPTH)).transpose()?;
+            let ring = wants_ring.then(|| PreparedRing::new(image.files(&sync), DEPTH)).transpose()?;
             Ok(Prepared { index, sync: Some(sync), ring })
         };
         // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
@@ -81,7 +81,7 @@ impl Engine {
             })?;
             match self.take_prepared(index, |prepared| prepared.ring.take()) {
                 Some(ring) => ring.begin(wake),
-                None => Ring::new(image.file(), sync, wake, DEPTH),
+                None => Ring::new(image.files(sync), wake, DEPTH),
             }
         };
         let said = |error: &io::Error| {
@@ -94,9 +94,10 @@ impl Engine {
         made().inspect_err(said).ok()
     }
 
-    /// What a queue syncs through. Without a descriptor for it, that is the image's own.
+    /// What a queue syncs through, unless there is no descriptor left for it.
     pub(crate) fn sync_file(&self, image: &Image, index: QueueIndex) -> Option<File> {
-        self.take_prepared(index, |prepared| prepared.sync.take()).or_else(|| image.sync_file().ok())
+        let prepared = self.take_prepared(index, |prepared| prepared.sync.take());
+        prepared.or_else(|| image.sync_file(self.host).ok())
     }
 
     fn take_prepared<T>(

@@ -17,21 +17,22 @@
 //! is no property of the guest's disk, because what does not fit is carried out on a range that does (`edges`).
 //!
 //! Linux reports a write-back that failed once to each open file description, and then forgets it. So
-//! each queue syncs through a description of its own, opened before it may be needed; the first sync
-//! of an instance asks the storage's description as well, which remembers what was reported to a
-//! predecessor that did not live to say so.
+//! each queue syncs through a description of its own, opened before it may be needed. The disk has one
+//! more, the *witness*, which lies in storage: the first sync of an instance, each time that it is
+//! activated, asks it what was reported to a predecessor that did not live to say so. Nobody else
+//! syncs through it, and no data goes through it.
 //!
 //! The first instance claims the image, so that no other program writes to it, and leaves the claim in storage as well: it is the disk's, whoever serves it, and
 //! ends with the process.
 
 use crate::announced::Announced;
-use domain_api::file_io::{self, Claim, OpenMode};
+use domain_api::file_io::{self, Alignment, Claim, OpenMode};
+use domain_api::uring::Files;
 use domain_api::{DomainError, Host, Level};
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,12 +42,14 @@ const DESCRIPTOR: &str = "image";
 const CLAIM: &str = "claim";
 /// How long a claim is waited for: who has it may just be ending.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
+/// Storage key of the description that remembers.
+const WITNESS: &str = "witness";
 /// Storage key of the path that it was opened by.
 const PATH: &str = "path";
 
 const SECTOR_SIZE: u32 = 512;
-/// The most that direct I/O is known to ask for, and the other block size that a disk can have.
-const LARGEST_BLOCK: u32 = 4096;
+/// The largest alignment that can be had: pieces of what is moved in pieces are multiples of it.
+const LARGEST_ALIGNMENT: u32 = 256 << 10;
 
 /// What an instance is asked to make of the image.
 #[derive(Debug, Clone, Copy)]
@@ -65,13 +68,20 @@ pub(crate) struct Image {
     path: String,
     mode: OpenMode,
     announced: Announced,
-    /// What offsets, lengths and addresses of I/O must be multiples of, in bytes. It may grow.
+    /// What addresses of I/O must be multiples of, in bytes.
+    memory_alignment: u32,
+    /// What offsets and lengths must be multiples of. It may grow.
     alignment: AtomicU32,
+    /// What that was at first.
+    first_alignment: u32,
     /// Sectors of the block device that it is, if it is one.
     device_sector: Option<u32>,
     in_memory: bool,
-    /// The same file past direct I/O, for the end of one whose length is not aligned.
-    cached: OnceLock<File>,
+    /// `RWF_DSYNC` says of each write by itself whether it is durable.
+    writes_durably: bool,
+    /// The same file through the page cache, for the end of one whose length is not aligned.
+    cached: Option<File>,
+    witness: File,
     /// How others see that the image is in use, if storage has nothing to that end. A description of its own: what io_uring knows is closed some time after the process is gone.
     claim: Option<File>,
 }
@@ -107,15 +117,20 @@ impl Image {
         } else {
             None
         };
-        let alignment = if mode.direct {
-            file_io::direct_alignment(&file).map_err(|error| {
-                DomainError::new(format!("cannot do direct I/O on `{path}`: {error}; leave direct=true out"))
-            })?
-        } else {
-            SECTOR_SIZE
+        let alignment = if mode.direct { alignment(&file, path)? } else { Alignment::SECTORS };
+        // A device's node is on a file system in memory, and says nothing of the device.
+        let in_memory = !device
+            && file_io::is_in_memory(&file).map_err(|error| cannot("look at the file system of", error))?;
+        let writes_durably = mode.direct && (device || file_io::is_truly_direct(&file).unwrap_or(false));
+        let is_cut = !device && !size.is_multiple_of(u64::from(alignment.offset));
+        let cached = (mode.direct && is_cut)
+            .then(|| file_io::reopen(&file, OpenMode { direct: false, ..mode }))
+            .transpose()
+            .map_err(|error| cannot("open once more, for the end of it,", error))?;
+        let witness = match host.storage().file(WITNESS) {
+            Some(witness) => witness,
+            None => open_to_sync(host, &file, path).map_err(|error| cannot("open once more", error))?,
         };
-        let in_memory =
-            file_io::is_in_memory(&file).map_err(|error| cannot("look at the file system of", error))?;
         let announced = match Announced::inherited(host) {
             Some(announced) => {
                 stand_behind(host, path, size, announced, wanted.block_size)?;
@@ -130,7 +145,7 @@ impl Image {
                     capacity: size,
                     block_size,
                     physical_block_size: if usable { preferred } else { 0 }
-                        .max(alignment)
+                        .max(alignment.offset)
                         .max(device_sector.unwrap_or(0))
                         .max(block_size),
                     discard: mode.write
@@ -148,10 +163,14 @@ impl Image {
             path: path.to_owned(),
             mode,
             announced,
-            alignment: AtomicU32::new(alignment),
+            memory_alignment: alignment.memory,
+            alignment: AtomicU32::new(alignment.offset),
+            first_alignment: alignment.offset,
             device_sector,
             in_memory,
-            cached: OnceLock::new(),
+            writes_durably,
+            cached,
+            witness,
             claim: None,
         })
     }
@@ -166,6 +185,9 @@ impl Image {
         }
         if let Some(claim) = self.claim.as_ref().filter(|_| storage.file(CLAIM).is_none()) {
             storage.set_file(CLAIM, claim)?;
+        }
+        if storage.file(WITNESS).is_none() {
+            storage.set_file(WITNESS, &self.witness)?;
         }
         if storage.bytes(PATH).as_deref() != Some(self.path.as_bytes()) {
             storage.set_bytes(PATH, self.path.as_bytes())?;
@@ -185,46 +207,72 @@ impl Image {
         &self.announced
     }
 
-    /// A description of its own to sync through, or a dup where none can be had.
-    pub(crate) fn sync_file(&self) -> io::Result<File> {
-        file_io::reopen(&self.file, self.mode).or_else(|_| self.file.try_clone())
+    /// A description of its own to sync through.
+    pub(crate) fn sync_file(&self, host: Host) -> io::Result<File> {
+        open_to_sync(host, &self.file, &self.path)
+    }
+
+    /// What remembers for all instances.
+    pub(crate) const fn witness(&self) -> &File {
+        &self.witness
+    }
+
+    /// What a ring uses, for a queue that syncs through `sync`.
+    pub(crate) const fn files<'a>(&'a self, sync: &'a File) -> Files<'a> {
+        Files { image: &self.file, sync, witness: &self.witness }
     }
 
     /// The same file through the page cache.
-    pub(crate) fn cached(&self) -> io::Result<&File> {
-        if let Some(file) = self.cached.get() {
-            return Ok(file);
+    pub(crate) fn cached(&self) -> io::Result<Cached<'_>> {
+        match &self.cached {
+            Some(file) => Ok(Cached::Ours(file)),
+            None => {
+                let mode = OpenMode { direct: false, ..self.mode };
+                file_io::reopen(&self.file, mode).map(Cached::New)
+            }
         }
-        let file = file_io::reopen(&self.file, OpenMode { direct: false, ..self.mode })?;
-        Ok(self.cached.get_or_init(|| file))
     }
 
-    /// What offsets, lengths and addresses of I/O must be multiples of, in bytes.
+    /// Whether each direct write can be told to be durable by itself.
+    pub(crate) const fn writes_durably(&self) -> bool {
+        self.writes_durably
+    }
+
+    /// What addresses of I/O must be multiples of, in bytes.
+    pub(crate) const fn memory_alignment(&self) -> usize {
+        self.memory_alignment as usize
+    }
+
+    /// What offsets and lengths of I/O must be multiples of, in bytes.
     #[inline]
     pub(crate) fn alignment(&self) -> u64 {
-        // Relaxed: nothing is published with it. Whoever has an older value is refused by the kernel.
-        u64::from(self.alignment.load(Ordering::Relaxed))
+        // SeqCst pairs with `grow`: see `Ranges` for what has to see what.
+        u64::from(self.alignment.load(Ordering::SeqCst))
     }
 
-    /// The kernel has refused direct I/O that was aligned as it had said. Whether it now says, or may
-    /// want, something else.
+    /// Whether that has grown since this instance was prepared.
+    pub(crate) fn has_grown(&self) -> bool {
+        self.alignment() > u64::from(self.first_alignment)
+    }
+
+    /// The kernel has refused direct I/O that was aligned as it had said. Whether it says something else now.
     #[cold]
     pub(crate) fn ask_alignment_again(&self) -> bool {
-        let before = self.alignment.load(Ordering::Relaxed);
-        let stated = file_io::direct_alignment(&self.file).unwrap_or(LARGEST_BLOCK);
-        let now = if stated > before { stated } else { LARGEST_BLOCK };
-        self.alignment.fetch_max(now, Ordering::Relaxed) < now
+        file_io::direct_alignment(&self.file).is_ok_and(|now| self.grow(now))
     }
 
-    /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it has said
+    /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it says
     /// through the page cache, without a word, once a file shares blocks with another.
     pub(crate) fn follow_alignment(&self) {
         if self.mode.direct
-            && self.device_sector.is_none()
-            && let Ok(Some(stated)) = file_io::stated_alignment(&self.file)
+            && let Ok(Some(now)) = file_io::stated_alignment(&self.file)
         {
-            self.alignment.fetch_max(stated, Ordering::Relaxed);
+            self.grow(now);
         }
+    }
+
+    fn grow(&self, now: Alignment) -> bool {
+        now.offset <= LARGEST_ALIGNMENT && self.alignment.fetch_max(now.offset, Ordering::SeqCst) < now.offset
     }
 
     /// Whether requests that the guest may send are carried out by reading, changing and writing.
@@ -241,6 +289,51 @@ impl Image {
     pub(crate) const fn is_in_memory(&self) -> bool {
         self.in_memory
     }
+}
+
+/// The same file through the page cache.
+pub(crate) enum Cached<'a> {
+    Ours(&'a File),
+    New(File),
+}
+
+impl std::ops::Deref for Cached<'_> {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        match self {
+            Self::Ours(file) => file,
+            Self::New(file) => file,
+        }
+    }
+}
+
+/// What direct I/O has to be aligned to.
+fn alignment(file: &File, path: &str) -> Result<Alignment, DomainError> {
+    let found = file_io::direct_alignment(file).map_err(|error| {
+        DomainError::new(format!("cannot do direct I/O on `{path}`: {error}; leave direct=true out"))
+    })?;
+    if found.offset.max(found.memory) > LARGEST_ALIGNMENT {
+        return Err(DomainError::new(format!(
+            "direct I/O on `{path}` takes {} bytes at a time, which is more than {LARGEST_ALIGNMENT}; leave direct=true out",
+            found.offset.max(found.memory)
+        )));
+    }
+    Ok(found)
+}
+
+/// Another open file description, to sync through: for reading only, because that is all it takes, and because to close one
+/// that was open for writing is an event for others.
+fn open_to_sync(host: Host, file: &File, path: &str) -> io::Result<File> {
+    file_io::reopen(file, OpenMode { write: false, direct: false }).or_else(|error| {
+        host.log(
+            Level::Warn,
+            &format!(
+                "`{path}` cannot be opened once more ({error}): of flushes at the same time, not each may be told that the storage has failed"
+            ),
+        );
+        file.try_clone()
+    })
 }
 
 /// Whether the file can stand behind what the guest was told.

@@ -25,14 +25,13 @@ mod turn;
 
 use disk::Disk;
 use domain_api::file_io::OpenMode;
-use domain_api::uring::Ring;
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
     QueueIndex, Swap,
 };
 use engine::Engine;
 use image::{Image, Wanted};
-use queue::Queue;
+use queue::{Queue, Remains};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -44,8 +43,9 @@ pub struct FileDisk {
     engine: Engine,
     /// One bit for each queue that is attached.
     attached: AtomicU64,
-    /// The rings of queues that were let go of, the last one of each. To end a ring takes long, and their worker has a guest to serve; they end with the instance.
-    detached: Mutex<Vec<(QueueIndex, Ring)>>,
+    /// What is left of queues that were let go of, the last one of each. To end a ring takes long, and to close a descriptor may write all
+    /// back (NFS, FUSE), and their worker has a guest to serve; they end with the instance.
+    detached: Mutex<Vec<(QueueIndex, Remains)>>,
     serial: String,
 }
 
@@ -81,7 +81,9 @@ impl BlockDomain for FileDisk {
             }
         };
         let serial = params.serial()?;
-        let disk = Disk::new(host, Image::prepare(host, path, Wanted { mode, locks, block_size })?);
+        let image = Image::prepare(host, path, Wanted { mode, locks, block_size })?;
+        let disk = Disk::new(host, image)
+            .map_err(|error| DomainError::new(format!("no descriptor to sync `{path}` through: {error}")))?;
         let engine = Engine::choose(host, disk.image(), params)?;
         Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
     }
@@ -115,6 +117,9 @@ impl BlockDomain for FileDisk {
 
     fn activate(&self) -> Result<(), DomainError> {
         self.disk.image().keep(self.host)?;
+        self.disk.activated();
+        // A standby may have been prepared long ago.
+        self.disk.image().follow_alignment();
         let storage = self.host.storage();
         if storage.schema() == Self::SCHEMA { Ok(()) } else { storage.set_schema(Self::SCHEMA) }
     }
@@ -134,11 +139,11 @@ impl BlockDomain for FileDisk {
     fn detach_queue(&self, queue: Queue) {
         let index = queue.index();
         self.attached.fetch_and(!(1 << index.0), Ordering::Relaxed);
-        let Some(ring) = queue.into_ring() else { return };
+        let remains = queue.into_remains();
         let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
         // Queues may come and go as often as they like: one is kept, and the one before ends here, when the others can go on.
         let before = detached.iter().position(|(of, _)| *of == index).map(|at| detached.swap_remove(at));
-        detached.push((index, ring));
+        detached.push((index, remains));
         drop(detached);
         drop(before);
     }

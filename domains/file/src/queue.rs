@@ -51,11 +51,15 @@ pub struct Queue {
     ring: Option<Ring>,
     /// Whether one can be had when it is needed.
     may_have_ring: bool,
-    /// What it syncs through; without it, the image's own descriptor.
+    /// What it syncs through; without it, the disk's own descriptor.
     sync: Option<File>,
     turn: Turn,
+    /// The request whose sync is done but for the witness, which another queue is asking.
+    unwitnessed: Option<Request>,
     /// Ranges that requests in flight have to themselves, by tag.
     held: Vec<(u64, Range<u64>)>,
+    /// How many changes are in the ring without a range, where that is direct.
+    plain: u32,
     /// Requests that wait for such a range.
     blocked: VecDeque<Request>,
     /// How many requests are with the disk's thread.
@@ -64,6 +68,13 @@ pub struct Queue {
     writes: Pace,
     /// How often the disk had been told to cancel when this queue last looked.
     cancels_seen: u32,
+}
+
+/// What is left of a queue. It may take long to drop.
+#[derive(Debug)]
+pub struct Remains {
+    _ring: Option<Ring>,
+    _sync: Option<File>,
 }
 
 /// What to do next for a request.
@@ -89,7 +100,7 @@ impl Queue {
         let sync = engine.sync_file(image, index);
         let at_once = engine.wants_rings_at_once(image);
         let ring =
-            at_once.then(|| engine.ring(image, sync.as_ref().unwrap_or(image.file()), index)).flatten();
+            at_once.then(|| engine.ring(image, sync.as_ref().unwrap_or(disk.own_sync()), index)).flatten();
         Self {
             index,
             bounce: Bounce::default(),
@@ -98,7 +109,9 @@ impl Queue {
             ring,
             sync,
             turn: Turn::default(),
+            unwitnessed: None,
             held: Vec::new(),
+            plain: 0,
             blocked: VecDeque::new(),
             offloaded: 0,
             reads: Pace::default(),
@@ -111,11 +124,11 @@ impl Queue {
         self.index
     }
 
-    /// Its ring, with which nothing is done any more, and which has let go of the image.
-    pub(crate) fn into_ring(self) -> Option<Ring> {
-        let mut ring = self.ring?;
-        ring.release_files();
-        Some(ring)
+    /// Nothing is done with it any more, and its ring lets go of the image.
+    pub(crate) fn into_remains(self) -> Remains {
+        let mut ring = self.ring;
+        ring.iter_mut().for_each(Ring::release_files);
+        Remains { _ring: ring, _sync: self.sync }
     }
 
     pub(crate) fn submit(
@@ -164,7 +177,8 @@ impl Queue {
     /// Whether the ring can take one more, and all that wait beside it.
     #[inline]
     fn has_room(&self) -> bool {
-        let beside = self.turn.len() + self.blocked.len() + self.offloaded;
+        let beside =
+            self.turn.len() + self.blocked.len() + self.offloaded + usize::from(self.unwitnessed.is_some());
         self.ring
             .as_ref()
             .is_none_or(|ring| ring.has_room() && (beside == 0 || ring.in_flight() + beside < DEPTH))
@@ -172,7 +186,7 @@ impl Queue {
 
     /// Serves a request here and now.
     fn serve(&mut self, disk: &Disk, request: &Request) -> Status {
-        let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+        let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
         disk.serve(&mut self.bounce, sync, request)
     }
 
@@ -180,7 +194,10 @@ impl Queue {
         loop {
             while let Some(ended) = self.ring.as_mut().and_then(Ring::advance) {
                 let Ended { request, work, aligned, result } = ended;
-                if matches!(work, Work::SyncData | Work::SyncImage) {
+                if is_change(work) && disk.image().mode().direct && !self.holds(&request) {
+                    self.count_plain(disk, self.plain - 1);
+                }
+                if matches!(work, Work::SyncData | Work::SyncWitness) {
                     self.synced(disk, request, work, result, completions);
                 } else {
                     let next = self.ended(engine, disk, &request, work, aligned, result);
@@ -194,7 +211,13 @@ impl Queue {
                     completions.complete(request, status);
                 }
             }
-            if !self.unblock(engine, disk, completions) {
+            let mut again = false;
+            if let Some(request) = self.unwitnessed.take() {
+                self.ask_witness(disk, request, completions);
+                again = self.unwitnessed.is_none();
+            }
+            again |= self.unblock(engine, disk, completions);
+            if !again {
                 return;
             }
         }
@@ -220,11 +243,56 @@ impl Queue {
         next: Next,
         completions: &mut Completions<'_>,
     ) {
-        match (next, &mut self.ring) {
-            (Next::Done(status), _) => self.done(disk, request, status, completions),
-            (Next::Ring(work, done), Some(ring)) => ring.push(request, work, done),
-            (Next::Blocked, _) => self.blocked.push_back(request),
-            (next, _) => self.go_on_elsewhere(engine, disk, request, next, completions),
+        match next {
+            Next::Done(status) => self.done(disk, request, status, completions),
+            Next::Ring(work, done) if self.ring.is_some() => {
+                let is_plain = is_change(work) && disk.image().mode().direct && !self.holds(&request);
+                if is_plain {
+                    return self.push_plain(engine, disk, request, work, done, completions);
+                }
+                let Some(ring) = &mut self.ring else { unreachable!("looked at just above") };
+                ring.push(request, work, done);
+            }
+            Next::Blocked => self.blocked.push_back(request),
+            next => self.go_on_elsewhere(engine, disk, request, next, completions),
+        }
+    }
+
+    /// Whether a request has its range to itself.
+    #[inline]
+    fn holds(&self, request: &Request) -> bool {
+        !self.held.is_empty() && self.held.iter().any(|(tag, _)| *tag == request.id().tag)
+    }
+
+    /// A change without a range: counted first, and then it is looked whether it needs one by now (`edges`).
+    #[inline]
+    fn push_plain(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: Request,
+        work: Work,
+        done: u64,
+        completions: &mut Completions<'_>,
+    ) {
+        self.plain += 1;
+        disk.ranges().set_plain(self.index, self.plain);
+        if !Disk::takes_ranges(disk.alignment()) {
+            let Some(ring) = &mut self.ring else { unreachable!("looked at by who calls") };
+            return ring.push(request, work, done);
+        }
+        self.count_plain(disk, self.plain - 1);
+        let next = self.begin(engine, disk, &request);
+        self.go_on(engine, disk, request, next, completions);
+    }
+
+    /// Says how many changes without a range are left.
+    #[inline]
+    fn count_plain(&mut self, disk: &Disk, left: u32) {
+        self.plain = left;
+        disk.ranges().set_plain(self.index, left);
+        if left == 0 && disk.may_have_plain() {
+            disk.ranges().look_again();
         }
     }
 
@@ -267,26 +335,34 @@ impl Queue {
             return;
         }
         if !self.make_ring(engine, disk) {
+            // It takes its range itself.
+            if !self.held.is_empty() {
+                self.give_back(disk, &request);
+            }
             let status = self.serve(disk, &request);
-            return self.done(disk, request, status, completions);
+            return completions.complete(request, status);
+        }
+        if matches!(next, Next::Ring(..)) {
+            return self.go_on(engine, disk, request, next, completions);
         }
         let Some(ring) = &mut self.ring else { unreachable!("just made") };
         match next {
-            Next::Ring(work, done) => ring.push(request, work, done),
             Next::Aligned(work, aligned) => ring.push_aligned(request, work, aligned),
             Next::Sync => {
                 if let Some(first) = self.turn.join(request) {
                     ring.push(first, Work::SyncData, 0);
                 }
             }
-            Next::Done(_) | Next::Blocked | Next::Offload(_) => unreachable!("dealt with above"),
+            Next::Done(_) | Next::Blocked | Next::Offload(_) | Next::Ring(..) => {
+                unreachable!("dealt with above")
+            }
         }
     }
 
     /// Makes the ring, if there is none yet. Whether there is one now.
     fn make_ring(&mut self, engine: &Engine, disk: &Disk) -> bool {
         if self.ring.is_none() && self.may_have_ring {
-            let sync = self.sync.as_ref().unwrap_or(disk.image().file());
+            let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
             self.ring = engine.ring(disk.image(), sync, self.index);
             self.may_have_ring = self.ring.is_some();
         }
@@ -305,10 +381,14 @@ impl Queue {
                 return Next::Done(Status::Ok);
             }
         }
+        if op != Op::Flush && !disk.is_of_blocks(request) {
+            // As a disk that has no smaller ones.
+            return Next::Done(Status::IoError);
+        }
         match op {
-            Op::Read | Op::Write if !disk.takes(request) => self.begin_aligned(engine, disk, request),
+            Op::Read | Op::Write if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
+            Op::Read if !disk.takes(request, disk.alignment()) => self.begin_aligned(engine, disk, request),
             Op::Read => self.begin_read(disk, request),
-            Op::Write => self.begin_write(disk, request),
             Op::Flush if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
             Op::Flush => match disk.check_storage() {
                 Ok(()) => {
@@ -322,19 +402,29 @@ impl Queue {
                 disk.discarded(request).map_or(Next::Done(Status::Ok), Next::Offload)
             }
             Op::Discard if !disk.can_punch_hole() => Next::Done(Status::Unsupported),
-            Op::Discard | Op::WriteZeroes { .. } if !self.has_range(disk, request) => Next::Blocked,
+            Op::Write | Op::Discard | Op::WriteZeroes { .. } => self.begin_change(engine, disk, request, op),
+        }
+    }
+
+    /// A change: with its range to itself, where that is needed.
+    #[inline]
+    fn begin_change(&mut self, engine: &Engine, disk: &Disk, request: &Request, op: Op) -> Next {
+        let alignment = disk.alignment();
+        if Disk::takes_ranges(alignment) && !self.take_range(disk, request, alignment) {
+            return Next::Blocked;
+        }
+        match op {
+            Op::Write if !disk.takes(request, alignment) => self.begin_aligned(engine, disk, request),
+            Op::Write => self.begin_write(disk, request),
             Op::Discard => Next::Ring(Work::PunchHole, 0),
             Op::WriteZeroes { may_unmap: true } if disk.can_punch_hole() => Next::Ring(Work::PunchHole, 0),
-            Op::WriteZeroes { .. } if disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
-            Op::WriteZeroes { .. } => self.write_zeros(disk, request),
+            _ if disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
+            _ => self.write_zeros(engine, disk, request),
         }
     }
 
     #[inline]
     fn begin_read(&mut self, disk: &Disk, request: &Request) -> Next {
-        if disk.image().is_in_memory() {
-            return Next::Done(self.serve(disk, request));
-        }
         if disk.image().mode().direct || !disk.tries_reads() || !self.reads.worth_trying() {
             return Next::Ring(Work::Read, 0);
         }
@@ -358,11 +448,8 @@ impl Queue {
 
     #[inline]
     fn begin_write(&mut self, disk: &Disk, request: &Request) -> Next {
-        if disk.image().is_in_memory() {
-            return Next::Done(self.serve(disk, request));
-        }
         if disk.image().mode().direct {
-            return Next::Ring(Work::Write { durable: disk.is_write_through() }, 0);
+            return Next::Ring(Work::Write { durable: is_durable(disk) }, 0);
         }
         if !self.writes.worth_trying() {
             return Next::Ring(Work::Write { durable: false }, 0);
@@ -377,48 +464,53 @@ impl Queue {
         }
     }
 
-    /// Whether the request has its range to itself, where it needs that: it is taken if it is free.
-    fn has_range(&mut self, disk: &Disk, request: &Request) -> bool {
-        if !disk.has_edges(request) {
-            return true;
-        }
-        let (tag, range) = (request.id().tag, edges::hull(request, disk.image().alignment()));
-        let taken = disk.ranges().try_take(&range, self.index);
+    /// Takes the range of a request, if it is free and not the request's already.
+    #[cold]
+    fn take_range(&mut self, disk: &Disk, request: &Request, alignment: u64) -> bool {
+        let range = edges::hull(request, alignment);
+        let taken = disk.ranges().try_take(&range, disk.may_have_plain(), self.index);
         if taken {
-            self.held.push((tag, range));
+            self.held.push((request.id().tag, range));
         }
         taken
     }
 
-    /// A read or a write that the kernel does not take as it is.
+    /// The range that a request has to itself, or that it is read from.
+    fn range(&self, disk: &Disk, request: &Request) -> Range<u64> {
+        let held = self.held.iter().find(|(tag, _)| *tag == request.id().tag);
+        held.map_or_else(|| edges::hull(request, disk.alignment()), |(_, range)| range.clone())
+    }
+
+    /// A read, or a write that has its range if it needs one, which the kernel does not take as it is.
     #[cold]
     fn begin_aligned(&mut self, engine: &Engine, disk: &Disk, request: &Request) -> Next {
         if !self.make_ring(engine, disk) {
+            if !self.held.is_empty() {
+                self.give_back(disk, request);
+            }
             return Next::Done(self.serve(disk, request));
         }
-        let alignment = disk.image().alignment();
-        let hull = edges::hull(request, alignment);
-        let len = hull.end - hull.start;
+        let range = self.range(disk, request);
+        let len = range.end - range.start;
         let reads = request.op() == Some(Op::Read);
+        let (head, tail) = (request.offset() > range.start, request.offset() + request.len() < range.end);
+        disk.count_unaligned(!reads && (head || tail));
         if reads {
-            disk.count_unaligned(false);
             if len > MOST_ALIGNED {
                 let result = disk.read_bounced(&mut self.bounce, request);
                 return Next::Done(disk.status(request, result));
             }
-            return Next::Aligned(Work::ReadAligned, Box::new(Aligned::new(hull.start, len as usize)));
+            return Next::Aligned(Work::ReadAligned, Box::new(Aligned::new(range.start, len as usize)));
         }
-        if !self.has_range(disk, request) {
-            return Next::Blocked;
+        // The one that the range was made with, or a smaller one, which serves as well.
+        let alignment = disk.alignment().min(len);
+        let end = request.offset() + request.len();
+        if len > MOST_ALIGNED || disk.partial_block(end, alignment).is_some() {
+            let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
+            let result = disk.write_bounced(&mut self.bounce, sync, request, alignment);
+            return self.bounced(engine, disk, request, result);
         }
-        let (head, tail) = (request.offset() > hull.start, request.offset() + request.len() < hull.end);
-        disk.count_unaligned(head || tail);
-        if len > MOST_ALIGNED || disk.partial_block(request.offset() + request.len()).is_some() {
-            let sync = self.sync.as_ref().unwrap_or(disk.image().file());
-            let result = disk.write_bounced(&mut self.bounce, sync, request);
-            return Next::Done(disk.status(request, result));
-        }
-        let (mut aligned, len) = (Box::new(Aligned::new(hull.start, len as usize)), len as usize);
+        let (mut aligned, len) = (Box::new(Aligned::new(range.start, len as usize)), len as usize);
         let block = alignment as usize;
         match (head, tail) {
             (false, false) => return fill_and_write(disk, request, aligned),
@@ -428,6 +520,19 @@ impl Queue {
             (false, true) => aligned.set_window(len - block..len),
         }
         Next::Aligned(Work::ReadAligned, aligned)
+    }
+
+    /// How a change has ended that the worker has made by way of the bounce buffer.
+    fn bounced(&mut self, engine: &Engine, disk: &Disk, request: &Request, result: io::Result<()>) -> Next {
+        match result {
+            Err(error) if disk.is_misaligned(&error) && disk.image().ask_alignment_again() => {
+                if !self.held.is_empty() {
+                    self.give_back(disk, request);
+                }
+                self.begin(engine, disk, request)
+            }
+            result => Next::Done(disk.status(request, result)),
+        }
     }
 
     /// What follows when a piece of a request that does not fit has been moved.
@@ -459,14 +564,16 @@ impl Queue {
     }
 
     /// Zeros by writing them, of a request that has its range to itself if it has edges.
-    fn write_zeros(&mut self, disk: &Disk, request: &Request) -> Next {
-        if !disk.has_edges(request) {
+    fn write_zeros(&mut self, engine: &Engine, disk: &Disk, request: &Request) -> Next {
+        let range = self.range(disk, request);
+        let alignment = disk.alignment().min(range.end - range.start);
+        if !edges::has_edges(request, alignment) {
             return Next::Ring(Work::WriteZeros, 0);
         }
         disk.count_unaligned(true);
-        let sync = self.sync.as_ref().unwrap_or(disk.image().file());
-        let result = disk.zero_bounced(&mut self.bounce, sync, request);
-        Next::Done(disk.status(request, result))
+        let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
+        let result = disk.zero_bounced(&mut self.bounce, sync, request, alignment);
+        self.bounced(engine, disk, request, result)
     }
 
     /// What follows when the ring is done with `work`.
@@ -493,18 +600,21 @@ impl Queue {
             }
             (Err(error), aligned) if disk.is_misaligned(&error) && is_transfer(work) => {
                 // The kernel did not like the guest's memory, or the storage asks for more than it did.
-                let grown = disk.image().ask_alignment_again()
-                    || aligned.is_some_and(|aligned| {
-                        aligned.bytes().len() as u64 != hull_len(request, disk.image().alignment())
-                    });
-                let was_plain = matches!(work, Work::Read | Work::Write { .. });
-                if grown || was_plain {
-                    if !self.held.is_empty() {
+                disk.image().ask_alignment_again();
+                let range = self.range(disk, request);
+                let had_range = self.holds(request);
+                let needs_another = edges::hull(request, disk.alignment()) != range
+                    || Disk::takes_ranges(disk.alignment()) != had_range && op != Some(Op::Read);
+                if needs_another {
+                    if had_range {
                         self.give_back(disk, request);
                     }
-                    return self.begin_aligned(engine, disk, request);
+                    return self.begin(engine, disk, request);
                 }
-                return Next::Done(disk.failed(request, &error));
+                return match aligned {
+                    None if work != Work::WriteZeros => self.begin_aligned(engine, disk, request),
+                    _ => Next::Done(disk.failed(request, &error)),
+                };
             }
             (Err(error), _) => error,
         };
@@ -513,7 +623,7 @@ impl Queue {
             // A hint, but one that was not taken is not answered well.
             Work::PunchHole if cannot && op == Some(Op::Discard) => Next::Done(Status::Unsupported),
             Work::PunchHole if cannot && disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
-            Work::PunchHole | Work::ZeroRange if cannot => self.write_zeros(disk, request),
+            Work::PunchHole | Work::ZeroRange if cannot => self.write_zeros(engine, disk, request),
             _ => Next::Done(disk.failed(request, &error)),
         }
     }
@@ -527,13 +637,43 @@ impl Queue {
         result: io::Result<()>,
         completions: &mut Completions<'_>,
     ) {
-        let Some(ring) = &mut self.ring else { unreachable!("it has ended there") };
         if work == Work::SyncData && result.is_ok() && !disk.is_witnessed() {
-            return ring.push(request, Work::SyncImage, 0);
+            return self.ask_witness(disk, request, completions);
         }
-        if work == Work::SyncImage && result.is_ok() {
-            disk.set_witnessed();
+        if work == Work::SyncWitness {
+            // What it has said is kept before the next one asks.
+            let result = disk.sync_ended(result);
+            if result.is_ok() {
+                disk.set_witnessed();
+            }
+            disk.ranges().give_back(&edges::WITNESS);
+            return self.conclude(disk, request, result, completions);
         }
+        self.conclude(disk, request, result, completions);
+    }
+
+    /// Has the witness asked, by one queue at a time: of two the one would be told, and the other answer well.
+    #[cold]
+    fn ask_witness(&mut self, disk: &Disk, request: Request, completions: &mut Completions<'_>) {
+        if disk.is_witnessed() {
+            return self.conclude(disk, request, Ok(()), completions);
+        }
+        if !disk.ranges().try_take(&edges::WITNESS, false, self.index) {
+            self.unwitnessed = Some(request);
+            return;
+        }
+        let Some(ring) = &mut self.ring else { unreachable!("its sync has ended there") };
+        ring.push(request, Work::SyncWitness, 0);
+    }
+
+    /// Answers a request whose sync has ended, and all that ride on it; begins the next one.
+    fn conclude(
+        &mut self,
+        disk: &Disk,
+        request: Request,
+        result: io::Result<()>,
+        completions: &mut Completions<'_>,
+    ) {
         let given_up = result.as_ref().is_err_and(is_cancelled);
         let outcome = disk.sync_ended(result);
         let mut served = self.turn.riders();
@@ -561,12 +701,20 @@ impl Queue {
 
 /// Whether it moves data.
 const fn is_transfer(work: Work) -> bool {
-    matches!(work, Work::Read | Work::Write { .. } | Work::ReadAligned | Work::WriteAligned { .. })
+    matches!(
+        work,
+        Work::Read | Work::Write { .. } | Work::WriteZeros | Work::ReadAligned | Work::WriteAligned { .. }
+    )
 }
 
-fn hull_len(request: &Request, alignment: u64) -> u64 {
-    let hull = edges::hull(request, alignment);
-    hull.end - hull.start
+/// Whether it changes what is in the file from where the guest has it, and may do so without a range.
+const fn is_change(work: Work) -> bool {
+    matches!(work, Work::Write { .. } | Work::WriteZeros | Work::PunchHole | Work::ZeroRange)
+}
+
+/// Whether a direct write is to be durable by itself.
+fn is_durable(disk: &Disk) -> bool {
+    disk.image().writes_durably() && disk.is_write_through()
 }
 
 /// Puts the guest's data between the edges, and writes all of it.
@@ -575,5 +723,5 @@ fn fill_and_write(disk: &Disk, request: &Request, mut aligned: Box<Aligned>) -> 
     let (to, len) = (from + request.len() as usize, aligned.bytes().len());
     request.buffer().copy_to_slice(0, &mut aligned.bytes_mut()[from..to]);
     aligned.set_window(0..len);
-    Next::Aligned(Work::WriteAligned { durable: disk.is_write_through() }, aligned)
+    Next::Aligned(Work::WriteAligned { durable: is_durable(disk) }, aligned)
 }

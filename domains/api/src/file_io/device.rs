@@ -12,9 +12,12 @@ const BLKDISCARD: libc::c_ulong = 0x1277;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 
 /// An ioctl that fills in a number.
-fn number<T: Default>(file: &File, request: libc::c_ulong) -> io::Result<T> {
+///
+/// # Safety
+/// `request` is an ioctl that writes one `T`.
+unsafe fn number<T: Default>(file: &File, request: libc::c_ulong) -> io::Result<T> {
     let mut number = T::default();
-    // SAFETY: the callers name ioctls that write one `T` to the pointer, which is valid for that.
+    // SAFETY: the caller's contract; the pointer is valid for one `T`.
     if unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut number) } == 0 {
         Ok(number)
     } else {
@@ -27,7 +30,8 @@ fn number<T: Default>(file: &File, request: libc::c_ulong) -> io::Result<T> {
 /// # Errors
 /// What the ioctl says, e.g. for a file that is no block device.
 pub fn block_device_size(file: &File) -> io::Result<u64> {
-    number(file, BLKGETSIZE64)
+    // SAFETY: linux/fs.h: a 64-bit number of bytes.
+    unsafe { number(file, BLKGETSIZE64) }
 }
 
 /// Size in bytes of a block device's logical sectors.
@@ -35,7 +39,8 @@ pub fn block_device_size(file: &File) -> io::Result<u64> {
 /// # Errors
 /// As for [`block_device_size`].
 pub fn device_sector_size(file: &File) -> io::Result<u32> {
-    number::<libc::c_int>(file, BLKSSZGET).map(libc::c_int::cast_unsigned)
+    // SAFETY: linux/fs.h: an int.
+    unsafe { number::<libc::c_int>(file, BLKSSZGET) }.map(libc::c_int::cast_unsigned)
 }
 
 /// Whether a block device takes no writes. It can be opened for writing all the same.
@@ -43,7 +48,8 @@ pub fn device_sector_size(file: &File) -> io::Result<u32> {
 /// # Errors
 /// As for [`block_device_size`].
 pub fn is_read_only_device(file: &File) -> io::Result<bool> {
-    number::<libc::c_int>(file, BLKROGET).map(|flag| flag != 0)
+    // SAFETY: linux/fs.h: an int.
+    unsafe { number::<libc::c_int>(file, BLKROGET) }.map(|flag| flag != 0)
 }
 
 /// Whether `file` is a memory file that is sealed against writing. It can be opened for writing all

@@ -19,6 +19,20 @@ pub struct OpenMode {
     pub direct: bool,
 }
 
+/// What direct I/O must be aligned to, in bytes: powers of two, 512 or more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Alignment {
+    /// Addresses.
+    pub memory: u32,
+    /// Offsets and lengths.
+    pub offset: u32,
+}
+
+impl Alignment {
+    /// What everything is aligned to that a disk is asked for.
+    pub const SECTORS: Self = Self { memory: 512, offset: 512 };
+}
+
 /// Opens a file that exists.
 ///
 /// # Errors
@@ -49,11 +63,11 @@ pub fn open_mode(file: &File) -> io::Result<OpenMode> {
     Ok(OpenMode { write: flags & libc::O_ACCMODE == libc::O_RDWR, direct: flags & libc::O_DIRECT != 0 })
 }
 
-/// What direct I/O on `file` must be aligned to, in bytes: addresses, offsets and lengths alike. 512 or more.
+/// What direct I/O on `file` must be aligned to.
 ///
 /// # Errors
 /// `EINVAL` where it cannot do direct I/O with any alignment up to 4096.
-pub fn direct_alignment(file: &File) -> io::Result<u32> {
+pub fn direct_alignment(file: &File) -> io::Result<Alignment> {
     if let Some(align) = stated_alignment(file)? {
         return Ok(align);
     }
@@ -65,7 +79,7 @@ pub fn direct_alignment(file: &File) -> io::Result<u32> {
         // An address that is a multiple of `align` and of nothing larger.
         let start = memory.as_ptr().align_offset(LARGEST) + align % LARGEST;
         match file.read_at(&mut memory[start..start + align], align as u64) {
-            Ok(_) => return Ok(align as u32),
+            Ok(_) => return Ok(Alignment { memory: align as u32, offset: align as u32 }),
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
             Err(error) => return Err(error),
         }
@@ -78,7 +92,7 @@ pub fn direct_alignment(file: &File) -> io::Result<u32> {
 ///
 /// # Errors
 /// `EINVAL` where it says that there is no direct I/O; what `statx` says.
-pub fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
+pub fn stated_alignment(file: &File) -> io::Result<Option<Alignment>> {
     // SAFETY: a structure of integers: all zeros is one.
     let mut about: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the path is a C string, `about` is valid for the call, the descriptor is open.
@@ -91,12 +105,13 @@ pub fn stated_alignment(file: &File) -> io::Result<Option<u32>> {
     if about.stx_mask & libc::STATX_DIOALIGN == 0 {
         return Ok(None);
     }
-    let align = about.stx_dio_mem_align.max(about.stx_dio_offset_align);
+    let (memory, offset) = (about.stx_dio_mem_align, about.stx_dio_offset_align);
     // 0 means: not on this file. So says open(2) too, for whoever opened it with O_DIRECT.
-    if align == 0 || !align.is_power_of_two() {
+    if !memory.is_power_of_two() || !offset.is_power_of_two() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    Ok(Some(align.max(512)))
+    // Lengths of pieces are bound by either, and pieces are of whole sectors anyway.
+    Ok(Some(Alignment { memory: memory.max(512), offset: offset.max(512) }))
 }
 
 #[cfg(test)]
@@ -128,7 +143,8 @@ mod tests {
             eprintln!("skipped: no direct I/O in {}", std::env::temp_dir().display());
             return;
         };
-        let align = direct_alignment(&file).unwrap() as usize;
+        let Alignment { memory, offset } = direct_alignment(&file).unwrap();
+        let align = memory.max(offset) as usize;
         assert!(align.is_power_of_two() && (512..=4096).contains(&align), "{align}");
         let mut memory = vec![0u8; 2 * align + 4096];
         let start = memory.as_ptr().align_offset(align.max(4096));

@@ -7,10 +7,12 @@ use io_uring::{opcode, squeue, types};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 
-/// The image in the ring's table of files.
+/// `Files::image` in the ring's table of files.
 const IMAGE: types::Fixed = types::Fixed(0);
-/// The description that syncs and durable writes go through.
+/// `Files::sync`.
 const SYNC: types::Fixed = types::Fixed(1);
+/// `Files::witness`.
+const WITNESS: types::Fixed = types::Fixed(2);
 /// The kernel's limit of iovecs in one entry (`IOV_MAX` in limits.h).
 const IOV_MAX: usize = 1024;
 /// Zeros that are written at a time, and what they are aligned to: the most that direct I/O asks for.
@@ -29,11 +31,11 @@ pub enum Work {
         /// It is durable before it ends (`RWF_DSYNC`).
         durable: bool,
     },
-    /// Make durable whatever was written to the file before (`fdatasync`), through the ring's
-    /// `sync`. Linux reports a failed write-back once to each open file description.
+    /// Make durable whatever was written to the file before (`fdatasync`), through
+    /// [`Files::sync`](super::Files::sync). Linux reports a failed write-back once to each open file description.
     SyncData,
-    /// The same through the description that data goes through.
-    SyncImage,
+    /// The same through [`Files::witness`](super::Files::witness).
+    SyncWitness,
     /// Read into the flight's own memory. Ends well at the end of the file, with less.
     ReadAligned,
     /// Write the flight's own memory.
@@ -92,7 +94,7 @@ impl Flight {
             return Progress::Ended(Err(io::Error::from_raw_os_error(code)));
         }
         let nothing = match self.work {
-            Work::SyncData | Work::SyncImage | Work::PunchHole | Work::ZeroRange => {
+            Work::SyncData | Work::SyncWitness | Work::PunchHole | Work::ZeroRange => {
                 return Progress::Ended(Ok(()));
             }
             Work::ReadAligned | Work::WriteAligned { .. } => return self.progress_aligned(result),
@@ -115,6 +117,8 @@ impl Flight {
         match (result, self.work) {
             _ if aligned.moved >= aligned.window.len() => Progress::Ended(Ok(())),
             (0, Work::ReadAligned) => Progress::Ended(Ok(())),
+            // The end of the file: to ask for more would be no aligned request.
+            (read, Work::ReadAligned) if read % 512 != 0 => Progress::Ended(Ok(())),
             (0, _) => Progress::Ended(Err(io::ErrorKind::WriteZero.into())),
             _ => Progress::More,
         }
@@ -132,12 +136,12 @@ impl Flight {
                 many => opcode::Readv::new(IMAGE, many.as_ptr().cast(), many.len() as u32).offset(at).build(),
             },
             Work::Write { durable } => {
-                let (file, flags) = written(durable);
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
                 match self.left() {
                     [one] if let Ok(len) = u32::try_from(one.len) => {
-                        opcode::Write::new(file, one.base, len).offset(at).rw_flags(flags).build()
+                        opcode::Write::new(IMAGE, one.base, len).offset(at).rw_flags(flags).build()
                     }
-                    many => opcode::Writev::new(file, many.as_ptr().cast(), many.len() as u32)
+                    many => opcode::Writev::new(IMAGE, many.as_ptr().cast(), many.len() as u32)
                         .offset(at)
                         .rw_flags(flags)
                         .build(),
@@ -148,12 +152,12 @@ impl Flight {
                 opcode::Read::new(IMAGE, base, len).offset(at).build()
             }
             Work::WriteAligned { durable } => {
-                let (file, flags) = written(durable);
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
                 let (base, len, at) = self.aligned.as_mut().expect("pushed with it").left();
-                opcode::Write::new(file, base.cast_const(), len).offset(at).rw_flags(flags).build()
+                opcode::Write::new(IMAGE, base.cast_const(), len).offset(at).rw_flags(flags).build()
             }
             Work::SyncData => opcode::Fsync::new(SYNC).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::SyncImage => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::SyncWitness => opcode::Fsync::new(WITNESS).flags(types::FsyncFlags::DATASYNC).build(),
             Work::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE, offset, len),
             Work::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE, offset, len),
             Work::WriteZeros => {
@@ -181,11 +185,6 @@ impl Flight {
         self.rest = rest;
         &self.rest
     }
-}
-
-/// The file that a write goes through, and its flags.
-const fn written(durable: bool) -> (types::Fixed, i32) {
-    if durable { (SYNC, libc::RWF_DSYNC) } else { (IMAGE, 0) }
 }
 
 fn allocate(mode: i32, offset: u64, len: u64) -> squeue::Entry {

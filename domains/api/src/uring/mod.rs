@@ -70,6 +70,17 @@ pub struct Ended {
     pub result: io::Result<()>,
 }
 
+/// The descriptors of one file that a ring uses.
+#[derive(Debug, Clone, Copy)]
+pub struct Files<'a> {
+    /// For data.
+    pub image: &'a File,
+    /// For [`Work::SyncData`]: best another open file description, because each is told once of a write-back that failed.
+    pub sync: &'a File,
+    /// For [`Work::SyncWitness`]: one that is told of what others were told of.
+    pub witness: &'a File,
+}
+
 /// A ring that does nothing yet and belongs to no thread.
 pub struct PreparedRing {
     /// Taken by the ring that begins, as is the next one.
@@ -85,20 +96,21 @@ impl std::fmt::Debug for PreparedRing {
 }
 
 impl PreparedRing {
-    /// A ring for `file` with room for `depth` requests. `sync` is the same file, another open file
-    /// description or a dup: [`Work::SyncData`] and durable writes go through it.
+    /// A ring for a file with room for `depth` requests.
     ///
     /// # Errors
     /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
     ///
     /// # Panics
     /// If `depth` is 0 or more than 16384.
-    pub fn new(file: &File, sync: &File, depth: usize) -> io::Result<Self> {
+    pub fn new(files: Files<'_>, depth: usize) -> io::Result<Self> {
         assert!((1..=1 << 14).contains(&depth), "a ring for {depth} requests");
         let io = build(depth)?;
         let (end, dying) = EndWatch::new()?;
-        // In the order of `flight::{IMAGE, SYNC}`.
-        io.submitter().register_files(&[file.as_raw_fd(), sync.as_raw_fd(), dying.as_raw_fd()])?;
+        // In the order that `flight` has.
+        let Files { image, sync, witness } = files;
+        let files = [image, sync, witness].map(File::as_raw_fd);
+        io.submitter().register_files(&[files[0], files[1], files[2], dying.as_raw_fd()])?;
         Ok(Self { io: Some(io), end: Some(end), depth })
     }
 
@@ -170,16 +182,15 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for `file` with room for `depth` requests, whose completions are written to the eventfd `wake`. The calling thread's.
-    /// `sync` is as for [`PreparedRing::new`].
+    /// A ring for a file with room for `depth` requests, whose completions are written to the eventfd `wake`. The calling thread's.
     ///
     /// # Errors
     /// As for [`PreparedRing::new`].
     ///
     /// # Panics
     /// As for [`PreparedRing::new`].
-    pub fn new(file: &File, sync: &File, wake: OwnedFd, depth: usize) -> io::Result<Self> {
-        PreparedRing::new(file, sync, depth)?.begin(wake)
+    pub fn new(files: Files<'_>, wake: OwnedFd, depth: usize) -> io::Result<Self> {
+        PreparedRing::new(files, depth)?.begin(wake)
     }
 
     /// Has the kernel let go of the ring's files, on the thread that began the ring. Nothing can be
@@ -332,7 +343,7 @@ impl Ring {
         let entry = flight.entry(&mut self.zeros).user_data(u64::from(slot));
         // SAFETY: what the entry names is guest memory that stays until the request has been completed (RawSegment::new), which its owner can do only
         // after `take` has given it back; lists of segments of the host's, which stay as long (RawRequest::new), or of the flight's own, which is freed
-        // by `take`; and the zeros. `drop` frees none of the latter before the kernel is done with all of it.
+        // by `take`, as its `Aligned` memory is given away only there; and the zeros. `drop` frees none of the latter before the kernel is done with all of it.
         unsafe { self.enqueue(&entry) };
     }
 

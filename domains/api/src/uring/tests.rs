@@ -49,9 +49,13 @@ fn pipe() -> (File, File) {
     (File::from(OwnedFd::from(reading)), File::from(OwnedFd::from(writing)))
 }
 
+fn files(file: &File) -> Files<'_> {
+    Files { image: file, sync: file, witness: file }
+}
+
 fn ring(file: &File, depth: usize) -> Option<(Ring, File)> {
     let wake = eventfd();
-    match Ring::new(file, file, wake.try_clone().unwrap().into(), depth) {
+    match Ring::new(files(file), wake.try_clone().unwrap().into(), depth) {
         Ok(ring) => Some((ring, wake)),
         Err(error) => {
             eprintln!("skipped: no io_uring here: {error}");
@@ -356,7 +360,7 @@ fn it_may_be_dropped_by_a_thread_that_it_does_not_belong_to() {
 #[test]
 fn one_thread_prepares_a_ring_and_another_uses_it() {
     let (reading, writing) = pipe();
-    let prepare = || PreparedRing::new(&reading, &reading, 4);
+    let prepare = || PreparedRing::new(files(&reading), 4);
     let Ok(prepared) = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap()) else { return };
     let wake = eventfd();
     let mut ring = prepared.begin(wake.try_clone().unwrap().into()).unwrap();
@@ -380,7 +384,7 @@ fn rings_come_and_go_without_leaving_descriptors() {
         ring.push(raw(op::FLUSH, 0, 0, &[], 0), Work::SyncData, 0);
         next(&mut ring, &wake).result.unwrap();
         // Nor do those that nobody has begun.
-        drop(PreparedRing::new(&file, &file, 64).unwrap());
+        drop(PreparedRing::new(files(&file), 64).unwrap());
     }
     // Tests run at the same time, and have a few open.
     assert!(open() < before + 50, "{before} descriptors became {}", open());
@@ -431,7 +435,7 @@ fn released_files_are_closed_at_once() {
         let theirs = make();
         assert!(!is_open_once(&ours), "leases tell nothing here");
         if prepared {
-            let ring = PreparedRing::new(&theirs, &theirs, 4);
+            let ring = PreparedRing::new(files(&theirs), 4);
             drop(theirs);
             drop(ring);
         } else {
