@@ -1,20 +1,23 @@
 //! The end of the device: what was written is made durable, the domain writes down what it has, and what cannot be ended is named.
 //!
 //! The workers have left by then, so the flush is submitted from here, on a queue that nobody uses.
+//!
+//! Invariant: nothing is asked of an instance that has died. If it dies before or in its end, its
+//! standby takes over and is asked instead; if nobody can, that is left behind, and said.
 
 use crate::queue::Notifier;
 use crate::report::Phases;
 use crate::upgrade::lock;
 use crate::{DomainProxy, Member};
 use domain_api::abi::{self, RawRequest};
-use domain_api::host::CompletionBuffer;
-use domain_api::{Capabilities, QueueIndex};
+use domain_api::host::{CallError, CompletionBuffer};
+use domain_api::{Capabilities, DeviceInfo, QueueIndex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Until when the last flush is waited for, from the wish to end on.
+/// Until when a takeover and the last flush are waited for, from the wish to end on.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(13);
 
 /// How often somebody looks for its end who was not told of it.
@@ -34,7 +37,8 @@ impl Notifier for Bell {
 }
 
 impl DomainProxy {
-    /// From now on no change is begun, and one that is under way ends at its next boundary.
+    /// From now on no change is begun, and one that is under way ends at its next boundary. A takeover
+    /// is no change that anybody asked for: it goes on, because somebody has to flush.
     pub fn begin_stop(&self) {
         self.stopping.get_or_init(Instant::now);
     }
@@ -45,40 +49,82 @@ impl DomainProxy {
         self.stopping.get().is_some()
     }
 
-    /// Ends the device, after all workers have left: the live domain flushes and writes down what it has.
+    /// Ends the device, after all workers have left: the live domain flushes and writes down what it
+    /// has. If it dies before that is done, its standby takes over and does it.
     ///
-    /// Returns what had to be left, in sentences.
-    pub fn stop(&self) -> Vec<String> {
+    /// Returns what had to be left, in sentences. If that is nothing, what was written is durable.
+    pub fn stop(self: &Arc<Self>) -> Vec<String> {
         self.begin_stop();
-        let mut upgrades = lock(&self.upgrades);
-        // The workers have left; what they have let go of is not left behind.
-        if self.release(&mut upgrades, Duration::ZERO) {
-            self.finish_leaving(&mut upgrades, &mut Phases::default());
-        }
+        let deadline = *self.stopping.get_or_init(Instant::now) + FLUSH_TIMEOUT;
+        let mut said = Vec::new();
+        let mut death = None;
+        // Each takeover uses an instance up, so this ends.
+        let upgrades = loop {
+            let Some(mut upgrades) = self.lock_alive(deadline, || false) else {
+                said.push(unflushed(death, "the change that is under way has not ended in time"));
+                break None;
+            };
+            // The workers have left; what they have let go of is not left behind.
+            if self.release(&mut upgrades, Duration::ZERO) {
+                self.finish_leaving(&mut upgrades, &mut Phases::default());
+            }
+            let Some(live) = self.live() else {
+                if death.is_some() || self.record().is_some_and(|record| is_flushed(&record.info)) {
+                    let fault = lock(&self.view).fault.clone();
+                    said.push(unflushed(death, fault.as_deref().unwrap_or("nobody took over")));
+                }
+                break Some(upgrades);
+            };
+            let Err(how) = self.end_live(&live, deadline, &mut said) else { break Some(upgrades) };
+            // The takeover needs the lock, and waits for our reference to be gone.
+            drop(upgrades);
+            self.died(&live.instance, &how);
+            death = Some(how);
+        };
         let mut left = std::mem::take(&mut lock(&self.view).left);
-        if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
-            && let Err(why) = self.flush(&live)
-        {
-            left.push(format!("the last flush of `{}`: {why}", live.record.name));
-        }
+        left.append(&mut said);
         // Said whatever the last flush was answered with, and also where nobody is left to ask.
         left.extend(self.storage.failure().map(|why| format!("a disk that may have lost data: {why}")));
-        if let Some(live) = self.live().filter(|live| !live.instance.is_dead())
-            && let Err(error) = live.instance.quiesce()
-        {
-            left.push(format!("`{}` did not quiesce: {error}", live.record.name));
-        }
-        if let Some(standby) = upgrades.standby.take() {
+        if let Some(standby) = upgrades.and_then(|mut upgrades| upgrades.standby.take()) {
             let _ = self.retire(standby, &mut Phases::default());
         }
         left.extend(self.residents());
         left
     }
 
+    /// Has the live domain flush and write down what it has. What does not work is `said`.
+    ///
+    /// # Errors
+    /// In which step it has died.
+    fn end_live(&self, live: &Member, deadline: Instant, said: &mut Vec<String>) -> Result<(), String> {
+        let name = &live.record.name;
+        let flushed = self.flush(live, deadline);
+        let flushed = flushed.map_err(|why| format!("the last flush of `{name}`: {why}"));
+        if live.instance.is_dead() {
+            // Also when it has died after its flush, in letting go of the queue.
+            return Err(flushed.err().unwrap_or_else(|| format!("`{name}` has died after its last flush")));
+        }
+        said.extend(flushed.err());
+        match live.instance.quiesce() {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let sentence = format!("`{name}` did not quiesce: {error}");
+                if matches!(error, CallError::Panicked(_)) {
+                    // There is nothing that it could resume.
+                    live.instance.condemn();
+                }
+                if live.instance.is_dead() {
+                    return Err(sentence);
+                }
+                said.push(sentence);
+                Ok(())
+            }
+        }
+    }
+
     /// Makes what has been written durable, where there is such a thing.
-    fn flush(&self, live: &Member) -> Result<(), String> {
-        let can = |capability| live.record.info.capabilities.contains(capability);
-        if !can(Capabilities::FLUSH) || can(Capabilities::READ_ONLY) {
+    fn flush(&self, live: &Member, deadline: Instant) -> Result<(), String> {
+        if !is_flushed(&live.record.info) {
             return Ok(());
         }
         let is_free = |queue: &usize| !live.fence.is_abandoned(*queue);
@@ -86,17 +132,31 @@ impl DomainProxy {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let bell = Arc::new(bell.map_err(|error| format!("no descriptor to be told of its end: {error}"))?);
         self.queues.set_notifier(queue, Some(Box::new(Bell(Arc::clone(&bell)))));
-        let deadline = *self.stopping.get_or_init(Instant::now) + FLUSH_TIMEOUT;
         let result = flush_on(live, queue, &bell, deadline);
         self.queues.set_notifier(queue, None);
         result
     }
 }
 
+/// Whether something can have been written that is not durable yet.
+fn is_flushed(info: &DeviceInfo) -> bool {
+    let can = |capability| info.capabilities.contains(capability);
+    can(Capabilities::FLUSH) && !can(Capabilities::READ_ONLY)
+}
+
+/// Nobody is there to flush.
+fn unflushed(death: Option<String>, why: &str) -> String {
+    let death = death.map(|death| format!("{death}; ")).unwrap_or_default();
+    format!("{death}nobody was there to flush: {why}: what was written last may not be on the disk")
+}
+
 /// Submits a flush on `queue`, and waits for its end.
 fn flush_on(live: &Member, queue: usize, bell: &OwnedFd, deadline: Instant) -> Result<(), String> {
-    let attached = live.instance.attach(QueueIndex(queue as u32));
-    let mut handle = attached.map_err(|error| error.to_string())?;
+    let mut handle = live.instance.attach(QueueIndex(queue as u32)).map_err(|error| {
+        // As for a worker: who cannot be attached to cannot serve.
+        live.instance.condemn();
+        error.to_string()
+    })?;
     let mut completions = CompletionBuffer::new(1);
     let request = RawRequest::flush();
     let taken = handle.submit(&[request], &mut completions).map_err(|error| error.to_string())?;

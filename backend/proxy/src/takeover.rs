@@ -16,11 +16,14 @@ use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
 use domain_api::host::Instance;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 /// After so long a worker that does not come out of the dead instance is reported; it is waited for all the same.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
+
+/// How often somebody looks who waits for a takeover.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 impl DomainProxy {
     /// An instance has died: called by the worker that saw it, which has left it. Any number of workers may.
@@ -53,6 +56,45 @@ impl DomainProxy {
         if let Some(live) = self.live().filter(|live| live.instance.is_dead()) {
             self.died(&live.instance, OUTSIDE_A_REQUEST);
         }
+    }
+
+    /// Takes the upgrade lock while nobody is dead who is still to be replaced: the live domain lives,
+    /// or nobody could take over and there is none.
+    ///
+    /// Returns `None` after `deadline`, or if `give_up` says so.
+    pub(crate) fn lock_alive(
+        self: &Arc<Self>,
+        deadline: Instant,
+        give_up: impl Fn() -> bool,
+    ) -> Option<MutexGuard<'_, Upgrades>> {
+        for looks in 1u32.. {
+            // Whoever saw it die says so in a moment, and knows how. Again and again, because there may
+            // have been no thread for the takeover.
+            if looks % 100 == 10 {
+                self.notice_death();
+            }
+            let upgrades = match self.upgrades.try_lock() {
+                Ok(upgrades) => Some(upgrades),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            };
+            if upgrades.is_some() && !self.is_dying() {
+                return upgrades;
+            }
+            // A takeover waits for the lock.
+            drop(upgrades);
+            if Instant::now() >= deadline || give_up() {
+                break;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        None
+    }
+
+    /// Whether a death is not dealt with yet.
+    fn is_dying(&self) -> bool {
+        let view = lock(&self.view);
+        !view.dying.is_empty() || view.live.as_ref().is_some_and(|live| live.instance.is_dead())
     }
 
     fn take_over(self: &Arc<Self>, dead: &Weak<Instance>, reason: &str) {

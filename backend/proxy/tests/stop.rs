@@ -4,6 +4,7 @@ mod common;
 
 use common::Device;
 use domain_api::Capabilities;
+use proxy::State;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -44,6 +45,125 @@ fn a_flush_that_fails_at_the_end_is_said() {
         let device = Device::start(1, &script);
         let left = device.proxy.stop();
         assert!(left.len() == 1 && left[0].contains("last flush") && left[0].contains(said), "{left:?}");
+    }
+}
+
+/// How the live domain comes to die, and what happens before the end begins.
+type Death = (&'static [&'static str], fn(&Device));
+
+/// The live domain dies just before the end, in its middle, and just after what it was asked last.
+const DEATHS: &[Death] = &[
+    // Found dead: in calls that are no worker's, and in those of a worker that leaves.
+    (&["break=cache"], |device| device.proxy.set_write_cache(true)),
+    (&["break=memory"], |device| device.proxy.memory_changed(0x1000, 0x1000, true)),
+    (&["break=detach"], |device| drop(device.worker(0))),
+    (&["break=cancel", "hold=true"], |device| {
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        hand.worker.cancel();
+        hand.until(device, "nobody took over", |hand| hand.worker.awaited() == 0);
+    }),
+    // In a request, which runs again.
+    (&["break=submit"], |device| {
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        hand.until(device, "no answer", |hand| hand.ended.len() == 1);
+    }),
+    // In the end itself, at each of its steps.
+    (&["break=attach"], |_| {}),
+    (&["break=submit"], |_| {}),
+    (&["break=reap", "hold=true"], |device| device.stage.release.store(true, Ordering::Release)),
+    (&["break=detach"], |_| {}),
+    (&["break=quiesce"], |_| {}),
+];
+
+#[test]
+fn the_end_of_a_domain_that_dies_goes_through_its_standby() {
+    // A death that is noticed by another thread comes sooner or later than the end.
+    for (script, die) in (0..50).flat_map(|_| DEATHS) {
+        let device = Device::start(2, &[]);
+        device.upgrade("plain", "b", script).expect("committed");
+        die(&device);
+        assert_eq!(device.proxy.stop(), Vec::<String>::new(), "{script:?}: {:?}", device.stage.log());
+        let asked = device.stage.log();
+        let of_a = |what: &str| asked.iter().rposition(|line| line == &format!("a {what}"));
+        let (flushed, quiesced) = (of_a("got 0:0"), of_a("quiesce"));
+        // Its first quiesce was for the upgrade.
+        assert_eq!(device.stage.lines("a", "quiesce").len(), 2, "{script:?}: {asked:?}");
+        assert!(flushed.is_some() && flushed < quiesced, "{script:?}: {asked:?}");
+        let status = device.proxy.status();
+        assert_eq!((status.state, status.generation), (State::Serving, 3), "{script:?}: {status:?}");
+        assert_eq!(status.resident, Vec::<String>::new(), "{script:?}");
+    }
+}
+
+#[test]
+fn the_end_of_a_domain_that_dies_without_a_standby_is_said() {
+    for (script, die) in (0..20).flat_map(|_| DEATHS) {
+        let device = Device::start(2, script);
+        die(&device);
+        let left = device.proxy.stop();
+        assert!(left.len() == 1, "{script:?}: {left:?}");
+        assert!(left[0].contains("nobody was there to flush"), "{script:?}: {left:?}");
+    }
+}
+
+#[test]
+fn a_standby_that_dies_in_the_last_flush_too_is_said_and_ends() {
+    for step in ["break=submit", "break=quiesce", "break=attach", "break=detach"] {
+        let device = Device::start(1, &[]);
+        device.upgrade("plain", "b", &["die_at=1"]).expect("committed");
+        device.upgrade("plain", "c", &[step]).expect("committed");
+        let left = device.proxy.stop();
+        assert!(left.len() == 1 && left[0].contains("nobody was there to flush"), "{step}: {left:?}");
+        assert!(left[0].contains("last flush"), "{step}: {left:?}");
+    }
+}
+
+#[test]
+fn a_death_that_needs_no_flush_leaves_nothing() {
+    let device = Device::start(1, &["caps=0", "break=cache"]);
+    device.proxy.set_write_cache(true);
+    assert_eq!(device.proxy.stop(), Vec::<String>::new());
+}
+
+#[test]
+fn an_error_in_the_last_flush_is_said_although_a_standby_takes_over_afterwards() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["bad_at=1", "break=quiesce"]).expect("committed");
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("an I/O error"), "{left:?}");
+    assert_eq!(device.stage.lines("a", "got"), ["0:0"]);
+}
+
+#[test]
+fn a_takeover_that_does_not_end_is_not_waited_for_for_ever() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["break=cache", "wait=drop"]).expect("committed");
+    device.proxy.set_write_cache(true);
+    let began = std::time::Instant::now();
+    let left = device.proxy.stop();
+    assert!(began.elapsed() < Duration::from_secs(15), "the process would be ended without a word");
+    assert!(left.len() == 1 && left[0].contains("has not ended in time"), "{left:?}");
+    device.stage.go.store(true, Ordering::Release);
+}
+
+#[test]
+fn a_takeover_that_begins_in_the_end_of_an_upgrade_is_waited_for() {
+    for _ in 0..20 {
+        let device = Device::start(1, &[]);
+        device.upgrade("plain", "b", &["break=resume"]).expect("committed");
+        std::thread::scope(|scope| {
+            // It is held in the exchange, fails, and the live one breaks in resuming.
+            let upgrade = scope.spawn(|| device.upgrade("plain", "c", &["wait=activate", "fail=activate"]));
+            device.until("not begun", || !device.stage.lines("c", "waits").is_empty());
+            let end = scope.spawn(|| device.proxy.stop());
+            device.until("no end", || device.proxy.is_stopping());
+            device.stage.go.store(true, Ordering::Release);
+            assert_eq!(end.join().expect("no panic"), Vec::<String>::new(), "{:?}", device.stage.log());
+            upgrade.join().expect("no panic").expect_err("it was to fail");
+        });
+        assert_eq!(device.stage.lines("a", "got"), ["0:0"]);
     }
 }
 

@@ -11,7 +11,7 @@
 //! * `backwards=true`: ends the requests of a batch from the last to the first;
 //! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions, at its next reap;
 //! * `cross=submit`: the same, but at its next submit;
-//! * `wait=prepare`, `wait=activate`: does that only when the stage lets it;
+//! * `wait=prepare`, `wait=activate`, `wait=drop`: does that only when the stage lets it;
 //! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
 //! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
 //! * `thread=true`: starts a thread that ends when the stage says so.
@@ -340,6 +340,9 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
 impl<K: Kind> Drop for Puppet<K> {
     fn drop(&mut self) {
+        if self.is("wait", "drop") {
+            wait_for(&self.stage.go);
+        }
         self.stage.write(format!("{} dropped", self.label));
         assert!(!self.is("break", "drop"), "break=drop");
     }
