@@ -42,7 +42,7 @@ use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use storage::Storage;
 use upgrade::lock;
@@ -327,19 +327,11 @@ impl DomainProxy {
     ///
     /// Waits for a change that is under way, because that was held against what an earlier guest was told. Returns `None` if it takes longer than `patience`.
     pub fn offer(
-        &self,
+        self: &Arc<Self>,
         patience: Duration,
         required: impl FnOnce(&DeviceInfo) -> Capabilities,
     ) -> Option<DeviceInfo> {
-        let deadline = Instant::now() + patience;
-        let _upgrades = loop {
-            match self.upgrades.try_lock() {
-                Ok(upgrades) => break upgrades,
-                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
-                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
-            }
-        };
+        let _upgrades = self.lock_alive(Instant::now() + patience, || false)?;
         let info = self.domain().info;
         self.require(required(&info));
         Some(info)

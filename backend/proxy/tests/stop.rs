@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::Device;
+use common::{Device, well};
 use domain_api::Capabilities;
 use proxy::State;
 use std::sync::atomic::Ordering;
@@ -164,6 +164,24 @@ fn a_takeover_that_begins_in_the_end_of_an_upgrade_is_waited_for() {
             upgrade.join().expect("no panic").expect_err("it was to fail");
         });
         assert_eq!(device.stage.lines("a", "got"), ["0:0"]);
+    }
+}
+
+#[test]
+fn a_session_that_begins_before_a_takeover_is_told_of_what_comes_out_of_it() {
+    for _ in 0..50 {
+        let device = Device::start(1, &[]);
+        device.upgrade("plain", "b", &["caps=6", "break=cache"]).expect("committed");
+        device.proxy.set_write_cache(true);
+        let offered = device.proxy.offer(common::PATIENCE, |info| info.capabilities);
+        let offered = offered.expect("there is a device").capabilities;
+        assert_eq!(offered, Capabilities::FLUSH, "the standby has no more than that");
+        // Had the guest been offered what the dead one had, nobody could have taken over.
+        let mut hand = device.worker(0);
+        hand.step();
+        hand.submit([0]);
+        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        assert_eq!(hand.take_ended(), well([0]));
     }
 }
 
