@@ -47,16 +47,35 @@ impl Environment {
         inner.each(|instance| report("guest memory", instance.memory_changed(address, len, added)));
     }
 
-    pub(crate) fn set_write_cache(&self, on: bool) {
+    /// Returns whether it is news, and who did not do it, and why.
+    pub(crate) fn set_write_cache(&self, on: bool) -> (bool, Vec<(Weak<Instance>, CallError)>) {
         let mut inner = lock(&self.inner);
-        if inner.write_cache.replace(on) != Some(on) {
-            inner.each(|instance| report("the write cache", instance.set_write_cache(on)));
+        let mut failed = Vec::new();
+        let is_new = inner.write_cache.replace(on) != Some(on);
+        if is_new {
+            inner.each(|instance| {
+                if let Err(error) = instance.set_write_cache(on) {
+                    log::warn!("telling a domain of the write cache: {error}");
+                    // Weak: whoever has died is waited for until nobody has it.
+                    failed.push((Arc::downgrade(instance), error));
+                }
+            });
+        }
+        (is_new, failed)
+    }
+
+    /// Tells a successor once more that the write cache is off, because its predecessor has died and may
+    /// have completed something until then that is not durable. Nobody is served meanwhile.
+    pub(crate) fn catch_up(&self, successor: &Instance) -> Result<(), CallError> {
+        match lock(&self.inner).write_cache {
+            Some(false) => successor.set_write_cache(false),
+            _ => Ok(()),
         }
     }
 }
 
 impl Inner {
-    fn each(&self, f: impl Fn(&Instance)) {
+    fn each(&self, mut f: impl FnMut(&Arc<Instance>)) {
         for instance in self.instances.iter().filter_map(Weak::upgrade).filter(|instance| !instance.is_dead())
         {
             f(&instance);

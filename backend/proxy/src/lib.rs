@@ -50,6 +50,9 @@ use upgrade::lock;
 /// How many entries the history keeps.
 const HISTORY: usize = 1024;
 
+/// How long a takeover is waited for by whoever has to tell the guest how something ended.
+const TAKEOVER_PATIENCE: Duration = Duration::from_secs(10);
+
 /// An instance and what is known about it.
 #[derive(Clone)]
 pub(crate) struct Member {
@@ -347,9 +350,32 @@ impl DomainProxy {
     }
 
     /// Turns the write cache of the live domain, and of every successor, on or off.
+    ///
+    /// When it comes back from turning it off, what was completed before is durable. If the live domain
+    /// dies meanwhile, it waits for the takeover, which sees to that. What could not be done is logged,
+    /// and left behind at the end. Not to be called by a worker: a takeover waits for it.
     pub fn set_write_cache(self: &Arc<Self>, on: bool) {
-        self.environment.set_write_cache(on);
+        let (is_new, failed) = self.environment.set_write_cache(on);
         self.notice_death();
+        if on || !is_new {
+            return;
+        }
+        let why = if self.lock_alive(Instant::now() + TAKEOVER_PATIENCE, || false).is_none() {
+            Some("a takeover is under way, and does not end".to_owned())
+        } else {
+            // Who has died has been replaced.
+            self.live().and_then(|live| {
+                let of_live = failed.into_iter().find(|(who, _)| who.as_ptr() == Arc::as_ptr(&live.instance));
+                of_live.map(|(_, error)| error.to_string())
+            })
+        };
+        if let Some(why) = why {
+            let sentence = format!(
+                "the write cache was turned off, and what was written before may not be on the disk: {why}"
+            );
+            log::error!("{sentence}");
+            self.leave_behind(&sentence);
+        }
     }
 
     /// Tells the live domain, and every successor, of guest memory that was mapped or is about to be unmapped.

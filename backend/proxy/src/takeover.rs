@@ -15,7 +15,7 @@ use crate::report::{Change, Phases, Protocol, Refusal, Report};
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
-use domain_api::host::Instance;
+use domain_api::host::{CallError, Instance};
 use std::sync::{Arc, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
@@ -145,7 +145,8 @@ impl DomainProxy {
         let taken = next.and_then(|next| {
             let fits = self.check_compatible(&from.info, &next).and_then(|()| {
                 self.storage.lend(next.id);
-                timed(&mut phases.activate, || next.instance.activate()).map_err(|error| {
+                let activate = || next.instance.activate().and_then(|()| self.catch_up(&next));
+                timed(&mut phases.activate, activate).map_err(|error| {
                     Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
                 })
             });
@@ -183,6 +184,22 @@ impl DomainProxy {
                 Err(refusal)
             }
         }
+    }
+
+    /// Has a successor make durable what the dead one had completed, if nothing may be volatile.
+    fn catch_up(&self, next: &Member) -> Result<(), CallError> {
+        self.environment.catch_up(&next.instance).or_else(|error| {
+            if next.instance.is_dead() {
+                return Err(error);
+            }
+            // It can serve all the same.
+            let sentence = format!(
+                "what the dead domain wrote last, with its write cache off, may not be on the disk: {error}"
+            );
+            log::error!("{sentence}");
+            self.leave_behind(&sentence);
+            Ok(())
+        })
     }
 
     /// Takes the dead instance out of the cell, and waits until every worker has left it.

@@ -179,6 +179,45 @@ fn a_panic_about_the_write_cache_is_a_death_too() {
 }
 
 #[test]
+fn the_write_cache_is_off_when_whoever_lives_has_turned_it_off() {
+    // It dies in being told, or has died just before.
+    for broken in ["cache", "memory"] {
+        for _ in 0..50 {
+            let device = with_standby(1, &[&format!("break={broken}")]);
+            if broken == "memory" {
+                device.proxy.memory_changed(0x1000, 0x1000, true);
+            }
+            device.proxy.set_write_cache(false);
+            let log = device.stage.log();
+            let last = |line: &str| log.iter().rposition(|other| other == line);
+            // Until then the dead one may have completed what is not durable.
+            assert!(last("b dropped").is_some() && last("b dropped") < last("a cache"), "{log:?}");
+            assert_serving(&device, 3);
+        }
+    }
+}
+
+#[test]
+fn a_successor_that_cannot_turn_the_write_cache_off_does_not_take_over() {
+    let device = Device::start(1, &["break=cache2"]);
+    device.upgrade("plain", "b", &["break=cache1"]).expect("committed");
+    device.proxy.set_write_cache(false);
+    device.until("nobody noticed", || device.proxy.status().state == State::Faulted);
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("nobody was there to flush"), "{left:?}");
+}
+
+#[test]
+fn a_write_cache_that_a_takeover_does_not_turn_off_in_time_is_not_lost_in_silence() {
+    let device = with_standby(1, &["break=cache", "wait=drop"]);
+    device.proxy.set_write_cache(false);
+    device.stage.go.store(true, Ordering::Release);
+    assert_serving(&device, 3);
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("the write cache was turned off"), "{left:?}");
+}
+
+#[test]
 fn a_panic_while_nobody_is_connected_is_noticed_by_who_comes_next() {
     let device = with_standby(1, &["break=detach"]);
     drop(device.worker(0));

@@ -3,7 +3,7 @@
 //! Parameters besides `size`, `serial`, `cache`, `backing`, `swap`, `caps`, `block` and `physical`, which it announces:
 //!
 //! * `stage`, `label`: where it writes down what it did, and under what name;
-//! * `break=STEP[,STEP...]`: panics there, each time; `fail=STEP,...`: says no there;
+//! * `break=STEP[,STEP...]`: panics there, each time (`cacheN`: the N-th time that it is told of the write cache); `fail=STEP,...`: says no there;
 //! * `die_at=N`: panics at the N-th request of the instance;
 //! * `hold=true`: requests stay in flight until the stage lets them go;
 //! * `take=N`: takes at most N requests of a batch;
@@ -132,6 +132,7 @@ pub struct Puppet<K: Kind> {
     params: Params,
     label: String,
     seen: AtomicU64,
+    cached: AtomicU64,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -211,6 +212,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             label: params.get("label").unwrap_or("?").to_owned(),
             params: params.clone(),
             seen: AtomicU64::new(0),
+            cached: AtomicU64::new(0),
             kind: PhantomData,
         };
         if new.is("wait", "prepare") {
@@ -335,6 +337,8 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn set_write_cache(&self, _: bool) {
         let _ = self.step("cache");
+        let number = self.cached.fetch_add(1, Ordering::Relaxed) + 1;
+        assert!(!self.is("break", &format!("cache{number}")), "break=cache{number}");
     }
 }
 
