@@ -95,7 +95,6 @@ fn panics_while_upgrades_come_and_go_lose_nothing() {
     let daemon = ramdisk();
     let mut control = daemon.rpc();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
-    let mut refused = 0;
     for round in 0..150u64 {
         let fault = format!("request:panic:{}", 1 + round * 13 % 120);
         control.request("upgrade", faulty(&fault)).expect("faulty becomes the live domain");
@@ -108,9 +107,9 @@ fn panics_while_upgrades_come_and_go_lose_nothing() {
             });
             calls.into_iter().map(|call| call.join().expect("no panic")).collect()
         });
-        for error in replies.into_iter().filter_map(Result::err) {
-            assert_eq!(error.name(), "preempted", "{error:?}");
-            refused += 1;
+        for reply in replies {
+            // A takeover that comes first is waited for.
+            reply.unwrap_or_else(|error| panic!("in round {round}: {error:?}\n{}", daemon.log()));
         }
         let now = wait_until(&mut control, "not serving", |now| now["state"] == "serving");
         assert_eq!(load.faults(), 0, "in round {round}: {now}");
@@ -118,7 +117,7 @@ fn panics_while_upgrades_come_and_go_lose_nothing() {
             control.request("upgrade", json!({"name": "ramdisk"})).expect("an upgrade away from it");
         }
     }
-    println!("{refused} upgrades were preempted; {}", status(&mut control)["upgrades"]);
+    println!("{}", status(&mut control)["upgrades"]);
     let report = load.stop();
     report.assert_clean();
     assert_intact(daemon.socket(), &report.ledgers);

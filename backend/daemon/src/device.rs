@@ -32,7 +32,7 @@ fn options(mode: Mode, drain_timeout: Duration, when_busy: WhenBusy) -> Options 
         WhenBusy::Queue => proxy::WhenBusy::Queue,
         WhenBusy::Refuse => proxy::WhenBusy::Refuse,
     };
-    Options { mode, drain_timeout, when_busy }
+    Options { mode, drain_timeout, when_busy, ..Options::default() }
 }
 
 fn answer(result: Result<Report, Refusal>) -> Result<Value, OperationError> {

@@ -394,7 +394,13 @@ impl DomainProxy {
         self.events.push(Event::Started { change, target: target.to_owned() });
     }
 
-    pub(crate) fn ended(&self, upgrades: &Upgrades, change: Change, result: &Result<Report, Refusal>) {
+    /// Without `upgrades` nothing of them has changed.
+    pub(crate) fn ended(
+        &self,
+        upgrades: Option<&Upgrades>,
+        change: Change,
+        result: &Result<Report, Refusal>,
+    ) {
         let entry = Entry { at: SystemTime::now(), change, result: result.clone() };
         match result {
             Ok(report) => log::info!(
@@ -430,7 +436,9 @@ impl DomainProxy {
             view.history.pop_front();
         }
         view.history.push_back(entry.clone());
-        view.show(upgrades);
+        if let Some(upgrades) = upgrades {
+            view.show(upgrades);
+        }
         drop(view);
         self.events.push(Event::Ended(Box::new(entry)));
     }

@@ -58,13 +58,21 @@ pub struct Options {
     pub mode: Mode,
     /// How long a handover waits for what is in flight.
     pub drain_timeout: Duration,
+    /// How much longer it waits for workers that are not given a CPU. A takeover that is under way is
+    /// awaited for as long as both together.
+    pub starved_timeout: Duration,
     /// What to do if another one is under way.
     pub when_busy: WhenBusy,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { mode: Mode::Auto, drain_timeout: Duration::from_millis(500), when_busy: WhenBusy::Queue }
+        Self {
+            mode: Mode::Auto,
+            drain_timeout: Duration::from_millis(500),
+            starved_timeout: Duration::from_secs(10),
+            when_busy: WhenBusy::Queue,
+        }
     }
 }
 

@@ -116,7 +116,7 @@ impl DomainProxy {
         } else if self.live().as_ref().is_some_and(is) {
             self.started(Change::Takeover, "standby");
             let result = self.replace_dead(&mut upgrades, reason);
-            self.ended(&upgrades, Change::Takeover, &result);
+            self.ended(Some(&upgrades), Change::Takeover, &result);
         }
         lock(&self.view).dying.remove(&address);
         drop(upgrades);

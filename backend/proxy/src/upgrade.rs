@@ -41,6 +41,27 @@ struct ExchangeNotes {
     fault: Option<String>,
 }
 
+/// What a change has prepared before it has the upgrade lock.
+trait Prepared {
+    /// It is not wanted.
+    fn give_up(self, proxy: &DomainProxy);
+}
+
+/// A module that was loaded.
+impl Prepared for (Member, Phases) {
+    fn give_up(self, proxy: &DomainProxy) {
+        // It was never live, so it has no requests.
+        let _ = proxy.retire(self.0, &mut Phases::default());
+    }
+}
+
+/// The standby is there already.
+struct Nothing;
+
+impl Prepared for Nothing {
+    fn give_up(self, _: &DomainProxy) {}
+}
+
 impl DomainProxy {
     /// Replaces the live domain with the module `name`.
     ///
@@ -56,13 +77,7 @@ impl DomainProxy {
         // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
         let prepare = || Ok((self.prepare(name, params, &mut phases)?, phases));
         self.recorded(Change::Upgrade, name, options, prepare, |upgrades, (member, phases)| {
-            let fresh = member.clone();
-            let result = self.replace(upgrades, member, options, phases);
-            if result.is_err() {
-                // It was never live, so it has no requests.
-                let _ = self.retire(fresh, &mut Phases::default());
-            }
-            result
+            self.replace(upgrades, member.clone(), options, *phases)
         })
     }
 
@@ -71,7 +86,8 @@ impl DomainProxy {
     /// # Errors
     /// Why it was refused; the device is as it was.
     pub fn rollback(self: &Arc<Self>, options: Options) -> Result<Report, Refusal> {
-        self.recorded(Change::Rollback, "standby", options, || Ok(()), |upgrades, ()| {
+        let prepare = || Ok(Nothing);
+        self.recorded(Change::Rollback, "standby", options, prepare, |upgrades, Nothing| {
             let Some(standby) = upgrades.standby.take() else {
                 return Err(Refusal::new(
                     "no_standby",
@@ -88,14 +104,14 @@ impl DomainProxy {
     }
 
     /// One at a time; puts what happens into state, history and log. `prepare` runs without the upgrade lock, `change_over` with it; it is held until
-    /// the history has the entry, so that no takeover of the new live domain is told of first.
-    fn recorded<T>(
-        &self,
+    /// the history has the entry, so that no takeover of the new live domain is told of first. If a takeover comes first, `change_over` is tried again after it.
+    fn recorded<T: Prepared>(
+        self: &Arc<Self>,
         change: Change,
         target: &str,
         options: Options,
         prepare: impl FnOnce() -> Result<T, Refusal>,
-        change_over: impl FnOnce(&mut Upgrades, T) -> Result<Report, Refusal>,
+        mut change_over: impl FnMut(&mut Upgrades, &T) -> Result<Report, Refusal>,
     ) -> Result<Report, Refusal> {
         let _operator = match (options.when_busy, self.operator.try_lock()) {
             (_, Ok(operator)) => operator,
@@ -111,12 +127,59 @@ impl DomainProxy {
         self.started(change, target);
         let prepared = self
             .check_stopping()
-            .and_then(|()| self.settle(&mut lock(&self.upgrades)))
+            .and_then(|()| self.settle(&mut *self.lock_after_takeover(options)?))
             .and_then(|()| prepare());
-        let mut upgrades = lock(&self.upgrades);
-        let result = prepared.and_then(|prepared| change_over(&mut upgrades, prepared));
-        self.ended(&upgrades, change, &result);
+        let (upgrades, result) = match prepared {
+            Ok(prepared) => {
+                let (upgrades, result) =
+                    self.try_until_alive(options, |upgrades| change_over(upgrades, &prepared));
+                if result.is_err() {
+                    prepared.give_up(self);
+                }
+                (upgrades, result)
+            }
+            Err(refusal) => (None, Err(refusal)),
+        };
+        self.ended(upgrades.as_deref(), change, &result);
         result
+    }
+
+    /// Makes a change, after each takeover that comes first: the checks are made anew then, because
+    /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too long.
+    fn try_until_alive(
+        self: &Arc<Self>,
+        options: Options,
+        mut attempt: impl FnMut(&mut Upgrades) -> Result<Report, Refusal>,
+    ) -> (Option<MutexGuard<'_, Upgrades>>, Result<Report, Refusal>) {
+        loop {
+            let mut upgrades = match self.lock_after_takeover(options) {
+                Ok(upgrades) => upgrades,
+                Err(refusal) => return (None, Err(refusal)),
+            };
+            // A takeover leaves somebody behind if its standby could not serve and is still in use.
+            let result = self.settle(&mut upgrades).and_then(|()| attempt(&mut upgrades));
+            // Each takeover uses an instance up, so this ends.
+            if !result.as_ref().is_err_and(|refusal| refusal.code == PREEMPTED) {
+                return (Some(upgrades), result);
+            }
+        }
+    }
+
+    /// Takes the upgrade lock when no takeover is under way, or to come.
+    fn lock_after_takeover(self: &Arc<Self>, options: Options) -> Result<MutexGuard<'_, Upgrades>, Refusal> {
+        let patience = options.drain_timeout + options.starved_timeout;
+        let deadline = Instant::now() + patience;
+        self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
+            self.check_stopping().err().unwrap_or_else(|| {
+                Refusal::new(
+                    PREEMPTED,
+                    format!(
+                        "the live domain has died, and the takeover has not ended after {} ms; look at `status`, then try again",
+                        patience.as_millis()
+                    ),
+                )
+            })
+        })
     }
 
     /// Verifies, loads and prepares a module. Nothing of the live domain is touched.
@@ -204,7 +267,7 @@ impl DomainProxy {
         mut phases: Phases,
     ) -> Result<Report, Refusal> {
         let from = self.record().expect("a device that takes upgrades has had a live domain");
-        // If it has died without anybody's notice, this upgrade is refused, but not every one after it.
+        // If it has died without anybody's notice, the takeover comes first.
         self.notice_death();
         let live = self.live();
         let decided = self
@@ -417,11 +480,12 @@ fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
     )
 }
 
+/// The code of a change that a takeover came before.
+const PREEMPTED: &str = "preempted";
+
+/// Not now: whoever made the change waits for the takeover, and tries again.
 fn preempted() -> Refusal {
-    Refusal::new(
-        "preempted",
-        "the live domain has died meanwhile and a takeover is under way; look at `status`, then try again",
-    )
+    Refusal::new(PREEMPTED, "the live domain has died meanwhile, and a takeover comes first")
 }
 
 /// What runs while every worker is at the gate.
@@ -445,6 +509,11 @@ fn exchange(
             }
         };
         if let Err(error) = timed(&mut notes.quiesce, || live.instance.quiesce()) {
+            if live.instance.is_dead() {
+                // Since we looked, in a call that was no worker's.
+                notes.refusal = Some(preempted());
+                return None;
+            }
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;

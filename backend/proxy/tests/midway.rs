@@ -25,7 +25,7 @@ fn assert_taken_over(device: &Device, generation: u64, by: &str) {
 }
 
 #[test]
-fn a_death_on_both_queues_behind_a_shut_gate_ends_the_upgrade_and_not_the_requests() {
+fn a_death_on_both_queues_behind_a_shut_gate_comes_before_the_upgrade_and_ends_no_request() {
     for _ in 0..20 {
         let device = Device::start(2, &[]);
         device.upgrade("plain", "b", &["hold=true", "break=reap"]).expect("committed");
@@ -51,12 +51,96 @@ fn a_death_on_both_queues_behind_a_shut_gate_ends_the_upgrade_and_not_the_reques
             }
             device.until("nothing in flight", || held.load(Ordering::Acquire) == 2);
             let options = Options { mode: Mode::Handover, drain_timeout: PATIENCE, ..Options::default() };
-            let refusal = device.upgrade_with("plain", "c", &[], options).expect_err("the live one died");
-            assert_eq!(refusal.code, "preempted");
+            let report = device.upgrade_with("plain", "c", &[], options).expect("after the takeover");
+            assert_eq!((report.generation, report.from.params.get("label")), (4, Some("a")));
         });
-        assert_taken_over(&device, 3, "a");
-        assert_eq!(device.stage.lines("c", "activate").len(), 0);
+        assert_taken_over(&device, 4, "c");
+        assert_eq!(device.stage.lines("c", "prepare").len(), 1, "it is tried again, not made again");
+        let history = device.proxy.history();
+        let told: Vec<_> = history.iter().map(|entry| entry.change.name()).collect();
+        assert_eq!(told, ["upgrade", "takeover", "upgrade"]);
     }
+}
+
+#[test]
+fn an_upgrade_goes_on_after_the_takeover_that_it_finds() {
+    // It comes before the takeover has begun, while it has the lock, and to a device that has no standby.
+    for (standby, held) in [(true, false), (true, true), (false, false), (false, true)] {
+        for _ in 0..20 {
+            let script = ["break=cache", if held { "wait=drop" } else { "wait=nothing" }];
+            let device = Device::start(1, if standby { &[] } else { &script });
+            if standby {
+                device.upgrade("plain", "b", &script).expect("committed");
+            }
+            device.proxy.set_write_cache(true);
+            std::thread::scope(|scope| {
+                let upgrade = scope.spawn(|| device.upgrade("plain", "c", &[]));
+                if held {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                    assert!(!upgrade.is_finished(), "it was to wait");
+                    device.stage.go.store(true, Ordering::Release);
+                }
+                let report = upgrade.join().expect("no panic").expect("after the takeover");
+                assert_eq!(report.generation, if standby { 4 } else { 2 }, "{:?}", device.stage.log());
+            });
+            let status = device.proxy.status();
+            assert_eq!((status.state, label(&device).as_deref()), (State::Serving, Some("c")));
+            assert_eq!(status.counts.refused, 0);
+            assert_eq!(status.standby.is_some(), standby, "the one that took over");
+        }
+    }
+}
+
+#[test]
+fn a_successor_that_does_not_fit_whoever_took_over_is_refused_as_such() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["break=cache1", "wait=drop"]).expect("committed");
+    std::thread::scope(|scope| {
+        // Prepared while `b` lives; a guest comes before it is its turn.
+        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &["caps=0", "wait=prepare"]));
+        device.until("not begun", || device.proxy.status().state == State::Upgrading);
+        device.proxy.set_write_cache(true);
+        device.proxy.require(Capabilities::FLUSH);
+        device.stage.go.store(true, Ordering::Release);
+        let refusal = upgrade.join().expect("no panic").expect_err("the guest needs more");
+        assert_eq!(refusal.code, "feature_missing");
+    });
+    assert_taken_over(&device, 3, "a");
+    assert_eq!(device.stage.lines("c", "dropped").len(), 1);
+}
+
+#[test]
+fn a_takeover_that_does_not_end_is_waited_for_as_long_as_was_said() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["break=cache", "wait=drop"]).expect("committed");
+    device.proxy.set_write_cache(true);
+    let patience = std::time::Duration::from_millis(100);
+    let options = Options { drain_timeout: patience, starved_timeout: patience, ..Options::default() };
+    let began = std::time::Instant::now();
+    let refusal = device.upgrade_with("plain", "c", &[], options).expect_err("a takeover is under way");
+    assert_eq!(refusal.code, "preempted");
+    assert!(began.elapsed() >= 2 * patience && refusal.message.contains("200 ms"), "{refusal}");
+    assert_eq!(device.proxy.rollback(options).expect_err("the same").code, "preempted");
+    device.stage.go.store(true, Ordering::Release);
+    assert_taken_over(&device, 3, "a");
+    // What it would have gone back to serves by now.
+    assert_eq!(device.rollback().expect_err("it is used up").code, "no_standby");
+}
+
+#[test]
+fn an_upgrade_that_waits_for_a_takeover_gives_up_when_the_daemon_ends() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["break=cache", "wait=drop"]).expect("committed");
+    device.proxy.set_write_cache(true);
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &[]));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        device.proxy.begin_stop();
+        let refusal = upgrade.join().expect("no panic").expect_err("no change is begun any more");
+        assert_eq!(refusal.code, "stopping");
+        device.stage.go.store(true, Ordering::Release);
+    });
+    assert_eq!(device.proxy.stop(), Vec::<String>::new());
 }
 
 /// Two queues with requests on `a`, which was swapped away from; `b` serves, `a` is waited for.
