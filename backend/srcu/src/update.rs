@@ -113,11 +113,41 @@ impl<T: Send + Sync> Cell<T> {
         nudge: impl FnOnce(),
         timeout: Duration,
     ) -> Result<Handover<T>, UpdateError> {
+        self.handover_while(exchange, nudge, timeout, |_| Duration::ZERO)
+    }
+
+    /// As [`handover`](Self::handover), but when the time is up `more` is asked, each time, how much
+    /// longer those who have not arrived are to be waited for. Zero gives up.
+    ///
+    /// # Errors
+    /// The gate was not shut.
+    ///
+    /// # Panics
+    /// If `nudge` or `more` does, as for `nudge` in `handover`.
+    pub fn handover_while(
+        self: &Arc<Self>,
+        exchange: Exchange<T>,
+        nudge: impl FnOnce(),
+        timeout: Duration,
+        mut more: impl FnMut(&Stalled) -> Duration,
+    ) -> Result<Handover<T>, UpdateError> {
         let gate = self.shut(exchange)?;
-        match catch_unwind(AssertUnwindSafe(nudge)) {
-            Ok(()) => Ok(self.await_exchange(gate, Some(timeout))),
-            Err(panic) => {
-                drop(self.await_exchange(gate, Some(Duration::ZERO)));
+        let mut panic = catch_unwind(AssertUnwindSafe(nudge)).err();
+        let timeout = if panic.is_some() { Duration::ZERO } else { timeout };
+        let outcome = self.await_exchange_while(gate, Some(timeout), |stalled| {
+            if panic.is_some() {
+                return Duration::ZERO;
+            }
+            let asked = catch_unwind(AssertUnwindSafe(|| more(stalled)));
+            asked.unwrap_or_else(|payload| {
+                panic = Some(payload);
+                Duration::ZERO
+            })
+        });
+        match panic {
+            None => Ok(outcome),
+            Some(panic) => {
+                drop(outcome);
                 resume_unwind(panic)
             }
         }
@@ -150,7 +180,18 @@ impl<T: Send + Sync> Cell<T> {
     }
 
     /// Waits for the exchange of a shut gate, or gives it up after `timeout` (`None`: never).
+    #[cfg(all(test, loom))]
     pub(crate) fn await_exchange(&self, gate: Shut, timeout: Option<Duration>) -> Handover<T> {
+        self.await_exchange_while(gate, timeout, |_| Duration::ZERO)
+    }
+
+    /// Waits for the exchange of a shut gate. After `timeout` it is given up, unless `more` says not yet.
+    fn await_exchange_while(
+        &self,
+        gate: Shut,
+        timeout: Option<Duration>,
+        mut more: impl FnMut(&Stalled) -> Duration,
+    ) -> Handover<T> {
         let mut deadline = timeout.and_then(|timeout| gate.at.checked_add(timeout));
         let mut desk = lock(&self.desk);
         loop {
@@ -167,6 +208,12 @@ impl<T: Send + Sync> Cell<T> {
             desk = match left {
                 Some(Duration::ZERO) => {
                     drop(desk);
+                    let longer = more(&self.missing(gate));
+                    if !longer.is_zero() {
+                        deadline = Instant::now().checked_add(longer);
+                        desk = lock(&self.desk);
+                        continue;
+                    }
                     if let Some(given_up) = self.give_up(gate) {
                         return given_up;
                     }
@@ -189,7 +236,7 @@ impl<T: Send + Sync> Cell<T> {
             if (found.epoch() != gate.epoch || found.count() == 0) && !planted(Mutation::GiveUpBlindly) {
                 return None;
             }
-            let stalled = self.stalled(|slot| !slot.is_outside() || slot.epoch() != gate.epoch);
+            let stalled = self.missing(gate);
             // Case 5: an arrival that comes after this counts nowhere. Relaxed: a failure reads nothing, a success publishes
             // nothing; W does.
             let nobody = Pending::NONE.0;
@@ -258,6 +305,11 @@ impl<T: Send + Sync> Cell<T> {
                 && matches!(SlotWord(slot.0.word.load(Ordering::Relaxed)).kind(), Kind::Online | Kind::Owing)
         };
         if self.slots.iter().any(inside) { Err(UpdateError::InsideReadSection) } else { Ok(()) }
+    }
+
+    /// Who has not arrived at a gate.
+    fn missing(&self, gate: Shut) -> Stalled {
+        self.stalled(|slot| !slot.is_outside() || slot.epoch() != gate.epoch)
     }
 
     fn stalled(&self, holds_up: impl Fn(SlotWord) -> bool) -> Stalled {

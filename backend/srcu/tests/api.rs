@@ -47,6 +47,50 @@ fn until(mut done: impl FnMut() -> bool) {
 }
 
 #[test]
+fn when_the_time_is_up_somebody_else_may_say_not_yet() {
+    let cell = Cell::new(1, 2);
+    let (mut one, two) = (cell.attach().unwrap(), cell.attach().unwrap());
+    drop(two);
+    let (told, heard) = mpsc::channel();
+    thread::scope(|scope| {
+        let upgrade = scope.spawn(|| {
+            let more = |stalled: &Stalled| {
+                told.send(stalled.readers.clone()).unwrap();
+                SHORT
+            };
+            cell.handover_while(Box::new(|value| Some(value + 1)), || {}, Duration::ZERO, more)
+        });
+        // It is asked again and again, and always about the one that is missing.
+        for _ in 0..3 {
+            assert_eq!(heard.recv().unwrap(), [0]);
+        }
+        assert_eq!(one.pass(), Gate::Shut);
+        one.arrive();
+        assert_eq!(old(upgrade.join().unwrap().unwrap()), Some(1));
+    });
+    // Then it is given up, and the gate is open.
+    let mut longer = [SHORT, Duration::ZERO].into_iter();
+    let more = |_: &Stalled| longer.next().unwrap();
+    let given_up = elsewhere(|| cell.handover_while(Box::new(|_| None), || {}, SHORT, more).unwrap());
+    assert_eq!(stalled(given_up), [0]);
+    assert_eq!(one.pass(), Gate::Changed);
+}
+
+#[test]
+fn who_panics_when_the_time_is_up_leaves_the_gate_open() {
+    let cell = Cell::new(1, 1);
+    let mut reader = cell.attach().unwrap();
+    let panics = |_: &Stalled| -> Duration { panic!("on purpose") };
+    elsewhere(|| {
+        let upgrade = || cell.handover_while(Box::new(|_| None), || {}, SHORT, panics);
+        assert!(catch_unwind(AssertUnwindSafe(upgrade)).is_err());
+    });
+    assert_ne!(reader.pass(), Gate::Shut);
+    drop(reader);
+    assert_eq!(old(plus_one(&cell, LONG)), Some(1));
+}
+
+#[test]
 fn a_reader_sees_a_swap_at_its_next_pass() {
     let cell = Cell::new(1, 1);
     let mut reader = cell.attach().unwrap();
