@@ -19,6 +19,7 @@ mod flights;
 mod queue;
 mod report;
 mod retire;
+mod starved;
 mod stop;
 mod storage;
 mod takeover;
@@ -28,7 +29,7 @@ mod worker;
 pub use flights::{Naming, slot_of};
 pub use queue::{Notifier, QueueStatus};
 pub use report::{
-    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy,
+    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
 };
 pub use worker::{Ended, Gate, Worker};
 

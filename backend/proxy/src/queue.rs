@@ -3,6 +3,7 @@
 //! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader and `status` only read. So counting costs the worker no
 //! shared line and no read-modify-write.
 
+use crate::starved::Thread;
 use arc_swap::ArcSwapOption;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub struct QueueStatus {
     pub parks: u64,
     /// Requests that were run again after a takeover.
     pub replayed: u64,
+    /// How long its worker has waited for a CPU, since its thread began.
+    pub cpu_wait: Duration,
 }
 
 /// One queue's line.
@@ -53,6 +56,16 @@ pub(crate) struct QueueLine {
     pub(crate) malformed: AtomicU64,
     pub(crate) parks: AtomicU64,
     pub(crate) replayed: AtomicU64,
+    /// The lowest generation that its worker is attached to; 0 if none. Written when that changes.
+    pub(crate) attached_since: AtomicU64,
+}
+
+/// Who serves a queue.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(crate) queue: usize,
+    /// Nothing where the kernel does not tell of it.
+    pub(crate) thread: Option<Thread>,
 }
 
 /// Adds to a counter that only the calling thread writes.
@@ -72,6 +85,8 @@ pub(crate) fn coarse_now_ns() -> u64 {
 pub(crate) struct Queues {
     lines: Box<[Arc<QueueLine>]>,
     notifiers: Box<[ArcSwapOption<Box<dyn Notifier>>]>,
+    /// By the slot of the worker's reader, of which there are as many.
+    seats: Box<[ArcSwapOption<Seat>]>,
 }
 
 impl Queues {
@@ -79,6 +94,7 @@ impl Queues {
         Self {
             lines: (0..queues).map(|_| Arc::default()).collect(),
             notifiers: (0..queues).map(|_| ArcSwapOption::empty()).collect(),
+            seats: (0..queues).map(|_| ArcSwapOption::empty()).collect(),
         }
     }
 
@@ -104,6 +120,26 @@ impl Queues {
         self.notifiers.get(queue).and_then(|slot| slot.load_full()).and_then(|notifier| notifier.fd())
     }
 
+    /// Says who is the reader in `slot`.
+    pub(crate) fn set_seat(&self, slot: usize, seat: Option<Seat>) {
+        self.seats[slot].store(seat.map(Arc::new));
+    }
+
+    /// Everybody who serves, by the slot of the reader.
+    pub(crate) fn seats(&self) -> impl Iterator<Item = (usize, Arc<Seat>)> {
+        let seats = self.seats.iter().enumerate();
+        seats.filter_map(|(slot, seat)| Some((slot, seat.load_full()?)))
+    }
+
+    /// The slots of those who are attached to `generation`, or to one before it.
+    pub(crate) fn attached_to(&self, generation: u64) -> Vec<usize> {
+        let is_attached = |seat: &Seat| {
+            let since = self.lines[seat.queue].attached_since.load(Ordering::Relaxed);
+            (1..=generation).contains(&since)
+        };
+        self.seats().filter(|(_, seat)| is_attached(seat)).map(|(slot, _)| slot).collect()
+    }
+
     /// Those that have workers, one bit each.
     pub(crate) fn served(&self) -> u64 {
         let bits = self.notifiers.iter().take(u64::BITS as usize).enumerate();
@@ -116,6 +152,10 @@ impl Queues {
 
     pub(crate) fn status(&self) -> Vec<QueueStatus> {
         let now = coarse_now_ns();
+        let mut cpu_waits = vec![Duration::ZERO; self.len()];
+        for (_, seat) in self.seats() {
+            cpu_waits[seat.queue] = seat.thread.as_ref().and_then(Thread::waited).unwrap_or_default();
+        }
         let one = |(index, line): (usize, &Arc<QueueLine>)| {
             let in_flight = line.in_flight.load(Ordering::Relaxed);
             let since = line.busy_since.load(Ordering::Relaxed);
@@ -129,6 +169,7 @@ impl Queues {
                 malformed: line.malformed.load(Ordering::Relaxed),
                 parks: line.parks.load(Ordering::Relaxed),
                 replayed: line.replayed.load(Ordering::Relaxed),
+                cpu_wait: cpu_waits[index],
             }
         };
         self.lines.iter().enumerate().map(one).collect()

@@ -56,7 +56,7 @@ pub enum WhenBusy {
 pub struct Options {
     /// Which protocol.
     pub mode: Mode,
-    /// How long a handover waits for what is in flight.
+    /// How long a handover waits for what is in flight, not counting what a worker waits for a CPU.
     pub drain_timeout: Duration,
     /// How much longer it waits for workers that are not given a CPU. A takeover that is under way is
     /// awaited for as long as both together.
@@ -145,11 +145,24 @@ pub struct Refusal {
     pub message: String,
     /// Where the drain deadline passed: the queues that had requests in flight.
     pub stuck: Vec<QueueStatus>,
+    /// Where somebody was waited for in vain: those who waited for a CPU.
+    pub starved: Vec<Starved>,
+}
+
+/// A worker that was not given a CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Starved {
+    /// Its queue.
+    pub queue: usize,
+    /// How long it was ready to run, and did not.
+    pub waited: Duration,
+    /// Of how long.
+    pub of: Duration,
 }
 
 impl Refusal {
     pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), stuck: Vec::new() }
+        Self { code, message: message.into(), stuck: Vec::new(), starved: Vec::new() }
     }
 }
 

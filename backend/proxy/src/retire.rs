@@ -15,8 +15,9 @@
 //! there now.
 
 use crate::fence::Verdict;
-use crate::report::{Phases, Refusal, Report};
-use crate::upgrade::{lock, timed};
+use crate::report::{Options, Phases, Refusal, Report};
+use crate::starved::{Late, Watch};
+use crate::upgrade::{lock, preempted, starved_refusal, timed};
 use crate::{DomainProxy, Member, Service, Upgrades};
 use domain_api::host::{Instance, Residency, Resident};
 use std::sync::{Arc, TryLockError};
@@ -27,6 +28,12 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// About as long as it takes a worker to be woken and to attach.
 const SOON: Duration = Duration::from_micros(50);
+
+/// How long a change waits for the predecessor of the one before to be let go.
+const SETTLE_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How often it looks.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
 /// How often an instance that is leaving is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -167,15 +174,35 @@ impl DomainProxy {
     }
 
     /// Finishes what an earlier change could not: an upgrade must find at most one instance that is leaving.
-    pub(crate) fn settle(&self, upgrades: &mut Upgrades) -> Result<(), Refusal> {
-        if upgrades.leaving.is_none() {
-            return Ok(());
-        }
-        if !self.release(upgrades, Duration::from_millis(100)) {
-            return Err(Refusal::new(
-                "previous_in_use",
-                "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
-            ));
+    pub(crate) fn settle(&self, upgrades: &mut Upgrades, options: Options) -> Result<(), Refusal> {
+        let mut watch = None;
+        while let Some(leaving) = &upgrades.leaving {
+            let generation = leaving.member.instance.generation();
+            if self.release(upgrades, Duration::ZERO) {
+                break;
+            }
+            if self.service() == Service::Held {
+                // The takeover needs the lock, and perhaps this instance.
+                return Err(preempted());
+            }
+            let watch = watch.get_or_insert_with(|| Watch::begin(&self.queues));
+            let users = self.queues.attached_to(generation);
+            match watch.judge(&users, SETTLE_PATIENCE, options.starved_timeout) {
+                Late::Wait(longer) => std::thread::sleep(longer.min(SETTLE_LOOK)),
+                Late::Busy => {
+                    return Err(Refusal {
+                        starved: watch.starved(&users),
+                        ..Refusal::new(
+                            "previous_in_use",
+                            "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
+                        )
+                    });
+                }
+                Late::Starved => {
+                    let what = "the instance that was replaced last is still in use";
+                    return Err(starved_refusal(what, Duration::ZERO, watch.starved(&users)));
+                }
+            }
         }
         self.finish_leaving(upgrades, &mut Phases::default());
         Ok(())

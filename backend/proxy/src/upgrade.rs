@@ -15,7 +15,10 @@
 //! Invariants: everything that can be refused without touching the live domain is refused before the gate shuts. Inside the bracket each failure puts the
 //! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
 
-use crate::report::{Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, WhenBusy};
+use crate::report::{
+    Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
+};
+use crate::starved::{Late, Watch, say};
 use crate::storage::Services;
 use crate::{DomainProxy, Member, Upgrades};
 use domain_api::host::{CallError, Instance};
@@ -127,7 +130,9 @@ impl DomainProxy {
         self.started(change, target);
         let prepared = self
             .check_stopping()
-            .and_then(|()| self.settle(&mut *self.lock_after_takeover(options)?))
+            .and_then(|()| self.settle(&mut *self.lock_after_takeover(options)?, options))
+            // It is settled once more before the change.
+            .or_else(|refusal| if refusal.code == PREEMPTED { Ok(()) } else { Err(refusal) })
             .and_then(|()| prepare());
         let (upgrades, result) = match prepared {
             Ok(prepared) => {
@@ -157,7 +162,7 @@ impl DomainProxy {
                 Err(refusal) => return (None, Err(refusal)),
             };
             // A takeover leaves somebody behind if its standby could not serve and is still in use.
-            let result = self.settle(&mut upgrades).and_then(|()| attempt(&mut upgrades));
+            let result = self.settle(&mut upgrades, options).and_then(|()| attempt(&mut upgrades));
             // Each takeover uses an instance up, so this ends.
             if !result.as_ref().is_err_and(|refusal| refusal.code == PREEMPTED) {
                 return (Some(upgrades), result);
@@ -279,9 +284,9 @@ impl DomainProxy {
             (Ok(Protocol::Swap), Some(_)) => {
                 self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
             }
-            (Ok(_), Some(live)) => self
-                .handover(live, &next, options.drain_timeout, &mut phases)
-                .map(|()| (Protocol::Handover, None)),
+            (Ok(_), Some(live)) => {
+                self.handover(live, &next, options, &mut phases).map(|()| (Protocol::Handover, None))
+            }
             (Err(refusal), _) => Err(refusal),
         };
         let (protocol, grace) = changed?;
@@ -328,13 +333,24 @@ impl DomainProxy {
         self: &Arc<Self>,
         live: &Member,
         next: &Member,
-        drain_timeout: Duration,
+        options: Options,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
         let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
         let exchange = exchange(self, live, next, &notes);
-        let shut = Instant::now();
-        let outcome = self.cell().handover(exchange, || self.queues.notify_all(), drain_timeout);
+        let mut watch = Watch::begin(&self.queues);
+        let (mut late, mut missing) = (None, Vec::new());
+        let (drain_timeout, starved_timeout) = (options.drain_timeout, options.starved_timeout);
+        let more = |stalled: &srcu::Stalled| {
+            missing.clone_from(&stalled.readers);
+            late = Some(watch.judge(&missing, drain_timeout, starved_timeout));
+            match late {
+                Some(Late::Wait(longer)) => longer,
+                _ => Duration::ZERO,
+            }
+        };
+        let nudge = || self.queues.notify_all();
+        let outcome = self.cell().handover_while(exchange, nudge, drain_timeout, more);
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
         let outcome =
@@ -349,6 +365,10 @@ impl DomainProxy {
             srcu::Handover::Done { old, drain, pause, panic } => {
                 phases.drain = drain;
                 phases.pause = pause;
+                let starved = watch.starved(&missing);
+                if !starved.is_empty() {
+                    log::warn!("drained after {} ms: starved: {}", drain.as_millis(), say(&starved));
+                }
                 if let Some(panic) = panic {
                     std::panic::resume_unwind(panic);
                 }
@@ -360,11 +380,17 @@ impl DomainProxy {
                     }
                 }
             }
-            srcu::Handover::TimedOut { stalled: _, pause } => Err(self.drain_refusal(shut.elapsed(), pause)),
+            srcu::Handover::TimedOut { stalled, pause } => {
+                let starved = watch.starved(&stalled.readers);
+                if late == Some(Late::Starved) {
+                    return Err(starved_refusal("not drained", pause, starved));
+                }
+                Err(self.drain_refusal(watch.elapsed(), pause, starved))
+            }
         }
     }
 
-    fn drain_refusal(&self, waited: Duration, pause: Duration) -> Refusal {
+    fn drain_refusal(&self, waited: Duration, pause: Duration, starved: Vec<Starved>) -> Refusal {
         let stuck: Vec<_> = self.queues.status().into_iter().filter(|queue| queue.in_flight > 0).collect();
         let blame: Vec<_> = stuck
             .iter()
@@ -377,8 +403,11 @@ impl DomainProxy {
                 )
             })
             .collect();
-        let blame =
+        let mut blame =
             if blame.is_empty() { "a worker did not come to the gate".to_owned() } else { blame.join("; ") };
+        if !starved.is_empty() {
+            blame = format!("{blame} (and starved: {})", say(&starved));
+        }
         Refusal {
             code: "drain_timeout",
             message: format!(
@@ -387,6 +416,7 @@ impl DomainProxy {
                 pause.as_millis()
             ),
             stuck,
+            starved,
         }
     }
 
@@ -447,6 +477,21 @@ impl DomainProxy {
     }
 }
 
+/// Nobody hangs, but the workers were not given a CPU for too long.
+pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>) -> Refusal {
+    let why = say(&starved);
+    Refusal {
+        starved,
+        ..Refusal::new(
+            "starved",
+            format!(
+                "{what}: starved: {why}. It is the machine that is busy, and not the domain; the guest was paused for {} ms; try later, or give --starved-timeout-ms",
+                pause.as_millis()
+            ),
+        )
+    }
+}
+
 /// Swap or handover?
 fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, Refusal> {
     let Some(live) = live else { return Ok(Protocol::Handover) };
@@ -484,7 +529,7 @@ fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
 const PREEMPTED: &str = "preempted";
 
 /// Not now: whoever made the change waits for the takeover, and tries again.
-fn preempted() -> Refusal {
+pub(crate) fn preempted() -> Refusal {
     Refusal::new(PREEMPTED, "the live domain has died meanwhile, and a takeover comes first")
 }
 

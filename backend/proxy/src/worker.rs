@@ -14,7 +14,8 @@
 
 use crate::fence::{Fence, Verdict};
 use crate::flights::{Flights, Naming, SLOT_LIMIT, slot_of};
-use crate::queue::{QueueLine, add, coarse_now_ns};
+use crate::queue::{QueueLine, Seat, add, coarse_now_ns};
+use crate::starved::Thread;
 use crate::{DomainProxy, Member, Service};
 use domain_api::abi::{self, RawRequest};
 use domain_api::host::{CallError, CompletionBuffer, QueueHandle};
@@ -98,6 +99,7 @@ impl Worker {
         assert!(slots <= SLOT_LIMIT, "a queue of {slots} slots");
         let reader = proxy.cell().attach()?;
         let line = Arc::clone(proxy.queues().line(queue));
+        proxy.queues().set_seat(reader.index(), Some(Seat { queue, thread: Thread::current() }));
         let mut worker = Self {
             proxy,
             queue,
@@ -187,6 +189,11 @@ impl Worker {
     /// Leaves instances that are dead, and attaches to the live one.
     #[cold]
     fn adopt(&mut self) {
+        self.change_over();
+        self.show_attached();
+    }
+
+    fn change_over(&mut self) {
         self.bury();
         let Some(Member { instance, fence, .. }) = self.reader.read() else {
             self.leave_current();
@@ -241,7 +248,17 @@ impl Worker {
     }
 
     fn drop_idle_lanes(&mut self) {
-        self.earlier.retain(|lane| lane.in_flight > 0);
+        if !self.earlier.is_empty() {
+            self.earlier.retain(|lane| lane.in_flight > 0);
+            self.show_attached();
+        }
+    }
+
+    /// Shows which instances cannot be let go of yet, because of us.
+    fn show_attached(&self) {
+        let lanes = self.current.iter().chain(&self.earlier);
+        let since = lanes.map(|lane| lane.naming.generation()).min().unwrap_or(0);
+        self.line.attached_since.store(since, Ordering::Relaxed);
     }
 
     /// Leaves every instance that has died: what it had becomes orphans.
@@ -596,6 +613,8 @@ impl Drop for Worker {
         // Letting go of a queue is a call, too.
         self.proxy.notice_death();
         self.proxy.queues().set_notifier(self.queue, None);
+        self.proxy.queues().set_seat(self.reader.index(), None);
         self.line.in_flight.store(0, Ordering::Relaxed);
+        self.line.attached_since.store(0, Ordering::Relaxed);
     }
 }

@@ -1,0 +1,276 @@
+//! Whether a worker that does not come hangs, or is not given a CPU.
+//!
+//! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On a
+//! busy machine a worker can be late without anybody's fault: it is ready to run, and others do. Nor
+//! does the guest notice what is waited for it, because its requests wait for the same worker. So a
+//! deadline counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for
+//! a CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
+//!
+//! ```text
+//!             own time below the deadline, or ready to run and not run since the last look
+//!   late ------------------------------------------------------------------------------------> look again
+//!     |--- own time over the deadline --------------------------------------------------------> busy
+//!     +--- all of the time over the deadline and the bound for this --------------------------> starved
+//! ```
+//!
+//! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two looks
+//! between which a thread was ready to run all the time and did not run. Without `/proc`, or without
+//! `CONFIG_SCHED_INFO`, all time counts as a worker's own.
+//!
+//! Deliberately absent: time that a hypervisor takes from the machine, which no thread is told of, and
+//! threads that a worker waits for in turn.
+
+use crate::queue::{Queues, Seat};
+use crate::report::Starved;
+use rustix::io::pread;
+use rustix::thread::gettid;
+use std::fs::{self, File};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Between two looks at a thread that is ready to run.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// A thread, and what the scheduler says of it.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    id: i32,
+    /// Open as long as the thread serves: reading it costs a microsecond, opening it five more.
+    schedstat: File,
+}
+
+/// What a thread has had, since it began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Times {
+    ran: Duration,
+    waited: Duration,
+    /// How often it was given a CPU.
+    turns: u64,
+}
+
+impl Thread {
+    /// The calling one, if the kernel says anything about it.
+    pub(crate) fn current() -> Option<Self> {
+        let id = gettid().as_raw_nonzero().get();
+        let schedstat = File::open(format!("/proc/self/task/{id}/schedstat")).ok()?;
+        Some(Self { id, schedstat })
+    }
+
+    /// How long it has waited for a CPU, all in all.
+    pub(crate) fn waited(&self) -> Option<Duration> {
+        self.times().map(|times| times.waited)
+    }
+
+    fn times(&self) -> Option<Times> {
+        let mut text = [0; 96];
+        let len = pread(&self.schedstat, &mut text, 0).ok()?;
+        parse_schedstat(std::str::from_utf8(&text[..len]).ok()?)
+    }
+
+    /// Whether it runs, or would if it were given a CPU.
+    fn is_ready(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/self/task/{}/stat", self.id)).unwrap_or_default();
+        parse_state(&stat) == Some('R')
+    }
+}
+
+/// `ran waited turns`, the first two in nanoseconds (Linux, Documentation/scheduler/sched-stats.rst).
+fn parse_schedstat(text: &str) -> Option<Times> {
+    let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
+    let mut next = || numbers.next()?.ok();
+    let (ran, waited, turns) = (next()?, next()?, next()?);
+    // All zero: the kernel does not count.
+    (turns > 0).then_some(Times {
+        ran: Duration::from_nanos(ran),
+        waited: Duration::from_nanos(waited),
+        turns,
+    })
+}
+
+/// The state in proc(5)'s `stat`: after the name, which may hold anything.
+fn parse_state(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// What becomes of somebody who is late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Late {
+    /// Wait so much longer, then judge again.
+    Wait(Duration),
+    /// It has had its time: it hangs, or keeps something.
+    Busy,
+    /// It has not, and will not be waited for any more.
+    Starved,
+}
+
+/// A worker that may be waited for.
+struct Watched {
+    slot: usize,
+    seat: Arc<Seat>,
+    before: Times,
+    /// When it was seen ready to run at the last look, and what it had had by then.
+    ready: Option<(Instant, Times)>,
+    /// How long it has waited for a CPU since the watch began, as of the last look.
+    waited: Duration,
+}
+
+/// All workers, from a moment on.
+pub(crate) struct Watch {
+    since: Instant,
+    workers: Vec<Watched>,
+}
+
+impl Watch {
+    /// From now on.
+    pub(crate) fn begin(queues: &Queues) -> Self {
+        let workers = queues.seats().filter_map(|(slot, seat)| {
+            let before = seat.thread.as_ref()?.times()?;
+            Some(Watched { slot, seat, before, ready: None, waited: Duration::ZERO })
+        });
+        Self { workers: workers.collect(), since: Instant::now() }
+    }
+
+    /// What becomes of those who are `missing`, by the slot of their reader, if each may take `patience`
+    /// of its own time, and all of it together `bound` more.
+    pub(crate) fn judge(&mut self, missing: &[usize], patience: Duration, bound: Duration) -> Late {
+        let elapsed = self.since.elapsed();
+        if missing.is_empty() {
+            // Nobody is known to be late, and still something is not done.
+            return if elapsed < patience { Late::Wait(LOOK_AGAIN) } else { Late::Busy };
+        }
+        for &slot in missing {
+            let worker = self.workers.iter_mut().find(|worker| worker.slot == slot);
+            let own = worker.map_or(Some(elapsed), |worker| worker.own_time(elapsed));
+            if own.is_some_and(|own| own >= patience) {
+                return Late::Busy;
+            }
+        }
+        if elapsed < patience + bound { Late::Wait(LOOK_AGAIN) } else { Late::Starved }
+    }
+
+    /// Since when.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Which of those who are `missing` have been waiting for a CPU for a time that is worth a word.
+    pub(crate) fn starved(&self, missing: &[usize]) -> Vec<Starved> {
+        let of = self.elapsed();
+        let workers = self.workers.iter().filter(|worker| missing.contains(&worker.slot));
+        let starved = workers.filter(|worker| worker.waited >= LOOK_AGAIN);
+        starved.map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of }).collect()
+    }
+}
+
+impl Watched {
+    /// How much of the time it has had for itself; `None` if that is not known yet, or it waits for a CPU
+    /// right now.
+    fn own_time(&mut self, elapsed: Duration) -> Option<Duration> {
+        let Some((thread, now)) = self.seat.thread.as_ref().and_then(|t| Some((t, t.times()?))) else {
+            // It is gone.
+            return Some(elapsed);
+        };
+        let booked = now.waited.saturating_sub(self.before.waited);
+        self.waited = booked.min(elapsed);
+        if !thread.is_ready() {
+            self.ready = None;
+            return Some(elapsed.saturating_sub(booked));
+        }
+        let at = Instant::now();
+        let Some((seen, then)) = self.ready.replace((at, now)) else { return None };
+        // Ready to run then and now: what it has not run of it, and is not booked yet, it is waiting.
+        let ran = now.ran.saturating_sub(then.ran);
+        let waits = (at - seen).saturating_sub(ran + now.waited.saturating_sub(then.waited));
+        self.waited = (booked + waits).min(elapsed);
+        let has_run = (now.ran, now.turns) != (then.ran, then.turns);
+        if has_run {
+            return Some(elapsed.saturating_sub(self.waited));
+        }
+        // As of the first look: it has been waiting since.
+        self.ready = Some((seen, then));
+        None
+    }
+}
+
+/// In words, one after the other.
+pub(crate) fn say(starved: &[Starved]) -> String {
+    let one = |starved: &Starved| {
+        format!(
+            "the worker of queue {} waited for a CPU for {} ms of {} ms",
+            starved.queue,
+            starved.waited.as_millis(),
+            starved.of.as_millis()
+        )
+    };
+    starved.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn what_the_kernel_writes_is_read() {
+        let times = Times { ran: Duration::from_nanos(675), waited: Duration::from_nanos(1346), turns: 3 };
+        assert_eq!(parse_schedstat("675 1346 3\n"), Some(times));
+        assert_eq!(parse_schedstat("0 0 0\n"), None, "it is not counted");
+        assert_eq!((parse_schedstat(""), parse_schedstat("1 2 x")), (None, None));
+        assert_eq!(parse_state("12 (a) S (b)) R 1 2"), Some('R'));
+        assert_eq!((parse_state(""), parse_state("12 (a)")), (None, None));
+    }
+
+    /// A watch over one thread, as queue 3 in slot 5, that does `work` until it is told to end.
+    fn watched<R>(work: impl Fn() + Sync, judge: impl FnOnce(&mut Watch) -> R) -> R {
+        let (tell, told) = mpsc::channel();
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                tell.send(Thread::current()).expect("somebody waits");
+                while !end.load(Ordering::Relaxed) {
+                    work();
+                }
+            });
+            let thread = told.recv().expect("it is sent");
+            let before = thread.as_ref().and_then(Thread::times).expect("this kernel counts");
+            let seat = Arc::new(Seat { queue: 3, thread });
+            let worker = Watched { slot: 5, seat, before, ready: None, waited: Duration::ZERO };
+            let mut watch = Watch { since: Instant::now(), workers: vec![worker] };
+            let result = judge(&mut watch);
+            end.store(true, Ordering::Relaxed);
+            result
+        })
+    }
+
+    /// Judges until it is over; how long that took.
+    fn verdict(watch: &mut Watch, patience: Duration, bound: Duration) -> (Late, Duration) {
+        std::thread::sleep(patience);
+        loop {
+            match watch.judge(&[5], patience, bound) {
+                Late::Wait(longer) => std::thread::sleep(longer),
+                over => return (over, watch.elapsed()),
+            }
+        }
+    }
+
+    #[test]
+    fn who_sleeps_or_runs_has_its_own_time() {
+        let sleeps = || std::thread::sleep(20 * MS);
+        let spins = || (0..10_000).for_each(|_| std::hint::spin_loop());
+        let judge = |watch: &mut Watch| verdict(watch, 200 * MS, 20_000 * MS);
+        assert_eq!(watched(sleeps, judge).0, Late::Busy);
+        assert_eq!(watched(spins, judge).0, Late::Busy, "it has had a CPU, and has not come");
+    }
+
+    #[test]
+    fn who_is_not_known_has_its_own_time() {
+        let mut watch = Watch { since: Instant::now(), workers: Vec::new() };
+        assert_eq!(watch.judge(&[5], Duration::ZERO, 1000 * MS), Late::Busy);
+        assert_eq!(watch.judge(&[], Duration::ZERO, 1000 * MS), Late::Busy);
+        assert!(matches!(watch.judge(&[5], 1000 * MS, Duration::ZERO), Late::Wait(_)));
+        assert!(matches!(watch.judge(&[], 1000 * MS, Duration::ZERO), Late::Wait(_)));
+    }
+}

@@ -1,0 +1,193 @@
+//! A worker that is not given a CPU is not a domain that hangs.
+//!
+//! The workers here are as unimportant as can be, on a CPU that others keep busy: each is given it for a
+//! moment once a second or more rarely. So what is late here is late for the machine's sake, and a request that
+//! a domain keeps is late for the domain's.
+
+mod common;
+
+use common::{Device, Hand, PATIENCE};
+use proxy::{Mode, Options, Refusal, Report, State};
+use rustix::process::setpriority_process;
+use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Keeps the calling thread on the first CPU that it may use.
+fn stay_on_one_cpu() {
+    let allowed = sched_getaffinity(None).expect("a set");
+    let first = (0..CpuSet::MAX_CPU).find(|&cpu| allowed.is_set(cpu)).expect("one at least");
+    let mut only = CpuSet::new();
+    only.set(first);
+    sched_setaffinity(None, &only).expect("it is allowed");
+}
+
+/// Sets its flag when it goes.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Runs `scene` beside a worker of queue 0 that does `first`, and then goes round, hardly ever: the more
+/// `others` there are, the more rarely.
+fn beside_a_starved_worker<R>(
+    device: &Device,
+    others: usize,
+    first: impl FnOnce(&mut Hand) + Send,
+    round: impl Fn(&mut Hand) + Sync,
+    scene: impl FnOnce() -> R,
+) -> R {
+    let (end, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let over = || end.load(Ordering::Relaxed);
+    // Also when the test fails.
+    let ends = End(&end);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut hand = device.worker(0);
+            first(&mut hand);
+            stay_on_one_cpu();
+            setpriority_process(Some(gettid()), 19).expect("less is always allowed");
+            while !over() {
+                round(&mut hand);
+                rounds.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        device.until("no worker", || rounds.load(Ordering::Relaxed) > 0);
+        for _ in 0..others {
+            scope.spawn(|| {
+                stay_on_one_cpu();
+                while !over() {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        // Once they all run: from then on a round takes its time.
+        std::thread::sleep(200 * MS);
+        // Moved, so that it goes before the threads are joined.
+        let _ends = ends;
+        scene()
+    })
+}
+
+/// A worker between two batches, with a pause, so that it does not stay at its round for long.
+fn goes_round(hand: &mut Hand) {
+    hand.step();
+    std::hint::spin_loop();
+}
+
+fn upgrade(device: &Device, drain: Duration, starved: Duration) -> Result<Report, Refusal> {
+    let options = Options {
+        mode: Mode::Handover,
+        drain_timeout: drain,
+        starved_timeout: starved,
+        ..Options::default()
+    };
+    device.upgrade_with("plain", "b", &[], options)
+}
+
+#[test]
+fn a_worker_that_is_not_given_a_cpu_is_given_time() {
+    for _ in 0..3 {
+        let device = Device::start(1, &[]);
+        let result = beside_a_starved_worker(
+            &device,
+            4,
+            |_| {},
+            goes_round,
+            || upgrade(&device, 5 * MS, PATIENCE * 6),
+        );
+        assert_eq!(result.expect("nobody hangs").generation, 2);
+    }
+}
+
+#[test]
+fn time_without_a_cpu_has_a_bound_and_a_name() {
+    let device = Device::start(1, &[]);
+    let refusal = beside_a_starved_worker(
+        &device,
+        4,
+        |_| {},
+        goes_round,
+        || {
+            // A round may come at once, by chance.
+            let refused = || upgrade(&device, 5 * MS, 20 * MS).err();
+            let deadline = Instant::now() + PATIENCE;
+            std::iter::from_fn(|| (Instant::now() < deadline).then(refused)).flatten().next()
+        },
+    );
+    let refusal = refusal.expect("it is refused once");
+    assert_eq!(refusal.code, "starved", "{refusal}");
+    assert!(refusal.message.contains("queue 0 waited for a CPU for"), "{refusal}");
+    let [starved] = refusal.starved[..] else { panic!("{refusal:?}") };
+    assert_eq!(starved.queue, 0);
+    assert!(starved.waited >= 10 * MS && starved.waited <= starved.of, "{starved:?}");
+    assert!(refusal.stuck.is_empty(), "{refusal:?}");
+    assert_eq!(device.proxy.status().state, State::Serving);
+    assert!(device.proxy.status().queues[0].cpu_wait.is_zero(), "the worker has left");
+}
+
+#[test]
+fn a_request_that_the_domain_keeps_has_its_deadline_on_a_busy_machine_too() {
+    let device = Device::start(1, &["hold=true"]);
+    let ask = |hand: &mut Hand| assert_eq!(hand.submit([0]), 1);
+    let sleeps = |hand: &mut Hand| {
+        hand.step();
+        hand.worker.sleep();
+        std::thread::sleep(2000 * MS);
+    };
+    let began = Instant::now();
+    let (refusal, took) = beside_a_starved_worker(&device, 4, ask, sleeps, || {
+        let began = Instant::now();
+        let refusal = upgrade(&device, 300 * MS, PATIENCE * 6).expect_err("a request is in flight");
+        device.stage.release.store(true, Ordering::Release);
+        (refusal, began.elapsed())
+    });
+    assert_eq!(refusal.code, "drain_timeout", "{refusal}");
+    assert_eq!(refusal.stuck.len(), 1);
+    assert!(took >= 300 * MS && took < 2000 * MS, "{took:?}");
+    assert!(began.elapsed() < PATIENCE * 3);
+}
+
+#[test]
+fn a_domain_that_does_not_come_back_from_a_call_has_its_deadline_too() {
+    let device = Device::start(1, &["hang_at=1"]);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut hand = device.worker(0);
+            hand.submit([0]);
+            while device.proxy.status().generation < 2 {
+                hand.step();
+                std::thread::sleep(MS);
+            }
+        });
+        device.until("it does not hang", || device.proxy.status().queues[0].in_flight == 1);
+        let refusal = upgrade(&device, 100 * MS, PATIENCE * 6).expect_err("it hangs");
+        assert_eq!((refusal.code, refusal.stuck.len()), ("drain_timeout", 1), "{refusal}");
+        device.stage.release.store(true, Ordering::Release);
+        upgrade(&device, PATIENCE, PATIENCE).expect("it has come back");
+    });
+}
+
+#[test]
+fn an_upgrade_waits_for_a_starved_worker_to_let_go_of_the_one_before() {
+    let device = Device::start(1, &["swap=true"]);
+    let options = Options { starved_timeout: PATIENCE * 6, ..Options::default() };
+    beside_a_starved_worker(
+        &device,
+        // It takes longer than the upgrade before waits for it.
+        48,
+        |_| {},
+        goes_round,
+        || {
+            for (round, label) in ["b", "c", "d"].into_iter().enumerate() {
+                let report = device.upgrade_with("plain", label, &["swap=true"], options);
+                assert_eq!(report.expect("nobody hangs").generation, round as u64 + 2);
+            }
+        },
+    );
+}
