@@ -27,12 +27,12 @@ impl Device {
     }
 }
 
-fn options(mode: Mode, drain_timeout: Duration, when_busy: WhenBusy) -> Options {
+fn options(mode: Mode, drain_timeout: Duration, starved_timeout: Duration, when_busy: WhenBusy) -> Options {
     let when_busy = match when_busy {
         WhenBusy::Queue => proxy::WhenBusy::Queue,
         WhenBusy::Refuse => proxy::WhenBusy::Refuse,
     };
-    Options { mode, drain_timeout, when_busy, ..Options::default() }
+    Options { mode, drain_timeout, starved_timeout, when_busy }
 }
 
 fn answer(result: Result<Report, Refusal>) -> Result<Value, OperationError> {
@@ -54,12 +54,13 @@ impl Operations for Device {
             UpgradeMode::Swap => Mode::Swap,
             UpgradeMode::Handover => Mode::Handover,
         };
-        let options = options(mode, request.drain_timeout, request.when_busy);
+        let options = options(mode, request.drain_timeout, request.starved_timeout, request.when_busy);
         answer(self.proxy.upgrade(&request.name, request.params, options))
     }
 
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError> {
-        answer(self.proxy.rollback(options(Mode::Auto, request.drain_timeout, request.when_busy)))
+        let RollbackRequest { drain_timeout, starved_timeout, when_busy } = request;
+        answer(self.proxy.rollback(options(Mode::Auto, drain_timeout, starved_timeout, when_busy)))
     }
 
     fn history(&self) -> Value {

@@ -1,6 +1,6 @@
 //! What the device says, as JSON: one function per thing, so that the fixed names stand in one place.
 
-use proxy::{DomainRecord, Entry, Event, Phases, QueueStatus, Refusal, Report, Status};
+use proxy::{DomainRecord, Entry, Event, Phases, QueueStatus, Refusal, Report, Starved, Status};
 use serde_json::{Map, Value, json};
 use std::time::{Duration, SystemTime};
 use virtio_blk::features;
@@ -40,6 +40,7 @@ fn queue(status: &QueueStatus) -> Value {
         "malformed": status.malformed,
         "parks": status.parks,
         "replayed": status.replayed,
+        "cpu_wait_us": micros(status.cpu_wait),
     })
 }
 
@@ -95,8 +96,19 @@ pub(crate) fn report(report: &Report) -> Value {
 
 /// The part of a refusal beside its code and sentence.
 pub(crate) fn blame(refusal: &Refusal) -> Option<Value> {
-    let stuck = refusal.stuck.iter().map(queue).collect::<Vec<_>>();
-    (!stuck.is_empty()).then(|| json!({ "stuck": stuck }))
+    let stuck: Vec<_> = refusal.stuck.iter().map(queue).collect();
+    let starved: Vec<_> = refusal.starved.iter().map(starved).collect();
+    let parts = [("stuck", stuck), ("starved", starved)].into_iter().filter(|(_, list)| !list.is_empty());
+    let parts: Map<_, _> = parts.map(|(name, list)| (name.to_owned(), Value::Array(list))).collect();
+    (!parts.is_empty()).then_some(Value::Object(parts))
+}
+
+fn starved(starved: &Starved) -> Value {
+    json!({
+        "queue": starved.queue,
+        "waited_us": micros(starved.waited),
+        "of_us": micros(starved.of),
+    })
 }
 
 pub(crate) fn entry(entry: &Entry) -> Value {

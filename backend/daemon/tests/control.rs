@@ -309,6 +309,8 @@ fn bad_methods_and_parameters_are_named() {
         ("upgrade", json!({"name": "a", "drain_timeout_ms": 1.5}), "u64"),
         ("upgrade", json!({"name": "a", "drain_timeout_ms": 600_001}), "600000"),
         ("upgrade", json!({"name": "a", "drain_timeout_ms": u64::MAX}), "600000"),
+        ("upgrade", json!({"name": "a", "starved_timeout_ms": 600_001}), "600000"),
+        ("rollback", json!({"starved_timeout_ms": -1}), "u64"),
         ("upgrade", json!({"name": "a", "colour": "blue"}), "`colour`"),
         ("rollback", json!({"name": "a"}), "`name`"),
         ("rollback", json!({"drain_timeout_ms": null}), "u64"),
@@ -326,11 +328,11 @@ fn operations_get_what_was_sent_and_errors_say_their_code() {
     let fixture = fixture();
     let mut client = fixture.connect();
     let params = json!({"name": "next", "params": {"size": "1M"}, "mode": "swap", "drain_timeout_ms": 600_000,
-                        "when_busy": "refuse"});
+                        "starved_timeout_ms": 0, "when_busy": "refuse"});
     assert_eq!(client.call("upgrade", params)["result"]["to"]["name"], "next");
     let asked = fixture.mock.upgrades.lock().unwrap().pop_front().unwrap();
     assert_eq!((asked.mode, asked.when_busy), (UpgradeMode::Swap, WhenBusy::Refuse));
-    assert_eq!(asked.drain_timeout, Duration::from_secs(600));
+    assert_eq!((asked.drain_timeout, asked.starved_timeout), (Duration::from_secs(600), Duration::ZERO));
     assert_eq!(asked.params.iter().collect::<Vec<_>>(), [("size", "1M")]);
 
     let refused = client.call("upgrade", json!({"name": "refused"}));
@@ -345,7 +347,11 @@ fn operations_get_what_was_sent_and_errors_say_their_code() {
     let asked = fixture.mock.rollbacks.lock().unwrap().pop_front().unwrap();
     assert_eq!(
         asked,
-        RollbackRequest { drain_timeout: Duration::from_millis(7), when_busy: WhenBusy::Queue }
+        RollbackRequest {
+            drain_timeout: Duration::from_millis(7),
+            starved_timeout: Duration::from_secs(10),
+            when_busy: WhenBusy::Queue
+        }
     );
     assert_eq!(client.call("history", json!({}))["result"].as_array().map(Vec::len), Some(2));
     assert_error(&client.call("upgrade", json!({"name": "panics"})), -32603, "internal_error", "log");
@@ -888,9 +894,12 @@ fn hotswapctl_sends_what_it_was_told() {
         (asked.name.as_str(), asked.mode, asked.when_busy),
         ("name", UpgradeMode::Auto, WhenBusy::Queue)
     );
-    fixture.ctl(&["rollback", "--drain-timeout-ms", "9"]);
+    fixture.ctl(&["rollback", "--drain-timeout-ms", "9", "--starved-timeout-ms", "8"]);
     let asked = fixture.mock.rollbacks.lock().unwrap().pop_front().unwrap();
-    assert_eq!(asked.drain_timeout, Duration::from_millis(9));
+    assert_eq!(
+        (asked.drain_timeout, asked.starved_timeout),
+        (Duration::from_millis(9), Duration::from_millis(8))
+    );
 }
 
 #[test]

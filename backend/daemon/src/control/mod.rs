@@ -35,7 +35,9 @@ pub use socket::{SocketError, SocketFile, SocketName};
 
 /// How long a drain may take if a request does not say.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
-/// The longest drain that can be asked for. The guest waits as long.
+/// How much longer workers are waited for that are not given a CPU, if a request does not say.
+pub const DEFAULT_STARVED_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest drain that can be asked for, and the longest wait for a CPU. The guest waits as long.
 pub const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What the methods do. Calls come from many threads at once; each blocks only the client that made it.
@@ -102,8 +104,8 @@ pub enum WhenBusy {
 
 /// The parameters of method `upgrade`.
 ///
-/// On the wire: `{"name": .., "params": {..}, "mode": "auto", "drain_timeout_ms": 500, "when_busy": "queue"}`, of which
-/// only `name` is needed.
+/// On the wire: `{"name": .., "params": {..}, "mode": "auto", "drain_timeout_ms": 500,
+/// "starved_timeout_ms": 10000, "when_busy": "queue"}`, of which only `name` is needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpgradeRequest {
     /// A domain's name, or a module's path if it contains `/`. Neither empty nor with a NUL.
@@ -114,6 +116,8 @@ pub struct UpgradeRequest {
     pub mode: UpgradeMode,
     /// How long the guest may wait for the drain, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
+    /// How much longer workers are waited for that are not given a CPU, at most [`MAX_DRAIN_TIMEOUT`].
+    pub starved_timeout: Duration,
     /// What to do if another upgrade is running.
     pub when_busy: WhenBusy,
 }
@@ -123,6 +127,8 @@ pub struct UpgradeRequest {
 pub struct RollbackRequest {
     /// How long the guest may wait for the drain, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
+    /// How much longer workers are waited for that are not given a CPU, at most [`MAX_DRAIN_TIMEOUT`].
+    pub starved_timeout: Duration,
     /// What to do if an upgrade is running.
     pub when_busy: WhenBusy,
 }

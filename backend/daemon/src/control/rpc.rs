@@ -16,8 +16,8 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess
 use serde_json::{Map, Value, json};
 
 use super::{
-    DEFAULT_DRAIN_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError, RollbackRequest, UpgradeMode, UpgradeRequest,
-    WhenBusy,
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError, RollbackRequest,
+    UpgradeMode, UpgradeRequest, WhenBusy,
 };
 
 /// A line that is a request: whether and how to answer it, and what it wants.
@@ -204,6 +204,8 @@ struct UpgradeParams {
     mode: UpgradeMode,
     #[serde(default = "default_drain_timeout_ms")]
     drain_timeout_ms: u64,
+    #[serde(default = "default_starved_timeout_ms")]
+    starved_timeout_ms: u64,
     #[serde(default)]
     when_busy: WhenBusy,
 }
@@ -213,6 +215,8 @@ struct UpgradeParams {
 struct RollbackParams {
     #[serde(default = "default_drain_timeout_ms")]
     drain_timeout_ms: u64,
+    #[serde(default = "default_starved_timeout_ms")]
+    starved_timeout_ms: u64,
     #[serde(default)]
     when_busy: WhenBusy,
 }
@@ -222,6 +226,10 @@ const NAME_LIMIT: usize = 4096;
 
 fn default_drain_timeout_ms() -> u64 {
     u64::try_from(DEFAULT_DRAIN_TIMEOUT.as_millis()).expect("half a second")
+}
+
+fn default_starved_timeout_ms() -> u64 {
+    u64::try_from(DEFAULT_STARVED_TIMEOUT.as_millis()).expect("some seconds")
 }
 
 impl UpgradeParams {
@@ -242,12 +250,14 @@ impl UpgradeParams {
             }
             params.set(key, value);
         }
-        let drain_timeout = check_drain_timeout(self.drain_timeout_ms)?;
+        let drain_timeout = check_timeout("drain_timeout_ms", self.drain_timeout_ms)?;
+        let starved_timeout = check_timeout("starved_timeout_ms", self.starved_timeout_ms)?;
         Ok(UpgradeRequest {
             name: self.name,
             params,
             mode: self.mode,
             drain_timeout,
+            starved_timeout,
             when_busy: self.when_busy,
         })
     }
@@ -255,16 +265,17 @@ impl UpgradeParams {
 
 impl RollbackParams {
     fn check(self) -> Result<RollbackRequest, RpcError> {
-        let drain_timeout = check_drain_timeout(self.drain_timeout_ms)?;
-        Ok(RollbackRequest { drain_timeout, when_busy: self.when_busy })
+        let drain_timeout = check_timeout("drain_timeout_ms", self.drain_timeout_ms)?;
+        let starved_timeout = check_timeout("starved_timeout_ms", self.starved_timeout_ms)?;
+        Ok(RollbackRequest { drain_timeout, starved_timeout, when_busy: self.when_busy })
     }
 }
 
-fn check_drain_timeout(milliseconds: u64) -> Result<Duration, RpcError> {
+fn check_timeout(name: &str, milliseconds: u64) -> Result<Duration, RpcError> {
     let timeout = Duration::from_millis(milliseconds);
     if timeout > MAX_DRAIN_TIMEOUT {
         let most = MAX_DRAIN_TIMEOUT.as_millis();
-        return Err(RpcError::invalid_params(format!("`drain_timeout_ms` must be at most {most}")));
+        return Err(RpcError::invalid_params(format!("`{name}` must be at most {most}")));
     }
     Ok(timeout)
 }
@@ -355,12 +366,13 @@ mod tests {
     #[test]
     fn an_upgrade_with_everything() {
         let line = r#"{"jsonrpc":"2.0","id":1,"method":"upgrade","params":{"name":"./x.so","params":{"size":"1M"},
-            "mode":"handover","drain_timeout_ms":0,"when_busy":"refuse"}}"#;
+            "mode":"handover","drain_timeout_ms":0,"starved_timeout_ms":3,"when_busy":"refuse"}}"#;
         let expected = UpgradeRequest {
             name: "./x.so".into(),
             params: Params::from_pairs(["size=1M"]).unwrap(),
             mode: UpgradeMode::Handover,
             drain_timeout: Duration::ZERO,
+            starved_timeout: Duration::from_millis(3),
             when_busy: WhenBusy::Refuse,
         };
         assert_eq!(method(line), Method::Upgrade(expected));
@@ -375,7 +387,9 @@ mod tests {
         };
         assert_eq!((upgrade.mode, upgrade.when_busy), (UpgradeMode::Auto, WhenBusy::Queue));
         assert_eq!(upgrade.drain_timeout, Duration::from_millis(500));
-        let rollback = RollbackRequest { drain_timeout: upgrade.drain_timeout, when_busy: WhenBusy::Queue };
+        assert_eq!(upgrade.starved_timeout, Duration::from_secs(10));
+        let (drain_timeout, starved_timeout) = (upgrade.drain_timeout, upgrade.starved_timeout);
+        let rollback = RollbackRequest { drain_timeout, starved_timeout, when_busy: WhenBusy::Queue };
         assert_eq!(method(r#"{"jsonrpc":"2.0","method":"rollback"}"#), Method::Rollback(rollback));
     }
 

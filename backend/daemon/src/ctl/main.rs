@@ -28,6 +28,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The drain that the daemon allows if nothing is said.
 const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 500;
+/// How much longer it waits for workers that are not given a CPU, if nothing is said.
+const DEFAULT_STARVED_TIMEOUT_MS: u64 = 10_000;
 
 /// Commands a running vhost-hotswap.
 #[derive(Debug, Parser)]
@@ -81,6 +83,9 @@ struct UpgradeLimits {
     /// How long the guest may wait for requests in flight [default: 500]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=600_000))]
     drain_timeout_ms: Option<u64>,
+    /// How much longer to wait for workers that are not given a CPU [default: 10000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=600_000))]
+    starved_timeout_ms: Option<u64>,
     /// Be refused, and do not wait, if an upgrade is running
     #[arg(long)]
     no_queue: bool,
@@ -92,13 +97,19 @@ impl UpgradeLimits {
         if let Some(milliseconds) = self.drain_timeout_ms {
             params.insert("drain_timeout_ms".to_owned(), milliseconds.into());
         }
+        if let Some(milliseconds) = self.starved_timeout_ms {
+            params.insert("starved_timeout_ms".to_owned(), milliseconds.into());
+        }
         if self.no_queue {
             params.insert("when_busy".to_owned(), "refuse".into());
         }
     }
 
     fn answer_timeout(&self) -> Duration {
-        Duration::from_millis(self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS)) + UPGRADE_TIMEOUT
+        let drain = self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
+        let starved = self.starved_timeout_ms.unwrap_or(DEFAULT_STARVED_TIMEOUT_MS);
+        // A takeover may come first, and the one before may have to be let go of.
+        4 * Duration::from_millis(drain + starved) + UPGRADE_TIMEOUT
     }
 }
 
