@@ -363,12 +363,14 @@ impl DomainProxy {
         }
         let why = if self.lock_alive(Instant::now() + TAKEOVER_PATIENCE, || false).is_none() {
             Some("a takeover is under way, and does not end".to_owned())
-        } else {
+        } else if let Some(live) = self.live() {
             // Who has died has been replaced.
-            self.live().and_then(|live| {
-                let of_live = failed.into_iter().find(|(who, _)| who.as_ptr() == Arc::as_ptr(&live.instance));
-                of_live.map(|(_, error)| error.to_string())
-            })
+            let of_live = failed.into_iter().find(|(who, _)| who.as_ptr() == Arc::as_ptr(&live.instance));
+            of_live.map(|(_, error)| error.to_string())
+        } else {
+            // Whoever brings the device back sees to it.
+            log::error!("the write cache is off, and what was written before may not be on the disk yet");
+            None
         };
         if let Some(why) = why {
             let sentence = format!(

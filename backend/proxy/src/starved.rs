@@ -177,7 +177,7 @@ impl Watched {
             return Some(elapsed.saturating_sub(booked));
         }
         let at = Instant::now();
-        let Some((seen, then)) = self.ready.replace((at, now)) else { return None };
+        let (seen, then) = self.ready.replace((at, now))?;
         // Ready to run then and now: what it has not run of it, and is not booked yet, it is waiting.
         let ran = now.ran.saturating_sub(then.ran);
         let waits = (at - seen).saturating_sub(ran + now.waited.saturating_sub(then.waited));

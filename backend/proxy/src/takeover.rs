@@ -187,7 +187,7 @@ impl DomainProxy {
     }
 
     /// Has a successor make durable what the dead one had completed, if nothing may be volatile.
-    fn catch_up(&self, next: &Member) -> Result<(), CallError> {
+    pub(crate) fn catch_up(&self, next: &Member) -> Result<(), CallError> {
         self.environment.catch_up(&next.instance).or_else(|error| {
             if next.instance.is_dead() {
                 return Err(error);

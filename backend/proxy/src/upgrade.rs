@@ -304,7 +304,9 @@ impl DomainProxy {
     /// Brings the device back whose live domain has died.
     fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
         self.storage.lend(next.id);
-        if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
+        // It was told of the write cache while the dead one may still have served.
+        let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
+        if let Err(error) = timed(&mut phases.activate, activate) {
             self.storage.take_back();
             return Err(phase_refusal("activate", &next.record, &error));
         }

@@ -121,6 +121,16 @@ fn a_standby_that_dies_in_the_last_flush_too_is_said_and_ends() {
 }
 
 #[test]
+fn a_dead_domain_that_cannot_be_ended_is_said_although_there_is_a_standby() {
+    // It may still write: nobody else may serve, and nobody can say what is on the disk.
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["break=submit,drop"]).expect("committed");
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("nobody was there to flush"), "{left:?}");
+    assert_eq!(device.stage.lines("a", "got"), [] as [&str; 0]);
+}
+
+#[test]
 fn a_death_that_needs_no_flush_leaves_nothing() {
     let device = Device::start(1, &["caps=0", "break=cache"]);
     device.proxy.set_write_cache(true);

@@ -198,6 +198,17 @@ fn the_write_cache_is_off_when_whoever_lives_has_turned_it_off() {
 }
 
 #[test]
+fn the_write_cache_is_turned_off_by_whoever_brings_the_device_back() {
+    let device = Device::start(1, &["break=cache"]);
+    device.proxy.set_write_cache(false);
+    device.until("not faulted", || device.proxy.status().state == State::Faulted);
+    device.upgrade("plain", "b", &[]).expect("back again");
+    let log = device.stage.log();
+    let last = |line: &str| log.iter().rposition(|other| other == line);
+    assert!(last("b activate") < last("b cache"), "{log:?}");
+}
+
+#[test]
 fn a_successor_that_cannot_turn_the_write_cache_off_does_not_take_over() {
     let device = Device::start(1, &["break=cache2"]);
     device.upgrade("plain", "b", &["break=cache1"]).expect("committed");
