@@ -11,6 +11,7 @@ use proxy::{Mode, Options, Refusal, Report, State};
 use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const MS: Duration = Duration::from_millis(1);
@@ -42,6 +43,9 @@ fn beside_a_starved_worker<R>(
     round: impl Fn(&mut Hand) + Sync,
     scene: impl FnOnce() -> R,
 ) -> R {
+    // One at a time: those of another test would keep this one's CPU busy, too.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (end, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     let over = || end.load(Ordering::Relaxed);
     // Also when the test fails.
