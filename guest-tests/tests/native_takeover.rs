@@ -27,7 +27,7 @@ fn status(control: &mut Control) -> Value {
 
 /// Waits until `done` says so of the status.
 fn wait_until(control: &mut Control, what: &str, done: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let now = status(control);
         if done(&now) {
