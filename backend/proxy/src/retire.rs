@@ -187,7 +187,7 @@ impl DomainProxy {
             }
             let watch = watch.get_or_insert_with(|| Watch::begin(&self.queues));
             let users = self.queues.attached_to(generation);
-            match watch.judge(&users, SETTLE_PATIENCE, options.starved_timeout) {
+            match watch.judge(&users, SETTLE_PATIENCE, self.patience(options)) {
                 Late::Wait(longer) => std::thread::sleep(longer.min(SETTLE_LOOK)),
                 Late::Busy => {
                     return Err(Refusal {

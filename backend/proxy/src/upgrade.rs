@@ -342,17 +342,20 @@ impl DomainProxy {
         let exchange = exchange(self, live, next, &notes);
         let mut watch = Watch::begin(&self.queues);
         let (mut late, mut missing) = (None, Vec::new());
-        let (drain_timeout, starved_timeout) = (options.drain_timeout, options.starved_timeout);
         let more = |stalled: &srcu::Stalled| {
             missing.clone_from(&stalled.readers);
-            late = Some(watch.judge(&missing, drain_timeout, starved_timeout));
+            if live.instance.is_dead() {
+                // The takeover waits for the lock.
+                return Duration::ZERO;
+            }
+            late = Some(watch.judge(&missing, options.drain_timeout, self.patience(options)));
             match late {
                 Some(Late::Wait(longer)) => longer,
                 _ => Duration::ZERO,
             }
         };
         let nudge = || self.queues.notify_all();
-        let outcome = self.cell().handover_while(exchange, nudge, drain_timeout, more);
+        let outcome = self.cell().handover_while(exchange, nudge, options.drain_timeout, more);
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
         let outcome =
@@ -382,6 +385,7 @@ impl DomainProxy {
                     }
                 }
             }
+            srcu::Handover::TimedOut { .. } if live.instance.is_dead() => Err(preempted()),
             srcu::Handover::TimedOut { stalled, pause } => {
                 let starved = watch.starved(&stalled.readers);
                 if late == Some(Late::Starved) {
@@ -390,6 +394,11 @@ impl DomainProxy {
                 Err(self.drain_refusal(watch.elapsed(), pause, starved))
             }
         }
+    }
+
+    /// How much longer starved workers are waited for: not at all when the daemon ends.
+    pub(crate) fn patience(&self, options: Options) -> Duration {
+        if self.is_stopping() { Duration::ZERO } else { options.starved_timeout }
     }
 
     fn drain_refusal(&self, waited: Duration, pause: Duration, starved: Vec<Starved>) -> Refusal {

@@ -195,3 +195,28 @@ fn an_upgrade_waits_for_a_starved_worker_to_let_go_of_the_one_before() {
         },
     );
 }
+
+#[test]
+fn an_upgrade_that_waits_for_a_starved_worker_ends_with_the_daemon() {
+    let device = Device::start(1, &[]);
+    let took = beside_a_starved_worker(
+        &device,
+        48,
+        |_| {},
+        goes_round,
+        || {
+            std::thread::scope(|scope| {
+                let upgrade = scope.spawn(|| upgrade(&device, 5 * MS, PATIENCE * 6));
+                std::thread::sleep(50 * MS);
+                device.proxy.begin_stop();
+                let began = Instant::now();
+                // It may have been done just before.
+                if let Err(refusal) = upgrade.join().expect("no panic") {
+                    assert!(["starved", "stopping"].contains(&refusal.code), "{refusal}");
+                }
+                began.elapsed()
+            })
+        },
+    );
+    assert!(took < 1000 * MS, "{took:?}");
+}
