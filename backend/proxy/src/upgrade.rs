@@ -506,11 +506,15 @@ pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>
 /// Swap or handover?
 fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, Refusal> {
     let Some(live) = live else { return Ok(Protocol::Handover) };
+    // Asked now: what the storage wants of them may have changed since they were prepared.
+    let may_swap =
+        |member: &Member| member.instance.info().is_ok_and(|info| info.swap == Swap::SameBacking);
+    let both_may = may_swap(live) && may_swap(next);
     if live.instance.is_dead() {
         return Err(preempted());
     }
     let (a, b) = (&live.record.info, &next.record.info);
-    let why_not = if a.swap != Swap::SameBacking || b.swap != Swap::SameBacking {
+    let why_not = if !both_may {
         Some("one of the two domains holds state of its own")
     } else if a.backing_cache != b.backing_cache {
         Some("they would use different caches of the same disk")

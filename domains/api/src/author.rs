@@ -49,7 +49,8 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// A sentence for the operator. The upgrade is refused and the device goes on as before.
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError>;
 
-    /// What this device announces. Must not change while the instance lives.
+    /// What this device announces. Must not change while the instance lives, but for
+    /// [`swap`](DeviceInfo::swap), which each change asks for again.
     fn info(&self) -> DeviceInfo;
 
     /// Takes up the storage, which is ours from now on. The guest waits: do nothing that depends on how many bytes there are.
