@@ -507,8 +507,7 @@ pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>
 fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, Refusal> {
     let Some(live) = live else { return Ok(Protocol::Handover) };
     // Asked now: what the storage wants of them may have changed since they were prepared.
-    let may_swap =
-        |member: &Member| member.instance.info().is_ok_and(|info| info.swap == Swap::SameBacking);
+    let may_swap = |member: &Member| member.instance.info().is_ok_and(|info| info.swap == Swap::SameBacking);
     let both_may = may_swap(live) && may_swap(next);
     if live.instance.is_dead() {
         return Err(preempted());
