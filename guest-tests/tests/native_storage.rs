@@ -456,16 +456,23 @@ fn whoever_wants_blocks_of_4096_bytes_is_told_so() {
     assert!(output.status == 1 && output.stderr.contains("512 or 4096"), "{output:?}");
 }
 
-/// `upgrade`, `rollback` and all that the guest is told, after something was done to the image.
+/// `upgrade`, `rollback`, a takeover, and all that the guest is told, after something was done to the image.
 fn goes_on(daemon: &Daemon, client: &mut Client, after: &str) {
     let capacity = client.capacity();
-    for change in [&["upgrade", "file"][..], &["rollback"], &["upgrade", "file", "--mode", "handover"]] {
+    let before = daemon.status()["upgrades"]["takeovers"].as_u64().expect("a number");
+    let fragile = fragile();
+    // It dies at the first request, and its standby answers that.
+    let dies = ["upgrade", &fragile, "--param", "panics=submit", "--param", "calls=0"];
+    let changes =
+        [&["upgrade", "file"][..], &["rollback"], &["upgrade", "file", "--mode", "handover"], &dies];
+    for change in changes {
         daemon.call(change);
         let queue = client.queue(0);
         write(queue, 512, &[5; 512]);
         assert_eq!(read(queue, 512, 512), [5; 512], "after {after}");
         assert_eq!(status(queue, Request::Flush), Status::Ok, "after {after}");
     }
+    assert_eq!(daemon.status()["upgrades"]["takeovers"], before + 1, "after {after}");
     assert_eq!(client.read_capacity().expect("the configuration"), capacity, "after {after}");
     assert_eq!(daemon.status()["capacity"], capacity, "after {after}");
 }
