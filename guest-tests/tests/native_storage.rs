@@ -291,6 +291,14 @@ fn data_that_is_lost_at_the_end_is_no_success() {
 
 /// What the device file and the image say after requests of single sectors, next to each other, on two queues.
 fn sectors_survive(daemon: &Daemon, image: &Path, direct: bool) {
+    sectors_survive_meanwhile(daemon, image, direct, |round| {
+        let change: &[&str] = if round % 2 == 0 { &["upgrade", "file"] } else { &["rollback"] };
+        daemon.call(change);
+    });
+}
+
+/// The same while `change` is called, once a round.
+fn sectors_survive_meanwhile(daemon: &Daemon, image: &Path, direct: bool, change: impl Fn(usize)) {
     const SECTORS: usize = 512;
     let options = Options { queues: 2, queue_size: 128, slot_bytes: 16 << 10, ..Options::default() };
     let mut queues = connect(daemon, &options).into_queues();
@@ -318,8 +326,7 @@ fn sectors_survive(daemon: &Daemon, image: &Path, direct: bool) {
                     }
                 });
             }
-            let change: &[&str] = if round % 2 == 0 { &["upgrade", "file"] } else { &["rollback"] };
-            daemon.call(change);
+            change(round);
         });
         for queue in &mut queues {
             assert_eq!(status(queue, Request::Flush), Status::Ok);
@@ -435,6 +442,24 @@ fn storage_that_begins_to_ask_for_larger_blocks_loses_nothing() {
             assert_eq!(reply["mode"], "handover", "{reply}");
             drop(client);
             sectors_survive(&daemon, device.path(), true);
+            assert_eq!(daemon.terminate(), 0);
+        }
+    }
+}
+
+/// The same under requests that were begun before.
+#[test]
+fn storage_that_begins_to_ask_for_larger_blocks_under_load_loses_nothing() {
+    let directory = disk_directory();
+    for params in [&["direct=true"][..], &["direct=true", "aio=sync"]] {
+        for _ in 0..5 {
+            let Some(device) = LoopDevice::new(directory.path(), 4 << 20, 512, &[]) else { return };
+            let daemon = serve(device.path(), params);
+            sectors_survive_meanwhile(&daemon, device.path(), true, |round| {
+                if round == 0 {
+                    host("losetup", &["--sector-size", "4096", text(device.path())]).expect("other sectors");
+                }
+            });
             assert_eq!(daemon.terminate(), 0);
         }
     }

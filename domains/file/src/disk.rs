@@ -220,6 +220,18 @@ impl Disk {
         self.image.mode().direct && error.kind() == io::ErrorKind::InvalidInput
     }
 
+    /// Whether the storage asks for more than `alignment`, with which direct I/O has just failed like this. A device that has begun to
+    /// while a request was on its way fails that with EIO.
+    pub(crate) fn asks_for_more(&self, error: &io::Error, alignment: u64) -> bool {
+        const EIO: i32 = 5;
+        let may_ask =
+            self.is_misaligned(error) || self.image.mode().direct && error.raw_os_error() == Some(EIO);
+        if may_ask {
+            self.image.ask_alignment_again();
+        }
+        may_ask && self.alignment() > alignment
+    }
+
     /// Whether `error` says that the file system cannot do `work`, and a plainer way is to be taken. Remembers if it never can.
     pub(crate) fn cannot(&self, work: Work, error: &io::Error) -> bool {
         let never = match work {
@@ -292,7 +304,7 @@ impl Disk {
         let alignment = self.alignment();
         if self.takes(request, alignment) {
             match file_io::read_at(self.image.file(), request.offset(), &request.buffer()) {
-                Err(error) if self.is_misaligned(&error) => drop(self.image.ask_alignment_again()),
+                Err(error) if self.asks_for_more(&error, alignment) || self.is_misaligned(&error) => {}
                 result => return result,
             }
         }
@@ -302,11 +314,13 @@ impl Disk {
 
     /// Reads a request's data by way of the bounce buffer.
     pub(crate) fn read_bounced(&self, bounce: &mut Bounce, request: &Request) -> io::Result<()> {
-        let mut read =
-            || bounce.read(self.image.file(), self.alignment(), request.offset(), &request.buffer());
-        match read() {
-            Err(error) if self.is_misaligned(&error) && self.image.ask_alignment_again() => read(),
-            result => result,
+        loop {
+            let alignment = self.alignment();
+            let buffer = request.buffer();
+            match bounce.read(self.image.file(), alignment, request.offset(), &buffer) {
+                Err(error) if self.asks_for_more(&error, alignment) => {}
+                result => return result,
+            }
         }
     }
 
@@ -359,7 +373,7 @@ impl Disk {
                 make(bounce, alignment)
             };
             match result {
-                Err(error) if self.is_misaligned(&error) && self.image.ask_alignment_again() => {}
+                Err(error) if self.asks_for_more(&error, alignment) => {}
                 result => return result,
             }
         }
@@ -368,7 +382,7 @@ impl Disk {
     /// Writes the data of a request, in blocks of `alignment`. Who calls has its range, where that is needed.
     ///
     /// # Errors
-    /// One for which [`is_misaligned`](Self::is_misaligned) holds: the storage may ask for more by now.
+    /// One for which [`asks_for_more`](Self::asks_for_more) holds, if the storage does.
     pub(crate) fn write_bounced(
         &self,
         bounce: &mut Bounce,

@@ -255,10 +255,12 @@ impl Image {
         self.alignment() > u64::from(self.first_alignment)
     }
 
-    /// The kernel has refused direct I/O that was aligned as it had said. Whether it says something else now.
+    /// Asks what direct I/O has to be aligned to now, also where nobody states it.
     #[cold]
-    pub(crate) fn ask_alignment_again(&self) -> bool {
-        file_io::direct_alignment(&self.file).is_ok_and(|now| self.grow(now))
+    pub(crate) fn ask_alignment_again(&self) {
+        if let Ok(now) = file_io::direct_alignment(&self.file) {
+            self.grow(now);
+        }
     }
 
     /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it says
@@ -271,8 +273,10 @@ impl Image {
         }
     }
 
-    fn grow(&self, now: Alignment) -> bool {
-        now.offset <= LARGEST_ALIGNMENT && self.alignment.fetch_max(now.offset, Ordering::SeqCst) < now.offset
+    fn grow(&self, now: Alignment) {
+        if now.offset <= LARGEST_ALIGNMENT {
+            self.alignment.fetch_max(now.offset, Ordering::SeqCst);
+        }
     }
 
     /// Whether requests that the guest may send are carried out by reading, changing and writing.

@@ -39,6 +39,8 @@ use std::io;
 use std::ops::Range;
 use std::time::Instant;
 
+/// The least that storage asks for: a sector.
+const SMALLEST: u64 = 512;
 /// Most bytes of memory for a request that does not fit; what is longer the worker moves in pieces.
 const MOST_ALIGNED: u64 = 1 << 20;
 
@@ -275,15 +277,25 @@ impl Queue {
         done: u64,
         completions: &mut Completions<'_>,
     ) {
-        self.plain += 1;
-        disk.ranges().set_plain(self.index, self.plain);
-        if !Disk::takes_ranges(disk.alignment()) {
+        if self.counts_as_plain(disk) {
             let Some(ring) = &mut self.ring else { unreachable!("looked at by who calls") };
             return ring.push(request, work, done);
         }
-        self.count_plain(disk, self.plain - 1);
         let next = self.begin(engine, disk, &request);
         self.go_on(engine, disk, request, next, completions);
+    }
+
+    /// Counts one more change without a range, unless it needs one by now.
+    #[inline]
+    fn counts_as_plain(&mut self, disk: &Disk) -> bool {
+        self.plain += 1;
+        disk.ranges().set_plain(self.index, self.plain);
+        // Only now, see `edges`.
+        let counts = !Disk::takes_ranges(disk.alignment());
+        if !counts {
+            self.count_plain(disk, self.plain - 1);
+        }
+        counts
     }
 
     /// Says how many changes without a range are left.
@@ -343,6 +355,13 @@ impl Queue {
             return completions.complete(request, status);
         }
         if matches!(next, Next::Ring(..)) {
+            return self.go_on(engine, disk, request, next, completions);
+        }
+        if matches!(next, Next::Aligned(Work::WriteAligned { .. }, _))
+            && !self.holds(&request)
+            && !self.counts_as_plain(disk)
+        {
+            let next = self.begin(engine, disk, &request);
             return self.go_on(engine, disk, request, next, completions);
         }
         let Some(ring) = &mut self.ring else { unreachable!("just made") };
@@ -464,7 +483,7 @@ impl Queue {
         }
     }
 
-    /// Takes the range of a request, if it is free and not the request's already.
+    /// Takes the range of a request, if it is free.
     #[cold]
     fn take_range(&mut self, disk: &Disk, request: &Request, alignment: u64) -> bool {
         let range = edges::hull(request, alignment);
@@ -508,7 +527,7 @@ impl Queue {
         if len > MOST_ALIGNED || disk.partial_block(end, alignment).is_some() {
             let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
             let result = disk.write_bounced(&mut self.bounce, sync, request, alignment);
-            return self.bounced(engine, disk, request, result);
+            return self.bounced(engine, disk, request, alignment, result);
         }
         let (mut aligned, len) = (Box::new(Aligned::new(range.start, len as usize)), len as usize);
         let block = alignment as usize;
@@ -523,9 +542,16 @@ impl Queue {
     }
 
     /// How a change has ended that the worker has made by way of the bounce buffer.
-    fn bounced(&mut self, engine: &Engine, disk: &Disk, request: &Request, result: io::Result<()>) -> Next {
+    fn bounced(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: &Request,
+        alignment: u64,
+        result: io::Result<()>,
+    ) -> Next {
         match result {
-            Err(error) if disk.is_misaligned(&error) && disk.image().ask_alignment_again() => {
+            Err(error) if disk.asks_for_more(&error, alignment) => {
                 if !self.held.is_empty() {
                     self.give_back(disk, request);
                 }
@@ -573,7 +599,7 @@ impl Queue {
         disk.count_unaligned(true);
         let sync = self.sync.as_ref().unwrap_or(disk.own_sync());
         let result = disk.zero_bounced(&mut self.bounce, sync, request, alignment);
-        self.bounced(engine, disk, request, result)
+        self.bounced(engine, disk, request, alignment, result)
     }
 
     /// What follows when the ring is done with `work`.
@@ -598,23 +624,8 @@ impl Queue {
                     Next::Done(Status::Ok)
                 };
             }
-            (Err(error), aligned) if disk.is_misaligned(&error) && is_transfer(work) => {
-                // The kernel did not like the guest's memory, or the storage asks for more than it did.
-                disk.image().ask_alignment_again();
-                let range = self.range(disk, request);
-                let had_range = self.holds(request);
-                let needs_another = edges::hull(request, disk.alignment()) != range
-                    || Disk::takes_ranges(disk.alignment()) != had_range && op != Some(Op::Read);
-                if needs_another {
-                    if had_range {
-                        self.give_back(disk, request);
-                    }
-                    return self.begin(engine, disk, request);
-                }
-                return match aligned {
-                    None if work != Work::WriteZeros => self.begin_aligned(engine, disk, request),
-                    _ => Next::Done(disk.failed(request, &error)),
-                };
+            (Err(error), aligned) if is_transfer(work) => {
+                return self.refused(engine, disk, request, work, aligned, &error);
             }
             (Err(error), _) => error,
         };
@@ -626,6 +637,40 @@ impl Queue {
             Work::PunchHole | Work::ZeroRange if cannot => self.write_zeros(engine, disk, request),
             _ => Next::Done(disk.failed(request, &error)),
         }
+    }
+
+    /// What follows when data could not be moved: once more, if the kernel did not like the guest's memory, or the storage asks for more than
+    /// it did.
+    #[cold]
+    fn refused(
+        &mut self,
+        engine: &Engine,
+        disk: &Disk,
+        request: &Request,
+        work: Work,
+        aligned: Option<Box<Aligned>>,
+        error: &io::Error,
+    ) -> Next {
+        let had_range = self.holds(request);
+        // What it was carried out on: the memory that it had, its range, or itself.
+        let made_with = match &aligned {
+            Some(aligned) => aligned.offset()..aligned.offset() + aligned.bytes().len() as u64,
+            None if had_range => self.range(disk, request),
+            None => edges::hull(request, SMALLEST),
+        };
+        if disk.asks_for_more(error, SMALLEST) {
+            let lacks_range = is_change(work) && !had_range;
+            if edges::hull(request, disk.alignment()) != made_with || lacks_range {
+                if had_range {
+                    self.give_back(disk, request);
+                }
+                return self.begin(engine, disk, request);
+            }
+        }
+        if disk.is_misaligned(error) && aligned.is_none() && work != Work::WriteZeros {
+            return self.begin_aligned(engine, disk, request);
+        }
+        Next::Done(disk.failed(request, error))
     }
 
     /// A sync has ended, for the request that it went with and all that ride on it.
@@ -709,7 +754,10 @@ const fn is_transfer(work: Work) -> bool {
 
 /// Whether it changes what is in the file from where the guest has it, and may do so without a range.
 const fn is_change(work: Work) -> bool {
-    matches!(work, Work::Write { .. } | Work::WriteZeros | Work::PunchHole | Work::ZeroRange)
+    matches!(
+        work,
+        Work::Write { .. } | Work::WriteAligned { .. } | Work::WriteZeros | Work::PunchHole | Work::ZeroRange
+    )
 }
 
 /// Whether a direct write is to be durable by itself.
