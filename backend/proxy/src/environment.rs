@@ -37,14 +37,22 @@ impl Environment {
         inner.instances.push(Arc::downgrade(instance));
     }
 
-    pub(crate) fn memory_changed(&self, address: usize, len: usize, added: bool) {
+    /// Returns who has died of it.
+    pub(crate) fn memory_changed(&self, address: usize, len: usize, added: bool) -> Vec<Weak<Instance>> {
         let mut inner = lock(&self.inner);
         if added {
             inner.memory.push((address, len));
         } else {
             inner.memory.retain(|&range| range != (address, len));
         }
-        inner.each(|instance| report("guest memory", instance.memory_changed(address, len, added)));
+        let mut dead = Vec::new();
+        inner.each(|instance| {
+            report("guest memory", instance.memory_changed(address, len, added));
+            if instance.is_dead() {
+                dead.push(Arc::downgrade(instance));
+            }
+        });
+        dead
     }
 
     /// Returns whether it is news, and who did not do it, and why.
@@ -64,8 +72,9 @@ impl Environment {
         (is_new, failed)
     }
 
-    /// Tells a successor once more that the write cache is off, because its predecessor has died and may
-    /// have completed something until then that is not durable. Nobody is served meanwhile.
+    /// Tells an instance once more that the write cache is off, because another has died and may
+    /// have completed something until then that is not durable. The lock is held meanwhile, so that
+    /// no change of the cache comes between.
     pub(crate) fn catch_up(&self, successor: &Instance) -> Result<(), CallError> {
         match lock(&self.inner).write_cache {
             Some(false) => successor.set_write_cache(false),

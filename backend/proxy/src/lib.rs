@@ -33,7 +33,7 @@ pub use report::{
 };
 pub use worker::{Ended, Gate, Worker};
 
-use domain_api::host::{Instance, ModuleLoader, QUEUE_LIMIT, Resident};
+use domain_api::host::{CallError, Instance, ModuleLoader, QUEUE_LIMIT, Resident};
 use domain_api::{Capabilities, DeviceInfo, Params};
 use environment::Environment;
 use events::Events;
@@ -43,7 +43,7 @@ use retire::Leaving;
 use shared_heap::DomainId;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 use storage::Storage;
 use upgrade::lock;
@@ -335,7 +335,7 @@ impl DomainProxy {
         patience: Duration,
         required: impl FnOnce(&DeviceInfo) -> Capabilities,
     ) -> Option<DeviceInfo> {
-        let _upgrades = self.lock_alive(Instant::now() + patience, || false)?;
+        let _upgrades = self.lock_alive(Instant::now() + patience, || self.is_stopping())?;
         let info = self.domain().info;
         self.require(required(&info));
         Some(info)
@@ -357,34 +357,54 @@ impl DomainProxy {
     /// and left behind at the end. Not to be called by a worker: a takeover waits for it.
     pub fn set_write_cache(self: &Arc<Self>, on: bool) {
         let (is_new, failed) = self.environment.set_write_cache(on);
-        self.notice_death();
-        if on || !is_new {
+        self.notice_deaths(failed.iter().map(|(who, _)| who));
+        if on || !is_new || failed.is_empty() && !self.is_dying() {
             return;
         }
-        let why = if self.lock_alive(Instant::now() + TAKEOVER_PATIENCE, || false).is_none() {
-            Some("a takeover is under way, and does not end".to_owned())
-        } else if let Some(live) = self.live() {
-            // Who has died has been replaced.
-            let of_live = failed.into_iter().find(|(who, _)| who.as_ptr() == Arc::as_ptr(&live.instance));
-            of_live.map(|(_, error)| error.to_string())
-        } else {
-            // Whoever brings the device back sees to it.
-            log::error!("the write cache is off, and what was written before may not be on the disk yet");
-            None
+        let why = match self.catch_up_on(&failed) {
+            Ok(()) => return,
+            // The last flush is asked of whoever lives then.
+            Err(_) if self.is_stopping() => return,
+            Err(why) => why,
         };
-        if let Some(why) = why {
-            let sentence = format!(
-                "the write cache was turned off, and what was written before may not be on the disk: {why}"
-            );
-            log::error!("{sentence}");
-            self.leave_behind(&sentence);
+        let sentence = format!(
+            "the write cache was turned off, and what was written before may not be on the disk: {why}"
+        );
+        log::error!("{sentence}");
+        self.leave_behind(&sentence);
+    }
+
+    /// Waits until nobody is dead who is still to be replaced, and has the live domain see to what those left who `failed`.
+    fn catch_up_on(self: &Arc<Self>, failed: &[(Weak<Instance>, CallError)]) -> Result<(), String> {
+        let deadline = Instant::now() + TAKEOVER_PATIENCE;
+        loop {
+            if !self.wait_alive(deadline) {
+                return Err("a takeover is under way, and does not end".to_owned());
+            }
+            let Some(live) = self.live() else {
+                // Whoever brings the device back sees to it.
+                log::error!("the write cache is off, and what was written before may not be on the disk yet");
+                return Ok(());
+            };
+            // It was told, and has said why not; asking once more would not make it so.
+            let said = failed.iter().find(|(who, _)| who.as_ptr() == Arc::as_ptr(&live.instance));
+            if let Some((_, error)) = said {
+                return Err(error.to_string());
+            }
+            // Others may have completed something after it was told.
+            let Err(error) = self.environment.catch_up(&live.instance) else { return Ok(()) };
+            if !live.instance.is_dead() {
+                return Err(error.to_string());
+            }
+            drop(live);
+            self.notice_death();
         }
     }
 
     /// Tells the live domain, and every successor, of guest memory that was mapped or is about to be unmapped.
     pub fn memory_changed(self: &Arc<Self>, address: usize, len: usize, added: bool) {
-        self.environment.memory_changed(address, len, added);
-        self.notice_death();
+        let dead = self.environment.memory_changed(address, len, added);
+        self.notice_deaths(&dead);
     }
 
     /// Records that a frontend came or went.

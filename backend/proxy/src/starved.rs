@@ -145,7 +145,14 @@ impl Watch {
                 return Late::Busy;
             }
         }
-        if elapsed < patience + bound { Late::Wait(LOOK_AGAIN) } else { Late::Starved }
+        if elapsed < patience + bound {
+            Late::Wait(LOOK_AGAIN)
+        } else if self.starved(missing).is_empty() {
+            // Nobody has waited for a CPU: that it has had its time is only not booked yet.
+            Late::Busy
+        } else {
+            Late::Starved
+        }
     }
 
     /// Since when.

@@ -171,7 +171,8 @@ fn flush_on(live: &Member, queue: usize, bell: &OwnedFd, deadline: Instant) -> R
             };
         }
         if Instant::now() >= deadline {
-            // It may still complete: its queue stays.
+            // It may still complete: its queue stays, and nobody waits for it.
+            live.fence.abandon(queue);
             std::mem::forget(handle);
             return Err("it has not ended in time: what was written last may not be on the disk".to_owned());
         }

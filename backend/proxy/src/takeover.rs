@@ -58,6 +58,32 @@ impl DomainProxy {
         }
     }
 
+    /// Looks which of these have died in a call that was no worker's: the live domain, or one that was
+    /// replaced and still has requests.
+    pub(crate) fn notice_deaths<'a>(self: &Arc<Self>, of: impl IntoIterator<Item = &'a Weak<Instance>>) {
+        for instance in of.into_iter().filter_map(Weak::upgrade).filter(|instance| instance.is_dead()) {
+            self.died(&instance, OUTSIDE_A_REQUEST);
+        }
+        self.notice_death();
+    }
+
+    /// Waits until nobody is dead who is still to be replaced; `false` after `deadline`, or when the device is about to end.
+    pub(crate) fn wait_alive(self: &Arc<Self>, deadline: Instant) -> bool {
+        for looks in 1u32.. {
+            if looks % 100 == 10 {
+                self.notice_death();
+            }
+            if !self.is_dying() {
+                return true;
+            }
+            if Instant::now() >= deadline || self.is_stopping() {
+                break;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        false
+    }
+
     /// Takes the upgrade lock while nobody is dead who is still to be replaced: the live domain lives,
     /// or nobody could take over and there is none.
     ///
@@ -92,7 +118,7 @@ impl DomainProxy {
     }
 
     /// Whether a death is not dealt with yet.
-    fn is_dying(&self) -> bool {
+    pub(crate) fn is_dying(&self) -> bool {
         let view = lock(&self.view);
         !view.dying.is_empty() || view.live.as_ref().is_some_and(|live| live.instance.is_dead())
     }

@@ -179,7 +179,7 @@ impl DomainProxy {
                 Refusal::new(
                     PREEMPTED,
                     format!(
-                        "the live domain has died, and the takeover has not ended after {} ms; look at `status`, then try again",
+                        "a takeover, or the end of a domain that was replaced, has not ended after {} ms; look at `status`, then try again",
                         patience.as_millis()
                     ),
                 )
