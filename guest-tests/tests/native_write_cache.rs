@@ -143,6 +143,14 @@ fn who_has_turned_the_cache_off_keeps_it_off() {
             guest.reset();
             guest
         }),
+        ("the device is reset, and its ring goes on while its frontend reads", |mut guest, _| {
+            guest.raw.frontend.reset_device().expect("reset");
+            let offered = guest.raw.frontend.get_features().expect("features");
+            guest.raw.frontend.set_features(offered & (LINUX | 1 << 30)).expect("features");
+            guest.raw.frontend.set_vring_enable(0, true).expect("enabled");
+            let _ = writeback(&mut guest.raw);
+            guest
+        }),
         ("the daemon is killed, and the guest reset", |guest, daemon| {
             let mut guest = restart(guest, daemon, Signal::KILL);
             guest.reset();

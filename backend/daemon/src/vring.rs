@@ -9,7 +9,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_queue::Error;
+use virtio_queue::{Error, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -23,7 +23,8 @@ pub(crate) enum Event {
     /// It is to go on at a position that is neither the beginning nor where it was left in this
     /// session (SET_VRING_BASE).
     ComesFromElsewhere,
-    /// It starts (the first SET_VRING_KICK or SET_VRING_CALL with a kick descriptor there).
+    /// It starts: with the first SET_VRING_KICK or SET_VRING_CALL with a kick descriptor there, or
+    /// when it is enabled after that. It may be told of one that runs already.
     Starts,
 }
 
@@ -117,6 +118,10 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_enabled(&self, enabled: bool) {
+        // RESET_DEVICE leaves a ring ready, so it starts again here and nowhere else.
+        if enabled && self.ring.get_ref().get_queue().ready() {
+            self.tell(Event::Starts);
+        }
         self.ring.set_enabled(enabled);
     }
 

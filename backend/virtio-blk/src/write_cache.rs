@@ -164,6 +164,11 @@ mod tests {
             ("the same, before the next driver", &[Read, BOTH, Ring, Wrote(false), Reset], false),
             ("a reset that the frontend reads after", &[Read, BOTH, Wrote(false), Reset, Read, BOTH], true),
             ("a frontend that reads while rings run", &[Read, BOTH, Ring, Wrote(false), Read], false),
+            (
+                "a reset, and a read when rings run again",
+                &[Read, BOTH, Wrote(false), Reset, BOTH, Ring, Read],
+                false,
+            ),
             ("a driver that cannot flush", &[Read, NONE, Ring], false),
             ("one that cannot flush, and one that can", &[Read, NONE, Ring, BOTH, Ring], true),
             ("the cache off, firmware, the same guest", &[Read, BOTH, Wrote(false), NONE, BOTH, Ring], false),
