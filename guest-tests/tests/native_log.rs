@@ -9,6 +9,8 @@ use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::Daemon;
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 const QUEUE_SIZE: u16 = 64;
 const ANSWER: Duration = Duration::from_secs(20);
@@ -75,23 +77,55 @@ fn buffers_outside_of_shared_memory_are_said_once() {
     assert!(lines(&daemon, "WARN").len() as u64 <= most(since), "{}", daemon.log());
 }
 
-/// The firmware of a microvm has its status byte in memory that QEMU does not share.
+/// The firmware of a microvm has its status byte in memory that QEMU does not share. How often it
+/// connects is the frontend's to say.
 #[test]
-fn the_first_malformed_chain_of_a_session_is_said() {
+fn malformed_chains_are_said_once() {
     let (daemon, since) = (start(), Instant::now());
-    for sessions in 1..=2 {
+    for _ in 0..2 {
         let mut raw = session(&daemon);
         for _ in 0..OFTEN {
             read(&mut raw, DATA, OUTSIDE);
         }
         assert_eq!(read(&mut raw, DATA, STATUS), 513);
-        let said = lines(&daemon, "chain 0 is malformed");
-        let most = sessions - 1 + most(since) as usize;
-        assert!((sessions..=most).contains(&said.len()), "{}", daemon.log());
-        let line = &said[sessions - 1];
+        let line = the_line(&daemon, since, "chain 0 is malformed");
         assert!(line.contains("WARN") && line.contains("the status byte is outside"), "{line}");
         assert!(line.contains("0x1000") && line.contains("aux-ram-share=on"), "{line}");
     }
+}
+
+/// The size is the frontend's to choose, and there are more than there are kinds to remember.
+#[test]
+fn refused_rings_are_said_once_whatever_their_sizes() {
+    let (daemon, since) = (start(), Instant::now());
+    let raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+    // The first one ends the session, though not at once.
+    let refused = (0..2000).map(|n| 3 + 2 * (n % 200));
+    let sent = refused.take_while(|&size| raw.frontend.set_vring_num(0, size).is_ok()).count();
+    assert!(sent > 64, "only {sent} messages were sent");
+    assert!(raw.wait_for_end(ANSWER).expect("a connection"), "the session goes on");
+    let line = the_line(&daemon, since, "is refused: the frontend wants a ring");
+    assert!(line.contains("ERROR") && line.contains("of 3 entries"), "{line}");
+}
+
+/// A session that ends before memory is shared does not end for want of that.
+#[test]
+fn a_bad_write_to_the_configuration_is_said_once_as_what_it_is() {
+    let (daemon, since) = (start(), Instant::now());
+    for offset in 200..200 + OFTEN as u32 {
+        let mut raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+        let _ = raw.frontend.set_config(offset, VhostUserConfigFlags::empty(), &[0]);
+        assert!(raw.wait_for_end(ANSWER).expect("a connection"), "the session goes on");
+    }
+    let line = the_line(&daemon, since, "the session ended: ");
+    assert!(line.contains("200") && !line.contains("share=on"), "{line}");
+    // Nor does one in which a ring is to have no entry.
+    let daemon = start();
+    let raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+    let _ = raw.frontend.set_vring_num(0, 0);
+    assert!(raw.wait_for_end(ANSWER).expect("a connection"), "the session goes on");
+    let line = the_line(&daemon, Instant::now(), "the session ended: ");
+    assert!(!line.contains("share=on"), "{line}");
 }
 
 /// QEMU without a memory backend shares nothing, and sets up the rings all the same.

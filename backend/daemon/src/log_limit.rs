@@ -1,6 +1,10 @@
 //! Lines of the log that would repeat themselves: each kind is said once, and again after ten
 //! seconds at the earliest, with how many like it there were.
 //!
+//! That holds as long as there are no more kinds than are remembered. So the kinds are constants of
+//! the program: a number in one that a frontend or a guest can choose would make kinds without end,
+//! and each would take the place of another. What differs from line to line is in the line only.
+//!
 //! What a frontend or a guest does can be done ten thousand times a second, and what is missing (a
 //! descriptor, say) is missing until somebody does something. One line says so; more of them hide
 //! it. The lines that are left out are there at `debug`.
@@ -35,7 +39,7 @@ struct LogLimit {
     kinds: Mutex<Vec<Kind>>,
 }
 
-/// What this process says is said once.
+/// What this process has said.
 static LIMIT: LogLimit = LogLimit::new();
 
 impl LogLimit {
@@ -65,7 +69,7 @@ impl LogLimit {
 
 /// Says a line of a kind at `level`, unless one of that kind was said in the last ten seconds.
 #[cold]
-pub fn say(level: Level, kind: &str, line: fmt::Arguments<'_>) {
+pub fn say(level: Level, kind: &'static str, line: fmt::Arguments<'_>) {
     match LIMIT.admit(kind, Instant::now()) {
         None => log::debug!(target: TARGET, "{line}"),
         Some(0) => log::log!(target: TARGET, level, "{line}"),

@@ -140,13 +140,9 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     while wait_for_frontend(front.listener(), ending.wanted())? {
         match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
             Ok(()) => log::info!("the frontend has disconnected"),
-            Err(error) => {
+            Err(session::Failure { kind, error }) => {
                 let error = how_to_have_more(&error);
-                log_limit::say(
-                    Level::Warn,
-                    &format!("session: {error}"),
-                    format_args!("the session ended: {error}"),
-                );
+                log_limit::say(Level::Warn, kind, format_args!("the session ended: {error}"));
                 // The next look finds the end, too.
                 let _ = poll(&mut [PollFd::new(ending.wanted(), PollFlags::IN)], Some(&AFTER_A_FAILURE));
             }

@@ -120,13 +120,8 @@ impl Notifier for Wake {
     }
 }
 
-/// How many sessions there have been.
-static SESSIONS: AtomicU64 = AtomicU64::new(0);
-
 /// The backend of one connection.
 pub(crate) struct Session {
-    /// Which one it is, for the log.
-    number: u64,
     proxy: Arc<DomainProxy>,
     config: SessionConfig,
     info: DeviceInfo,
@@ -147,6 +142,8 @@ pub(crate) struct Session {
     lookout: Mutex<TimerFd>,
     /// It was set.
     is_watched: AtomicBool,
+    /// Some ring was given a size that it can have.
+    has_size: AtomicBool,
     /// Something was taken from some ring.
     has_taken: AtomicBool,
     /// The frontend was refused something, and its connection is about to be ended.
@@ -220,9 +217,9 @@ impl Session {
             })
         };
         Ok(Self {
-            number: SESSIONS.fetch_add(1, Ordering::Relaxed),
             lookout: Mutex::new(TimerFd::new().map_err(io::Error::from)?),
             is_watched: AtomicBool::new(false),
+            has_size: AtomicBool::new(false),
             has_taken: AtomicBool::new(false),
             limits: Mutex::new(Arc::new(Limits::new(&info, 0))),
             space: Mutex::new(space),
@@ -338,21 +335,25 @@ impl Session {
     }
 
     /// Says what may be behind the error that a session has ended with.
-    fn explain(&self, error: &vhost_user_backend::Error) -> io::Error {
+    fn explain(&self, error: &vhost_user_backend::Error) -> Failure {
         let has_memory = self.memory_version.load(Ordering::Relaxed) > 1;
-        let has_features = self.acked.load(Ordering::Relaxed) != 0;
+        let has_size = self.has_size.load(Ordering::Relaxed);
         let is_let_go = self.is_let_go.load(Ordering::Relaxed);
-        let place = match error {
+        let (kind, place) = match error {
             vhost_user_backend::Error::HandleRequest(vhost::vhost_user::Error::ReqHandlerError(error))
                 if error.get_ref().is_some_and(|error| error.is::<VhostUserHandlerError>()) =>
             {
-                "a ring is outside of the guest's memory that is shared"
+                ("ring outside", "a ring is outside of the guest's memory that is shared")
             }
-            // Rings are set up after that.
-            _ if has_features && !has_memory && !is_let_go => "none of the guest's memory is shared",
-            _ => return io::Error::other(error.to_string()),
+            // How SET_VRING_ADDR fails without memory. Frontends say the size before.
+            vhost_user_backend::Error::HandleRequest(vhost::vhost_user::Error::InvalidParam)
+                if has_size && !has_memory && !is_let_go =>
+            {
+                ("nothing shared", "none of the guest's memory is shared")
+            }
+            _ => return Failure { kind: "session", error: io::Error::other(error.to_string()) },
         };
-        io::Error::other(format!("{place}: {SHARE} ({error})"))
+        Failure { kind, error: io::Error::other(format!("{place}: {SHARE} ({error})")) }
     }
 
     /// Does something to the configuration space; afterwards the domain's write cache is in the
@@ -366,8 +367,12 @@ impl Session {
     }
 
     fn ring_event(self: &Arc<Self>, queue: usize, event: Event) {
+        if event == Event::HasSize {
+            self.has_size.store(true, Ordering::Relaxed);
+            return;
+        }
         let is_guarded = self.configure(|space| match event {
-            Event::IsRefused(_) => false,
+            Event::IsRefused(_) | Event::HasSize => false,
             Event::ComesFromElsewhere => space.ring_comes_from_elsewhere(),
             Event::Starts => space.ring_starts(),
         });
@@ -380,7 +385,7 @@ impl Session {
             let cure = how_to_size(size, self.config.queue_size);
             log_limit::say(
                 Level::Error,
-                &format!("ring of {size}"),
+                "ring refused",
                 format_args!("queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"),
             );
             self.end_soon();
@@ -433,7 +438,7 @@ impl Session {
             );
         }
         let (size, poll, hung_up) = (self.config.queue_size, self.config.poll, Arc::clone(&self.hung_up));
-        lane.map(|lane| QueueWorker::new(lane, (self.number, queue), size, poll, hung_up))
+        lane.map(|lane| QueueWorker::new(lane, queue, size, poll, hung_up))
     }
 
     /// Waits until nothing of `queue` is in flight, as [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending, or it goes on at once.
@@ -732,6 +737,21 @@ impl SessionHandle {
     }
 }
 
+/// Why there is no session any more.
+#[derive(Debug)]
+pub struct Failure {
+    /// What is alike for the log: nothing that the frontend can choose is in it.
+    pub kind: &'static str,
+    /// What has happened.
+    pub error: io::Error,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self { kind: "no session", error }
+    }
+}
+
 /// Serves one connection, which must be waiting at `listener`, until it ends.
 ///
 /// # Errors
@@ -742,7 +762,7 @@ pub fn serve(
     listener: &UnixListener,
     handle: &SessionHandle,
     connected: &AtomicBool,
-) -> io::Result<()> {
+) -> Result<(), Failure> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let session = Arc::new(Session::new(proxy, config, memory.clone())?);
     use vhost::vhost_user::Error::{Disconnected, PartialMessage};
@@ -763,7 +783,8 @@ pub fn serve(
     for queue in 0..session.posts.len() {
         session.settle(queue)?;
     }
-    let started = daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(other);
+    let started =
+        daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(|error| Failure::from(other(error)));
     let ended = started.and_then(|()| {
         handle.set(daemon.shutdown_handle().map(|handle| (handle, Arc::clone(&session))));
         *lock(&session.shutdown) = daemon.shutdown_handle();

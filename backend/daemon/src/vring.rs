@@ -17,9 +17,11 @@ type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// What happens to a ring, on the thread of the frontend's messages and before its effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// It is to have a size that it cannot have (SET_VRING_NUM). It is not served until it has
-    /// another.
+    /// It is to have a size that it cannot have (SET_VRING_NUM). It does not start until it has
+    /// another. If it runs, it goes on with the size that it has until the session ends.
     IsRefused(u16),
+    /// It is given a size that it can have (SET_VRING_NUM).
+    HasSize,
     /// It is to go on at a position that is neither the beginning nor where it was left in this
     /// session (SET_VRING_BASE).
     ComesFromElsewhere,
@@ -159,6 +161,7 @@ impl VringT<Memory> for Vring {
         if is_refused {
             self.tell(Event::IsRefused(num));
         } else {
+            self.tell(Event::HasSize);
             self.ring.set_queue_size(num);
         }
     }

@@ -148,8 +148,6 @@ enum Round {
 pub(crate) struct QueueWorker {
     lane: Worker,
     queue: usize,
-    /// Which session it is, as far as the log is concerned.
-    session: u64,
     /// A chain was taken.
     has_taken: bool,
     slots: Slots,
@@ -179,7 +177,7 @@ pub(crate) struct QueueWorker {
 impl QueueWorker {
     pub(crate) fn new(
         lane: Worker,
-        (session, queue): (u64, usize),
+        queue: usize,
         queue_size: u16,
         poll: Duration,
         hung_up: Arc<AtomicBool>,
@@ -187,7 +185,6 @@ impl QueueWorker {
         Self {
             lane,
             queue,
-            session,
             has_taken: false,
             slots: Slots::new(queue_size),
             snapshot: None,
@@ -350,7 +347,7 @@ impl QueueWorker {
         };
         log_limit::say(
             Level::Error,
-            &format!("ring of queue {}", self.queue),
+            "ring makes no sense",
             format_args!(
                 "queue {}: the ring makes no sense ({error}){what_to_do}; it is not served until the driver resets it",
                 self.queue
@@ -502,7 +499,7 @@ impl QueueWorker {
                     });
                 }
                 Parsed::Malformed { head, reason } => {
-                    tell_of_malformed(self.queue, self.session, head, reason, translator.take_outside());
+                    tell_of_malformed(self.queue, head, reason, translator.take_outside());
                     let used = Used { head, len: 0 };
                     self.others.push(Other { after: self.batch.len(), used, answer: None });
                 }
@@ -576,9 +573,9 @@ fn tell_of_outside(queue: usize, addr: u64) {
     );
 }
 
-/// Says why a chain cannot be answered: of each session's chains the first.
+/// Says why a chain cannot be answered.
 #[cold]
-fn tell_of_malformed(queue: usize, session: u64, head: u16, reason: MalformedChain, outside: Option<u64>) {
+fn tell_of_malformed(queue: usize, head: u16, reason: MalformedChain, outside: Option<u64>) {
     let place = outside.map_or_else(String::new, |addr| {
         format!(
             " (guest address {addr:#x}; all of the guest's memory has to be shared: in QEMU with share=on, for the firmware of a microvm with aux-ram-share=on)"
@@ -586,7 +583,7 @@ fn tell_of_malformed(queue: usize, session: u64, head: u16, reason: MalformedCha
     });
     log_limit::say(
         Level::Warn,
-        &format!("malformed chain of session {session}"),
+        "malformed chain",
         format_args!("queue {queue}: chain {head} is malformed and cannot be answered: {reason}{place}"),
     );
 }
