@@ -711,6 +711,27 @@ fn a_new_path_goes_to_one_even_if_the_directory_cannot_be_locked() {
 }
 
 #[test]
+fn remains_go_to_one_even_if_the_directory_cannot_be_locked() {
+    let directory = tempfile::tempdir().unwrap();
+    let locked = std::fs::File::open(directory.path()).unwrap();
+    rustix::fs::flock(&locked, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    for round in 0..6 {
+        let path = directory.path().join(round.to_string());
+        drop(UnixListener::bind(&path).unwrap());
+        let won = at_once(&path);
+        assert_eq!(won.len(), 1, "round {round}");
+        UnixStream::connect(&path).expect("the one that won listens there");
+        won[0].listener().set_nonblocking(true).unwrap();
+        // Others may have looked before it came.
+        while won[0].listener().accept().is_ok() {}
+        UnixStream::connect(&path).unwrap();
+        won[0].listener().accept().expect("the one that won has the path");
+        std::mem::forget(won);
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 6, "other names are left");
+}
+
+#[test]
 fn a_socket_that_can_be_seen_can_be_connected_to() {
     let directory = tempfile::tempdir().unwrap();
     for round in 0..3000 {

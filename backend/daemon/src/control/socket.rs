@@ -10,6 +10,8 @@
 //!   one. (On Linux `bind` makes the inode with the mode of the socket, less the umask.)
 //! * A path is taken from another only if a connection to it was refused, and both happen under a lock on the
 //!   directory, so that of two daemons that start at once one wins and the other is told.
+//!   Where the directory cannot be locked, what is replaced comes out under the draft's name and is
+//!   probed once more there: if it lives, it is put back.
 //! * A name is removed only if it still leads to the inode that was bound. The kernel keeps that inode as long as
 //!   the socket is open, so its number cannot come back as somebody else's while we compare.
 //!
@@ -38,6 +40,9 @@ use rustix::process::geteuid;
 const BACKLOG: i32 = 128;
 /// How long another process may keep the directory locked before we go on without the lock.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long somebody who has come between may take, before we do.
+const OTHERS_TURN: Duration = Duration::from_millis(2);
 
 /// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
 pub(crate) const SOCKET_PATH_MAX: usize = 107;
@@ -124,7 +129,7 @@ impl SocketFile {
                 Found::SomethingElse => return Err(SocketError::NotASocket(path.to_owned())),
             };
             let draft = Draft::listen(&form, mode).map_err(system)?;
-            match draft.publish(path, replaces) {
+            match draft.publish(&form, path, replaces) {
                 Ok(socket) => return Ok(socket),
                 Err(Errno::EXIST | Errno::NOENT) => {}
                 Err(e) => return Err(system(e)),
@@ -252,8 +257,7 @@ impl DraftForm {
             }
             let path = self.path(name.as_bytes());
             let is_ours = rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
-            let found = || SocketAddrUnix::new(&path).and_then(|address| look(&path, &address));
-            if is_ours && found() == Ok(Found::Remains) {
+            if is_ours && is_remains(&path) {
                 log::debug!("{} is what a daemon that was killed has left", path.display());
                 drop(DraftName(path));
             }
@@ -308,20 +312,78 @@ impl Draft {
         }
     }
 
-    /// Gives it its name. `replaces`: what is there now may go.
-    fn publish(mut self, path: &Path, replaces: bool) -> Result<SocketFile, Errno> {
-        let draft = &self.name.0;
-        let flags = if replaces { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-        match rustix::fs::renameat_with(CWD, draft, CWD, path, flags) {
-            // Not every file system can, nor every sandbox. If nothing is to be replaced, then
-            // nothing was there just now.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::PERM) => rustix::fs::rename(draft, path)?,
-            renamed => renamed?,
-        }
-        self.name.0 = PathBuf::new();
-        let name = SocketName { path: path.to_owned(), identity: Mutex::new(Some(self.identity)) };
-        Ok(SocketFile { listener: UnixListener::from(self.socket), name: Arc::new(name) })
+    /// Gives it its name. `replaces`: remains are there, which may go. [`Errno::EXIST`] if somebody
+    /// else has come.
+    fn publish(self, form: &DraftForm, path: &Path, replaces: bool) -> Result<SocketFile, Errno> {
+        let flags = if replaces { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
+        let is_left = match rustix::fs::renameat_with(CWD, &self.name.0, CWD, path, flags) {
+            Ok(()) if replaces && !is_remains(&self.name.0) => {
+                self.undo(path);
+                return Err(Errno::EXIST);
+            }
+            Ok(()) => replaces,
+            // Not every file system can, nor every sandbox.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+                self.link(form, path, replaces)?;
+                true
+            }
+            Err(e) => return Err(e),
+        };
+        Ok(self.published(path, is_left))
     }
+
+    /// It has its name. `is_left`: there is something under the draft's name, which goes.
+    fn published(mut self, path: &Path, is_left: bool) -> SocketFile {
+        if !is_left {
+            self.name.0 = PathBuf::new();
+        }
+        let name = SocketName { path: path.to_owned(), identity: Mutex::new(Some(self.identity)) };
+        SocketFile { listener: UnixListener::from(self.socket), name: Arc::new(name) }
+    }
+
+    /// Puts back what was exchanged for this one and may not go.
+    ///
+    /// Others may do the same at the same time, and then each finds another's under its draft's
+    /// name. So everybody goes on until he has his own: when all have, the path has the first one's.
+    /// Who finds his own at the path is done with one exchange more. If nobody does, somebody's has
+    /// to get there first.
+    fn undo(mut self, path: &Path) {
+        let is_ours =
+            |path: &Path| rustix::fs::lstat(path).is_ok_and(|stat| identity(&stat) == self.identity);
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        while !is_ours(&self.name.0) {
+            let soon = Instant::now() + OTHERS_TURN;
+            while !is_ours(path) && Instant::now() < soon {
+                thread::sleep(Duration::from_micros(100));
+            }
+            let exchanged = rustix::fs::renameat_with(CWD, &self.name.0, CWD, path, RenameFlags::EXCHANGE);
+            if (exchanged.is_err() || Instant::now() > deadline) && !is_ours(&self.name.0) {
+                // It is not ours to remove.
+                self.name.0 = PathBuf::new();
+                return;
+            }
+        }
+    }
+
+    /// Gives it its name where there is no rename that spares what is there: a link does.
+    fn link(&self, form: &DraftForm, path: &Path, replaces: bool) -> Result<(), Errno> {
+        if replaces {
+            let aside = form.new_path();
+            rustix::fs::rename(path, &aside)?;
+            if !is_remains(&aside) {
+                rustix::fs::link(&aside, path)?;
+                rustix::fs::unlink(&aside)?;
+                return Err(Errno::EXIST);
+            }
+            let _ = rustix::fs::unlink(&aside);
+        }
+        rustix::fs::link(&self.name.0, path)
+    }
+}
+
+/// Whether nobody listens at `path`, which is a socket.
+fn is_remains(path: &Path) -> bool {
+    SocketAddrUnix::new(path).and_then(|address| look(path, &address)) == Ok(Found::Remains)
 }
 
 /// Locks the directory of `path` among daemons, for as long as the descriptor is open.
@@ -342,6 +404,57 @@ fn lock_directory(path: &Path) -> Option<OwnedFd> {
             Err(e) => {
                 log::debug!("{} stays unlocked: {e}", parent.display());
                 return None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::net::UnixStream;
+
+    /// How a draft gets its name, and what it is told.
+    type Way = fn(Draft, &DraftForm, &Path, bool) -> Result<SocketFile, Errno>;
+
+    const WAYS: [(&str, Way); 2] = [
+        ("by renaming", Draft::publish),
+        ("by a link", |draft, form, path, replaces| {
+            draft.link(form, path, replaces)?;
+            Ok(draft.published(path, true))
+        }),
+    ];
+
+    #[test]
+    fn what_has_come_since_somebody_looked_is_spared() {
+        for (how, way) in WAYS {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("socket");
+            let form = DraftForm::of(&path).unwrap();
+            let publish = |replaces| way(Draft::listen(&form, 0o600).unwrap(), &form, &path, replaces);
+            let names = || fs::read_dir(directory.path()).unwrap().count();
+            fs::write(&path, "precious").unwrap();
+            for replaces in [false, true] {
+                assert_eq!(publish(replaces).err(), Some(Errno::EXIST), "{how}");
+                assert_eq!(fs::read_to_string(&path).unwrap(), "precious", "{how}");
+                assert_eq!(names(), 1, "{how}");
+            }
+            fs::remove_file(&path).unwrap();
+            let living = UnixListener::bind(&path).unwrap();
+            for replaces in [false, true] {
+                assert_eq!(publish(replaces).err(), Some(Errno::EXIST), "{how}");
+                drop(UnixStream::connect(&path).unwrap());
+                living.accept().unwrap();
+                assert_eq!(names(), 1, "{how}");
+            }
+            drop(living);
+            for replaces in [true, false] {
+                let socket = publish(replaces).unwrap();
+                UnixStream::connect(&path).unwrap();
+                assert_eq!(names(), 1, "{how}");
+                drop(socket);
+                assert_eq!(names(), 0, "{how}");
             }
         }
     }
