@@ -26,7 +26,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
-use virtio_blk::{DescriptorTable, Limits, MalformedChain, Parsed, StatusSlot, WireStatus, parse, used_len};
+use virtio_blk::{
+    DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, WireStatus, parse, used_len,
+};
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -492,6 +494,7 @@ impl QueueWorker {
                     if let Some(addr) = translator.take_outside() {
                         tell_of_outside(self.queue, addr);
                     }
+                    give_up_long(&mut slot.segments);
                     self.others.push(Other {
                         after: self.batch.len(),
                         used: Used { head, len: written },
@@ -500,6 +503,7 @@ impl QueueWorker {
                 }
                 Parsed::Malformed { head, reason } => {
                     tell_of_malformed(self.queue, head, reason, translator.take_outside());
+                    give_up_long(&mut slot.segments);
                     let used = Used { head, len: 0 };
                     self.others.push(Other { after: self.batch.len(), used, answer: None });
                 }
@@ -558,6 +562,17 @@ impl QueueWorker {
             Ok(false) => {}
             Err(error) => self.give_up(&error),
         }
+    }
+}
+
+/// Gives up the room of a list that has become longer than a driver's that heeds `seg_max`. It is
+/// that of a chain which is no request for the domain.
+#[inline]
+fn give_up_long(segments: &mut Vec<RawSegment>) {
+    const USUAL: usize = (SEG_MAX as usize).next_power_of_two();
+    if segments.capacity() > USUAL {
+        segments.clear();
+        segments.shrink_to(USUAL);
     }
 }
 
