@@ -331,35 +331,11 @@ impl DomainProxy {
         Ok(grace)
     }
 
-    /// Waits for starved workers within their bound. Where other queues wait at the gate meanwhile, whose guests would notice, it is opened in
-    /// between.
     fn handover(
         self: &Arc<Self>,
         live: &Member,
         next: &Member,
         options: Options,
-        phases: &mut Phases,
-    ) -> Result<(), Refusal> {
-        let deadline = Instant::now() + options.drain_timeout + options.starved_timeout;
-        let others_wait = self.queues.served().count_ones() > 1;
-        loop {
-            let patience = self.patience(options);
-            let bound = if others_wait { patience.min(SHUT_LONGER) } else { patience };
-            let result = self.try_handover(live, next, options, bound, phases);
-            let is_starved = result.as_ref().is_err_and(|refusal| refusal.code == STARVED);
-            if !others_wait || !is_starved || self.is_stopping() || Instant::now() >= deadline {
-                return result;
-            }
-            std::thread::sleep(OPEN_BETWEEN);
-        }
-    }
-
-    fn try_handover(
-        self: &Arc<Self>,
-        live: &Member,
-        next: &Member,
-        options: Options,
-        bound: Duration,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
         let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
@@ -372,7 +348,7 @@ impl DomainProxy {
                 // The takeover waits for the lock.
                 return Duration::ZERO;
             }
-            late = Some(watch.judge(&missing, options.drain_timeout, bound.min(self.patience(options))));
+            late = Some(watch.judge(&missing, options.drain_timeout, self.patience(options)));
             match late {
                 Some(Late::Wait(longer)) => longer,
                 _ => Duration::ZERO,
@@ -518,7 +494,7 @@ pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>
     Refusal {
         starved,
         ..Refusal::new(
-            STARVED,
+            "starved",
             format!(
                 "{what}: starved: {why}. It is the machine that is busy, and not the domain; the guest was paused for {} ms; try later, or give --starved-timeout-ms",
                 pause.as_millis()
@@ -562,14 +538,6 @@ fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
         ),
     )
 }
-
-/// The code of a change that gave up on workers without a CPU.
-const STARVED: &str = "starved";
-/// How much longer than the drain deadline the gate stays shut for starved workers while others wait at it. Enough looks to tell that
-/// they are starved.
-const SHUT_LONGER: Duration = Duration::from_millis(50);
-/// How long it is open before it is tried again.
-const OPEN_BETWEEN: Duration = Duration::from_millis(50);
 
 /// The code of a change that a takeover came before.
 const PREEMPTED: &str = "preempted";
