@@ -2,7 +2,8 @@
 //!
 //! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On a
 //! busy machine a worker can be late without anybody's fault: it is ready to run, and others do. Nor
-//! does the guest notice what is waited for it, because its requests wait for the same worker. So a
+//! does the guest notice what is waited for it, because the requests of that queue wait for the same
+//! worker; those of other queues do wait for it, as long as the bound allows. So a
 //! deadline counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for
 //! a CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
 //!
