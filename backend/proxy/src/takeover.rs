@@ -69,19 +69,7 @@ impl DomainProxy {
 
     /// Waits until nobody is dead who is still to be replaced; `false` after `deadline`, or when the device is about to end.
     pub(crate) fn wait_alive(self: &Arc<Self>, deadline: Instant) -> bool {
-        for looks in 1u32.. {
-            if looks % 100 == 10 {
-                self.notice_death();
-            }
-            if !self.is_dying() {
-                return true;
-            }
-            if Instant::now() >= deadline || self.is_stopping() {
-                break;
-            }
-            std::thread::sleep(LOOK_EVERY);
-        }
-        false
+        self.look_until(deadline, || self.is_stopping(), || (!self.is_dying()).then_some(())).is_some()
     }
 
     /// Takes the upgrade lock while nobody is dead who is still to be replaced: the live domain lives,
@@ -93,22 +81,33 @@ impl DomainProxy {
         deadline: Instant,
         give_up: impl Fn() -> bool,
     ) -> Option<MutexGuard<'_, Upgrades>> {
+        self.look_until(deadline, give_up, || {
+            let upgrades = match self.upgrades.try_lock() {
+                Ok(upgrades) => upgrades,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => return None,
+            };
+            // If not, it is let go of: a takeover waits for the lock.
+            (!self.is_dying()).then_some(upgrades)
+        })
+    }
+
+    /// Looks again and again for what comes after a takeover; `None` after `deadline`, or if `give_up` says so.
+    fn look_until<T>(
+        self: &Arc<Self>,
+        deadline: Instant,
+        give_up: impl Fn() -> bool,
+        look: impl Fn() -> Option<T>,
+    ) -> Option<T> {
         for looks in 1u32.. {
             // Whoever saw it die says so in a moment, and knows how. Again and again, because there may
             // have been no thread for the takeover.
             if looks % 100 == 10 {
                 self.notice_death();
             }
-            let upgrades = match self.upgrades.try_lock() {
-                Ok(upgrades) => Some(upgrades),
-                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) => None,
-            };
-            if upgrades.is_some() && !self.is_dying() {
-                return upgrades;
+            if let Some(found) = look() {
+                return Some(found);
             }
-            // A takeover waits for the lock.
-            drop(upgrades);
             if Instant::now() >= deadline || give_up() {
                 break;
             }
