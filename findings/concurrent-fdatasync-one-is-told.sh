@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Of two fdatasync calls on one descriptor that run together, one is told that data was lost and the other returns 0.
+# Of two fdatasync calls on one descriptor that run together, one is told that data was lost and the
+# other returns 0.
 #
-# Seen with Linux 6.18.44 and ext4 on a loop device whose file is on a full tmpfs: a block is written (into the page cache, which works), two threads
-# call fdatasync on the same descriptor at once. Write-back fails. One call fails with ENOSPC, the other returns 0, though it covers the
-# same block; a third call returns 0, too. Linux reports a failed write-back once to each open file description (errseq_t),
-# not to each caller. With a descriptor of its own (another open, not a dup) each thread is told.
+# Seen with Linux 6.18.44 and ext4 on a loop device whose file is on a full tmpfs: a block is
+# written (into the page cache, which works), two threads call fdatasync on the same descriptor at
+# once. Write-back fails. One call fails with ENOSPC, the other returns 0, though it covers the same
+# block; a third call returns 0, too. Linux reports a failed write-back once to each open file
+# description (errseq_t), not to each caller. With a descriptor of its own (another open, not a dup)
+# each thread is told.
 #
 # So a server that lets two queues flush one descriptor acknowledges data that is gone.
 #

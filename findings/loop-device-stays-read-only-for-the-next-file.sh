@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# A loop device that was set read-only stays so when it is detached, and the next file that gets its number is read-only, too.
+# A loop device that was set read-only stays so when it is detached, and the next file that gets its
+# number is read-only, too.
 #
-# Seen with Linux 6.18.44, util-linux 2.38.1: `blockdev --setro /dev/loopN`, `losetup -d /dev/loopN`, then another file on the same device, attached
-# for writing: losetup lists it as RO 1, though nobody asked for that, open(O_RDWR) works, and each write fails with EPERM. The flag of BLKROSET belongs to the
-# device node's gendisk, which outlives what was attached. `blockdev --setrw` ends it.
+# Seen with Linux 6.18.44, util-linux 2.38.1: `blockdev --setro /dev/loopN`, `losetup -d
+# /dev/loopN`, then another file on the same device, attached for writing: losetup lists it as RO 1,
+# though nobody asked for that, open(O_RDWR) works, and each write fails with EPERM. The flag of
+# BLKROSET belongs to the device node's gendisk, which outlives what was attached. `blockdev
+# --setrw` ends it.
 #
-# So whoever finds a fresh loop device that takes no writes may be seeing somebody else's past; and a server that takes
-# permission from open() alone serves it as writable.
+# So whoever finds a fresh loop device that takes no writes may be seeing somebody else's past; and
+# a server that takes permission from open() alone serves it as writable.
 #
 # Needs root. Exit 0: seen as described. 1: something else was seen. 77: cannot be tried here.
 set -euo pipefail

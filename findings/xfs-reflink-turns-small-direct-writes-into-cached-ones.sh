@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# After `cp --reflink` of a file on XFS, small O_DIRECT writes to the ORIGINAL go through the page cache, without a word.
+# After `cp --reflink` of a file on XFS, small O_DIRECT writes to the ORIGINAL go through the page
+# cache, without a word.
 #
-# Seen with Linux 6.18.44, xfsprogs 6.1.0, coreutils 9.1. Before the copy statx says that direct I/O may begin at multiples of
-# 512 bytes, and a write of 512 bytes through an O_DIRECT descriptor leaves no dirty page. After it statx says 4096; the same
-# write through the same descriptor still returns 512, but is now a dirty page in the cache (cachestat): a power cut loses it where a direct write to a
-# disk without a volatile cache would have stayed. It remains so when the copy has been deleted: XFS treats a file that has
-# shared blocks once like that from then on.
+# Seen with Linux 6.18.44, xfsprogs 6.1.0, coreutils 9.1. Before the copy statx says that direct I/O
+# may begin at multiples of 512 bytes, and a write of 512 bytes through an O_DIRECT descriptor
+# leaves no dirty page. After it statx says 4096; the same write through the same descriptor still
+# returns 512, but is now a dirty page in the cache (cachestat): a power cut loses it where a direct
+# write to a disk without a volatile cache would have stayed. It remains so when the copy has been
+# deleted: XFS treats a file that has shared blocks once like that from then on.
 #
-# So "O_DIRECT" and "the write returned" say nothing of where the data is, after something as ordinary as a backup by reflink. Only
-# fdatasync (or O_DSYNC) does; and whoever asks for the alignment once, at open, has an old answer.
+# So "O_DIRECT" and "the write returned" say nothing of where the data is, after something as
+# ordinary as a backup by reflink. Only fdatasync (or O_DSYNC) does; and whoever asks for the
+# alignment once, at open, has an old answer.
 #
-# Needs root (loop device, mount), XFS, Linux 6.5 (cachestat). Exit 0: seen as described. 1: something else. 77: cannot be tried here.
+# Needs root (loop device, mount), XFS, Linux 6.5 (cachestat). Exit 0: seen as described. 1:
+# something else. 77: cannot be tried here.
 set -euo pipefail
 ((EUID == 0)) || { echo "needs root"; exit 77; }
 if ! command -v mkfs.xfs >/dev/null; then

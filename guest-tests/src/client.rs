@@ -7,8 +7,8 @@
 //! - Every wait has a deadline: a request that stays unanswered is a result, not a hanging test.
 //!
 //! Each [`Queue`] owns its ring and its part of the buffer memory and can move to a thread of its
-//! own. The connection closes when the [`Client`] and all of its queues are gone, requests in flight
-//! or not; that is how a killed frontend looks from the other side.
+//! own. The connection closes when the [`Client`] and all of its queues are gone, requests in
+//! flight or not; that is how a killed frontend looks from the other side.
 //!
 //! The only `unsafe` of this crate is here: `virtio-driver` wants a ring that borrows from memory
 //! it owns itself, and the buffers are shared with another process, so they are reached through
@@ -98,7 +98,8 @@ impl Client {
     pub fn connect(socket: &Path, options: &Options) -> io::Result<Client> {
         let (sender, receiver) = mpsc::channel();
         let (socket, options) = (socket.to_owned(), options.clone());
-        // virtio-driver's socket has no timeout; a backend that never answers must not hang the test.
+        // virtio-driver's socket has no timeout; a backend that never answers must not hang the
+        // test.
         std::thread::spawn(move || sender.send(Client::connect_now(&socket, &options)));
         receiver.recv_timeout(CONNECT_LIMIT).unwrap_or_else(|_| {
             Err(io::Error::new(io::ErrorKind::TimedOut, "the backend did not finish the set-up"))
@@ -173,20 +174,31 @@ impl Client {
 }
 
 /// Places the rings in memory that the transport owns, and starts them.
-fn start_rings(transport: &mut Transport, options: &Options) -> io::Result<Vec<Virtqueue<'static, Wire>>> {
+fn start_rings(
+    transport: &mut Transport,
+    options: &Options,
+) -> io::Result<Vec<Virtqueue<'static, Wire>>> {
     let negotiated = VirtioFeatureFlags::from_bits_truncate(transport.get_features());
-    let layout = VirtqueueLayout::new::<Wire>(options.queues, options.queue_size.into(), negotiated)?;
+    let layout =
+        VirtqueueLayout::new::<Wire>(options.queues, options.queue_size.into(), negotiated)?;
     let memory = transport.alloc_queue_mem(&layout)?;
-    assert!(memory.len() >= options.queues * layout.end_offset, "virtio-driver allocated too little");
+    assert!(
+        memory.len() >= options.queues * layout.end_offset,
+        "virtio-driver allocated too little"
+    );
     let base = memory.as_mut_ptr();
     let rings = (0..options.queues)
         .map(|index| {
-            // SAFETY: the range is inside the mapping just made (asserted above) and disjoint from the
-            // other queues' ranges. The transport never unmaps it before it is dropped, and `Session`,
-            // which owns the transport, outlives the ring in `Queue` (see the order of its fields). On
-            // the error paths of this function the rings are dropped before the caller's transport.
+            // SAFETY: the range is inside the mapping just made (asserted above) and disjoint from
+            // the other queues' ranges. The transport never unmaps it before it is dropped, and
+            // `Session`, which owns the transport, outlives the ring in `Queue` (see the order of
+            // its fields). On the error paths of this function the rings are dropped before the
+            // caller's transport.
             let part = unsafe {
-                std::slice::from_raw_parts_mut(base.add(index * layout.end_offset), layout.end_offset)
+                std::slice::from_raw_parts_mut(
+                    base.add(index * layout.end_offset),
+                    layout.end_offset,
+                )
             };
             Virtqueue::new(transport.iova_translator(), part, options.queue_size, negotiated)
         })
@@ -217,7 +229,8 @@ struct Pending {
 
 /// One request queue.
 pub struct Queue {
-    // The ring borrows from memory that `session` owns: it must be dropped first, so it is declared first.
+    // The ring borrows from memory that `session` owns: it must be dropped first, so it is declared
+    // first.
     ring: Virtqueue<'static, Wire>,
     kick: Box<dyn QueueNotifier>,
     call: Arc<EventFd>,
@@ -265,16 +278,20 @@ impl Queue {
 
     /// Puts a request into the ring; the device sees it, but may be asleep until [`Queue::kick`].
     ///
-    /// Fails when the ring is full. Reads find their buffer filled with a pattern that is no stamp, so
-    /// that a device which answers without reading is found out.
+    /// Fails when the ring is full. Reads find their buffer filled with a pattern that is no stamp,
+    /// so that a device which answers without reading is found out.
     pub fn submit(&mut self, request: Request<'_>, context: u64) -> io::Result<()> {
         let (kind, sector, range, transfer) = match request {
             Request::Read { offset, len } => (0, sector(offset)?, None, Some((len, None))),
-            Request::Write { offset, data } => (1, sector(offset)?, None, Some((data.len(), Some(data)))),
+            Request::Write { offset, data } => {
+                (1, sector(offset)?, None, Some((data.len(), Some(data))))
+            }
             Request::Flush => (4, 0, None, None),
             Request::Identify => (8, 0, None, Some((20, None))),
             Request::Discard { offset, len } => (11, 0, Some(range(offset, len, false)?), None),
-            Request::WriteZeroes { offset, len, unmap } => (13, 0, Some(range(offset, len, unmap)?), None),
+            Request::WriteZeroes { offset, len, unmap } => {
+                (13, 0, Some(range(offset, len, unmap)?), None)
+            }
         };
         let mut pending = Pending { context, slot: None, read_len: 0, submitted: Instant::now() };
         let mut pieces = [None, None];
@@ -282,7 +299,8 @@ impl Queue {
             if len > self.slot_bytes {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "longer than a slot"));
             }
-            let slot = self.free_slots.pop().ok_or_else(|| io::Error::other("the queue is full"))?;
+            let slot =
+                self.free_slots.pop().ok_or_else(|| io::Error::other("the queue is full"))?;
             self.fill(slot, len, data);
             pending.slot = Some(slot);
             pending.read_len = if data.is_none() { len } else { 0 };
@@ -290,8 +308,11 @@ impl Queue {
         }
         let from_device = pending.read_len > 0;
         let added = self.ring.add_request(|wire, add| {
-            *wire =
-                Wire { header: header(kind, sector), range: range.unwrap_or_default(), status: UNWRITTEN };
+            *wire = Wire {
+                header: header(kind, sector),
+                range: range.unwrap_or_default(),
+                status: UNWRITTEN,
+            };
             add(piece(wire.header.as_mut_ptr(), 16), false)?;
             if range.is_some() {
                 add(piece(wire.range.as_mut_ptr(), 16), false)?;
@@ -303,7 +324,10 @@ impl Queue {
         });
         match added {
             Ok(id) => {
-                assert!(self.pending[usize::from(id)].replace(pending).is_none(), "descriptor used twice");
+                assert!(
+                    self.pending[usize::from(id)].replace(pending).is_none(),
+                    "descriptor used twice"
+                );
                 self.in_flight += 1;
                 Ok(())
             }
@@ -316,8 +340,9 @@ impl Queue {
 
     /// Tells the device about submitted requests, if it wants to be told.
     pub fn kick(&mut self) -> io::Result<()> {
-        // virtio-driver reads the used flags without a barrier after its store to avail.idx; the device
-        // stores the flags, fences, and reads avail.idx. Without a fence here both could miss the other.
+        // virtio-driver reads the used flags without a barrier after its store to avail.idx; the
+        // device stores the flags, fences, and reads avail.idx. Without a fence here both could
+        // miss the other.
         fence(Ordering::SeqCst);
         if self.ring.avail_notif_needed() {
             self.kick.notify()?;
@@ -364,7 +389,8 @@ impl Queue {
         fence(Ordering::SeqCst);
         if !self.ring.completions().has_next() {
             let mut fds = [PollFd::new(&self.call, PollFlags::IN)];
-            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+            let limit =
+                Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
             match poll(&mut fds, Some(&limit)) {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
                 Ok(_) => drop(self.call.read()?),
@@ -384,7 +410,11 @@ impl Queue {
     /// Submits one request and waits for its answer; the queue must be idle.
     ///
     /// Fails with `TimedOut` when the device does not answer within `limit`.
-    pub fn execute(&mut self, request: Request<'_>, limit: Duration) -> io::Result<(Status, Vec<u8>)> {
+    pub fn execute(
+        &mut self,
+        request: Request<'_>,
+        limit: Duration,
+    ) -> io::Result<(Status, Vec<u8>)> {
         assert_eq!(self.in_flight, 0, "`execute` is for an idle queue");
         self.submit(request, 0)?;
         self.kick()?;
@@ -395,7 +425,9 @@ impl Queue {
             match (answer.take(), deadline.checked_duration_since(Instant::now())) {
                 (Some(answer), _) => return Ok(answer),
                 (None, Some(left)) => self.wait(left.min(Duration::from_millis(100)))?,
-                (None, None) => return Err(io::Error::new(io::ErrorKind::TimedOut, "unanswered request")),
+                (None, None) => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "unanswered request"));
+                }
             }
         }
     }
@@ -403,8 +435,9 @@ impl Queue {
     /// Puts `data`, or a pattern, into a slot.
     fn fill(&mut self, slot: usize, len: usize, data: Option<&[u8]>) {
         let target = self.session.buffers.as_mut_ptr();
-        // SAFETY: `slot` came from `free_slots`, so `slot..slot + slot_bytes` is inside the mapping, which
-        // `session` keeps, and belongs to this queue alone; `len <= slot_bytes`. No reference to it exists.
+        // SAFETY: `slot` came from `free_slots`, so `slot..slot + slot_bytes` is inside the
+        // mapping, which `session` keeps, and belongs to this queue alone; `len <= slot_bytes`. No
+        // reference to it exists.
         unsafe {
             match data {
                 Some(data) => std::ptr::copy_nonoverlapping(data.as_ptr(), target.add(slot), len),
@@ -416,8 +449,8 @@ impl Queue {
     /// Copies the first `len` bytes of a slot into `self.copy`.
     fn copy_out(&mut self, slot: usize, len: usize) {
         let source = self.session.buffers.as_ptr();
-        // SAFETY: as in `fill`; `copy` is `slot_bytes` long and private. The bytes may still change when the
-        // device misbehaves; they are plain data and only ever copied.
+        // SAFETY: as in `fill`; `copy` is `slot_bytes` long and private. The bytes may still change
+        // when the device misbehaves; they are plain data and only ever copied.
         unsafe { std::ptr::copy_nonoverlapping(source.add(slot), self.copy.as_mut_ptr(), len) }
     }
 
@@ -438,14 +471,16 @@ fn piece(start: *mut u8, len: usize) -> iovec {
     iovec { iov_base: start.cast::<c_void>(), iov_len: len }
 }
 
-/// Plays the device: answers every request that is in the ring from number `taken` on, with success and without
-/// moving data. Says the number after the last.
+/// Plays the device: answers every request that is in the ring from number `taken` on, with success
+/// and without moving data. Says the number after the last.
 fn answer_all(ring: &Virtqueue<'static, Wire>, mut taken: u16) -> u16 {
     let size = ring.queue_size();
-    let (table, avail, used) = (ring.desc_table_ptr(), ring.driver_area_ptr(), ring.device_area_ptr());
-    // SAFETY: the pointers are those of a live split ring of `size` entries (virtio 1.2, 2.7.5, 2.7.6, 2.7.8), which
-    // only this thread uses; indices are taken modulo `size`, and the last buffer of each chain is the `status` of a
-    // `Wire` in the same mapping, because `fast` makes no other chains.
+    let (table, avail, used) =
+        (ring.desc_table_ptr(), ring.driver_area_ptr(), ring.device_area_ptr());
+    // SAFETY: the pointers are those of a live split ring of `size` entries (virtio 1.2, 2.7.5,
+    // 2.7.6, 2.7.8), which only this thread uses; indices are taken modulo `size`, and the last
+    // buffer of each chain is the `status` of a `Wire` in the same mapping, because `fast` makes no
+    // other chains.
     unsafe {
         let published = avail.add(2).cast::<u16>().read_volatile();
         while taken != published {

@@ -33,7 +33,8 @@ pub struct CtlOutput {
 /// A new directory on a disk, where direct I/O works: beside the binaries.
 pub fn disk_directory() -> TempDir {
     let bin = binary("vhost-hotswap");
-    tempfile::tempdir_in(bin.parent().expect("a directory with binaries")).expect("a temporary directory")
+    tempfile::tempdir_in(bin.parent().expect("a directory with binaries"))
+        .expect("a temporary directory")
 }
 
 /// A running daemon in a directory of its own; it is killed when this is dropped.
@@ -56,11 +57,15 @@ impl Daemon {
     /// As [`start`](Self::start), under a shell's `ulimit LIMIT`.
     pub fn start_with_ulimit(limit: &str, args: &[&str]) -> Daemon {
         let mut command = Command::new("sh");
-        command.arg("-c").arg(format!("ulimit {limit} && exec \"$0\" \"$@\"")).arg(binary("vhost-hotswap"));
+        command
+            .arg("-c")
+            .arg(format!("ulimit {limit} && exec \"$0\" \"$@\""))
+            .arg(binary("vhost-hotswap"));
         Daemon::start_command(command, args)
     }
 
-    /// As [`start`](Self::start), by a command that ends in what is given to it: the daemon's path and arguments.
+    /// As [`start`](Self::start), by a command that ends in what is given to it: the daemon's path
+    /// and arguments.
     pub fn start_command(command: Command, args: &[&str]) -> Daemon {
         Daemon::spawn(command, args, None)
     }
@@ -76,8 +81,10 @@ impl Daemon {
     }
 
     fn spawn(mut command: Command, args: &[&str], stderr: Option<Stdio>) -> Daemon {
-        let directory =
-            tempfile::Builder::new().prefix("hotswap-test-").tempdir().expect("a temporary directory");
+        let directory = tempfile::Builder::new()
+            .prefix("hotswap-test-")
+            .tempdir()
+            .expect("a temporary directory");
         let socket = directory.path().join("vhost.sock");
         // The default of the daemon, unless the test says something else.
         let control = match args.iter().position(|&arg| arg == "--control-path") {
@@ -112,7 +119,11 @@ impl Daemon {
             {
                 return;
             }
-            assert!(Instant::now() < deadline, "vhost-hotswap {args:?} does not answer:\n{}", self.log());
+            assert!(
+                Instant::now() < deadline,
+                "vhost-hotswap {args:?} does not answer:\n{}",
+                self.log()
+            );
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -145,22 +156,31 @@ impl Daemon {
 
     /// A new connection to the control socket.
     pub fn rpc(&self) -> Control {
-        Control::connect(&self.control).unwrap_or_else(|e| panic!("control socket: {e}\n{}", self.log()))
+        Control::connect(&self.control)
+            .unwrap_or_else(|e| panic!("control socket: {e}\n{}", self.log()))
     }
 
     /// Runs `hotswapctl --json ARGS` against this daemon.
     pub fn ctl(&self, args: &[&str]) -> CtlOutput {
         let mut command = Command::new(binary("hotswapctl"));
         command.arg("--control-path").arg(&self.control).arg("--json").args(args);
-        run(&mut command).unwrap_or_else(|| panic!("hotswapctl {args:?} hangs; daemon:\n{}", self.log()))
+        run(&mut command)
+            .unwrap_or_else(|| panic!("hotswapctl {args:?} hangs; daemon:\n{}", self.log()))
     }
 
     /// A command that must succeed; its JSON reply.
     pub fn call(&self, args: &[&str]) -> Value {
         let output = self.ctl(args);
-        assert_eq!(output.status, 0, "hotswapctl {args:?}: {}\ndaemon:\n{}", output.stderr, self.log());
-        serde_json::from_str(&output.stdout)
-            .unwrap_or_else(|e| panic!("hotswapctl {args:?} printed no JSON ({e}): {}", output.stdout))
+        assert_eq!(
+            output.status,
+            0,
+            "hotswapctl {args:?}: {}\ndaemon:\n{}",
+            output.stderr,
+            self.log()
+        );
+        serde_json::from_str(&output.stdout).unwrap_or_else(|e| {
+            panic!("hotswapctl {args:?} printed no JSON ({e}): {}", output.stdout)
+        })
     }
 
     /// A command that must be refused (exit 1); the sentence on standard error.
@@ -189,8 +209,12 @@ impl Daemon {
 
     /// A line of a file of the daemon's in `/proc` that gives an amount of memory, in KiB.
     pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/{file}", self.pid())).expect("the daemon lives");
-        let line = text.lines().find_map(|line| line.strip_prefix(field)).expect("the kernel has this line");
+        let text =
+            fs::read_to_string(format!("/proc/{}/{file}", self.pid())).expect("the daemon lives");
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(field))
+            .expect("the kernel has this line");
         line.trim().trim_end_matches("kB").trim().parse().expect("a number")
     }
 
@@ -301,7 +325,11 @@ fn run_for(command: &mut Command, limit: Duration) -> Option<CtlOutput> {
     let text = |reader: thread::JoinHandle<Vec<u8>>| {
         String::from_utf8_lossy(&reader.join().expect("the reader does not panic")).into_owned()
     };
-    Some(CtlOutput { status: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
+    Some(CtlOutput {
+        status: status.code().unwrap_or(-1),
+        stdout: text(stdout),
+        stderr: text(stderr),
+    })
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
@@ -361,8 +389,10 @@ impl Control {
         let id = self.next_id;
         self.next_id += 1;
         let call = json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
-        self.send_raw(format!("{call}\n").as_bytes()).unwrap_or_else(|e| panic!("sending {method}: {e}"));
-        let reply = self.receive().unwrap_or_else(|e| panic!("waiting for the reply to {method}: {e}"));
+        self.send_raw(format!("{call}\n").as_bytes())
+            .unwrap_or_else(|e| panic!("sending {method}: {e}"));
+        let reply =
+            self.receive().unwrap_or_else(|e| panic!("waiting for the reply to {method}: {e}"));
         let reply = reply.unwrap_or_else(|| panic!("the daemon hung up on {method}"));
         assert_eq!(reply["id"], id, "a reply to something else: {reply}");
         match reply.get("error") {
@@ -421,7 +451,9 @@ pub fn module_with_wrong_abi(directory: &Path) -> PathBuf {
         .enumerate()
         .filter_map(|(at, window)| (window == DESCRIPTOR_MAGIC).then_some(at))
         // The module may hold the magic a second time, as the constant it was made from.
-        .filter(|at| bytes.get(at + 16..at + 20).is_some_and(|size| (24..65536).contains(&le32(size))))
+        .filter(|at| {
+            bytes.get(at + 16..at + 20).is_some_and(|size| (24..65536).contains(&le32(size)))
+        })
         .collect();
     assert!(!places.is_empty(), "the ramdisk module has no descriptor");
     for at in places {

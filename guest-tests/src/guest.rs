@@ -1,13 +1,13 @@
 //! A real Linux guest under QEMU, to do I/O in and to run commands in while its disk is upgraded.
 //!
-//! [`Guest::boot`] starts QEMU with the kernel and initramfs of [`crate::initramfs`] and comes back when the guest's
-//! agent answers. Commands then go over a virtio-serial port, machine commands over QMP, and the kernel's console into a
-//! file whose end is part of every error.
+//! [`Guest::boot`] starts QEMU with the kernel and initramfs of [`crate::initramfs`] and comes back
+//! when the guest's agent answers. Commands then go over a virtio-serial port, machine commands
+//! over QMP, and the kernel's console into a file whose end is part of every error.
 //!
-//! Invariants: every wait has a deadline; a guest that panics or a QEMU that exits ends a wait at once; QEMU dies with
-//! its [`Guest`]; and at most one guest runs at a time per target directory, because two on a small machine would
-//! only make each other's deadlines pass. So a test that boots a second guest before it drops the first would
-//! wait for itself for ever.
+//! Invariants: every wait has a deadline; a guest that panics or a QEMU that exits ends a wait at
+//! once; QEMU dies with its [`Guest`]; and at most one guest runs at a time per target directory,
+//! because two on a small machine would only make each other's deadlines pass. So a test that boots
+//! a second guest before it drops the first would wait for itself for ever.
 //!
 //! It knows a vhost-user socket, but not who listens there: nothing in here is about upgrades.
 
@@ -45,8 +45,8 @@ const CONSOLE_TAIL_LINES: usize = 80;
 const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 quiet loglevel=4 rdinit=/init random.trust_cpu=on panic=0 mitigations=off";
 
-/// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device access for every
-/// look at the clock: fio then does half the I/O.
+/// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device
+/// access for every look at the clock: fio then does half the I/O.
 const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc";
 
 /// What to boot. The defaults suit a disk with two queues.
@@ -139,9 +139,11 @@ impl Guest {
             console_tail: String::new(),
         };
         let target = target_dir();
-        let boot_files = initramfs::boot_files(&target).map_err(|e| failed("cannot make an initramfs", e))?;
+        let boot_files =
+            initramfs::boot_files(&target).map_err(|e| failed("cannot make an initramfs", e))?;
         let turn = take_turn(&target).map_err(|e| failed("cannot lock guest-tests.lock", e))?;
-        let directory = tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
+        let directory =
+            tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
         let console = Console { path: directory.path().join("console.log") };
 
         let started = Instant::now();
@@ -181,7 +183,8 @@ impl Guest {
         self.spawn(script).wait(deadline)
     }
 
-    /// Runs a script that has to exit with 0, and gives back its output without the newline at its end.
+    /// Runs a script that has to exit with 0, and gives back its output without the newline at its
+    /// end.
     #[track_caller]
     pub fn sh(&self, script: &str) -> String {
         let output = self.run(script);
@@ -194,7 +197,9 @@ impl Guest {
     pub fn spawn(&self, script: &str) -> Job<'_> {
         match self.agent.send(script) {
             Ok(ticket) => Job { guest: self, script: script.to_owned(), ticket },
-            Err(error) => panic!("{}", self.console.error(format!("cannot send `{script}`: {error}"))),
+            Err(error) => {
+                panic!("{}", self.console.error(format!("cannot send `{script}`: {error}")))
+            }
         }
     }
 
@@ -211,7 +216,8 @@ impl Guest {
 
     /// Runs a command of the human monitor, such as `info virtio`, and gives back what it prints.
     pub fn monitor(&self, command_line: &str) -> Result<String> {
-        let text = self.qmp_with("human-monitor-command", json!({ "command-line": command_line }))?;
+        let text =
+            self.qmp_with("human-monitor-command", json!({ "command-line": command_line }))?;
         Ok(text.as_str().unwrap_or_default().to_owned())
     }
 
@@ -252,7 +258,10 @@ impl Guest {
         if self.has_exited() {
             return Some("QEMU has exited".to_owned());
         }
-        self.console.text().contains("Kernel panic - not syncing").then(|| "the guest panicked".to_owned())
+        self.console
+            .text()
+            .contains("Kernel panic - not syncing")
+            .then(|| "the guest panicked".to_owned())
     }
 
     fn has_exited(&self) -> bool {
@@ -278,7 +287,8 @@ pub struct Job<'guest> {
 }
 
 impl Job<'_> {
-    /// Whether the script has ended, one way or another; a later [`wait`](Self::wait) then returns at once.
+    /// Whether the script has ended, one way or another; a later [`wait`](Self::wait) then returns
+    /// at once.
     pub fn has_ended(&self) -> bool {
         self.guest.agent.has_ended(self.ticket)
     }
@@ -292,7 +302,9 @@ impl Job<'_> {
         let guest = self.guest;
         match guest.agent.wait(self.ticket, deadline, || guest.trouble()) {
             Ok(output) => output,
-            Err(what) => panic!("{}", guest.console.error(format!("`{}` in the guest: {what}", self.script))),
+            Err(what) => {
+                panic!("{}", guest.console.error(format!("`{}` in the guest: {what}", self.script)))
+            }
         }
     }
 }
@@ -304,7 +316,9 @@ struct Console {
 
 impl Console {
     fn text(&self) -> String {
-        fs::read(&self.path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+        fs::read(&self.path)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
     }
 
     fn error(&self, what: String) -> GuestError {
@@ -316,8 +330,8 @@ impl Console {
     }
 }
 
-/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so there is no
-/// moment at which a socket is not there yet.
+/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so
+/// there is no moment at which a socket is not there yet.
 fn start_qemu(
     options: &GuestOptions,
     boot_files: &initramfs::BootFiles,
@@ -345,13 +359,21 @@ fn start_qemu(
     command.arg("-kernel").arg(&boot_files.kernel).arg("-initrd").arg(&boot_files.initramfs);
     command.args(["-append", &command_line, "-serial"]);
     command.arg(format!("file:{}", directory.join("console.log").display()));
-    command.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=agent"]);
+    command.args([
+        "-device",
+        "virtio-serial-pci",
+        "-device",
+        "virtserialport,chardev=agent,name=agent",
+    ]);
     command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent_path.display()));
     command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp_path.display()));
     command.args(["-mon", "chardev=qmp,mode=control"]);
     for (index, socket) in options.vhost_sockets.iter().enumerate() {
-        let reconnect = options.reconnect.map(|seconds| format!(",reconnect={seconds}")).unwrap_or_default();
-        command.arg("-chardev").arg(format!("socket,id=disk{index},path={}{reconnect}", socket.display()));
+        let reconnect =
+            options.reconnect.map(|seconds| format!(",reconnect={seconds}")).unwrap_or_default();
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=disk{index},path={}{reconnect}", socket.display()));
         command.arg("-device").arg(format!(
             "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},queue-size={}",
             options.queues, options.queue_size
@@ -412,13 +434,17 @@ fn kvm_is_usable() -> bool {
 
 fn take_turn(target: &Path) -> io::Result<File> {
     fs::create_dir_all(target)?;
-    let lock =
-        File::options().create(true).truncate(false).write(true).open(target.join("guest-tests.lock"))?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(target.join("guest-tests.lock"))?;
     lock.lock()?;
     Ok(lock)
 }
 
-/// The target directory that the running test binary came from; Cargo tags it so that backups skip it.
+/// The target directory that the running test binary came from; Cargo tags it so that backups skip
+/// it.
 fn target_dir() -> PathBuf {
     let running = std::env::current_exe().unwrap_or_default();
     running

@@ -1,13 +1,14 @@
 //! The guest's root file system: an initramfs put together from the programs of the host.
 //!
-//! A guest needs little: a shell, `fio`, the ext4 tools, the virtio drivers of the host's kernel package and
-//! an init that serves commands. All of it is installed on the host already (`scripts/setup`), so it is packed
-//! here, with the shared libraries that `ldd` names and the modules that `modules.dep` orders, rather than
-//! downloaded or kept in the repository.
+//! A guest needs little: a shell, `fio`, the ext4 tools, the virtio drivers of the host's kernel
+//! package and an init that serves commands. All of it is installed on the host already
+//! (`scripts/setup`), so it is packed here, with the shared libraries that `ldd` names and the
+//! modules that `modules.dep` orders, rather than downloaded or kept in the repository.
 //!
-//! The archive is plain `newc` cpio without compression, because under TCG the guest unpacks memory faster than
-//! it inflates it. It is cached under `target/` by a hash of all inputs; it is written to a temporary file and then
-//! renamed, so test processes that build it at the same time do not see halves of each other's work.
+//! The archive is plain `newc` cpio without compression, because under TCG the guest unpacks memory
+//! faster than it inflates it. It is cached under `target/` by a hash of all inputs; it is written
+//! to a temporary file and then renamed, so test processes that build it at the same time do not
+//! see halves of each other's work.
 //!
 //! This file does not know QEMU, nor what the guest is asked to do.
 
@@ -22,10 +23,12 @@ use std::process::Command;
 
 const INIT: &str = include_str!("../initramfs/init");
 
-/// Programs that are copied with the libraries they link; each is looked up in the usual directories.
+/// Programs that are copied with the libraries they link; each is looked up in the usual
+/// directories.
 const PROGRAMS: [&str; 5] = ["fio", "mkfs.ext4", "e2fsck", "tune2fs", "debugfs"];
 
-/// Drivers the guest needs, with hyphens and underscores as in `modules.dep`. Missing ones are built in.
+/// Drivers the guest needs, with hyphens and underscores as in `modules.dep`. Missing ones are
+/// built in.
 const DRIVERS: [&str; 3] = ["virtio_pci", "virtio_console", "virtio_blk"];
 
 /// A kernel and the initramfs that belongs to it.
@@ -37,7 +40,8 @@ pub struct BootFiles {
     pub initramfs: PathBuf,
 }
 
-/// Finds the newest installed cloud kernel and the initramfs for it, building the latter if it is not cached.
+/// Finds the newest installed cloud kernel and the initramfs for it, building the latter if it is
+/// not cached.
 pub fn boot_files(cache_dir: &Path) -> io::Result<BootFiles> {
     let (kernel, release) = newest_kernel()?;
     let archive = Archive::collect(&release)?;
@@ -75,7 +79,8 @@ impl Archive {
         archive.add("dev/console", Node::Console);
         archive.add("bin/busybox", Node::Copy(program("busybox")?));
         archive.add("bin/sh", Node::Link("busybox"));
-        // mkfs.ext4 reads its defaults from here; without it, it warns and picks others than the host does.
+        // mkfs.ext4 reads its defaults from here; without it, it warns and picks others than the
+        // host does.
         archive.add("etc/mke2fs.conf", Node::Copy("/etc/mke2fs.conf".into()));
         // Programs ask for the owner of files and for "/etc/mtab" (e2fsck: is it mounted?).
         archive.add("etc/passwd", Node::Text("root:x:0:0:root:/root:/bin/sh\n".to_owned()));
@@ -152,10 +157,14 @@ fn write_entry(
     (major, minor): (u32, u32),
     bytes: &[u8],
 ) -> io::Result<()> {
-    let size = u32::try_from(bytes.len()).map_err(|_| io::Error::other(format!("{path} is too large")))?;
+    let size =
+        u32::try_from(bytes.len()).map_err(|_| io::Error::other(format!("{path} is too large")))?;
     let name_size = path.len() as u32 + 1;
     let (links, owner, mtime, checksum) = (1, 0, 0, 0);
-    write!(out, "070701{inode:08x}{mode:08x}{owner:08x}{owner:08x}{links:08x}{mtime:08x}{size:08x}")?;
+    write!(
+        out,
+        "070701{inode:08x}{mode:08x}{owner:08x}{owner:08x}{links:08x}{mtime:08x}{size:08x}"
+    )?;
     write!(out, "{:08x}{:08x}{major:08x}{minor:08x}{name_size:08x}{checksum:08x}{path}\0", 0, 0)?;
     let header = 110 + path.len() + 1;
     out.write_all(&[0; 3][..header.next_multiple_of(4) - header])?;
@@ -168,7 +177,8 @@ fn newest_kernel() -> io::Result<(PathBuf, String)> {
     let mut best: Option<(Vec<u64>, PathBuf, String)> = None;
     for entry in fs::read_dir("/boot")? {
         let path = entry?.path();
-        let Some(release) = path.file_name().and_then(OsStr::to_str).and_then(|n| n.strip_prefix("vmlinuz-"))
+        let Some(release) =
+            path.file_name().and_then(OsStr::to_str).and_then(|n| n.strip_prefix("vmlinuz-"))
         else {
             continue;
         };
@@ -211,7 +221,8 @@ fn modules_in_order(release: &str) -> io::Result<Vec<PathBuf>> {
     Ok(ordered.into_iter().map(|path| root.join(path)).collect())
 }
 
-/// Where a program is installed on the host; `sbin` is looked at too, since a user's PATH often lacks it.
+/// Where a program is installed on the host; `sbin` is looked at too, since a user's PATH often
+/// lacks it.
 pub fn program(name: &str) -> io::Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/bin", "/bin", "/usr/sbin", "/sbin"].map(PathBuf::from);

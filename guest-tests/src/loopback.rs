@@ -1,7 +1,8 @@
-//! Storage of the host's, made of files: loop devices with sectors of any size, and file systems on them.
+//! Storage of the host's, made of files: loop devices with sectors of any size, and file systems on
+//! them.
 //!
-//! Both take root, and a kernel that has them. Where they cannot be had, what makes them says why on
-//! standard error and gives `None`, and a test that needs them passes without.
+//! Both take root, and a kernel that has them. Where they cannot be had, what makes them says why
+//! on standard error and gives `None`, and a test that needs them passes without.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,10 @@ pub fn host(program: &str, args: &[&str]) -> Option<String> {
         }
     };
     if !output.status.success() {
-        eprintln!("skipped: {program} {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        eprintln!(
+            "skipped: {program} {args:?}: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
         return None;
     }
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
@@ -37,8 +41,8 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// A device of `len` zero bytes with sectors of `sector` bytes, on a file in a directory under `place`. `more` are
-    /// further options of losetup(8).
+    /// A device of `len` zero bytes with sectors of `sector` bytes, on a file in a directory under
+    /// `place`. `more` are further options of losetup(8).
     pub fn new(place: &Path, len: u64, sector: u32, more: &[&str]) -> Option<LoopDevice> {
         let directory = tempfile::tempdir_in(place).expect("a temporary directory");
         let file = directory.path().join("disk.img");

@@ -1,4 +1,5 @@
-//! Modules that only tests have: built when they are needed, because no installation should have them.
+//! Modules that only tests have: built when they are needed, because no installation should have
+//! them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,19 +8,22 @@ use std::{fs, io};
 
 use crate::daemon::binary;
 
-/// The path of the module `stubborn`, which leaves something behind; see its own page for what. Built at the first call.
+/// The path of the module `stubborn`, which leaves something behind; see its own page for what.
+/// Built at the first call.
 pub fn stubborn() -> String {
     static BUILT: OnceLock<String> = OnceLock::new();
     BUILT.get_or_init(|| build("stubborn")).clone()
 }
 
-/// The path of the module `fragile`: the domain `file`, which panics at a flush. Built at the first call.
+/// The path of the module `fragile`: the domain `file`, which panics at a flush. Built at the first
+/// call.
 pub fn fragile() -> String {
     static BUILT: OnceLock<String> = OnceLock::new();
     BUILT.get_or_init(|| build("fragile")).clone()
 }
 
-/// Puts `count` copies of a domain's module into `directory`, which the loader takes for different ones. Their paths.
+/// Puts `count` copies of a domain's module into `directory`, which the loader takes for different
+/// ones. Their paths.
 pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<String>> {
     let mut bytes = fs::read(binary(&format!("libdomain_{domain}.so")))?;
     let copy = |index| {
@@ -41,9 +45,19 @@ fn build(name: &str) -> String {
         .expect("TARGET/release/vhost-hotswap")
         .join("modules")
         .join(name);
-    let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules").join(name).join("Cargo.toml");
+    let manifest =
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules").join(name).join("Cargo.toml");
     let built = Command::new(env!("CARGO"))
-        .args(["rustc", "--quiet", "--release", "--lib", "--features", "module", "--crate-type", "cdylib"])
+        .args([
+            "rustc",
+            "--quiet",
+            "--release",
+            "--lib",
+            "--features",
+            "module",
+            "--crate-type",
+            "cdylib",
+        ])
         .arg("--manifest-path")
         .arg(manifest)
         .arg("--target-dir")

@@ -1,7 +1,9 @@
-//! An operator that keeps books: upgrades a daemon, and in the end holds its `status` against what was done.
+//! An operator that keeps books: upgrades a daemon, and in the end holds its `status` against what
+//! was done.
 //!
-//! The daemon's counters are only worth something if somebody counts along. So every call goes through here, each
-//! reply has to name the next generation, and [`Operator::settle`] compares the totals.
+//! The daemon's counters are only worth something if somebody counts along. So every call goes
+//! through here, each reply has to name the next generation, and [`Operator::settle`] compares the
+//! totals.
 //!
 //! It does not know who does I/O meanwhile, guest or native client.
 
@@ -26,7 +28,8 @@ impl<'daemon> Operator<'daemon> {
     /// Takes the present state as the opening balance.
     pub fn new(daemon: &'daemon Daemon) -> Self {
         let status = daemon.status();
-        let number = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("not a number in {status}"));
+        let number =
+            |value: &Value| value.as_u64().unwrap_or_else(|| panic!("not a number in {status}"));
         Operator {
             daemon,
             generation: number(&status["generation"]),
@@ -37,7 +40,8 @@ impl<'daemon> Operator<'daemon> {
         }
     }
 
-    /// Upgrades to `name`, with more arguments for `hotswapctl upgrade` if needed; it must commit as `mode`.
+    /// Upgrades to `name`, with more arguments for `hotswapctl upgrade` if needed; it must commit
+    /// as `mode`.
     #[track_caller]
     pub fn upgrade(&mut self, name: &str, mode: &str, more: &[&str]) -> Value {
         let reply = self.daemon.call(&[&["upgrade", name, "--mode", mode], more].concat());
@@ -56,7 +60,8 @@ impl<'daemon> Operator<'daemon> {
         reply
     }
 
-    /// An upgrade that must be refused, and must leave the device as it was; the sentence it was refused with.
+    /// An upgrade that must be refused, and must leave the device as it was; the sentence it was
+    /// refused with.
     #[track_caller]
     pub fn upgrade_refused(&mut self, name: &str, more: &[&str]) -> String {
         let before = self.daemon.status();
@@ -70,7 +75,8 @@ impl<'daemon> Operator<'daemon> {
         sentence
     }
 
-    /// Waits for a takeover of the domain that dies by itself, 10 s at most: one more generation, and the standby is used up.
+    /// Waits for a takeover of the domain that dies by itself, 10 s at most: one more generation,
+    /// and the standby is used up.
     #[track_caller]
     pub fn taken_over(&mut self, by: &str) {
         self.takeovers += 1;
@@ -116,7 +122,8 @@ impl<'daemon> Operator<'daemon> {
         self.generation += 1;
         assert_eq!(reply["generation"], self.generation, "{reply}");
         assert_eq!(reply["mode"], mode, "{reply}");
-        let pause = reply["phases_us"]["pause"].as_f64().unwrap_or_else(|| panic!("no pause in {reply}"));
+        let pause =
+            reply["phases_us"]["pause"].as_f64().unwrap_or_else(|| panic!("no pause in {reply}"));
         assert!(mode != "swap" || pause == 0.0, "a swap pauses nobody: {reply}");
     }
 }

@@ -1,14 +1,19 @@
-//! A disk whose power can be cut: a file in user space (FUSE) that forgets what nobody has asked it to keep.
+//! A disk whose power can be cut: a file in user space (FUSE) that forgets what nobody has asked it
+//! to keep.
 //!
-//! The kernel in between is the real one, and the daemon is what is shipped, io_uring and all; only what lies below the file is played. A write ends
-//! when it is in the disk's volatile cache; `fsync` makes durable what was in the cache when it began, takes its time, and writes go on meanwhile. After
-//! the cut nothing is answered any more, and what is left is [`Disk::image`]: nothing that was not synced.
+//! The kernel in between is the real one, and the daemon is what is shipped, io_uring and all; only
+//! what lies below the file is played. A write ends when it is in the disk's volatile cache;
+//! `fsync` makes durable what was in the cache when it began, takes its time, and writes go on
+//! meanwhile. After the cut nothing is answered any more, and what is left is [`Disk::image`]:
+//! nothing that was not synced.
 //!
-//! With a page cache in front of it ([`Disk::mount_cached`]) writes come when the kernel writes back, and can be made to
-//! fail then ([`Disk::set_full`]), as on storage that is full behind a file system that had promised room.
+//! With a page cache in front of it ([`Disk::mount_cached`]) writes come when the kernel writes
+//! back, and can be made to fail then ([`Disk::set_full`]), as on storage that is full behind a
+//! file system that had promised room.
 //!
-//! The protocol is that of `include/uapi/linux/fuse.h`; the mount point is a file, so that there are no names to look up. It wants `/dev/fuse` and the
-//! right to mount, which root has; where that is missing, [`Disk::mount`] says so.
+//! The protocol is that of `include/uapi/linux/fuse.h`; the mount point is a file, so that there
+//! are no names to look up. It wants `/dev/fuse` and the right to mount, which root has; where that
+//! is missing, [`Disk::mount`] says so.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -63,7 +68,8 @@ struct Sectors {
 struct Shared {
     device: File,
     sectors: Mutex<Sectors>,
-    /// One sync at a time, so that one that finds nothing left to do does not end before the one that does it.
+    /// One sync at a time, so that one that finds nothing left to do does not end before the one
+    /// that does it.
     syncing: Mutex<()>,
 }
 
@@ -86,7 +92,8 @@ impl Disk {
         Disk::mount_with(len, 0)
     }
 
-    /// As [`mount`](Self::mount), with writes that stay in the kernel's page cache until it writes them back.
+    /// As [`mount`](Self::mount), with writes that stay in the kernel's page cache until it writes
+    /// them back.
     pub fn mount_cached(len: usize) -> io::Result<Disk> {
         let disk = Disk::mount_with(len, WRITEBACK_CACHE)?;
         // With such a cache the kernel is the one who knows the size, and it begins with 0.
@@ -98,7 +105,8 @@ impl Disk {
         let device = File::options().read(true).write(true).open("/dev/fuse")?;
         let point = NamedTempFile::with_prefix("hotswap-power-")?;
         let options = format!("fd={},rootmode=100000,user_id=0,group_id=0\0", device.as_raw_fd());
-        let options = std::ffi::CStr::from_bytes_with_nul(options.as_bytes()).expect("ends with a zero");
+        let options =
+            std::ffi::CStr::from_bytes_with_nul(options.as_bytes()).expect("ends with a zero");
         mount("power", point.path(), "fuse", MountFlags::NOSUID | MountFlags::NODEV, options)?;
         let sectors = Sectors {
             current: vec![0; len],
@@ -108,7 +116,8 @@ impl Disk {
             full: false,
             syncs: 0,
         };
-        let shared = Arc::new(Shared { device, sectors: Mutex::new(sectors), syncing: Mutex::default() });
+        let shared =
+            Arc::new(Shared { device, sectors: Mutex::new(sectors), syncing: Mutex::default() });
         let served = Arc::clone(&shared);
         let server = Some(thread::spawn(move || served.serve(flags)));
         Ok(Disk { point, shared, server })
@@ -129,7 +138,8 @@ impl Disk {
         lock(&self.shared.sectors).full = full;
     }
 
-    /// Ends whatever still waits for an answer, with an error. A process that waits cannot even be killed before this.
+    /// Ends whatever still waits for an answer, with an error. A process that waits cannot even be
+    /// killed before this.
     pub fn take_away(&mut self) {
         if let Some(server) = self.server.take() {
             // Fails only if somebody else has done it.
@@ -270,14 +280,17 @@ impl Sectors {
         let mut out: Vec<u8> =
             [3600, 0, 1, len, len / 512, 0, 0, 0].into_iter().flat_map(u64::to_le_bytes).collect();
         // Nanoseconds of three times, mode, links, owner, group, device, block size, flags.
-        out.extend([0u32, 0, 0, 0o100_600, 1, 0, 0, 0, 4096, 0].into_iter().flat_map(u32::to_le_bytes));
+        out.extend(
+            [0u32, 0, 0, 0o100_600, 1, 0, 0, 0, 4096, 0].into_iter().flat_map(u32::to_le_bytes),
+        );
         out
     }
 }
 
 /// fuse_init_out. Without a write-back cache in the kernel a write is here when it ends.
 fn init(readahead: u32, flags: u32) -> Vec<u8> {
-    let mut out: Vec<u8> = [7u32, 31, readahead, flags].into_iter().flat_map(u32::to_le_bytes).collect();
+    let mut out: Vec<u8> =
+        [7u32, 31, readahead, flags].into_iter().flat_map(u32::to_le_bytes).collect();
     out.extend([64u16, 48].into_iter().flat_map(u16::to_le_bytes));
     out.extend([MAX_WRITE, 1].into_iter().flat_map(u32::to_le_bytes));
     out.resize(64, 0);

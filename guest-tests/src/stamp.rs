@@ -1,12 +1,14 @@
 //! Blocks that say what they are, and a load that checks every block it reads.
 //!
-//! Every 4 KiB block carries its own number, the sequence number of the write that put it there, the
-//! name of the writer and a hash over all of it. A read is compared with a [`Ledger`] of what each
-//! block may hold, so lost, repeated, late, torn and misplaced writes all show, and show apart.
+//! Every 4 KiB block carries its own number, the sequence number of the write that put it there,
+//! the name of the writer and a hash over all of it. A read is compared with a [`Ledger`] of what
+//! each block may hold, so lost, repeated, late, torn and misplaced writes all show, and show
+//! apart.
 //!
 //! Each queue's `Verifier` owns a range of blocks and never has two requests in flight on one
-//! block, so at every read there is exactly one right answer. Only after a write that failed, or that
-//! was abandoned in flight, there are two, the old content and the new; the ledger then keeps both.
+//! block, so at every read there is exactly one right answer. Only after a write that failed, or
+//! that was abandoned in flight, there are two, the old content and the new; the ledger then keeps
+//! both.
 
 mod load;
 mod report;
@@ -40,9 +42,13 @@ impl Stamp {
         assert_eq!(out.len(), BLOCK);
         let key = mix(self.block ^ mix(self.sequence ^ mix(self.writer)));
         for (index, word) in out.chunks_exact_mut(8).enumerate() {
-            word.copy_from_slice(&key.wrapping_add((index as u64).wrapping_mul(GOLDEN)).to_le_bytes());
+            word.copy_from_slice(
+                &key.wrapping_add((index as u64).wrapping_mul(GOLDEN)).to_le_bytes(),
+            );
         }
-        for (index, word) in [MAGIC, self.block, self.sequence, self.writer, 0].into_iter().enumerate() {
+        for (index, word) in
+            [MAGIC, self.block, self.sequence, self.writer, 0].into_iter().enumerate()
+        {
             out[index * 8..index * 8 + 8].copy_from_slice(&word.to_le_bytes());
         }
         let sum = hash(out);
@@ -52,8 +58,9 @@ impl Stamp {
     /// Reads the stamp of a block, or says what the block is instead.
     pub fn read(bytes: &[u8]) -> Result<Stamp, &'static str> {
         assert_eq!(bytes.len(), BLOCK);
-        let word =
-            |index: usize| u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("8 bytes"));
+        let word = |index: usize| {
+            u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("8 bytes"))
+        };
         if word(0) != MAGIC {
             return Err(if bytes.iter().all(|&b| b == 0) { "zeros" } else { "no stamp" });
         }
@@ -120,7 +127,8 @@ impl Ledger {
         self.blocks[index].push(content);
     }
 
-    /// Compares `bytes` with what a block may hold and says what is wrong; `index` counts from the first block.
+    /// Compares `bytes` with what a block may hold and says what is wrong; `index` counts from the
+    /// first block.
     ///
     /// A block that was read is no longer in doubt: it must not change back.
     fn check(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
@@ -143,7 +151,10 @@ impl Ledger {
             }
             _ => {}
         }
-        Err(format!("block {block} should hold {possible:?} of writer {}, but holds {text}", self.writer))
+        Err(format!(
+            "block {block} should hold {possible:?} of writer {}, but holds {text}",
+            self.writer
+        ))
     }
 }
 
@@ -204,7 +215,10 @@ mod tests {
         (1..=1000).for_each(|us| histogram.record(std::time::Duration::from_micros(us)));
         for (share, us) in [(0.5, 500.0), (0.99, 990.0), (0.999, 999.0)] {
             let found = histogram.quantile(share).as_nanos() as f64 / 1000.0;
-            assert!(found >= us && found <= us * 1.07, "quantile {share} of 1..1000 us is {found} us");
+            assert!(
+                found >= us && found <= us * 1.07,
+                "quantile {share} of 1..1000 us is {found} us"
+            );
         }
         assert_eq!(histogram.quantile(1.0), std::time::Duration::from_millis(1));
     }

@@ -1,4 +1,5 @@
-//! What was configured on the command line is what the guest's driver finds, before and after an upgrade.
+//! What was configured on the command line is what the guest's driver finds, before and after an
+//! upgrade.
 
 use std::path::Path;
 use std::thread;
@@ -14,7 +15,8 @@ const SERIAL: &str = "hotswap-0042";
 /// Everything about the disk that the guest can see from its attributes.
 fn assert_configuration(guest: &Guest) {
     let attribute = |name: &str| guest.sh(&format!("cat /sys/block/vda/{name}"));
-    // The size is in units of 512 bytes, whatever the block size (Documentation/ABI/stable/sysfs-block).
+    // The size is in units of 512 bytes, whatever the block size
+    // (Documentation/ABI/stable/sysfs-block).
     assert_eq!(attribute("size"), (CAPACITY / 512).to_string());
     assert_eq!(attribute("serial"), SERIAL);
     assert_eq!(attribute("queue/logical_block_size"), "512");
@@ -34,8 +36,16 @@ fn wait_for_connected(daemon: &Daemon, connected: bool) {
 #[test]
 fn the_guest_finds_the_configured_disk_also_after_upgrades() {
     let serial = format!("serial={SERIAL}");
-    let daemon =
-        Daemon::start(&["--domain", "ramdisk", "--param", "size=256M", "--param", &serial, "--queues", "2"]);
+    let daemon = Daemon::start(&[
+        "--domain",
+        "ramdisk",
+        "--param",
+        "size=256M",
+        "--param",
+        &serial,
+        "--queues",
+        "2",
+    ]);
     assert_eq!(daemon.status()["connected"], false);
     let mut operator = Operator::new(&daemon);
 
@@ -49,7 +59,9 @@ fn the_guest_finds_the_configured_disk_also_after_upgrades() {
     // The first and the last block are there, the one behind the last is not.
     let last = CAPACITY / 4096 - 1;
     let access = |block: u64| {
-        guest.run(&format!("dd if=/dev/vda of=/dev/null bs=4096 count=1 skip={block} iflag=direct")).stdout
+        guest
+            .run(&format!("dd if=/dev/vda of=/dev/null bs=4096 count=1 skip={block} iflag=direct"))
+            .stdout
     };
     for block in [0, last] {
         assert!(access(block).contains("1+0 records in"), "block {block}: {}", access(block));
@@ -81,7 +93,8 @@ fn rebind(guest: &Guest) {
 #[test]
 fn one_queue_is_one_queue_and_the_default_size_is_64m() {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "1"]);
-    let options = GuestOptions { queues: 1, queue_size: 64, ..GuestOptions::with_disk(daemon.socket()) };
+    let options =
+        GuestOptions { queues: 1, queue_size: 64, ..GuestOptions::with_disk(daemon.socket()) };
     let guest = Guest::boot(options).unwrap();
     assert_eq!(guest.sh("ls /sys/block/vda/mq"), "0");
     assert_eq!(guest.sh("blockdev --getsize64 /dev/vda"), (64 << 20).to_string());
@@ -94,7 +107,8 @@ fn one_queue_is_one_queue_and_the_default_size_is_64m() {
 #[test]
 fn rings_as_large_as_those_of_qemu_need_no_option() {
     let daemon = Daemon::start(&["--domain", "ramdisk"]);
-    let options = GuestOptions { queues: 1, queue_size: 1024, ..GuestOptions::with_disk(daemon.socket()) };
+    let options =
+        GuestOptions { queues: 1, queue_size: 1024, ..GuestOptions::with_disk(daemon.socket()) };
     let guest = Guest::boot(options).unwrap();
     assert_eq!(guest.sh("cat /sys/block/vda/queue/max_segments"), "126");
     guest.sh("dd if=/dev/zero of=/dev/vda bs=1M count=8 oflag=direct 2>/dev/null");

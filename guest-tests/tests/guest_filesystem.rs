@@ -1,4 +1,5 @@
-//! A file system is made, filled, checked and filled again while the device beneath it is exchanged.
+//! A file system is made, filled, checked and filled again while the device beneath it is
+//! exchanged.
 
 use std::thread;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use guest_tests::daemon::Daemon;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::operator::Operator;
 
-/// Each pass mounts afresh, so that what it checks comes from the device and not from the page cache.
+/// Each pass mounts afresh, so that what it checks comes from the device and not from the page
+/// cache.
 const SCRIPT: &str = "set -e
 mkfs.ext4 -q -F /dev/vda
 for pass in 1 2 3 4; do

@@ -1,4 +1,5 @@
-//! The promise itself: `fio` checks every block it wrote while the device is exchanged under it, in each mode.
+//! The promise itself: `fio` checks every block it wrote while the device is exchanged under it, in
+//! each mode.
 
 use std::fs::File;
 use std::thread;
@@ -13,10 +14,12 @@ const FIO_SECONDS: u32 = 15;
 const INTERVAL: Duration = Duration::from_millis(200);
 /// A slow machine makes fewer upgrades in the time that fio runs, but not fewer than this.
 const AT_LEAST: u64 = 20;
-/// A request that waited for a lost kick takes longer than this; fio's own tail under TCG is below a tenth of it.
+/// A request that waited for a lost kick takes longer than this; fio's own tail under TCG is below
+/// a tenth of it.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Calls `exchange` again and again while fio runs, then checks what fio, the daemon and the guest's kernel say.
+/// Calls `exchange` again and again while fio runs, then checks what fio, the daemon and the
+/// guest's kernel say.
 fn exchange_under_fio(daemon: Daemon, mut exchange: impl FnMut(&mut Operator<'_>, usize)) {
     let guest = Guest::boot(GuestOptions::with_disk(daemon.socket())).unwrap();
     let mut operator = Operator::new(&daemon);
@@ -38,7 +41,10 @@ fn exchange_under_fio(daemon: Daemon, mut exchange: impl FnMut(&mut Operator<'_>
     operator.settle();
     let status = daemon.status();
     for queue in status["queues"].as_array().unwrap() {
-        assert!(queue["requests"].as_u64().is_some_and(|count| count > 1000), "both queues work: {status}");
+        assert!(
+            queue["requests"].as_u64().is_some_and(|count| count > 1000),
+            "both queues work: {status}"
+        );
     }
     let dmesg = guest.sh("dmesg");
     assert!(!dmesg.contains("I/O error"), "{dmesg}");
@@ -77,14 +83,16 @@ fn swaps_lose_nothing_and_pause_nobody() {
     });
 }
 
-/// Not what this project is for, but what a new version of the daemon takes: it ends and begins again, and the guest waits.
+/// Not what this project is for, but what a new version of the daemon takes: it ends and begins
+/// again, and the guest waits.
 #[test]
 fn restarts_of_the_daemon_lose_nothing() {
     let directory = guest_tests::daemon::disk_directory();
     let image = directory.path().join("disk.img");
     File::create(&image).unwrap().set_len(64 << 20).unwrap();
     let path = image.to_str().unwrap();
-    let mut daemon = Daemon::start(&["--blk-file", path, "--queues", "2", "--param", "direct=true"]);
+    let mut daemon =
+        Daemon::start(&["--blk-file", path, "--queues", "2", "--param", "direct=true"]);
     let options = GuestOptions { reconnect: Some(1), ..GuestOptions::with_disk(daemon.socket()) };
     let guest = Guest::boot(options).unwrap();
     let fio = Fio::start(&guest, FIO_SECONDS);

@@ -85,16 +85,24 @@ fn a_read_only_disk_can_be_read_and_not_written() {
             before.split_whitespace().next(),
             "the guest reads what is in the image"
         );
-        for write in ["dd if=/dev/zero of=/dev/vda bs=4096 count=1 oflag=direct", "mkfs.ext4 -q -F /dev/vda"]
+        for write in
+            ["dd if=/dev/zero of=/dev/vda bs=4096 count=1 oflag=direct", "mkfs.ext4 -q -F /dev/vda"]
         {
             assert_ne!(guest.run(write).status, 0, "`{write}` on a read-only disk");
         }
-        assert_ne!(guest.run("mount -t ext4 -o rw,noload /dev/vda /mnt && touch /mnt/file").status, 0);
+        assert_ne!(
+            guest.run("mount -t ext4 -o rw,noload /dev/vda /mnt && touch /mnt/file").status,
+            0
+        );
         guest.sh("umount /mnt 2>/dev/null; mount -t ext4 -o ro /dev/vda /mnt");
         assert_eq!(guest.sh("cat /mnt/hello"), "made on the host");
         guest.sh("umount /mnt; echo 3 >/proc/sys/vm/drop_caches");
         // Once more with a successor, which must be as read-only as its predecessor.
-        operator.upgrade("file", "swap", &["--param", &format!("path={image}"), "--param", "readonly=true"]);
+        operator.upgrade(
+            "file",
+            "swap",
+            &["--param", &format!("path={image}"), "--param", "readonly=true"],
+        );
     }
     operator.settle();
     guest.shutdown().unwrap();
@@ -108,8 +116,12 @@ fn an_image_of_broken_sectors_is_refused_at_start() {
     let image = directory.path().join("odd.img");
     File::create(&image).unwrap().set_len((1 << 20) + 100).unwrap();
     let socket = directory.path().join("vhost.sock");
-    let output =
-        run_daemon(&["--socket-path", socket.to_str().unwrap(), "--blk-file", image.to_str().unwrap()]);
+    let output = run_daemon(&[
+        "--socket-path",
+        socket.to_str().unwrap(),
+        "--blk-file",
+        image.to_str().unwrap(),
+    ]);
     assert_eq!(output.status, 1, "{output:?}");
     assert!(output.stderr.contains("512"), "the sentence says what is wrong: {}", output.stderr);
     assert!(!socket.exists(), "a daemon that did not start leaves no socket");

@@ -1,4 +1,5 @@
-//! Upgrades that are refused or fail, and domains that die: the guest's I/O does not notice, and `status` tells the truth.
+//! Upgrades that are refused or fail, and domains that die: the guest's I/O does not notice, and
+//! `status` tells the truth.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use guest_tests::operator::Operator;
 const FIO_SECONDS: u32 = 20;
 /// How many domains die while fio runs.
 const PANICS: u64 = 12;
-/// A request that nobody runs again takes for ever. A takeover takes milliseconds, but QEMU, fio and the daemon share few CPUs.
+/// A request that nobody runs again takes for ever. A takeover takes milliseconds, but QEMU, fio
+/// and the daemon share few CPUs.
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// Files that are no module, or none for us: what is wrong with each, and where it is.
@@ -57,7 +59,10 @@ fn refused_upgrades_leave_the_io_undisturbed() {
         println!("{fault}: {sentence}");
     }
     println!("another size: {}", operator.upgrade_refused("ramdisk_v2", &["--param", "size=32M"]));
-    println!("state cannot be swapped: {}", operator.upgrade_refused("ramdisk_v2", &["--mode", "swap"]));
+    println!(
+        "state cannot be swapped: {}",
+        operator.upgrade_refused("ramdisk_v2", &["--mode", "swap"])
+    );
     assert!(fio.is_running(), "not all refusals came under I/O");
 
     // What came of it is nothing: a good module still gets in, and the data is still right.
@@ -68,7 +73,8 @@ fn refused_upgrades_leave_the_io_undisturbed() {
     assert_eq!(daemon.terminate(), 0);
 }
 
-/// A domain that breaks when it is to leave, and then some that die in the middle of a request, one after the other: one boot for both.
+/// A domain that breaks when it is to leave, and then some that die in the middle of a request, one
+/// after the other: one boot for both.
 #[test]
 fn a_domain_that_breaks_goes_on_or_is_taken_over_and_the_guest_sees_neither() {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);

@@ -1,4 +1,5 @@
-//! The guest's driver comes and goes (reset button, unbind, bind) and the disk is the same each time.
+//! The guest's driver comes and goes (reset button, unbind, bind) and the disk is the same each
+//! time.
 
 use guest_tests::daemon::Daemon;
 use guest_tests::guest::fio::Fio;

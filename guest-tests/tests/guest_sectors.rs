@@ -1,5 +1,6 @@
-//! Disks made with sectors of 512 bytes, on storage that takes direct I/O in blocks of 4096: partitions that begin anywhere, file systems with
-//! small blocks, requests of single sectors, and upgrades under all of it.
+//! Disks made with sectors of 512 bytes, on storage that takes direct I/O in blocks of 4096:
+//! partitions that begin anywhere, file systems with small blocks, requests of single sectors, and
+//! upgrades under all of it.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -23,7 +24,8 @@ const FIO_SECONDS: u32 = 8;
 /// A classic partition table: two of Linux's.
 fn partition_table() -> [u8; 512] {
     let mut table = [0; 512];
-    for (index, (start, len)) in [(FIRST, FIRST_LEN), (SECOND, SECOND_LEN)].into_iter().enumerate() {
+    for (index, (start, len)) in [(FIRST, FIRST_LEN), (SECOND, SECOND_LEN)].into_iter().enumerate()
+    {
         let entry = &mut table[446 + index * 16..][..16];
         // No cylinders, heads and sectors: type, then first sector and length.
         entry[4] = 0x83;
@@ -34,13 +36,15 @@ fn partition_table() -> [u8; 512] {
     table
 }
 
-/// Writes a disk with a file system of 1 KiB blocks in its first partition to `target`, which may be a device.
+/// Writes a disk with a file system of 1 KiB blocks in its first partition to `target`, which may
+/// be a device.
 fn make_disk(target: &Path, directory: &Path) {
     let (content, system) = (directory.join("content"), directory.join("system.img"));
     fs::create_dir_all(&content).unwrap();
     fs::write(content.join("hello"), "made on the host\n").unwrap();
     File::create(&system).unwrap().set_len(FIRST_LEN * SECTOR).unwrap();
-    let mkfs = ["-q", "-F", "-b", "1024", "-d", content.to_str().unwrap(), system.to_str().unwrap()];
+    let mkfs =
+        ["-q", "-F", "-b", "1024", "-d", content.to_str().unwrap(), system.to_str().unwrap()];
     host("mkfs.ext4", &mkfs).expect("a file system");
     let mut bytes = Vec::new();
     File::open(&system).unwrap().read_to_end(&mut bytes).unwrap();
@@ -115,6 +119,7 @@ fn a_disk_of_512_byte_sectors_on_a_reflinked_file() {
     File::create(&image).unwrap().set_len(LEN).unwrap();
     make_disk(&image, directory.path());
     let copy = mounted.path().join("copy.img");
-    host("cp", &["--reflink=always", image.to_str().unwrap(), copy.to_str().unwrap()]).expect("a reflink");
+    host("cp", &["--reflink=always", image.to_str().unwrap(), copy.to_str().unwrap()])
+        .expect("a reflink");
     a_guest_finds_and_keeps_it(&image);
 }

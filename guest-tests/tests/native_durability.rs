@@ -1,11 +1,13 @@
 //! The power is cut: what the guest was promised to be durable is there afterwards.
 //!
-//! The daemon serves a file on a disk of ours that forgets what was not synced ([`guest_tests::power`]). In the middle of a load, upgrades included, the
-//! power goes, and the daemon with it (SIGKILL). Then each block must be as new as the guest may expect: with a write cache, as what had ended before
-//! the last flush that was answered was submitted; without one, as the last write that was answered.
+//! The daemon serves a file on a disk of ours that forgets what was not synced
+//! ([`guest_tests::power`]). In the middle of a load, upgrades included, the power goes, and the
+//! daemon with it (SIGKILL). Then each block must be as new as the guest may expect: with a write
+//! cache, as what had ended before the last flush that was answered was submitted; without one, as
+//! the last write that was answered.
 //!
-//! What it cannot show: the kernel's FUSE lets no write end while the file is being synced, so a flush that hides behind one which began too early
-//! is not found here.
+//! What it cannot show: the kernel's FUSE lets no write end while the file is being synced, so a
+//! flush that hides behind one which began too early is not found here.
 
 use std::collections::HashMap;
 use std::thread;
@@ -84,7 +86,8 @@ impl Books {
         // Two changes of a block at the same time may end either way, so there is one.
         let block = loop {
             let block = self.below(BLOCKS as u64) as usize;
-            if !self.jobs.values().any(|job| matches!(job, Job::Change(busy, _) if *busy == block)) {
+            if !self.jobs.values().any(|job| matches!(job, Job::Change(busy, _) if *busy == block))
+            {
                 break block;
             }
         };
@@ -145,7 +148,8 @@ impl Books {
             Err(what) => return Some(format!("block {block} holds {what}")),
         };
         let new_enough = self.changes[block].iter().any(|change| {
-            change.sequence >= promised && found.map_or(change.zeros, |found| found == change.sequence)
+            change.sequence >= promised
+                && found.map_or(change.zeros, |found| found == change.sequence)
         });
         (!new_enough).then(|| {
             format!(
@@ -169,7 +173,8 @@ fn survives(params: &[&str], write_cache: bool) {
         let mut args = vec!["--domain", "file", "--param", &path];
         params.iter().for_each(|param| args.extend(["--param", param]));
         let daemon = Daemon::start(&args);
-        // Without FLUSH the driver has no way to empty a cache, so the device must have none (virtio 1.2, 5.2.6.2).
+        // Without FLUSH the driver has no way to empty a cache, so the device must have none
+        // (virtio 1.2, 5.2.6.2).
         let wanted = if write_cache { features::USUAL } else { features::USUAL & !features::FLUSH };
         let options = Options { features: wanted, ..Options::default() };
         let mut client = Client::connect(daemon.socket(), &options).expect("connected");
@@ -190,17 +195,22 @@ fn survives(params: &[&str], write_cache: bool) {
         books.load(queue, last);
         // Whatever the client has not seen by now it was not promised.
         disk.cut_power();
-        kill_process(Pid::from_raw(daemon.pid() as i32).expect("a process"), Signal::KILL).expect("it lives");
+        kill_process(Pid::from_raw(daemon.pid() as i32).expect("a process"), Signal::KILL)
+            .expect("it lives");
         disk.take_away();
         drop(daemon);
         let image = disk.image();
-        let faults: Vec<_> =
-            image.chunks(BLOCK).enumerate().filter_map(|(block, bytes)| books.fault(block, bytes)).collect();
+        let faults: Vec<_> = image
+            .chunks(BLOCK)
+            .enumerate()
+            .filter_map(|(block, bytes)| books.fault(block, bytes))
+            .collect();
         assert!(faults.is_empty(), "{params:?}, seed {seed}: {}", faults.join("\n"));
         let kept = books.promised.iter().filter(|&&promised| promised > 0).count();
         assert!(kept > 20, "only {kept} blocks were promised anything: this test saw nothing");
         if write_cache {
-            // Were each write synced, there would be nothing to lose, and flushes would prove nothing.
+            // Were each write synced, there would be nothing to lose, and flushes would prove
+            // nothing.
             assert!(disk.syncs() <= books.flushes + 2 * DEPTH as u64, "{} syncs", disk.syncs());
         }
     }

@@ -65,7 +65,8 @@ fn sigterm_while_a_domain_is_being_prepared_ends_at_once() {
 #[test]
 fn a_log_that_nobody_reads_stops_nothing() {
     let (mut unread, log) = io::pipe().expect("a pipe");
-    let mut daemon = Daemon::start_with_stderr(log.into(), &["--domain", "ramdisk", "--param", "size=1M"]);
+    let mut daemon =
+        Daemon::start_with_stderr(log.into(), &["--domain", "ramdisk", "--param", "size=1M"]);
     let mut control = daemon.rpc();
     // 1000 lines of 100 bytes and more: what a pipe holds is 64 KiB.
     for _ in 0..1000 {
@@ -107,7 +108,8 @@ fn with_a_stalled_read(daemon: &Daemon) -> RawSession {
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     raw.put(FREE, &[0; 16]).expect("memory");
     let at = GUEST_BASE + FREE;
-    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
+        .expect("memory");
     raw.offer(0).expect("a kick");
     let deadline = Instant::now() + 5 * SECOND;
     while daemon.status()["queues"][0]["in_flight"] != 1 {
@@ -154,9 +156,14 @@ fn nothing_is_published_to_a_frontend_that_is_gone() {
 
 /// What the daemon has had of the CPUs (`utime` and `stime` in proc(5), hundredths of a second).
 fn cpu_time(daemon: &Daemon) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("the daemon lives");
+    let stat =
+        fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("the daemon lives");
     let after_name = stat.rsplit_once(')').expect("a name in parentheses").1;
-    let ticks: u64 =
-        after_name.split_whitespace().skip(11).take(2).map(|n| n.parse::<u64>().expect("ticks")).sum();
+    let ticks: u64 = after_name
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|n| n.parse::<u64>().expect("ticks"))
+        .sum();
     Duration::from_millis(10 * ticks)
 }

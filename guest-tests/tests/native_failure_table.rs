@@ -1,4 +1,5 @@
-//! The table of failures, row by row, with the frontend or the operator going away in the middle of each phase.
+//! The table of failures, row by row, with the frontend or the operator going away in the middle of
+//! each phase.
 //!
 //! | row | covered by |
 //! |---|---|
@@ -32,7 +33,8 @@ use vhost::vhost_user::VhostUserFrontend;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How an upgrade is brought to stand still for 3 s in each of its phases: what serves, and what it is upgraded to.
+/// How an upgrade is brought to stand still for 3 s in each of its phases: what serves, and what it
+/// is upgraded to.
 const PHASES: &[(&str, Option<&str>, &str)] = &[
     ("prepare", None, "prepare:hang"),
     ("drain", Some("request:stall"), ""),
@@ -43,7 +45,8 @@ const PHASES: &[(&str, Option<&str>, &str)] = &[
 ];
 
 /// What the frontend may do at any time.
-const ACTIONS: &[&str] = &["disconnect", "stop ring", "reset", "new memory", "add memory", "remove memory"];
+const ACTIONS: &[&str] =
+    &["disconnect", "stop ring", "reset", "new memory", "add memory", "remove memory"];
 
 fn target(fault: &str) -> Value {
     match fault.split_once('=') {
@@ -53,7 +56,8 @@ fn target(fault: &str) -> Value {
     }
 }
 
-/// A daemon with its domain, and a session with one ring, memory that was plugged in, and, for `drain` and `grace`, one request in flight, which reads into that.
+/// A daemon with its domain, and a session with one ring, memory that was plugged in, and, for
+/// `drain` and `grace`, one request in flight, which reads into that.
 fn set_up(first: Option<&str>) -> (Daemon, RawSession) {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
     if let Some(fault) = first {
@@ -92,7 +96,8 @@ fn read_into(raw: &mut RawSession, head: u16, to: u64) {
 }
 
 fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives");
+    let tasks =
+        std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives");
     (daemon.open_fds(), tasks.count())
 }
 
@@ -113,8 +118,10 @@ fn act(action: &str, mut raw: RawSession) -> Option<RawSession> {
 
 #[test]
 fn the_frontend_acts_in_the_middle_of_each_phase() {
-    let cases: Vec<_> =
-        PHASES.iter().flat_map(|phase| ACTIONS.iter().map(move |&action| (phase, action))).collect();
+    let cases: Vec<_> = PHASES
+        .iter()
+        .flat_map(|phase| ACTIONS.iter().map(move |&action| (phase, action)))
+        .collect();
     // Each stands still for 3 s, and hardly needs a CPU meanwhile.
     thread::scope(|scope| {
         for &(&(phase, first, fault), action) in &cases {
@@ -145,7 +152,11 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
     });
     good_client_works(&daemon, &what);
     let status = daemon.status();
-    assert_eq!((&status["generation"], &status["state"]), (&json!(generation), &json!("serving")), "{what}");
+    assert_eq!(
+        (&status["generation"], &status["state"]),
+        (&json!(generation), &json!("serving")),
+        "{what}"
+    );
     eventually(&format!("nothing is resident after {what}"), || {
         daemon.status()["resident_modules"] == json!([])
     });
@@ -166,7 +177,8 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
     });
 }
 
-/// The memory has changed, and each request is answered from the memory that there was when it was taken.
+/// The memory has changed, and each request is answered from the memory that there was when it was
+/// taken.
 fn the_session_goes_on(mut raw: RawSession, action: &str, owed: bool, what: &str) {
     let mut expected = if owed { vec![0] } else { vec![] };
     // Into memory that was there all the time, and into what has come.
@@ -189,7 +201,11 @@ fn the_session_goes_on(mut raw: RawSession, action: &str, owed: bool, what: &str
     answered.sort_unstable();
     assert_eq!(answered, expected, "{what}");
     if action == "add memory" {
-        assert_eq!(raw.get_plugged(0x1000, 512).expect("memory"), [0; 512], "{what}: not read into");
+        assert_eq!(
+            raw.get_plugged(0x1000, 512).expect("memory"),
+            [0; 512],
+            "{what}: not read into"
+        );
     }
     if action == "remove memory" {
         // A request for memory that has gone fails; it must not harm those behind it.
@@ -202,7 +218,8 @@ fn the_session_goes_on(mut raw: RawSession, action: &str, owed: bool, what: &str
 
 fn good_client_works(daemon: &Daemon, what: &str) {
     println!("{what}: a new client");
-    run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 5).assert_clean();
+    run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 5)
+        .assert_clean();
 }
 
 #[test]
@@ -217,18 +234,30 @@ fn sigterm_in_the_middle_of_each_phase() {
 fn sigterm_case(phase: &str, first: Option<&str>, fault: &str) {
     let (mut daemon, raw) = set_up(first);
     let mut rpc = daemon.rpc();
-    let call =
-        format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": "upgrade", "params": target(fault)}));
+    let call = format!(
+        "{}\n",
+        json!({"jsonrpc": "2.0", "id": 1, "method": "upgrade", "params": target(fault)})
+    );
     rpc.send_raw(call.as_bytes()).expect("sent");
     eventually("an upgrade is under way", || daemon.status()["state"] == "upgrading");
     thread::sleep(SECOND / 2);
     let (code, took) = daemon.stop();
     let left = daemon.log().contains("left behind");
     println!("{phase}: ended after {took:.1?} with {code}, left something: {left}");
-    assert!(!daemon.socket().exists() && !daemon.control().exists(), "{phase}: the sockets are left");
+    assert!(
+        !daemon.socket().exists() && !daemon.control().exists(),
+        "{phase}: the sockets are left"
+    );
     assert_eq!(code == 0, !left, "{phase}: exit {code}");
-    assert!(code == 0 || phase != "grace", "{phase}: all that was in use has ended: {}", daemon.log());
-    assert!(took < 5 * SECOND, "{phase}: nothing here takes longer than 3 s, but this took {took:?}");
+    assert!(
+        code == 0 || phase != "grace",
+        "{phase}: all that was in use has ended: {}",
+        daemon.log()
+    );
+    assert!(
+        took < 5 * SECOND,
+        "{phase}: nothing here takes longer than 3 s, but this took {took:?}"
+    );
     drop(raw);
 }
 
@@ -242,13 +271,20 @@ fn a_hang_inside_the_bracket_is_said_and_ends() {
             thread::sleep(SECOND / 2);
             // The gate is shut, and stays so: nobody is served, but everybody is told.
             read_one(&mut raw);
-            assert_eq!(raw.used(SECOND).expect("memory"), None, "somebody was served behind a shut gate");
+            assert_eq!(
+                raw.used(SECOND).expect("memory"),
+                None,
+                "somebody was served behind a shut gate"
+            );
             let asked = Instant::now();
             let status = daemon.rpc().request("status", json!({})).expect("an answer");
             assert!(asked.elapsed() < SECOND, "`status` took {:?}", asked.elapsed());
             assert_eq!(status["state"], "upgrading", "{status}");
             let refuse = json!({"name": "ramdisk", "when_busy": "refuse"});
-            assert_eq!(daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(), "busy");
+            assert_eq!(
+                daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(),
+                "busy"
+            );
             let reply = upgrade.join().expect("no panic").expect("it was only late");
             assert!(reply["phases_us"]["pause"].as_u64().expect("a number") > 2_500_000, "{reply}");
             // What was kicked while the gate was shut is served without another kick.
@@ -283,8 +319,8 @@ fn a_panic_with_the_client_gone_and_another_one_come() {
 fn a_panic_and_sigterm_at_once_end_cleanly() {
     const STEPS: u32 = 60;
     let mut failed = Vec::new();
-    // In the third request of its life, after a write and a flush, or in the first, with a worker that
-    // is still on its way: it is this one, or the last flush.
+    // In the third request of its life, after a write and a flush, or in the first, with a worker
+    // that is still on its way: it is this one, or the last flush.
     for fault in ["request:panic:3", "request:panic"] {
         for delay in (0..STEPS).map(|step| step * Duration::from_micros(50)) {
             let what = format!("{fault}, {delay:?}");
@@ -315,7 +351,13 @@ fn a_panic_and_sigterm_at_once_end_cleanly() {
             }
         }
     }
-    assert!(failed.is_empty(), "{} of {} did not end cleanly: {:?}", failed.len(), 2 * STEPS, failed[0]);
+    assert!(
+        failed.is_empty(),
+        "{} of {} did not end cleanly: {:?}",
+        failed.len(),
+        2 * STEPS,
+        failed[0]
+    );
 }
 
 /// Types of requests (virtio 1.2, 5.2.6).
@@ -346,7 +388,8 @@ fn memory_of_the_disk(daemon: &Daemon) -> File {
         std::fs::read_link(path)
             .is_ok_and(|name| name.to_string_lossy().starts_with("/memfd:hotswap-region-disk"))
     };
-    let path = fds.map(|fd| fd.expect("an entry").path()).find(is_disk).expect("a region of that name");
+    let path =
+        fds.map(|fd| fd.expect("an entry").path()).find(is_disk).expect("a region of that name");
     File::open(path).expect("its memory")
 }
 
@@ -354,8 +397,8 @@ fn memory_of_the_disk(daemon: &Daemon) -> File {
 fn the_pause_of_a_handover_does_not_depend_on_the_size_of_the_disk() {
     let pause = |size: &str| {
         let daemon = Daemon::start(&["--domain", "ramdisk", "--param", size]);
-        let mut client =
-            guest_tests::client::Client::connect(daemon.socket(), &Default::default()).expect("connected");
+        let mut client = guest_tests::client::Client::connect(daemon.socket(), &Default::default())
+            .expect("connected");
         let data = vec![1; 64 << 10];
         for block in 0..800 {
             let request = guest_tests::client::Request::Write { offset: block << 16, data: &data };

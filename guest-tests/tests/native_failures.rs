@@ -1,8 +1,9 @@
-//! Domains that fail, panic and stall on demand, at every step of an upgrade and in the middle of I/O.
+//! Domains that fail, panic and stall on demand, at every step of an upgrade and in the middle of
+//! I/O.
 //!
-//! The table in the design says what must hold after each failure; every row that a module can cause
-//! is played here under a load that checks every block. `faulty` is a ramdisk with the same storage and
-//! schema, so what it breaks is the ramdisk's own data.
+//! The table in the design says what must hold after each failure; every row that a module can
+//! cause is played here under a load that checks every block. `faulty` is a ramdisk with the same
+//! storage and schema, so what it breaks is the ramdisk's own data.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -88,8 +89,9 @@ fn a_domain_that_cannot_quiesce_goes_on_serving() {
         );
         load.wait_for(200);
         // The fault is over, so the second attempt gets through.
-        let reply =
-            control.request("upgrade", json!({"name": "ramdisk"})).unwrap_or_else(|e| panic!("{e:?}"));
+        let reply = control
+            .request("upgrade", json!({"name": "ramdisk"}))
+            .unwrap_or_else(|e| panic!("{e:?}"));
         assert_eq!(reply["generation"], 3, "{fault}: {reply}");
         load.wait_for(200);
         let report = load.stop();
@@ -117,14 +119,22 @@ fn a_stalled_request_ends_the_upgrade_and_not_the_io() {
     );
     let words = format!("{} {}", error.message, error.data);
     assert!(words.contains("queue"), "the report names no queue: {error:?}");
-    assert!(words.chars().any(|c| c.is_ascii_digit()), "the report has no count and no age: {error:?}");
+    assert!(
+        words.chars().any(|c| c.is_ascii_digit()),
+        "the report has no count and no age: {error:?}"
+    );
     println!("{}: {} {}", error.name(), error.message, error.data);
     // The gate is open again: others are served while the one is still late.
     load.wait_for(1000);
     let status = control.request("status", json!({})).expect("a status");
-    assert_eq!((&status["generation"], &status["state"]), (&json!(2), &json!("serving")), "{status}");
+    assert_eq!(
+        (&status["generation"], &status["state"]),
+        (&json!(2), &json!("serving")),
+        "{status}"
+    );
     thread::sleep(3 * SECOND);
-    let reply = control.request("upgrade", json!({"name": "ramdisk"})).unwrap_or_else(|e| panic!("{e:?}"));
+    let reply =
+        control.request("upgrade", json!({"name": "ramdisk"})).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(reply["generation"], 3, "{reply}");
     load.wait_for(1000);
     let report = load.stop();
@@ -172,7 +182,8 @@ fn a_live_domain_that_panics_brings_errors_and_the_next_upgrade_brings_the_devic
         assert!(Instant::now() < deadline, "faulted, but no request has failed");
         thread::sleep(Duration::from_millis(1));
     }
-    let reply = control.request("upgrade", json!({"name": "ramdisk"})).unwrap_or_else(|e| panic!("{e:?}"));
+    let reply =
+        control.request("upgrade", json!({"name": "ramdisk"})).unwrap_or_else(|e| panic!("{e:?}"));
     assert_eq!(reply["generation"], 2, "{reply}");
     wait_for_state(&daemon, "serving");
     load.wait_for(2000);
@@ -196,7 +207,10 @@ fn a_live_domain_that_fails_one_request_fails_that_one_only() {
         (0..20).map(|_| client.queue(0).execute(read, 5 * SECOND).expect("an answer").0).collect();
     let failed = answers.iter().filter(|&&status| status == Status::IoError).count();
     assert_eq!(failed, 1, "{answers:?}");
-    assert!(answers.iter().all(|status| matches!(status, Status::Ok | Status::IoError)), "{answers:?}");
+    assert!(
+        answers.iter().all(|status| matches!(status, Status::Ok | Status::IoError)),
+        "{answers:?}"
+    );
     assert_eq!(daemon.status()["state"], "serving");
 }
 
@@ -218,7 +232,9 @@ fn upgrades_at_the_same_time_never_interleave() {
         for reply in replies {
             match reply {
                 Ok(reply) => generations.push(reply["generation"].as_u64().expect("a generation")),
-                Err(error) => assert!(!error.name().is_empty(), "refused without a code: {error:?}"),
+                Err(error) => {
+                    assert!(!error.name().is_empty(), "refused without a code: {error:?}")
+                }
             }
         }
     }
@@ -245,7 +261,8 @@ fn sigterm_with_a_stalled_request_is_bounded_and_says_if_something_was_left() {
     assert!(!daemon.socket().exists() && !daemon.control().exists(), "the sockets are left");
     let mut statuses = Vec::new();
     queue.reap(|done| statuses.push(done.status));
-    // Either the daemon waited and the request was done, or it was left and the exit status says so.
+    // Either the daemon waited and the request was done, or it was left and the exit status says
+    // so.
     assert_eq!(code == 0, statuses == [Status::Ok], "exit {code}, answers {statuses:?}");
 }
 
@@ -266,7 +283,10 @@ fn a_hanging_prepare_pauses_nobody() {
         load.wait_for(1000);
         assert!(daemon.rpc().request("status", json!({})).is_ok());
         let refuse = json!({"name": "ramdisk", "when_busy": "refuse"});
-        assert_eq!(daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(), "busy");
+        assert_eq!(
+            daemon.rpc().request("upgrade", refuse).expect_err("one is under way").name(),
+            "busy"
+        );
         let took = upgrade.join().expect("no panic");
         assert!(took > 2 * SECOND, "the upgrade was to hang for 3 s, but took {took:?}");
     });
@@ -275,5 +295,6 @@ fn a_hanging_prepare_pauses_nobody() {
     report.assert_clean();
     let max = report.latency.quantile(1.0);
     assert!(max < SECOND, "somebody was paused for {max:?} while a successor was prepared");
-    run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 10).assert_clean();
+    run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 10)
+        .assert_clean();
 }

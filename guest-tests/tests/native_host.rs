@@ -26,7 +26,8 @@ fn image(path: &Path, bytes: u64) {
 
 /// Runs a program, unless it is not installed or the system does not let us.
 fn permitted(program: &str, args: &[&str]) -> bool {
-    let worked = Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
+    let worked =
+        Command::new(program).args(args).output().is_ok_and(|output| output.status.success());
     if !worked {
         println!("skipped: {program} {args:?} does not work here");
     }
@@ -79,7 +80,8 @@ fn a_stop_is_a_pause_and_no_more() {
         // And while everything sleeps.
         daemon.signal(Signal::STOP);
         daemon.signal(Signal::CONT);
-        run_load(daemon.socket(), &LoadOptions::new(2, 16).on_unknown_content(), SECOND / 5).assert_clean();
+        run_load(daemon.socket(), &LoadOptions::new(2, 16).on_unknown_content(), SECOND / 5)
+            .assert_clean();
         assert_eq!(daemon.terminate(), 0);
     }
 }
@@ -108,7 +110,10 @@ fn a_daemon_whose_socket_can_be_seen_can_be_ended() {
         kill_process(Pid::from_child(&child), Signal::TERM).expect("it lives");
         let status = child.wait().expect("the child can be waited for");
         assert_eq!(status.code(), Some(0), "start {start}: {status}");
-        assert!(fs::read_dir(directory.path()).expect("the directory").next().is_none(), "start {start}");
+        assert!(
+            fs::read_dir(directory.path()).expect("the directory").next().is_none(),
+            "start {start}"
+        );
     }
 }
 
@@ -146,7 +151,10 @@ fn a_write_beyond_the_limit_of_a_files_size_fails_alone() {
         assert_eq!(write((4 << 20) - 4096, 3), Status::IoError, "direct={direct}: half of it");
         assert_eq!(write(4096, 4), Status::Ok);
         let status = daemon.status();
-        assert_eq!((&status["state"], &status["queues"][0]["errors"]), (&"serving".into(), &2.into()));
+        assert_eq!(
+            (&status["state"], &status["queues"][0]["errors"]),
+            (&"serving".into(), &2.into())
+        );
         drop(client);
         assert_eq!(daemon.terminate(), 0);
         let mut block = [0; 12288];
@@ -221,8 +229,10 @@ fn root_of_the_daemons_user_namespace_can_command_it() {
     if !permitted("unshare", &["--user", "--map-root-user", "true"]) {
         return;
     }
-    let daemon =
-        Daemon::start_command(in_namespace(&["--user", "--map-root-user"]), &["--domain", "ramdisk"]);
+    let daemon = Daemon::start_command(
+        in_namespace(&["--user", "--map-root-user"]),
+        &["--domain", "ramdisk"],
+    );
     assert_eq!(daemon.status()["state"], "serving");
     daemon.call(&["shutdown"]);
 }
@@ -290,7 +300,9 @@ fn a_umask_takes_no_socket_away_from_its_owner() {
     use std::os::unix::fs::PermissionsExt;
     for umask in ["777", "277", "0"] {
         let mut command = Command::new("sh");
-        command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(binary("vhost-hotswap"));
+        command
+            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+            .arg(binary("vhost-hotswap"));
         let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
         for path in [daemon.socket(), daemon.control()] {
             let mode = path.metadata().expect("a socket").permissions().mode();
@@ -302,7 +314,8 @@ fn a_umask_takes_no_socket_away_from_its_owner() {
 #[test]
 fn what_is_not_used_need_not_be_known() {
     // As where there are more CPUs than a set of them has room for, or in a sandbox.
-    let failing = ["-f", "-o", "/dev/null", "-e", "inject=sched_getaffinity,renameat2:error=EINVAL"];
+    let failing =
+        ["-f", "-o", "/dev/null", "-e", "inject=sched_getaffinity,renameat2:error=EINVAL"];
     if !permitted("strace", &[&failing[..], &["true"]].concat()) {
         return;
     }
@@ -322,7 +335,14 @@ fn modules_are_loaded_where_memory_files_must_not_be_executable() {
         return;
     }
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--fork", "--kill-child", "sh", "-c", &format!("{forbid}; exec \"$0\" \"$@\"")]);
+    command.args([
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "sh",
+        "-c",
+        &format!("{forbid}; exec \"$0\" \"$@\""),
+    ]);
     command.arg(binary("vhost-hotswap"));
     let daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
     assert_eq!(daemon.call(&["upgrade", "ramdisk_v2"])["generation"], 2);

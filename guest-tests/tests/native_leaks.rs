@@ -1,7 +1,9 @@
 //! Ten thousand upgrades leave nothing behind: no mapping, no descriptor, no thread, no memory.
 //!
-//! Each loads, uses and unloads a module, under a client that does a little I/O all the time. The warm-up is longer than the history, which is kept for the last
-//! 1024 changes, so that what is bounded has reached its bound before it is measured. The measure is what the kernel says of the process, from outside.
+//! Each loads, uses and unloads a module, under a client that does a little I/O all the time. The
+//! warm-up is longer than the history, which is kept for the last 1024 changes, so that what is
+//! bounded has reached its bound before it is measured. The measure is what the kernel says of the
+//! process, from outside.
 
 use std::fs;
 use std::thread;
@@ -31,7 +33,8 @@ struct Footprint {
     threads: usize,
     private_kib: u64,
     rss_kib: u64,
-    /// Address space: neighbouring mappings are one line of `maps`, and what was never touched is no memory.
+    /// Address space: neighbouring mappings are one line of `maps`, and what was never touched is
+    /// no memory.
     size_kib: u64,
 }
 
@@ -67,7 +70,11 @@ fn lightly_loaded(daemon: &Daemon, work: impl FnOnce() + Send) {
 }
 
 /// Has `change` made `warm_up` times and then `count` times, and compares before with after.
-fn assert_nothing_stays(daemon: &Daemon, count: u64, mut change: impl FnMut(&mut Control, u64) + Send) {
+fn assert_nothing_stays(
+    daemon: &Daemon,
+    count: u64,
+    mut change: impl FnMut(&mut Control, u64) + Send,
+) {
     lightly_loaded(daemon, || {
         let mut control = daemon.rpc();
         (0..WARM_UP).for_each(|round| change(&mut control, round));
@@ -86,15 +93,25 @@ fn assert_nothing_stays(daemon: &Daemon, count: u64, mut change: impl FnMut(&mut
         assert_eq!(after.threads, before.threads, "threads leak");
         // The allocator may merge or split its own mappings; a module is five at least.
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
-        assert!(after.private_kib <= before.private_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
-        assert!(after.rss_kib <= before.rss_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+        assert!(
+            after.private_kib <= before.private_kib + SLACK_KIB,
+            "memory leaks: {before:?} -> {after:?}"
+        );
+        assert!(
+            after.rss_kib <= before.rss_kib + SLACK_KIB,
+            "memory leaks: {before:?} -> {after:?}"
+        );
         assert!(
             after.size_kib <= before.size_kib + SLACK_KIB,
             "address space leaks: {before:?} -> {after:?}"
         );
     });
     let status = daemon.status();
-    assert_eq!((&status["state"], &status["resident_modules"]), (&json!("serving"), &json!([])), "{status}");
+    assert_eq!(
+        (&status["state"], &status["resident_modules"]),
+        (&json!("serving"), &json!([])),
+        "{status}"
+    );
     assert_eq!(status["upgrades"]["refused"], 0, "{status}");
     assert_eq!(status["generation"], 1 + WARM_UP + count, "{status}");
 }
@@ -122,7 +139,8 @@ fn four_thousand_swaps_leave_nothing() {
     });
 }
 
-/// More than the loader keeps of those that were unloaded, so that each is a new one when its turn comes.
+/// More than the loader keeps of those that were unloaded, so that each is a new one when its turn
+/// comes.
 const NEW_ONES: usize = 12;
 
 #[test]
@@ -160,7 +178,8 @@ fn a_thousand_refusals_and_panics_leave_nothing() {
         let mut refusals = |count: u64| {
             for round in 0..count {
                 let faults = ["prepare:fail", "prepare:panic", "activate:fail", "activate:panic"];
-                let params = json!({"name": "faulty", "params": {"fault": faults[round as usize % 4]}});
+                let params =
+                    json!({"name": "faulty", "params": {"fault": faults[round as usize % 4]}});
                 control.request("upgrade", params).expect_err("faulty");
             }
         };
@@ -171,6 +190,9 @@ fn a_thousand_refusals_and_panics_leave_nothing() {
         println!("{before:?} -> {after:?}");
         assert_eq!((after.fds, after.threads), (before.fds, before.threads));
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
-        assert!(after.private_kib <= before.private_kib + SLACK_KIB, "memory leaks: {before:?} -> {after:?}");
+        assert!(
+            after.private_kib <= before.private_kib + SLACK_KIB,
+            "memory leaks: {before:?} -> {after:?}"
+        );
     });
 }

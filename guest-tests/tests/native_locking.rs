@@ -28,7 +28,8 @@ fn text(path: &Path) -> &str {
 fn refused(path: &Path, more: &[&str]) -> CtlOutput {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let socket = directory.path().join("socket");
-    let output = run_daemon(&[&["--socket-path", text(&socket), "--blk-file", text(path)], more].concat());
+    let output =
+        run_daemon(&[&["--socket-path", text(&socket), "--blk-file", text(path)], more].concat());
     assert_eq!(output.status, 1, "{output:?}");
     assert!(output.stderr.contains("another program uses"), "{output:?}");
     output

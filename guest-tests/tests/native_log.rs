@@ -54,7 +54,8 @@ fn most(since: Instant) -> u64 {
 /// A read with its data and its status there. Returns the length in the used ring.
 fn read(raw: &mut RawSession, data: u64, status: u64) -> u32 {
     raw.put(FREE, &[0; 16]).expect("memory");
-    raw.chain(0, &[(GUEST_BASE + FREE, 16, 0), (data, 512, WRITE), (status, 1, WRITE)]).expect("memory");
+    raw.chain(0, &[(GUEST_BASE + FREE, 16, 0), (data, 512, WRITE), (status, 1, WRITE)])
+        .expect("memory");
     raw.offer(0).expect("a kick");
     raw.used(ANSWER).expect("memory").expect("an answer").1
 }

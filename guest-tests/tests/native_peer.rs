@@ -1,8 +1,9 @@
 //! The measuring device, measured: the client and its load against `qemu-storage-daemon`.
 //!
 //! An independent backend must come out clean, and damage done on purpose must be found. Without
-//! this, a fault in the client would look like one in the daemon, and a blind check like a good daemon.
-//! Where the peer is not installed there is nothing to measure against, and these tests say so and pass.
+//! this, a fault in the client would look like one in the daemon, and a blind check like a good
+//! daemon. Where the peer is not installed there is nothing to measure against, and these tests say
+//! so and pass.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -30,7 +31,8 @@ struct Peer {
 impl Peer {
     fn start() -> Option<Peer> {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let (image, socket) = (directory.path().join("disk.img"), directory.path().join("peer.sock"));
+        let (image, socket) =
+            (directory.path().join("disk.img"), directory.path().join("peer.sock"));
         File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
         let child = Command::new("qemu-storage-daemon")
             .arg("--blockdev")
@@ -74,8 +76,16 @@ fn an_independent_device_comes_out_clean() {
         let mut options = LoadOptions::new(2, 32);
         options.client.features = bits;
         // The image is not zeros any more, so the second and third load must find what they leave.
-        fs::File::options().write(true).open(&peer.image).and_then(|f| f.set_len(0)).expect("emptied");
-        fs::File::options().write(true).open(&peer.image).and_then(|f| f.set_len(DISK_BYTES)).expect("grown");
+        fs::File::options()
+            .write(true)
+            .open(&peer.image)
+            .and_then(|f| f.set_len(0))
+            .expect("emptied");
+        fs::File::options()
+            .write(true)
+            .open(&peer.image)
+            .and_then(|f| f.set_len(DISK_BYTES))
+            .expect("grown");
         let report = run_load(&peer.socket, &options, SECOND);
         report.assert_clean();
         assert!(report.ios > 1000, "too slow to mean anything: {report:?}");
@@ -112,7 +122,8 @@ fn one_changed_byte_and_one_lost_write_are_found() {
     let before = fs::read(&peer.image).expect("the image");
 
     // Not every block is stamped: a load may discard. Some stamped block is among the first few.
-    let stamped = before.chunks(BLOCK).position(|block| block.starts_with(b"a stamp")).expect("a stamp");
+    let stamped =
+        before.chunks(BLOCK).position(|block| block.starts_with(b"a stamp")).expect("a stamp");
     image.write_all_at(&[0xff], (stamped * BLOCK + 2000) as u64).expect("damage");
     assert_eq!(damage(&peer.socket, &first.ledgers).len(), 1, "one block was damaged");
     image.write_all_at(&before, 0).expect("repaired");

@@ -32,11 +32,16 @@ fn without_consequences(daemon: &Daemon, trials: impl FnOnce()) {
     let committed = |status: &Value| status["upgrades"]["committed"].clone();
     assert_eq!(committed(&before), committed(&after));
     daemon.call(&["upgrade", "ramdisk_v2"]);
-    run_load(daemon.socket(), &LoadOptions::new(2, 16).on_unknown_content(), Duration::from_millis(200))
-        .assert_clean();
+    run_load(
+        daemon.socket(),
+        &LoadOptions::new(2, 16).on_unknown_content(),
+        Duration::from_millis(200),
+    )
+    .assert_clean();
 }
 
-/// Some shared object that is no domain and is on every Linux: the C library's mathematics, or its like.
+/// Some shared object that is no domain and is on every Linux: the C library's mathematics, or its
+/// like.
 fn foreign_library() -> PathBuf {
     let maps = fs::read_to_string("/proc/self/maps").expect("our own mappings");
     let libraries = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
@@ -73,7 +78,8 @@ fn bad_modules(directory: &Path) -> Vec<(String, PathBuf)> {
         copy[at..at + bytes.len()].copy_from_slice(bytes);
         copy
     };
-    // Offsets in Elf64_Ehdr: e_ident[4] class, [5] byte order, 16 e_type, 18 e_machine, 32 e_phoff, 40 e_shoff.
+    // Offsets in Elf64_Ehdr: e_ident[4] class, [5] byte order, 16 e_type, 18 e_machine, 32 e_phoff,
+    // 40 e_shoff.
     add("a 32 bit module", &patched(4, &[1]));
     add("a big-endian module", &patched(5, &[2]));
     add("an executable", &patched(16, &2_u16.to_le_bytes()));
@@ -126,7 +132,8 @@ fn an_unreadable_module_is_refused() {
 fn a_domain_that_cannot_take_over_is_refused() {
     let daemon = ramdisk();
     without_consequences(&daemon, || {
-        let upgrade = |name: &str, params: Value| ("upgrade", json!({"name": name, "params": params}));
+        let upgrade =
+            |name: &str, params: Value| ("upgrade", json!({"name": name, "params": params}));
         for ((method, params), code) in [
             (upgrade("faulty", json!({"fault": "prepare:fail"})), "prepare_failed"),
             (upgrade("faulty", json!({"fault": "prepare:panic"})), "prepare_panicked"),
@@ -190,7 +197,10 @@ fn bad_command_lines_of_the_daemon_end_with_status_2() {
     let capabilities = run_daemon(&["--print-capabilities"]);
     assert_eq!(capabilities.status, 0, "{capabilities:?}");
     let capabilities: Value = serde_json::from_str(&capabilities.stdout).expect("JSON");
-    assert_eq!(capabilities["type"], "block", "as the vhost-user backend conventions say: {capabilities}");
+    assert_eq!(
+        capabilities["type"], "block",
+        "as the vhost-user backend conventions say: {capabilities}"
+    );
 }
 
 #[test]
@@ -227,8 +237,12 @@ fn code_of(daemon: &Daemon, line: &[u8]) -> (i64, Value) {
     let reply = control.receive().unwrap_or_else(|e| panic!("{shown}: {e}"));
     let reply = reply.unwrap_or_else(|| panic!("{shown}: the daemon hung up"));
     assert_eq!(reply["jsonrpc"], "2.0", "{shown}: {reply}");
-    assert!(reply["error"]["message"].as_str().is_some_and(|text| !text.is_empty()), "{shown}: {reply}");
-    let code = reply["error"]["code"].as_i64().unwrap_or_else(|| panic!("{shown}: no code in {reply}"));
+    assert!(
+        reply["error"]["message"].as_str().is_some_and(|text| !text.is_empty()),
+        "{shown}: {reply}"
+    );
+    let code =
+        reply["error"]["code"].as_i64().unwrap_or_else(|| panic!("{shown}: no code in {reply}"));
     // The connection is still good.
     assert!(control.request("status", json!({})).is_ok(), "{shown}: the connection is spoilt");
     (code, reply)
@@ -244,24 +258,41 @@ fn bad_requests_get_the_codes_of_json_rpc() {
     let daemon = ramdisk();
     let deep = [vec![b'['; 10_000], vec![b']'; 10_000]].concat();
     let call = |method: &str, params: Value| {
-        json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}).to_string().into_bytes()
+        json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params})
+            .to_string()
+            .into_bytes()
     };
     without_consequences(&daemon, || {
         for (line, expected) in [
             (b"{".to_vec(), &[PARSE_ERROR][..]),
             (b"hello".to_vec(), &[PARSE_ERROR]),
-            (b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"} x".to_vec(), &[PARSE_ERROR]),
+            (
+                b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"} x".to_vec(),
+                &[PARSE_ERROR],
+            ),
             (b"\xff\xfe{}".to_vec(), &[PARSE_ERROR]),
-            (b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"st\0tus\"}".to_vec(), &[PARSE_ERROR]),
+            (
+                b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"st\0tus\"}".to_vec(),
+                &[PARSE_ERROR],
+            ),
             (deep, &[PARSE_ERROR]),
             (b"{}".to_vec(), &[INVALID_REQUEST]),
             (b"17".to_vec(), &[INVALID_REQUEST]),
             (b"null".to_vec(), &[INVALID_REQUEST]),
             (b"[]".to_vec(), &[INVALID_REQUEST]),
-            (b"[{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"}]".to_vec(), &[INVALID_REQUEST]),
-            (b"{\"jsonrpc\": \"1.0\", \"id\": 1, \"method\": \"status\"}".to_vec(), &[INVALID_REQUEST]),
+            (
+                b"[{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"}]".to_vec(),
+                &[INVALID_REQUEST],
+            ),
+            (
+                b"{\"jsonrpc\": \"1.0\", \"id\": 1, \"method\": \"status\"}".to_vec(),
+                &[INVALID_REQUEST],
+            ),
             (b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": 17}".to_vec(), &[INVALID_REQUEST]),
-            (b"{\"jsonrpc\": \"2.0\", \"id\": {}, \"method\": \"status\"}".to_vec(), &[INVALID_REQUEST]),
+            (
+                b"{\"jsonrpc\": \"2.0\", \"id\": {}, \"method\": \"status\"}".to_vec(),
+                &[INVALID_REQUEST],
+            ),
             (b"{\"jsonrpc\": \"2.0\", \"id\": 1}".to_vec(), &[INVALID_REQUEST]),
             (call("reboot", json!({})), &[METHOD_NOT_FOUND]),
             (call("", json!({})), &[METHOD_NOT_FOUND]),
@@ -271,8 +302,14 @@ fn bad_requests_get_the_codes_of_json_rpc() {
             (call("upgrade", json!({"name": "ramdisk", "mode": "fast"})), &[INVALID_PARAMS]),
             (call("upgrade", json!({"name": "ramdisk", "params": ["size=1M"]})), &[INVALID_PARAMS]),
             (call("upgrade", json!({"name": "ramdisk", "params": {"size": 5}})), &[INVALID_PARAMS]),
-            (call("upgrade", json!({"name": "ramdisk", "drain_timeout_ms": -1})), &[INVALID_PARAMS]),
-            (call("upgrade", json!({"name": "ramdisk", "drain_timeout_ms": "1"})), &[INVALID_PARAMS]),
+            (
+                call("upgrade", json!({"name": "ramdisk", "drain_timeout_ms": -1})),
+                &[INVALID_PARAMS],
+            ),
+            (
+                call("upgrade", json!({"name": "ramdisk", "drain_timeout_ms": "1"})),
+                &[INVALID_PARAMS],
+            ),
             (call("upgrade", json!({"name": "ramdisk", "colour": "blue"})), &[INVALID_PARAMS]),
         ] {
             let (code, reply) = code_of(&daemon, &line);
@@ -302,17 +339,22 @@ fn half_lines_huge_lines_and_silence_disturb_nobody() {
         let mut empty = daemon.rpc();
         empty.send_raw(b"\n\n\r\n").expect("sent");
         // Empty lines are errors or nothing; the call behind them is answered either way.
-        empty.send_raw(b"{\"jsonrpc\": \"2.0\", \"id\": 99, \"method\": \"status\"}\n").expect("sent");
+        empty
+            .send_raw(b"{\"jsonrpc\": \"2.0\", \"id\": 99, \"method\": \"status\"}\n")
+            .expect("sent");
         while empty.receive().expect("a line").expect("no hang-up")["id"] != 99 {}
 
         let silent: Vec<Control> = (0..20).map(|_| daemon.rpc()).collect();
         assert_eq!(daemon.status()["generation"], 1);
         drop(silent);
 
-        let mut unread = std::os::unix::net::UnixStream::connect(daemon.control()).expect("connected");
+        let mut unread =
+            std::os::unix::net::UnixStream::connect(daemon.control()).expect("connected");
         for _ in 0..100 {
             use std::io::Write;
-            unread.write_all(b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"}\n").expect("sent");
+            unread
+                .write_all(b"{\"jsonrpc\": \"2.0\", \"id\": 1, \"method\": \"status\"}\n")
+                .expect("sent");
         }
         drop(unread);
         assert_eq!(daemon.status()["generation"], 1);
@@ -331,8 +373,9 @@ fn a_notification_is_not_answered_and_ids_come_back_as_they_were() {
         assert_eq!(reply["id"], id, "{reply}");
     }
     // Several calls in one packet are answered one by one, in their order.
-    let three: String =
-        (1..=3).map(|id| format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"status\"}}\n")).collect();
+    let three: String = (1..=3)
+        .map(|id| format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"status\"}}\n"))
+        .collect();
     control.send_raw(three.as_bytes()).expect("sent");
     for id in 1..=3 {
         assert_eq!(control.receive().expect("a line").expect("no hang-up")["id"], id);
@@ -351,8 +394,11 @@ fn a_second_daemon_does_not_take_the_socket_of_a_living_one() {
 fn the_vhost_user_socket_is_no_control_socket() {
     let daemon = ramdisk();
     let mut stream = std::os::unix::net::UnixStream::connect(daemon.socket()).expect("connected");
-    std::io::Write::write_all(&mut stream, b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"shutdown\"}\n")
-        .expect("sent");
+    std::io::Write::write_all(
+        &mut stream,
+        b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"shutdown\"}\n",
+    )
+    .expect("sent");
     stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
     let _ = stream.read(&mut [0; 100]);
     drop(stream);

@@ -1,7 +1,9 @@
 //! Domains that leave something behind: found, reported, and never unmapped under running code.
 //!
-//! The module `stubborn` is a ramdisk of a careless author, built here. It is upgraded to and away from under a load that checks every block; when it is
-//! retired, `status` must name it and why, its code must still be mapped, and the device must go on. When what kept it has ended, it must be gone from both.
+//! The module `stubborn` is a ramdisk of a careless author, built here. It is upgraded to and away
+//! from under a load that checks every block; when it is retired, `status` must name it and why,
+//! its code must still be mapped, and the device must go on. When what kept it has ended, it must
+//! be gone from both.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +15,8 @@ use serde_json::{Value, json};
 
 /// What is still mapped of modules called so.
 fn mappings(daemon: &Daemon, name: &str) -> usize {
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("the daemon lives");
+    let maps =
+        std::fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("the daemon lives");
     maps.lines().filter(|line| line.contains("hotswap-module") && line.contains(name)).count()
 }
 
@@ -21,7 +24,8 @@ fn ramdisk() -> Daemon {
     Daemon::start(&["--domain", "ramdisk", "--queues", "2"])
 }
 
-/// Upgrades to the module and away from it, until it is retired; what `status` says of it then, and what is mapped of it.
+/// Upgrades to the module and away from it, until it is retired; what `status` says of it then, and
+/// what is mapped of it.
 fn comes_and_goes(daemon: &Daemon, module: &str, params: Value) -> (Value, usize) {
     let keeps = params.to_string();
     let mut control = daemon.rpc();
@@ -51,7 +55,9 @@ fn comes_and_goes(daemon: &Daemon, module: &str, params: Value) -> (Value, usize
 #[test]
 fn what_is_left_behind_is_reported_and_stays_mapped() {
     let module = stubborn();
-    for (keeps, why) in [("tls", "still"), ("thread", "still"), ("host-thread", "thread `stubborn`")] {
+    for (keeps, why) in
+        [("tls", "still"), ("thread", "still"), ("host-thread", "thread `stubborn`")]
+    {
         let (resident, mapped) = comes_and_goes(&ramdisk(), &module, json!({"keeps": keeps}));
         let text = resident.to_string();
         assert!(text.contains("stubborn") && text.contains(why), "{keeps}: {resident}");
@@ -68,7 +74,8 @@ fn a_timer_that_is_not_due_keeps_nothing() {
 #[test]
 fn what_has_ended_since_is_reported_no_longer() {
     let module = stubborn();
-    // The thread-local ends with the session's threads; a thread of the host's is waited for 5 s when the module is retired, and ends after that.
+    // The thread-local ends with the session's threads; a thread of the host's is waited for 5 s
+    // when the module is retired, and ends after that.
     for params in [
         json!({"keeps": "tls"}),
         json!({"keeps": "thread", "seconds": "3"}),

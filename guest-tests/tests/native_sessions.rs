@@ -1,4 +1,5 @@
-//! Clients that come, go and vanish, and upgrades at moments when nobody, or hardly anybody, is there.
+//! Clients that come, go and vanish, and upgrades at moments when nobody, or hardly anybody, is
+//! there.
 
 use std::path::Path;
 use std::thread;
@@ -21,7 +22,11 @@ fn wait_for_connected(daemon: &Daemon, connected: bool) {
     let deadline = Instant::now() + 10 * SECOND;
     let mut control = daemon.rpc();
     while control.request("status", json!({})).expect("a status")["connected"] != connected {
-        assert!(Instant::now() < deadline, "`connected` never becomes {connected}: {}", daemon.status());
+        assert!(
+            Instant::now() < deadline,
+            "`connected` never becomes {connected}: {}",
+            daemon.status()
+        );
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -82,7 +87,8 @@ fn assert_one_read(raw: &mut RawSession) {
     raw.put(FREE, &[0; 16]).expect("memory");
     raw.put(FREE + 0x1000, &[0xee]).expect("memory");
     let at = GUEST_BASE + FREE;
-    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
+        .expect("memory");
     raw.offer(0).expect("a kick");
     assert_eq!(raw.used(5 * SECOND).expect("memory"), Some((0, 513)));
     assert_eq!(raw.get(FREE + 0x1000, 1).expect("memory"), [0]);
@@ -91,12 +97,15 @@ fn assert_one_read(raw: &mut RawSession) {
 #[test]
 fn upgrades_with_an_idle_client_wake_nobody_and_break_nothing() {
     let daemon = ramdisk();
-    let mut client =
-        Client::connect(daemon.socket(), &Options { queues: 2, ..Options::default() }).expect("connected");
+    let mut client = Client::connect(daemon.socket(), &Options { queues: 2, ..Options::default() })
+        .expect("connected");
     let data = vec![0xa5; 4096];
     let write = |client: &mut Client, queue: usize, offset| {
         let request = Request::Write { offset, data: &data };
-        assert_eq!(client.queue(queue).execute(request, 5 * SECOND).expect("an answer").0, Status::Ok);
+        assert_eq!(
+            client.queue(queue).execute(request, 5 * SECOND).expect("an answer").0,
+            Status::Ok
+        );
     };
     for (round, name) in ["ramdisk_v2", "ramdisk"].into_iter().cycle().take(20).enumerate() {
         write(&mut client, round % 2, round as u64 * 4096);
@@ -116,8 +125,9 @@ fn a_thousand_sessions_leave_nothing_behind() {
     let sessions = |count: usize| {
         for round in 0..count {
             let queues = 1 + round % 2;
-            let mut client = Client::connect(daemon.socket(), &Options { queues, ..Options::default() })
-                .expect("connected");
+            let mut client =
+                Client::connect(daemon.socket(), &Options { queues, ..Options::default() })
+                    .expect("connected");
             // Always the same block, so that the ramdisk itself does not grow.
             let request = Request::Write { offset: 0, data: &[round as u8; 4096] };
             assert_eq!(
@@ -126,7 +136,10 @@ fn a_thousand_sessions_leave_nothing_behind() {
             );
             if round % 3 == 0 {
                 // Gone without having waited for the answer.
-                client.queue(0).submit(Request::Read { offset: 0, len: 4096 }, 0).expect("submitted");
+                client
+                    .queue(0)
+                    .submit(Request::Read { offset: 0, len: 4096 }, 0)
+                    .expect("submitted");
                 client.queue(0).kick().expect("kicked");
             }
         }
@@ -182,9 +195,11 @@ fn clients_vanish_while_upgrades_run() {
         report = thread::scope(|scope| {
             let name = if round % 2 == 0 { "ramdisk_v2" } else { "ramdisk" };
             let daemon = &daemon;
-            let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", json!({"name": name})));
+            let upgrade =
+                scope.spawn(move || daemon.rpc().request("upgrade", json!({"name": name})));
             let report = load.abandon();
-            let reply = upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("upgrade: {e:?}"));
+            let reply =
+                upgrade.join().expect("no panic").unwrap_or_else(|e| panic!("upgrade: {e:?}"));
             assert_eq!(reply["generation"], round + 2, "{reply}");
             report
         });
@@ -237,15 +252,16 @@ fn the_control_socket_is_private_and_a_stale_one_is_replaced() {
 #[test]
 fn workers_are_kept_on_the_cpus_that_are_asked_for() {
     let daemon = Daemon::start(&["--domain", "empty", "--queues", "3", "--worker-cpus", "0,0-0"]);
-    let mut client =
-        Client::connect(daemon.socket(), &Options { queues: 3, ..Options::default() }).expect("connected");
+    let mut client = Client::connect(daemon.socket(), &Options { queues: 3, ..Options::default() })
+        .expect("connected");
     for queue in 0..3 {
         let read = Request::Read { offset: 0, len: 4096 };
         assert_eq!(client.queue(queue).execute(read, SECOND).expect("an answer").0, Status::Ok);
     }
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).expect("the daemon lives");
     let mut workers = 0;
-    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives") {
+    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives")
+    {
         let task = task.expect("a thread").path();
         let is_worker = read(task.join("comm")).starts_with("vring_worker");
         let is_kept = read(task.join("status")).lines().any(|line| line == "Cpus_allowed_list:\t0");
@@ -269,19 +285,27 @@ fn the_largest_ring_is_served_by_default() {
 fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
     let start = || Daemon::start(&["--domain", "ramdisk", "--queue-size", "256"]);
     let started = Instant::now();
-    let lines = |daemon: &Daemon, what: &str| daemon.log().lines().filter(|line| line.contains(what)).count();
+    let lines = |daemon: &Daemon, what: &str| {
+        daemon.log().lines().filter(|line| line.contains(what)).count()
+    };
     // A line is repeated after ten seconds, which are long.
     let most = || 1 + started.elapsed().as_secs() as usize / 10;
     let once = |daemon: &Daemon, what: &str| (1..=most()).contains(&lines(daemon, what));
     let daemon = start();
     for _ in 0..3 {
-        assert!(RawSession::start(daemon.socket(), features::USUAL, 512).is_err(), "512 is accepted");
+        assert!(
+            RawSession::start(daemon.socket(), features::USUAL, 512).is_err(),
+            "512 is accepted"
+        );
     }
     assert!(once(&daemon, "start the daemon with --queue-size 512"), "{}", daemon.log());
     // Another size is of the same kind, so somebody else has to say it.
     let daemon = start();
     for _ in 0..3 {
-        assert!(RawSession::start(daemon.socket(), features::USUAL, 100).is_err(), "100 is accepted");
+        assert!(
+            RawSession::start(daemon.socket(), features::USUAL, 100).is_err(),
+            "100 is accepted"
+        );
     }
     assert!(once(&daemon, "100 entries, which is no power of two"), "{}", daemon.log());
     assert!(
@@ -299,7 +323,8 @@ fn rings_that_are_not_used_cost_no_memory() {
     const SLACK_KIB: u64 = 2048;
     // A session with all its workers, in KiB: idle, then with a deep queue on one of them.
     let resident = |size: &str| {
-        let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "64", "--queue-size", size]);
+        let daemon =
+            Daemon::start(&["--domain", "ramdisk", "--queues", "64", "--queue-size", size]);
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
         assert_one_read(&mut raw);
         let idle = daemon.rss_kib();

@@ -1,6 +1,7 @@
 //! Storage that does not answer for longer than anybody waits, and then does.
 //!
-//! A file system is frozen under an image. Where that is not allowed, or takes tools that are not there, this says so and passes.
+//! A file system is frozen under an image. Where that is not allowed, or takes tools that are not
+//! there, this says so and passes.
 
 use std::fs::File;
 use std::path::Path;
@@ -47,7 +48,8 @@ impl Mount {
     }
 }
 
-/// While it is there, the file system is frozen. A process with a request in there cannot even be killed, so this is to go first.
+/// While it is there, the file system is frozen. A process with a request in there cannot even be
+/// killed, so this is to go first.
 struct Frozen(String);
 
 impl Drop for Frozen {
@@ -89,7 +91,8 @@ fn a_disk_comes_back_with_its_storage() {
     let Some(mount) = Mount::new() else { return };
     let image = mount.point().join("disk.img");
     File::create(&image).and_then(|file| file.set_len(16 << 20)).expect("an image");
-    let daemon = Daemon::start(&["--blk-file", image.to_str().expect("UTF-8"), "--param", "direct=true"]);
+    let daemon =
+        Daemon::start(&["--blk-file", image.to_str().expect("UTF-8"), "--param", "direct=true"]);
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     assert!(write(&mut raw, 5 * SECOND));
     let frozen = mount.freeze();
@@ -100,7 +103,8 @@ fn a_disk_comes_back_with_its_storage() {
     assert_eq!(daemon.status()["queues"][0]["in_flight"], 1);
     assert!(daemon.log().contains("still in flight"), "{}", daemon.log());
     drop(frozen);
-    let mut next = RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
+    let mut next =
+        RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
     assert!(write(&mut next, 5 * SECOND), "the queue is dead: {}", daemon.status());
     drop(next);
     assert_eq!(daemon.terminate(), 0);

@@ -1,7 +1,8 @@
 //! Upgrades on a machine that gives the daemon's workers hardly any CPU.
 //!
-//! The workers are made as unimportant as can be, and kept on a CPU that others keep busy: each is given
-//! it for a moment now and then. Nothing hangs, so no upgrade is refused, even with a short drain timeout.
+//! The workers are made as unimportant as can be, and kept on a CPU that others keep busy: each is
+//! given it for a moment now and then. Nothing hangs, so no upgrade is refused, even with a short
+//! drain timeout.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +31,8 @@ fn workers(daemon: &Daemon) -> Vec<Pid> {
     let is_worker = |task: &std::path::PathBuf| {
         fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("vring_worker"))
     };
-    let id = |task: std::path::PathBuf| task.file_name()?.to_str()?.parse().ok().and_then(Pid::from_raw);
+    let id =
+        |task: std::path::PathBuf| task.file_name()?.to_str()?.parse().ok().and_then(Pid::from_raw);
     tasks.filter(is_worker).filter_map(id).collect()
 }
 
@@ -59,7 +61,8 @@ fn workers_without_a_cpu_cost_an_upgrade_time_and_not_its_success() {
         thread::sleep(Duration::from_millis(200));
         let upgrade = |round: usize| {
             let name = if round.is_multiple_of(2) { "ramdisk_v2" } else { "ramdisk" };
-            let params = json!({"name": name, "drain_timeout_ms": 20, "starved_timeout_ms": 60_000});
+            let params =
+                json!({"name": name, "drain_timeout_ms": 20, "starved_timeout_ms": 60_000});
             control.request("upgrade", params)
         };
         let refused = (0..20).map(upgrade).filter_map(Result::err).collect();

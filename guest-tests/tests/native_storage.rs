@@ -1,5 +1,6 @@
-//! What hosts do to disks: storage that fails once, that asks for other blocks than the guest has, that changes
-//! under a disk that is served, that takes no writes or no discards, and that is to be free when the daemon is gone.
+//! What hosts do to disks: storage that fails once, that asks for other blocks than the guest has,
+//! that changes under a disk that is served, that takes no writes or no discards, and that is to be
+//! free when the daemon is gone.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -35,7 +36,8 @@ fn serve_with(domain: &str, path: &Path, params: &[&str]) -> Daemon {
 }
 
 fn connect(daemon: &Daemon, options: &Options) -> Client {
-    Client::connect(daemon.socket(), options).unwrap_or_else(|error| panic!("{error}\n{}", daemon.log()))
+    Client::connect(daemon.socket(), options)
+        .unwrap_or_else(|error| panic!("{error}\n{}", daemon.log()))
 }
 
 fn status(queue: &mut Queue, request: Request<'_>) -> Status {
@@ -94,7 +96,11 @@ fn a_flush_after_one_that_failed_fails_whatever_has_changed_since() {
             for queue in 0..2 {
                 // As well as the storage is now.
                 write(client.queue(queue), 4096, &[2; BLOCK]);
-                assert_eq!(status(client.queue(queue), Request::Flush), Status::IoError, "after {after}");
+                assert_eq!(
+                    status(client.queue(queue), Request::Flush),
+                    Status::IoError,
+                    "after {after}"
+                );
                 assert_eq!(read(client.queue(queue), 4096, 4096), [2; BLOCK], "reads go on");
             }
             assert!(is_marked(&daemon), "after {after}");
@@ -164,7 +170,10 @@ fn flushes_at_the_same_time_fail_together() {
             write(client.queue(0), 0, &[1; BLOCK]);
             disk.set_full(true);
             for context in 0..2 {
-                client.queue(context % queues).submit(Request::Flush, context as u64).expect("room");
+                client
+                    .queue(context % queues)
+                    .submit(Request::Flush, context as u64)
+                    .expect("room");
             }
             for queue in 0..queues {
                 client.queue(queue).kick().expect("a kick");
@@ -222,7 +231,8 @@ enum Successor {
     Upgrade(&'static [&'static str]),
 }
 
-/// The kernel has told an instance that data is lost, and that has died before it could tell anybody.
+/// The kernel has told an instance that data is lost, and that has died before it could tell
+/// anybody.
 #[test]
 fn what_a_dead_domain_was_told_is_not_lost_with_it() {
     let successors = [
@@ -231,15 +241,19 @@ fn what_a_dead_domain_was_told_is_not_lost_with_it() {
         Successor::Upgrade(&[]),
         Successor::Upgrade(&["--param", "direct=true"]),
     ];
-    for (panics, successor) in
-        ["panics=reap", "panics=submit"].into_iter().flat_map(|panics| successors.map(|next| (panics, next)))
+    for (panics, successor) in ["panics=reap", "panics=submit"]
+        .into_iter()
+        .flat_map(|panics| successors.map(|next| (panics, next)))
     {
         let Some(disk) = failing_disk() else { return };
         // It dies at the second call: the first is the write.
         let dies = [panics, "calls=1"];
         let has_standby = !matches!(successor, Successor::Upgrade(_));
-        let daemon =
-            if has_standby { serve(disk.path(), &[]) } else { serve_with(&fragile(), disk.path(), &dies) };
+        let daemon = if has_standby {
+            serve(disk.path(), &[])
+        } else {
+            serve_with(&fragile(), disk.path(), &dies)
+        };
         let mut client = connect(&daemon, &Options::default());
         let queue = client.queue(0);
         if successor == Successor::Standby {
@@ -289,7 +303,8 @@ fn data_that_is_lost_at_the_end_is_no_success() {
     assert!(daemon.log().contains("may have lost data"), "{}", daemon.log());
 }
 
-/// What the device file and the image say after requests of single sectors, next to each other, on two queues.
+/// What the device file and the image say after requests of single sectors, next to each other, on
+/// two queues.
 fn sectors_survive(daemon: &Daemon, image: &Path, direct: bool) {
     sectors_survive_meanwhile(daemon, image, direct, |round| {
         let change: &[&str] = if round % 2 == 0 { &["upgrade", "file"] } else { &["rollback"] };
@@ -300,28 +315,35 @@ fn sectors_survive(daemon: &Daemon, image: &Path, direct: bool) {
 /// The same while `change` is called, once a round.
 fn sectors_survive_meanwhile(daemon: &Daemon, image: &Path, direct: bool, change: impl Fn(usize)) {
     const SECTORS: usize = 512;
-    let options = Options { queues: 2, queue_size: 128, slot_bytes: 16 << 10, ..Options::default() };
+    let options =
+        Options { queues: 2, queue_size: 128, slot_bytes: 16 << 10, ..Options::default() };
     let mut queues = connect(daemon, &options).into_queues();
     let value = |sector: usize, round: usize| (sector * 7 + round * 31 + 1) as u8;
     for round in 0..3 {
         thread::scope(|scope| {
             for (index, queue) in queues.iter_mut().enumerate() {
                 scope.spawn(move || {
-                    // Every other sector is the other queue's, so each block of the storage is both queues'.
-                    let mut left: Vec<usize> = (0..SECTORS).filter(|sector| sector % 2 == index).collect();
+                    // Every other sector is the other queue's, so each block of the storage is both
+                    // queues'.
+                    let mut left: Vec<usize> =
+                        (0..SECTORS).filter(|sector| sector % 2 == index).collect();
                     let deadline = Instant::now() + LIMIT;
                     while !left.is_empty() || queue.in_flight() > 0 {
                         while let Some(&sector) = left.last() {
                             let data = [value(sector, round); 512];
                             let write = Request::Write { offset: sector as u64 * 512, data: &data };
-                            if queue.in_flight() >= 16 || queue.submit(write, sector as u64).is_err() {
+                            if queue.in_flight() >= 16
+                                || queue.submit(write, sector as u64).is_err()
+                            {
                                 break;
                             }
                             left.pop();
                         }
                         queue.kick().expect("a kick");
                         queue.wait(Duration::from_millis(10)).expect("a wait");
-                        queue.reap(|done| assert_eq!(done.status, Status::Ok, "sector {}", done.context));
+                        queue.reap(|done| {
+                            assert_eq!(done.status, Status::Ok, "sector {}", done.context)
+                        });
                         assert!(Instant::now() < deadline, "requests are not answered");
                     }
                 });
@@ -333,7 +355,11 @@ fn sectors_survive_meanwhile(daemon: &Daemon, image: &Path, direct: bool, change
         }
         let expected = |sector: usize| [value(sector, round); 512];
         for sector in (0..SECTORS).step_by(5) {
-            assert_eq!(read(&mut queues[0], sector as u64 * 512, 512), expected(sector), "sector {sector}");
+            assert_eq!(
+                read(&mut queues[0], sector as u64 * 512, 512),
+                expected(sector),
+                "sector {sector}"
+            );
         }
         let on_disk = fs::read(image).expect("the image");
         for sector in 0..SECTORS {
@@ -347,7 +373,9 @@ fn sectors_survive_meanwhile(daemon: &Daemon, image: &Path, direct: bool, change
     }
     // Pieces with an edge at either end, and more than one block between.
     let queue = &mut queues[0];
-    for (offset, len) in [(512, 4096), (3584, 1024), (512, 12288), (4096, 8704), (1536, 512), (3584, 9728)] {
+    for (offset, len) in
+        [(512, 4096), (3584, 1024), (512, 12288), (4096, 8704), (1536, 512), (3584, 9728)]
+    {
         let before = read(queue, 0, 16384);
         let data: Vec<u8> = (0..len).map(|at| (at / 512 + offset) as u8).collect();
         write(queue, offset as u64, &data);
@@ -358,13 +386,19 @@ fn sectors_survive_meanwhile(daemon: &Daemon, image: &Path, direct: bool, change
             let zeroes = Request::WriteZeroes { offset: offset as u64, len: len as u64, unmap };
             assert_eq!(status(queue, zeroes), Status::Ok);
             expected[offset..offset + len].fill(0);
-            assert!(read(queue, 0, 16384) == expected, "zeros of {len} bytes at {offset}, unmap {unmap}");
+            assert!(
+                read(queue, 0, 16384) == expected,
+                "zeros of {len} bytes at {offset}, unmap {unmap}"
+            );
             write(queue, offset as u64, &data);
             expected[offset..offset + len].copy_from_slice(&data);
         }
     }
     let counters = &daemon.status()["counters"];
-    assert!(!direct || counters["read_modify_writes"].as_u64() > Some(SECTORS as u64), "{counters}");
+    assert!(
+        !direct || counters["read_modify_writes"].as_u64() > Some(SECTORS as u64),
+        "{counters}"
+    );
 }
 
 #[test]
@@ -378,7 +412,8 @@ fn sectors_of_512_bytes_survive_on_a_device_of_larger_ones() {
     }
 }
 
-/// Writes, from two queues at the same time, that overlap: what only one of them writes must be there afterwards.
+/// Writes, from two queues at the same time, that overlap: what only one of them writes must be
+/// there afterwards.
 #[test]
 fn a_large_write_beside_one_of_a_sector_is_written_whole() {
     let directory = disk_directory();
@@ -387,7 +422,8 @@ fn a_large_write_beside_one_of_a_sector_is_written_whole() {
         let daemon = serve(device.path(), params);
         let mut client = connect(&daemon, &Options { queues: 2, ..Options::default() });
         for round in 0..500u32 {
-            let (small, large) = ([(round % 100) as u8 + 1; 512], [(round % 100) as u8 + 101; 4096]);
+            let (small, large) =
+                ([(round % 100) as u8 + 1; 512], [(round % 100) as u8 + 101; 4096]);
             client.queue(0).submit(Request::Write { offset: 0, data: &small }, 1).expect("room");
             client.queue(1).submit(Request::Write { offset: 0, data: &large }, 2).expect("room");
             client.queue(0).kick().expect("a kick");
@@ -424,7 +460,8 @@ fn storage_that_begins_to_ask_for_larger_blocks_loses_nothing() {
             daemon.call(&["upgrade", "file"]);
             write(client.queue(1), 0, &[1; 4096]);
             assert_eq!(status(client.queue(1), Request::Flush), Status::Ok);
-            host("losetup", &["--sector-size", "4096", text(device.path())]).expect("other sectors");
+            host("losetup", &["--sector-size", "4096", text(device.path())])
+                .expect("other sectors");
             // The first that the live instance hears of it.
             let queue = client.queue(0);
             match first {
@@ -457,7 +494,8 @@ fn storage_that_begins_to_ask_for_larger_blocks_under_load_loses_nothing() {
             let daemon = serve(device.path(), params);
             sectors_survive_meanwhile(&daemon, device.path(), true, |round| {
                 if round == 0 {
-                    host("losetup", &["--sector-size", "4096", text(device.path())]).expect("other sectors");
+                    host("losetup", &["--sector-size", "4096", text(device.path())])
+                        .expect("other sectors");
                 }
             });
             assert_eq!(daemon.terminate(), 0);
@@ -476,20 +514,26 @@ fn whoever_wants_blocks_of_4096_bytes_is_told_so() {
     assert!(said.contains("leave it as it was"), "{said}");
     assert_eq!(daemon.terminate(), 0);
     let socket = directory.path().join("socket");
-    let args = ["--socket-path", text(&socket), "--blk-file", text(&image), "--param", "block_size=1024"];
+    let args =
+        ["--socket-path", text(&socket), "--blk-file", text(&image), "--param", "block_size=1024"];
     let output = run_daemon(&args);
     assert!(output.status == 1 && output.stderr.contains("512 or 4096"), "{output:?}");
 }
 
-/// `upgrade`, `rollback`, a takeover, and all that the guest is told, after something was done to the image.
+/// `upgrade`, `rollback`, a takeover, and all that the guest is told, after something was done to
+/// the image.
 fn goes_on(daemon: &Daemon, client: &mut Client, after: &str) {
     let capacity = client.capacity();
     let before = daemon.status()["upgrades"]["takeovers"].as_u64().expect("a number");
     let fragile = fragile();
     // It dies at the first request, and its standby answers that.
     let dies = ["upgrade", &fragile, "--param", "panics=submit", "--param", "calls=0"];
-    let changes =
-        [&["upgrade", "file"][..], &["rollback"], &["upgrade", "file", "--mode", "handover"], &dies];
+    let changes = [
+        &["upgrade", "file"][..],
+        &["rollback"],
+        &["upgrade", "file", "--mode", "handover"],
+        &dies,
+    ];
     for change in changes {
         daemon.call(change);
         let queue = client.queue(0);
@@ -508,13 +552,16 @@ fn an_image_that_was_reflinked_or_has_grown_is_upgraded_as_before() {
     for params in [&["direct=true"][..], &["direct=true", "aio=sync"], &[]] {
         let Some(mounted) = Mounted::new(directory.path(), "xfs", 400 << 20) else { return };
         let image = mounted.path().join("disk.img");
-        File::create(&image).and_then(|mut file| file.write_all(&vec![1; 4 << 20])).expect("an image");
+        File::create(&image)
+            .and_then(|mut file| file.write_all(&vec![1; 4 << 20]))
+            .expect("an image");
         let daemon = serve(&image, params);
         let mut client = connect(&daemon, &Options::default());
         goes_on(&daemon, &mut client, "nothing");
         let copy = mounted.path().join("copy.img");
         host("cp", &["--reflink=always", text(&image), text(&copy)]).expect("a reflink");
-        // The live instance goes on as well, without any change, and past the page cache from the next flush on.
+        // The live instance goes on as well, without any change, and past the page cache from the
+        // next flush on.
         let changed = |daemon: &Daemon| daemon.status()["counters"]["read_modify_writes"].as_u64();
         assert_eq!(changed(&daemon), None, "nothing asks for it yet");
         write(client.queue(0), 1536, &[6; 512]);
@@ -522,7 +569,11 @@ fn an_image_that_was_reflinked_or_has_grown_is_upgraded_as_before() {
         write(client.queue(0), 1536, &[6; 512]);
         assert_eq!(changed(&daemon), params.contains(&"direct=true").then_some(1), "{params:?}");
         goes_on(&daemon, &mut client, "a reflink");
-        File::options().write(true).open(&image).and_then(|file| file.set_len(8 << 20)).expect("it grows");
+        File::options()
+            .write(true)
+            .open(&image)
+            .and_then(|file| file.set_len(8 << 20))
+            .expect("it grows");
         goes_on(&daemon, &mut client, "growing");
         host("mount", &["-o", "remount,largeio,nodiscard", text(mounted.path())]);
         goes_on(&daemon, &mut client, "a remount");
@@ -565,7 +616,8 @@ fn an_image_that_was_cut_short_is_said_to_be() {
     assert_eq!(daemon.status()["generation"], 1);
 }
 
-/// The last block of an image need not be whole where the storage's blocks are larger than the guest's.
+/// The last block of an image need not be whole where the storage's blocks are larger than the
+/// guest's.
 #[test]
 fn the_end_of_an_image_is_written_and_stays_where_it_is() {
     let directory = disk_directory();
@@ -595,7 +647,9 @@ fn the_end_of_an_image_is_written_and_stays_where_it_is() {
 #[test]
 fn a_device_that_takes_no_writes_is_served_read_only_or_not_at_all() {
     let directory = disk_directory();
-    let Some(device) = LoopDevice::new(directory.path(), 1 << 20, 512, &["--read-only"]) else { return };
+    let Some(device) = LoopDevice::new(directory.path(), 1 << 20, 512, &["--read-only"]) else {
+        return;
+    };
     let socket = directory.path().join("socket");
     let output = run_daemon(&["--socket-path", text(&socket), "--blk-file", text(device.path())]);
     assert_eq!(output.status, 1, "{output:?}");
@@ -645,7 +699,10 @@ fn a_discard_that_was_answered_well_was_carried_out() {
             let discard = Request::Discard { offset: 512, len: 4 << 20 };
             assert_eq!(status(queue, discard), Status::Ok, "{params:?}");
             let left = allocated(&device);
-            assert!(left <= full - (4 << 20) + 8192, "{sector}, {params:?}: {left} of {full} bytes are left");
+            assert!(
+                left <= full - (4 << 20) + 8192,
+                "{sector}, {params:?}: {left} of {full} bytes are left"
+            );
             // What is too little to be given back stays, and so do its neighbours.
             assert_eq!(status(queue, Request::Discard { offset: 6 << 20, len: 512 }), Status::Ok);
             assert_eq!(read(queue, (6 << 20) + 512, 512), [1; 512]);
@@ -663,7 +720,9 @@ fn an_image_is_let_go_of_when_the_daemon_has_ended() {
         for _ in 0..5 {
             let Some(mounted) = Mounted::new(directory.path(), "ext4", 64 << 20) else { return };
             let image = mounted.path().join("disk.img");
-            File::create(&image).and_then(|mut file| file.write_all(&vec![1; 4 << 20])).expect("an image");
+            File::create(&image)
+                .and_then(|mut file| file.write_all(&vec![1; 4 << 20]))
+                .expect("an image");
             let daemon = serve(&image, params);
             let mut client = connect(&daemon, &Options { queues: 2, ..Options::default() });
             for queue in 0..2 {

@@ -1,8 +1,10 @@
 //! The live domain dies in the middle of a request, and the guest does not know.
 //!
-//! `faulty` is upgraded to under a load that checks every block, panics at a request of its own choice, and the standby takes over: what was unanswered is
-//! run again, so the load must see no error, no mismatch and no request that nobody answers. Where there is no standby, or it dies as well, the errors are
-//! bounded, the state says `faulted`, and an upgrade brings the device back with its data.
+//! `faulty` is upgraded to under a load that checks every block, panics at a request of its own
+//! choice, and the standby takes over: what was unanswered is run again, so the load must see no
+//! error, no mismatch and no request that nobody answers. Where there is no standby, or it dies as
+//! well, the errors are bounded, the state says `faulted`, and an upgrade brings the device back
+//! with its data.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -45,10 +47,16 @@ fn a_thousand_panics_lose_nothing() {
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     for round in 1..=1000u64 {
         let fault = format!("request:panic:{}", 1 + round * 7 % 90);
-        let reply = control.request("upgrade", faulty(&fault)).expect("faulty becomes the live domain");
+        let reply =
+            control.request("upgrade", faulty(&fault)).expect("faulty becomes the live domain");
         assert_eq!(reply["to"]["name"], "faulty");
-        let now = wait_until(&mut control, "no takeover", |now| now["upgrades"]["takeovers"] == round);
-        assert_eq!((&now["state"], &now["domain"]["name"]), (&json!("serving"), &json!("ramdisk")), "{now}");
+        let now =
+            wait_until(&mut control, "no takeover", |now| now["upgrades"]["takeovers"] == round);
+        assert_eq!(
+            (&now["state"], &now["domain"]["name"]),
+            (&json!("serving"), &json!("ramdisk")),
+            "{now}"
+        );
         assert_eq!(now["generation"], 1 + 2 * round);
         assert_eq!(now["standby"], Value::Null, "a dead instance is no standby");
         assert_eq!(load.faults(), 0, "in round {round}: {now}");
@@ -65,7 +73,11 @@ fn a_thousand_panics_lose_nothing() {
             .map(|queue| queue[field].as_u64().expect("a number"))
             .sum()
     };
-    println!("1000 panics under {} requests, {} of them run again", sum("requests"), sum("replayed"));
+    println!(
+        "1000 panics under {} requests, {} of them run again",
+        sum("requests"),
+        sum("replayed")
+    );
     assert!(sum("replayed") >= 1000, "each panic left a request at least: {now}");
     assert_eq!(sum("errors"), 0);
     assert_eq!(now["resident_modules"], json!([]));
@@ -98,7 +110,8 @@ fn panics_while_upgrades_come_and_go_lose_nothing() {
     for round in 0..150u64 {
         let fault = format!("request:panic:{}", 1 + round * 13 % 120);
         control.request("upgrade", faulty(&fault)).expect("faulty becomes the live domain");
-        // The panic comes before, in the middle of, or after the gate; and in `replace` of one thread while another drains.
+        // The panic comes before, in the middle of, or after the gate; and in `replace` of one
+        // thread while another drains.
         thread::sleep(Duration::from_micros(round * 37 % 900));
         let replies: Vec<_> = thread::scope(|scope| {
             let calls = ["ramdisk_v2", "ramdisk"].map(|name| {
@@ -114,7 +127,9 @@ fn panics_while_upgrades_come_and_go_lose_nothing() {
         let now = wait_until(&mut control, "not serving", |now| now["state"] == "serving");
         assert_eq!(load.faults(), 0, "in round {round}: {now}");
         if now["domain"]["name"] == "faulty" {
-            control.request("upgrade", json!({"name": "ramdisk"})).expect("an upgrade away from it");
+            control
+                .request("upgrade", json!({"name": "ramdisk"}))
+                .expect("an upgrade away from it");
         }
     }
     println!("{}", status(&mut control)["upgrades"]);
@@ -128,38 +143,45 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     let daemon = ramdisk();
     let mut control = daemon.rpc();
     // Two in a row: the second one's standby is the first, whose panic is still to come.
-    control.request("upgrade", faulty("request:panic:1")).expect("nobody is there to make it panic");
+    control
+        .request("upgrade", faulty("request:panic:1"))
+        .expect("nobody is there to make it panic");
     control.request("upgrade", faulty("request:panic:1")).expect("nor here");
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     let now = wait_until(&mut control, "never faulted", |now| now["state"] == "faulted");
     assert_eq!(now["upgrades"]["takeovers"], 1, "one takeover was possible: {now}");
     assert!(now["fault"].as_str().is_some_and(|why| why.contains("no standby")), "{now}");
-    let error = control.request("rollback", json!({})).expect_err("there is nothing to roll back to");
+    let error =
+        control.request("rollback", json!({})).expect_err("there is nothing to roll back to");
     assert_eq!(error.name(), "no_standby");
     thread::sleep(Duration::from_millis(50));
     let report = load.stop();
     assert!(report.errors > 0, "nobody served");
     assert_eq!(report.unanswered, 0, "faulted is errors, not silence");
-    let reply =
-        control.request("upgrade", json!({"name": "ramdisk"})).expect("an upgrade brings the device back");
+    let reply = control
+        .request("upgrade", json!({"name": "ramdisk"}))
+        .expect("an upgrade brings the device back");
     assert_eq!(reply["from"]["name"], "faulty");
     assert_eq!(status(&mut control)["state"], "serving");
     assert_intact(daemon.socket(), &report.ledgers);
 }
 
-/// The first request is the domain's when it dies; the second comes while nobody knows yet what the domain may still do with the first. It turns out that it can
-/// never be ended, so the first stays unanswered for good, and alone.
+/// The first request is the domain's when it dies; the second comes while nobody knows yet what the
+/// domain may still do with the first. It turns out that it can never be ended, so the first stays
+/// unanswered for good, and alone.
 #[test]
 fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() {
     for poll in ["0", "50"] {
-        let mut daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--poll-us", poll]);
+        let mut daemon =
+            Daemon::start(&["--domain", "ramdisk", "--param", "size=64M", "--poll-us", poll]);
         let mut control = daemon.rpc();
         control
             .request("upgrade", faulty("request:panic,end:stall,end:panic"))
             .expect("faulty becomes the live domain");
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
         let ask = |raw: &mut RawSession, number: u16| {
-            let [header, data, status] = [0, 0x1000, 0x200].map(|at| FREE + at + 0x2000 * u64::from(number));
+            let [header, data, status] =
+                [0, 0x1000, 0x200].map(|at| FREE + at + 0x2000 * u64::from(number));
             raw.put(header, &[0; 16]).expect("memory");
             raw.put(status, &[0xff]).expect("memory");
             let at = |offset| GUEST_BASE + offset;
@@ -176,7 +198,12 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
         let first = ask(&mut raw, 0);
         wait_until(&mut control, "nobody has died", |now| now["state"] == "upgrading");
         let second = ask(&mut raw, 1);
-        assert_eq!(answer(&mut raw, second), (Some(1), 1), "an I/O error: {}", status(&mut control));
+        assert_eq!(
+            answer(&mut raw, second),
+            (Some(1), 1),
+            "an I/O error: {}",
+            status(&mut control)
+        );
         assert_eq!(status(&mut control)["state"], "faulted");
         control.request("upgrade", json!({"name": "ramdisk"})).expect("ramdisk serves");
         let third = ask(&mut raw, 2);
@@ -188,7 +215,11 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
         assert_eq!(raw.get(first, 1).expect("memory"), [0xff], "the first is not answered");
         let stopping = Instant::now();
         raw.stop_ring().expect_err("a ring is not said to be empty when it is not");
-        assert!(stopping.elapsed() < Duration::from_secs(5), "a guest stood still: {:?}", stopping.elapsed());
+        assert!(
+            stopping.elapsed() < Duration::from_secs(5),
+            "a guest stood still: {:?}",
+            stopping.elapsed()
+        );
         let (code, took) = daemon.stop();
         assert!(took < Duration::from_secs(5), "nobody waits for what never comes: {took:?}");
         assert_ne!(code, 0, "something was left, and is said to be");
@@ -201,7 +232,8 @@ fn a_worker_that_hangs_inside_the_domain_is_named_and_waited_for() {
     let mut control = daemon.rpc();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
     load.wait_for(100);
-    // A hang keeps one worker inside the domain for 3 s; nothing may be run again before it has come out.
+    // A hang keeps one worker inside the domain for 3 s; nothing may be run again before it has
+    // come out.
     control.request("upgrade", faulty("request:hang:50")).expect("faulty becomes the live domain");
     thread::sleep(Duration::from_millis(200));
     let error = control

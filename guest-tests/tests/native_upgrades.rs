@@ -1,7 +1,8 @@
-//! A thousand upgrades in a row under a load that checks every block: the promise of the whole project.
+//! A thousand upgrades in a row under a load that checks every block: the promise of the whole
+//! project.
 //!
-//! After each one: the generation is one higher, the mode is the one that was asked for, every phase
-//! was timed, and in a swap nobody was paused. At the end: not one error, wrong block or lost
+//! After each one: the generation is one higher, the mode is the one that was asked for, every
+//! phase was timed, and in a swap nobody was paused. At the end: not one error, wrong block or lost
 //! request, as many commits as there were calls, and no pile of modules.
 
 use std::collections::BTreeMap;
@@ -41,19 +42,28 @@ impl Upgrader {
 
     /// Upgrades to the module `to`; two builds of one domain differ in a suffix of the file's name.
     fn upgrade(&mut self, params: Value, mode: &str, to: &str) {
-        let reply =
-            self.control.request("upgrade", params.clone()).unwrap_or_else(|e| panic!("{params}: {e:?}"));
+        let reply = self
+            .control
+            .request("upgrade", params.clone())
+            .unwrap_or_else(|e| panic!("{params}: {e:?}"));
         self.upgrades += 1;
         self.check(&reply, mode);
         assert_eq!(reply["to"]["name"], to.trim_end_matches("_v2"), "{reply}");
-        let content = self.contents.entry(to.to_owned()).or_insert_with(|| reply["to"]["sha256"].clone());
+        let content =
+            self.contents.entry(to.to_owned()).or_insert_with(|| reply["to"]["sha256"].clone());
         assert_eq!(*content, reply["to"]["sha256"], "{to} is not what it was: {reply}");
         let mut others = self.contents.iter().filter(|(name, _)| *name != to);
-        assert!(others.all(|(_, content)| *content != reply["to"]["sha256"]), "two modules are one: {reply}");
+        assert!(
+            others.all(|(_, content)| *content != reply["to"]["sha256"]),
+            "two modules are one: {reply}"
+        );
     }
 
     fn roll_back(&mut self, mode: &str) {
-        let reply = self.control.request("rollback", json!({})).unwrap_or_else(|e| panic!("rollback: {e:?}"));
+        let reply = self
+            .control
+            .request("rollback", json!({}))
+            .unwrap_or_else(|e| panic!("rollback: {e:?}"));
         self.rollbacks += 1;
         self.check(&reply, mode);
     }
@@ -89,10 +99,18 @@ impl Upgrader {
         let resident = count(&status["resident_modules"]);
         assert!(resident <= RESIDENT_LIMIT, "{resident} modules are resident: {status}");
         let history = self.control.request("history", json!({})).expect("a history");
-        assert!(count(&history) > 0 || count(&history["entries"]) > 0, "an empty history: {history}");
+        assert!(
+            count(&history) > 0 || count(&history["entries"]) > 0,
+            "an empty history: {history}"
+        );
         self.pauses_us.sort_by(f64::total_cmp);
         let at = |share: f64| self.pauses_us[(self.pauses_us.len() as f64 * share) as usize];
-        println!("pause of {} upgrades: p50 {} us, p99 {} us", self.pauses_us.len(), at(0.5), at(0.99));
+        println!(
+            "pause of {} upgrades: p50 {} us, p99 {} us",
+            self.pauses_us.len(),
+            at(0.5),
+            at(0.99)
+        );
     }
 }
 
@@ -147,8 +165,11 @@ fn a_large_disk_keeps_all_its_data() {
 /// A raw image of zeros in memory, where there is memory to put it in, or else on disk.
 fn image() -> (TempDir, PathBuf) {
     let shared_memory = Path::new("/dev/shm");
-    let directory =
-        tempfile::tempdir_in(if shared_memory.is_dir() { shared_memory } else { Path::new("/tmp") });
+    let directory = tempfile::tempdir_in(if shared_memory.is_dir() {
+        shared_memory
+    } else {
+        Path::new("/tmp")
+    });
     let directory = directory.expect("a temporary directory");
     let path = directory.path().join("disk.img");
     File::create(&path).and_then(|file| file.set_len(64 << 20)).expect("an image");
@@ -165,7 +186,11 @@ fn five_hundred_swaps_of_a_real_file_under_load() {
     let mut upgrader = Upgrader::new(&daemon);
     for round in 0..500 {
         let mode = if round % 2 == 0 { "auto" } else { "swap" };
-        upgrader.upgrade(json!({"name": "file", "mode": mode, "params": {"path": path}}), "swap", "file");
+        upgrader.upgrade(
+            json!({"name": "file", "mode": mode, "params": {"path": path}}),
+            "swap",
+            "file",
+        );
         if round % 25 == 24 {
             upgrader.roll_back("swap");
             load.wait_for(1);
@@ -207,7 +232,10 @@ fn sixty_four_queues_of_a_file_keep_their_rings() {
     all_write(&mut client);
     assert!(!daemon.log().contains("no io_uring"), "{}", daemon.log());
     let open = daemon.open_fds();
-    assert!(open > 64 * (10 + 2 * 3), "{open} descriptors: the live domain and the standby have no rings");
+    assert!(
+        open > 64 * (10 + 2 * 3),
+        "{open} descriptors: the live domain and the standby have no rings"
+    );
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! A hostile guest: rings, chains and messages that break the rules, one at a time and at random.
 //!
-//! Whatever it does, the daemon must live, must never say OK to what it did not do, and must serve the
-//! next well-formed request, on the same ring where the ring is still one, and on a new session always.
+//! Whatever it does, the daemon must live, must never say OK to what it did not do, and must serve
+//! the next well-formed request, on the same ring where the ring is still one, and on a new session
+//! always.
 
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
@@ -46,7 +47,9 @@ const WRITE_ZEROES: u32 = 13;
 
 fn start() -> Daemon {
     let serial = format!("serial={SERIAL}");
-    Daemon::start(&["--domain", "ramdisk", "--param", "size=16M", "--param", &serial, "--queues", "2"])
+    Daemon::start(&[
+        "--domain", "ramdisk", "--param", "size=16M", "--param", &serial, "--queues", "2",
+    ])
 }
 
 fn session(daemon: &Daemon) -> RawSession {
@@ -72,29 +75,39 @@ fn well_formed_works(raw: &mut RawSession, salt: u8, what: &str) {
         raw.put(GOOD, &header(kind, 100)).expect("memory");
         raw.put(GOOD + 0x1000, &[UNWRITTEN]).expect("memory");
         raw.put(GOOD + 0x2000, &[fill; 512]).expect("memory");
-        let chain = [(address, 16, 0), (address + 0x2000, 512, direction), (address + 0x1000, 1, WRITE)];
+        let chain =
+            [(address, 16, 0), (address + 0x2000, 512, direction), (address + 0x1000, 1, WRITE)];
         raw.chain(GOOD_HEAD, &chain).expect("memory");
         raw.offer(GOOD_HEAD).expect("a kick");
         loop {
             let used = raw.used(ANSWER).expect("memory");
-            let (head, len) =
-                used.unwrap_or_else(|| panic!("after {what}: a well-formed request is not answered"));
+            let (head, len) = used
+                .unwrap_or_else(|| panic!("after {what}: a well-formed request is not answered"));
             if head == u32::from(GOOD_HEAD) {
                 let wanted = if kind == READ { 513 } else { 1 };
                 assert_eq!(len, wanted, "after {what}: wrong length in the used ring");
                 break;
             }
-            assert_eq!(head, u32::from(HEAD), "after {what}: an answer to a request that was never made");
+            assert_eq!(
+                head,
+                u32::from(HEAD),
+                "after {what}: an answer to a request that was never made"
+            );
         }
         assert_eq!(raw.get(GOOD + 0x1000, 1).expect("memory"), [0], "after {what}: status");
     }
-    assert_eq!(raw.get(GOOD + 0x2000, 512).expect("memory"), [salt; 512], "after {what}: what was read");
+    assert_eq!(
+        raw.get(GOOD + 0x2000, 512).expect("memory"),
+        [salt; 512],
+        "after {what}: what was read"
+    );
 }
 
 /// A new client on a new session does verified I/O.
 fn good_client_works(daemon: &Daemon) {
     // After a hostile guest the disk may hold anything.
-    let options = LoadOptions { blocks_per_queue: 1024, ..LoadOptions::new(2, 16) }.on_unknown_content();
+    let options =
+        LoadOptions { blocks_per_queue: 1024, ..LoadOptions::new(2, 16) }.on_unknown_content();
     run_load(daemon.socket(), &options, Duration::from_millis(200)).assert_clean();
     assert_eq!(daemon.status()["state"], "serving");
 }
@@ -132,7 +145,14 @@ fn case(
 }
 
 /// One request with the usual shape: header, `len` bytes of data, status.
-fn usual(name: &'static str, kind: u32, sector: u64, len: u32, direction: u16, expect: Expect) -> Case {
+fn usual(
+    name: &'static str,
+    kind: u32,
+    sector: u64,
+    len: u32,
+    direction: u16,
+    expect: Expect,
+) -> Case {
     let chain = [(HEADER, 16, 0), (DATA, len, direction), (STATUS, 1, WRITE)];
     case(name, header(kind, sector), &[], &chain, expect)
 }
@@ -162,7 +182,13 @@ fn shapes() -> Vec<Case> {
         case("a write from a writable buffer", write, &[], &[h, d, s], Anything),
         case("an empty piece of data", read, &[], &[h, (DATA, 0, WRITE), d, s], Anything),
         case("a read of nothing", read, &[], &[h, s], Anything),
-        case("a readable buffer after a writable one", write, &[], &[h, s, (DATA, 512, 0)], Anything),
+        case(
+            "a readable buffer after a writable one",
+            write,
+            &[],
+            &[h, s, (DATA, 512, 0)],
+            Anything,
+        ),
         usual("a read of 100 bytes", READ, 0, 100, WRITE, IoError),
         usual("a write of 513 bytes", WRITE_OUT, 0, 513, 0, IoError),
         usual("a read at the end of the disk", READ, SECTORS, 512, WRITE, IoError),
@@ -190,8 +216,20 @@ fn addresses() -> Vec<Case> {
         at("data that wraps around", (u64::MAX - 255, 512, WRITE)),
         at("4 GiB of data", (DATA, 0xffff_fe00, WRITE)),
         case("4 GiB to write", header(WRITE_OUT, 0), &[], &[h, (DATA, 0xffff_fe00, 0), s], NotOk),
-        case("a header where there is no memory", read, &[], &[(8, 16, 0), (DATA, 512, WRITE), s], NotOk),
-        case("a header that wraps around", read, &[], &[(u64::MAX - 7, 16, 0), (DATA, 512, WRITE), s], NotOk),
+        case(
+            "a header where there is no memory",
+            read,
+            &[],
+            &[(8, 16, 0), (DATA, 512, WRITE), s],
+            NotOk,
+        ),
+        case(
+            "a header that wraps around",
+            read,
+            &[],
+            &[(u64::MAX - 7, 16, 0), (DATA, 512, WRITE), s],
+            NotOk,
+        ),
         case("a status behind memory", read, &[], &[h, (DATA, 512, WRITE), (end, 1, WRITE)], NotOk),
         case(
             "a status at the end of the world",
@@ -216,7 +254,13 @@ fn range_requests() -> Vec<Case> {
         ranges("200 discards in one", DISCARD, &one.repeat(200), Anything),
         ranges("zeroes over the end", WRITE_ZEROES, &range(SECTORS - 1, 2, 0), IoError),
         ranges("zeroes with unknown flags", WRITE_ZEROES, &range(0, 1, 0xfffe), Unsupported),
-        case("a discard of nothing", header(DISCARD, 0), &[], &[(HEADER, 16, 0), (STATUS, 1, WRITE)], NotOk),
+        case(
+            "a discard of nothing",
+            header(DISCARD, 0),
+            &[],
+            &[(HEADER, 16, 0), (STATUS, 1, WRITE)],
+            NotOk,
+        ),
         usual("a short serial", GET_ID, 0, 8, WRITE, Anything),
         usual("a serial read-only", GET_ID, 0, 20, 0, NotOk),
     ]
@@ -232,7 +276,8 @@ fn malformed_requests_are_refused_and_the_ring_goes_on() {
         raw.get(DATA - GUEST_BASE, 512).expect("memory")
     };
     let before = last_sector(&mut raw);
-    for (index, case) in shapes().into_iter().chain(addresses()).chain(range_requests()).enumerate() {
+    for (index, case) in shapes().into_iter().chain(addresses()).chain(range_requests()).enumerate()
+    {
         try_case(&mut raw, &case);
         well_formed_works(&mut raw, index as u8 + 1, case.name);
     }
@@ -260,7 +305,11 @@ fn try_case(raw: &mut RawSession, case: &Case) {
         Expect::NotOk => [1, 2, UNWRITTEN].contains(&status),
         Expect::Anything => [0, 1, 2, UNWRITTEN].contains(&status),
     };
-    assert!(right, "{}: status {status:#x}, but expected {:?} (used: {used:?})", case.name, case.expect);
+    assert!(
+        right,
+        "{}: status {status:#x}, but expected {:?} (used: {used:?})",
+        case.name, case.expect
+    );
     if status != UNWRITTEN {
         assert!(used.is_some(), "{}: a status, but no used entry", case.name);
     }
@@ -269,10 +318,14 @@ fn try_case(raw: &mut RawSession, case: &Case) {
 #[test]
 fn chains_that_do_not_end_or_lead_nowhere_are_survived() {
     let daemon = start();
-    let table = |entries: &[Descriptor]| entries.iter().flat_map(Descriptor::bytes).collect::<Vec<u8>>();
+    let table =
+        |entries: &[Descriptor]| entries.iter().flat_map(Descriptor::bytes).collect::<Vec<u8>>();
     let entry = |addr, len, flags, next| Descriptor { addr, len, flags, next };
-    let request =
-        table(&[entry(HEADER, 16, NEXT, 1), entry(DATA, 512, NEXT | WRITE, 2), entry(STATUS, 1, WRITE, 0)]);
+    let request = table(&[
+        entry(HEADER, 16, NEXT, 1),
+        entry(DATA, 512, NEXT | WRITE, 2),
+        entry(STATUS, 1, WRITE, 0),
+    ]);
     let nested = table(&[entry(TABLE, 48, INDIRECT, 0)]);
     let endless = table(&[entry(HEADER, 16, NEXT, 0)]);
     let outside = table(&[entry(HEADER, 16, NEXT, 7)]);
@@ -284,7 +337,12 @@ fn chains_that_do_not_end_or_lead_nowhere_are_survived() {
         ("an indirect table of no length", entry(TABLE, 0, INDIRECT, 0), request.clone(), false),
         ("an indirect table of 8 bytes", entry(TABLE, 8, INDIRECT, 0), request.clone(), false),
         ("an indirect table of 47 bytes", entry(TABLE, 47, INDIRECT, 0), request.clone(), false),
-        ("an indirect table of 4 GiB", entry(TABLE, 0xffff_fff0, INDIRECT, 0), endless.clone(), false),
+        (
+            "an indirect table of 4 GiB",
+            entry(TABLE, 0xffff_fff0, INDIRECT, 0),
+            endless.clone(),
+            false,
+        ),
         (
             "an indirect table with a successor",
             entry(TABLE, 48, INDIRECT | NEXT, HEAD),
@@ -303,7 +361,8 @@ fn chains_that_do_not_end_or_lead_nowhere_are_survived() {
         raw.put(TABLE - GUEST_BASE, bytes).expect("memory");
         raw.describe(HEAD, *head).expect("memory");
         raw.offer(HEAD).expect("a kick");
-        let used = raw.used(if *is_good { ANSWER } else { Duration::from_millis(100) }).expect("memory");
+        let used =
+            raw.used(if *is_good { ANSWER } else { Duration::from_millis(100) }).expect("memory");
         let status = raw.get(STATUS - GUEST_BASE, 1).expect("memory")[0];
         assert_eq!(status == 0, *is_good, "{name}: status {status:#x}, used {used:?}");
         well_formed_works(&mut raw, index as u8 + 1, name);
@@ -322,7 +381,9 @@ fn broken_rings_end_with_their_session_at_worst() {
         ("a ring outside of memory", |raw| {
             drop(raw.place_ring(MEMORY_BYTES - 8, MEMORY_BYTES, MEMORY_BYTES * 2))
         }),
-        ("a ring at the end of the address space", |raw| drop(raw.place_ring(u64::MAX, u64::MAX, u64::MAX))),
+        ("a ring at the end of the address space", |raw| {
+            drop(raw.place_ring(u64::MAX, u64::MAX, u64::MAX))
+        }),
         ("a misaligned ring", |raw| drop(raw.place_ring(3, 5, 7))),
         ("a queue size of three", |raw| drop(raw.frontend.set_vring_num(0, 3))),
         ("a queue size of none", |raw| drop(raw.frontend.set_vring_num(0, 0))),
@@ -348,7 +409,8 @@ fn get_id_answers_the_serial_and_get_config_any_range_that_there_is() {
     assert_eq!(serial, [SERIAL.as_bytes(), &[0; 20][SERIAL.len()..]].concat());
 
     let flags = VhostUserConfigFlags::WRITABLE;
-    let mut ask = |offset, size: u32| raw.frontend.get_config(offset, size, flags, &vec![0; size as usize]);
+    let mut ask =
+        |offset, size: u32| raw.frontend.get_config(offset, size, flags, &vec![0; size as usize]);
     let (_, whole) = ask(0, 60).expect("the configuration space");
     assert_eq!(whole[..8], SECTORS.to_le_bytes(), "the capacity");
     for size in [1, 2, 8, 20, 24, 36, 56, 60] {
@@ -407,8 +469,8 @@ fn memory_that_changes_under_the_request_is_survived() {
 #[test]
 fn random_chains_are_survived() {
     let daemon = start();
-    let mut random: u64 =
-        std::env::var("HOTSWAP_SEED").map_or(0x1234_5678_9abc_def1, |s| s.parse().expect("a number"));
+    let mut random: u64 = std::env::var("HOTSWAP_SEED")
+        .map_or(0x1234_5678_9abc_def1, |s| s.parse().expect("a number"));
     println!("HOTSWAP_SEED={random}");
     let mut below = move |limit: u64| {
         random ^= random << 13;
@@ -419,7 +481,8 @@ fn random_chains_are_survived() {
     for _session in 0..20 {
         let mut raw = session(&daemon);
         for _ in 0..200 {
-            let kind = [READ, WRITE_OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99][below(7) as usize];
+            let kind =
+                [READ, WRITE_OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99][below(7) as usize];
             raw.put(
                 HEADER - GUEST_BASE,
                 &header(kind, [0, 1, SECTORS - 1, SECTORS, below(u64::MAX)][below(5) as usize]),
@@ -436,10 +499,12 @@ fn random_chains_are_survived() {
                     below(u64::MAX),
                 ];
                 let len = [0, 1, 8, 16, 17, 512, 513, 4096, 0xffff_ffff][below(9) as usize];
-                let (addr, flags, next) = (addr[below(7) as usize], below(8) as u16, below(70) as u16);
+                let (addr, flags, next) =
+                    (addr[below(7) as usize], below(8) as u16, below(70) as u16);
                 let bytes = Descriptor { addr, len, flags, next };
                 raw.describe(index, bytes).expect("memory");
-                raw.put(TABLE - GUEST_BASE + u64::from(index) * 16, &bytes.bytes()).expect("memory");
+                raw.put(TABLE - GUEST_BASE + u64::from(index) * 16, &bytes.bytes())
+                    .expect("memory");
             }
             if raw.offer(below(u64::from(QUEUE_SIZE)) as u16).is_err() {
                 break;
@@ -465,7 +530,10 @@ fn garbage_on_the_vhost_user_socket_ends_that_connection_only() {
         ("a wrong version", message(1, 3, 0, &[])),
         ("a body of 4 GiB", message(2, 1, u32::MAX, &[0; 64])),
         ("a body that never comes", message(2, 1, 8, &[0; 3])),
-        ("memory without descriptors", message(5, 1, 40, &[&1_u64.to_le_bytes()[..], &[0xff; 32]].concat())),
+        (
+            "memory without descriptors",
+            message(5, 1, 40, &[&1_u64.to_le_bytes()[..], &[0xff; 32]].concat()),
+        ),
         ("a kick for a ring without a descriptor", message(12, 1, 8, &0x1ff_u64.to_le_bytes())),
         ("a ring address before memory", message(9, 1, 40, &[0x41; 40])),
     ];
@@ -480,12 +548,14 @@ fn garbage_on_the_vhost_user_socket_ends_that_connection_only() {
     }
 }
 
-/// Copying is what upgrades wait for: 16 requests of 3 GiB each shut every gate for longer than anybody waits.
+/// Copying is what upgrades wait for: 16 requests of 3 GiB each shut every gate for longer than
+/// anybody waits.
 #[test]
 fn no_more_is_done_in_a_request_than_was_announced() {
     const MOST: u64 = 126 << 20;
     const PIECE: u32 = 512 << 10;
-    let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=256M", "--queue-size", "512"]);
+    let daemon =
+        Daemon::start(&["--domain", "ramdisk", "--param", "size=256M", "--queue-size", "512"]);
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 512).expect("a session");
     let (header_at, status_at, data_at) = (FREE, FREE + 0x100, FREE + 0x1000);
     let pieces = MOST / u64::from(PIECE);
@@ -541,14 +611,18 @@ fn writes_to_the_configuration_space_end_no_session() {
     good_client_works(&daemon);
 }
 
-/// What was published while nobody listened was meant for somebody: a driver that waits for its interrupt would wait for ever.
+/// What was published while nobody listened was meant for somebody: a driver that waits for its
+/// interrupt would wait for ever.
 #[test]
 fn who_is_given_a_call_descriptor_is_called() {
     let daemon = start();
     let mut raw = session(&daemon);
     well_formed_works(&mut raw, 1, "the start");
     assert!(raw.was_called(ANSWER).expect("a descriptor"));
-    assert!(!raw.was_called(Duration::from_millis(50)).expect("a descriptor"), "nothing has happened");
+    assert!(
+        !raw.was_called(Duration::from_millis(50)).expect("a descriptor"),
+        "nothing has happened"
+    );
     raw.renew_call().expect("a new descriptor");
     assert!(
         raw.was_called(ANSWER).expect("a descriptor"),

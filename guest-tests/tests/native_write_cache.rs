@@ -99,7 +99,8 @@ impl Guest {
         raw.put(FREE + 0x1000, &[0xee]).expect("memory");
         raw.put(FREE + 0x2000, &[fill; SECTOR]).expect("memory");
         let at = GUEST_BASE + FREE;
-        let (header, data, status) = ((at, 16, 0), (at + 0x2000, SECTOR as u32, 0), (at + 0x1000, 1, WRITE));
+        let (header, data, status) =
+            ((at, 16, 0), (at + 0x2000, SECTOR as u32, 0), (at + 0x1000, 1, WRITE));
         let chain: &[_] = if kind == 1 { &[header, data, status] } else { &[header, status] };
         raw.chain(0, chain).expect("memory");
         raw.offer(0).expect("a kick");
@@ -175,15 +176,18 @@ fn who_has_turned_the_cache_off_keeps_it_off() {
             daemon.call(&["upgrade", "file"]);
             guest
         }),
-        ("the guest moves to another host, whose frontend has read the configuration", |guest, daemon| {
-            let answered = guest.answered;
-            drop(guest);
-            let mut raw = RawSession::connect(daemon.socket(), LINUX).expect("a connection");
-            let _ = writeback(&mut raw);
-            raw.share_memory().expect("memory shared");
-            raw.start_ring_at(QUEUE_SIZE, answered).expect("a ring");
-            Guest { raw, answered }
-        }),
+        (
+            "the guest moves to another host, whose frontend has read the configuration",
+            |guest, daemon| {
+                let answered = guest.answered;
+                drop(guest);
+                let mut raw = RawSession::connect(daemon.socket(), LINUX).expect("a connection");
+                let _ = writeback(&mut raw);
+                raw.share_memory().expect("memory shared");
+                raw.start_ring_at(QUEUE_SIZE, answered).expect("a ring");
+                Guest { raw, answered }
+            },
+        ),
     ];
     let mut lost = Vec::new();
     for (what, way) in ways {
@@ -197,7 +201,12 @@ fn who_has_turned_the_cache_off_keeps_it_off() {
         let image = disk.image();
         disk.take_away();
         let is_lost = |sector: &usize| !holds(&image, *sector);
-        lost.extend([1, 2].iter().filter(|sector| is_lost(sector)).map(|sector| format!("{what}: {sector}")));
+        lost.extend(
+            [1, 2]
+                .iter()
+                .filter(|sector| is_lost(sector))
+                .map(|sector| format!("{what}: {sector}")),
+        );
     }
     assert!(lost.is_empty(), "sectors that were answered are lost: {lost:#?}");
 }

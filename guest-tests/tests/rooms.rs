@@ -1,8 +1,8 @@
 //! The walls between the rooms: which crate may know which, and where `unsafe` may stand.
 //!
-//! The arrows are those of the design. They are read from the manifests with `cargo metadata`, so that
-//! an arrow which nobody drew fails here before anyone builds on it. The checkers are pure functions
-//! over plain data, and each has a test that shows it something forbidden.
+//! The arrows are those of the design. They are read from the manifests with `cargo metadata`, so
+//! that an arrow which nobody drew fails here before anyone builds on it. The checkers are pure
+//! functions over plain data, and each has a test that shows it something forbidden.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -43,8 +43,14 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("backend/loader", "mapping a module and calling into it"),
     ("domains/api", "the C ABI below the safe traits"),
     ("backend/virtio-blk", "guest memory is handed to the kernel as iovecs"),
-    ("backend/daemon/src/guest_memory.rs", "what a worker promises to those who get guest addresses"),
-    ("backend/daemon/src/raw_fd.rs", "descriptors that come or go as numbers, and who is behind one"),
+    (
+        "backend/daemon/src/guest_memory.rs",
+        "what a worker promises to those who get guest addresses",
+    ),
+    (
+        "backend/daemon/src/raw_fd.rs",
+        "descriptors that come or go as numbers, and who is behind one",
+    ),
     ("backend/daemon/src/signals.rs", "a system call that sets what a signal does"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),
     ("domains/file/tests", "limits and mounts of the test's own process"),
@@ -113,8 +119,10 @@ fn members() -> Vec<(String, PathBuf, Vec<Arrow>)> {
         .map(|package| {
             let from = text(&package["name"]);
             let dependencies = package["dependencies"].as_array().expect("a list of dependencies");
-            let arrows =
-                dependencies.iter().map(|d| arrow(&from, &text(&d["name"]), d["kind"] == "dev")).collect();
+            let arrows = dependencies
+                .iter()
+                .map(|d| arrow(&from, &text(&d["name"]), d["kind"] == "dev"))
+                .collect();
             let manifest = PathBuf::from(text(&package["manifest_path"]));
             (from, manifest.parent().expect("a directory").to_owned(), arrows)
         })
@@ -158,7 +166,11 @@ fn a_made_up_arrow_is_found() {
         arrow("guest-tests", "vhost-hotswap", true),
         arrow("loader", "domain-ramdisk", true),
     ] {
-        assert_eq!(wrong_arrows(&rooms, std::slice::from_ref(&bad)).len(), 1, "{bad:?} went through");
+        assert_eq!(
+            wrong_arrows(&rooms, std::slice::from_ref(&bad)).len(),
+            1,
+            "{bad:?} went through"
+        );
     }
     let more: BTreeSet<String> = rooms.into_iter().chain(["attic".to_owned()]).collect();
     assert_eq!(wrong_arrows(&more, &[]).len(), 1, "a new room went through");
@@ -254,9 +266,13 @@ fn has_unsafe(source: &str) -> bool {
 
 #[test]
 fn the_word_is_found_in_code_and_only_there() {
-    for code in
-        ["unsafe { f() }", "unsafe fn f() {}", "x.map(|y| unsafe{y})", "#[unsafe(no_mangle)]", "'a' unsafe"]
-    {
+    for code in [
+        "unsafe { f() }",
+        "unsafe fn f() {}",
+        "x.map(|y| unsafe{y})",
+        "#[unsafe(no_mangle)]",
+        "'a' unsafe",
+    ] {
         assert!(has_unsafe(code), "not found in: {code}");
     }
     let raw = "r##\"unsafe \"# unsafe\"##";
@@ -298,7 +314,9 @@ fn unsafe_stands_only_where_it_is_needed() {
         .iter()
         .map(|path| path.strip_prefix(&workspace).expect("a path in the workspace"))
         .filter(|path| !UNSAFE_ROOMS.iter().any(|(room, _)| path.starts_with(room)))
-        .filter(|path| has_unsafe(&fs::read_to_string(workspace.join(path)).expect("a source in UTF-8")))
+        .filter(|path| {
+            has_unsafe(&fs::read_to_string(workspace.join(path)).expect("a source in UTF-8"))
+        })
         .collect();
     assert!(wrong.is_empty(), "`unsafe` stands outside of its rooms, in {wrong:?}");
 }
@@ -309,7 +327,10 @@ fn every_domain_forbids_unsafe_code() {
     for (name, directory, _) in members() {
         if name.starts_with("domain-") && name != "domain-api" {
             let source = fs::read_to_string(directory.join("src/lib.rs")).expect("a lib.rs");
-            assert!(code_only(&source).contains("#![forbid(unsafe_code)]"), "`{name}` does not forbid it");
+            assert!(
+                code_only(&source).contains("#![forbid(unsafe_code)]"),
+                "`{name}` does not forbid it"
+            );
             domains += 1;
         }
     }

@@ -1,12 +1,13 @@
 //! The command line of `vhost-hotswap`.
 //!
-//! It follows QEMU's conventions for vhost-user backend programs (`--socket-path`, `--fd`, `--blk-file`,
-//! `--read-only`, `--print-capabilities`) and adds what a replaceable domain needs. What leaves this module is a
-//! [`Config`] in which everything that can be judged without touching the system has been judged: nobody
-//! behind it sees `clap`, an option that contradicts another, or a number out of range.
+//! It follows QEMU's conventions for vhost-user backend programs (`--socket-path`, `--fd`,
+//! `--blk-file`, `--read-only`, `--print-capabilities`) and adds what a replaceable domain needs.
+//! What leaves this module is a [`Config`] in which everything that can be judged without touching
+//! the system has been judged: nobody behind it sees `clap`, an option that contradicts another, or
+//! a number out of range.
 //!
-//! Deliberately absent: whether files exist, whether a descriptor listens, and what a domain thinks of its
-//! parameters. Those are found out by whoever uses them. The log level is `RUST_LOG` alone.
+//! Deliberately absent: whether files exist, whether a descriptor listens, and what a domain thinks
+//! of its parameters. Those are found out by whoever uses them. The log level is `RUST_LOG` alone.
 
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -32,10 +33,11 @@ const CPUS_MAX: usize = 1024;
 /// The option that QEMU's conventions let win over all others, whatever they say.
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
-/// A vhost-user block device for a virtual machine, whose implementation is replaced while the guest runs.
+/// A vhost-user block device for a virtual machine, whose implementation is replaced while the
+/// guest runs.
 ///
-/// Set RUST_LOG (error, warn, info, debug, trace) for more or fewer messages on standard error. Upgrades are
-/// commanded by hotswapctl.
+/// Set RUST_LOG (error, warn, info, debug, trace) for more or fewer messages on standard error.
+/// Upgrades are commanded by hotswapctl.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-hotswap", version, allow_negative_numbers = true)]
 pub struct Args {
@@ -51,7 +53,8 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     control_path: Option<PathBuf>,
 
-    /// The domain to begin with: a name, looked up as libdomain_NAME.so, or a path [default: ramdisk]
+    /// The domain to begin with: a name, looked up as libdomain_NAME.so, or a path [default:
+    /// ramdisk]
     #[arg(long, value_name = "NAME|PATH", conflicts_with = "blk_file")]
     domain: Option<String>,
 
@@ -79,11 +82,13 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = queue_size)]
     queue_size: u16,
 
-    /// How long a worker polls before it sleeps, in microseconds, at most 1000000; twice that after several answers; 0 is not at all
+    /// How long a worker polls before it sleeps, in microseconds, at most 1000000; twice that after
+    /// several answers; 0 is not at all
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     poll_us: u32,
 
-    /// Keep the worker of queue N on the Nth of these CPUs, and round again: a list like 2,4-7 [default: anywhere]
+    /// Keep the worker of queue N on the Nth of these CPUs, and round again: a list like 2,4-7
+    /// [default: anywhere]
     #[arg(long, value_name = "LIST", value_parser = worker_cpus)]
     worker_cpus: Option<Cpus>,
 
@@ -118,7 +123,8 @@ pub struct Config {
     pub queues: u16,
     /// Largest queue size: a power of two, 16 to 1024.
     pub queue_size: u16,
-    /// How long a worker polls before it sleeps, after one answer; twice that after several. Zero is not at all.
+    /// How long a worker polls before it sleeps, after one answer; twice that after several. Zero
+    /// is not at all.
     pub poll: Duration,
     /// Which CPU each worker is kept on, in turn; none if empty.
     pub worker_cpus: Vec<usize>,
@@ -137,14 +143,15 @@ impl Args {
     /// Reads a command line, the program's name first.
     ///
     /// # Errors
-    /// What `clap` finds wrong, or this module; also `--help` and `--version`. [`clap::Error::exit`] does the
-    /// right thing for each of them: status 2 after a usage error, 0 otherwise.
+    /// What `clap` finds wrong, or this module; also `--help` and `--version`.
+    /// [`clap::Error::exit`] does the right thing for each of them: status 2 after a usage error, 0
+    /// otherwise.
     pub fn parse_from<T: Into<OsString>>(
         args: impl IntoIterator<Item = T>,
     ) -> Result<Invocation, clap::Error> {
         let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
-        // Before anything else is looked at: the conventions say that all other options are ignored, so not
-        // even a wrong one may fail.
+        // Before anything else is looked at: the conventions say that all other options are
+        // ignored, so not even a wrong one may fail.
         if args.iter().skip(1).any(|arg| arg == PRINT_CAPABILITIES) {
             return Ok(Invocation::PrintCapabilities);
         }
@@ -265,7 +272,9 @@ fn socket_path(option: &str, path: PathBuf) -> Result<PathBuf, String> {
 fn set_once(params: &mut Params, key: &str, value: &str, option: &str) -> Result<(), String> {
     match params.set(key, value) {
         None => Ok(()),
-        Some(_) => Err(format!("{option} and --param {key}=... say the same thing; give one of them")),
+        Some(_) => {
+            Err(format!("{option} and --param {key}=... say the same thing; give one of them"))
+        }
     }
 }
 
@@ -325,7 +334,10 @@ mod tests {
         assert_eq!(config.listen, Listen::Path("/run/vm.sock".into()));
         assert_eq!(config.control_path, Path::new("/run/vm.sock.control"));
         assert_eq!((config.domain.as_str(), config.params), ("ramdisk", Params::default()));
-        assert_eq!((config.queues, config.queue_size, config.poll), (1, 1024, Duration::from_micros(50)));
+        assert_eq!(
+            (config.queues, config.queue_size, config.poll),
+            (1, 1024, Duration::from_micros(50))
+        );
         let exe = std::env::current_exe().unwrap();
         let beside = exe.parent().unwrap();
         assert_eq!(config.domain_dirs, [beside.to_owned(), beside.join("../lib/vhost-hotswap")]);
@@ -341,7 +353,10 @@ mod tests {
         assert_eq!((config.listen, config.control_path), (Listen::Fd(7), "c".into()));
         assert_eq!((config.domain.as_str(), config.domain_dirs), ("./x.so", vec!["d".into()]));
         assert_eq!(config.params, Params::from_pairs(["size=1M", "serial=a=b"]).unwrap());
-        assert_eq!((config.queues, config.queue_size, config.poll), (64, 1024, Duration::from_secs(1)));
+        assert_eq!(
+            (config.queues, config.queue_size, config.poll),
+            (64, 1024, Duration::from_secs(1))
+        );
     }
 
     #[test]
@@ -380,11 +395,20 @@ mod tests {
     fn blk_file_is_short_for_the_file_domain() {
         let config = config("--socket-path s --blk-file /img --param direct=true --read-only");
         assert_eq!(config.domain, "file");
-        assert_eq!(config.params, Params::from_pairs(["path=/img", "direct=true", "readonly=true"]).unwrap());
-        assert!(refusal("--socket-path s --blk-file f --domain file").contains("cannot be used with"));
-        assert!(refusal("--socket-path s --blk-file f --domain ramdisk").contains("cannot be used with"));
+        assert_eq!(
+            config.params,
+            Params::from_pairs(["path=/img", "direct=true", "readonly=true"]).unwrap()
+        );
+        assert!(
+            refusal("--socket-path s --blk-file f --domain file").contains("cannot be used with")
+        );
+        assert!(
+            refusal("--socket-path s --blk-file f --domain ramdisk")
+                .contains("cannot be used with")
+        );
         assert!(refusal("--socket-path s --blk-file f --param path=g").contains("--param path="));
-        let empty = Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--blk-file", ""]).unwrap_err();
+        let empty = Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--blk-file", ""])
+            .unwrap_err();
         assert_eq!(empty.exit_code(), 2);
     }
 
@@ -397,19 +421,22 @@ mod tests {
         assert!(refusal("--socket-path s --read-only").contains("not `ramdisk`"));
         assert!(refusal("--socket-path s --domain empty --read-only").contains("not `empty`"));
         assert!(
-            refusal("--socket-path s --blk-file f --read-only --param readonly=false").contains("readonly=")
+            refusal("--socket-path s --blk-file f --read-only --param readonly=false")
+                .contains("readonly=")
         );
     }
 
     #[test]
     fn an_empty_domain_is_refused() {
-        let empty = Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--domain", ""]).unwrap_err();
+        let empty =
+            Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--domain", ""]).unwrap_err();
         assert_eq!(empty.exit_code(), 2);
     }
 
     #[test]
     fn numbers_have_ranges() {
-        for bad in ["--queues 0", "--queues 65", "--queues x", "--poll-us 1000001", "--poll-us -1"] {
+        for bad in ["--queues 0", "--queues 65", "--queues x", "--poll-us 1000001", "--poll-us -1"]
+        {
             refusal(&format!("--socket-path s {bad}"));
         }
         for bad in ["0", "8", "100", "2048", "65536", "-16", "16.0"] {
@@ -432,7 +459,10 @@ mod tests {
             assert_eq!(parse(line).unwrap(), Invocation::PrintCapabilities, "{line}");
         }
         let capabilities: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
-        assert_eq!(capabilities, serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]}));
+        assert_eq!(
+            capabilities,
+            serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]})
+        );
     }
 
     #[test]

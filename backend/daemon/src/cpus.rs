@@ -1,7 +1,7 @@
 //! Which CPU a worker runs on, for those who want to say it: `--worker-cpus`.
 //!
-//! A worker that polls beside a virtual CPU takes it away from the guest; on a machine with CPUs to spare, giving each its own keeps them apart. Without the
-//! option the scheduler decides.
+//! A worker that polls beside a virtual CPU takes it away from the guest; on a machine with CPUs to
+//! spare, giving each its own keeps them apart. Without the option the scheduler decides.
 //!
 //! Deliberately absent: memory nodes, and the control thread, which nobody waits for.
 
@@ -16,13 +16,16 @@ pub fn check(cpus: &[usize]) -> Result<(), String> {
         // The question itself fails where there are more CPUs than the set has room for.
         return Ok(());
     }
-    let allowed =
-        sched_getaffinity(None).map_err(|error| format!("cannot tell which CPUs there are: {error}"))?;
-    let Some(wrong) = cpus.iter().find(|&&cpu| cpu >= CpuSet::MAX_CPU || !allowed.is_set(cpu)) else {
+    let allowed = sched_getaffinity(None)
+        .map_err(|error| format!("cannot tell which CPUs there are: {error}"))?;
+    let Some(wrong) = cpus.iter().find(|&&cpu| cpu >= CpuSet::MAX_CPU || !allowed.is_set(cpu))
+    else {
         return Ok(());
     };
-    let usable: Vec<_> =
-        (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).map(|cpu| cpu.to_string()).collect();
+    let usable: Vec<_> = (0..CpuSet::MAX_CPU)
+        .filter(|&cpu| allowed.is_set(cpu))
+        .map(|cpu| cpu.to_string())
+        .collect();
     Err(format!(
         "--worker-cpus: CPU {wrong} is not there, or not for this process; it may use {}",
         usable.join(",")
@@ -34,7 +37,8 @@ pub(crate) fn keep(queue: usize, cpus: &[usize]) {
     let Some(&cpu) = cpus.get(queue % cpus.len().max(1)) else { return };
     let mut only = CpuSet::new();
     only.set(cpu);
-    // It was there when the daemon started; a CPU that has been taken away since is no reason not to serve.
+    // It was there when the daemon started; a CPU that has been taken away since is no reason not
+    // to serve.
     if let Err(error) = sched_setaffinity(None, &only) {
         log::warn!("queue {queue}: its worker is not kept on CPU {cpu}: {error}");
     }

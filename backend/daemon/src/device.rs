@@ -1,6 +1,8 @@
 //! What the commands of the control socket do to the device.
 
-use crate::control::{OperationError, Operations, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
+use crate::control::{
+    OperationError, Operations, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy,
+};
 use crate::json;
 use proxy::{DomainProxy, Mode, Options, Refusal, Report};
 use serde_json::Value;
@@ -27,7 +29,12 @@ impl Device {
     }
 }
 
-fn options(mode: Mode, drain_timeout: Duration, starved_timeout: Duration, when_busy: WhenBusy) -> Options {
+fn options(
+    mode: Mode,
+    drain_timeout: Duration,
+    starved_timeout: Duration,
+    when_busy: WhenBusy,
+) -> Options {
     let when_busy = match when_busy {
         WhenBusy::Queue => proxy::WhenBusy::Queue,
         WhenBusy::Refuse => proxy::WhenBusy::Refuse,
@@ -54,7 +61,8 @@ impl Operations for Device {
             UpgradeMode::Swap => Mode::Swap,
             UpgradeMode::Handover => Mode::Handover,
         };
-        let options = options(mode, request.drain_timeout, request.starved_timeout, request.when_busy);
+        let options =
+            options(mode, request.drain_timeout, request.starved_timeout, request.when_busy);
         answer(self.proxy.upgrade(&request.name, request.params, options))
     }
 

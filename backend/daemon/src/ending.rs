@@ -1,9 +1,12 @@
 //! The end: who may ask for it, and who sees to it that it comes.
 //!
-//! A signal or the control socket asks. While the device is being set up there is nothing to be lost, and the process ends at once, even if a domain does not come back from
-//! being prepared. Afterwards the main thread is told, and ends what there is, in its order; if that takes too long, the process ends without.
+//! A signal or the control socket asks. While the device is being set up there is nothing to be
+//! lost, and the process ends at once, even if a domain does not come back from being prepared.
+//! Afterwards the main thread is told, and ends what there is, in its order; if that takes too
+//! long, the process ends without.
 //!
-//! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed once, by whoever comes first, and only while it is ours.
+//! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed
+//! once, by whoever comes first, and only while it is ours.
 
 use crate::control::{SocketError, SocketFile, SocketName};
 use crate::session::lock;
@@ -115,7 +118,10 @@ impl Ending {
         let ending = Arc::clone(self);
         let watched = std::thread::Builder::new().name("end".to_owned()).spawn(move || {
             std::thread::sleep(STOP_TIMEOUT);
-            log::error!("not stopped after {} s; what is in flight is left", STOP_TIMEOUT.as_secs());
+            log::error!(
+                "not stopped after {} s; what is in flight is left",
+                STOP_TIMEOUT.as_secs()
+            );
             ending.end(1);
         });
         if let Err(error) = watched {

@@ -1,12 +1,17 @@
-//! A worker's snapshot of guest memory, where the rings are in it, and what it promises to those who get addresses in it.
+//! A worker's snapshot of guest memory, where the rings are in it, and what it promises to those
+//! who get addresses in it.
 //!
-//! The frontend may replace the memory map at any time. A worker holds one snapshot, and takes a new one only when nothing is in flight, so every
-//! address that was handed out stays mapped until the request has ended. The only file of this crate where guest addresses become pointers.
+//! The frontend may replace the memory map at any time. A worker holds one snapshot, and takes a
+//! new one only when nothing is in flight, so every address that was handed out stays mapped until
+//! the request has ended. The only file of this crate where guest addresses become pointers.
 //!
-//! The rings are looked up once per snapshot and layout, not once per access: [`RingView`] checks both of them whole and then knows their host addresses.
-//! Everything in them is read and written with atomic accesses, because the driver does so at the same time; what is read may be any number at all.
+//! The rings are looked up once per snapshot and layout, not once per access: [`RingView`] checks
+//! both of them whole and then knows their host addresses. Everything in them is read and written
+//! with atomic accesses, because the driver does so at the same time; what is read may be any
+//! number at all.
 //!
-//! Deliberately absent: what the numbers mean, and in which order they are to be written (`ring.rs`).
+//! Deliberately absent: what the numbers mean, and in which order they are to be written
+//! (`ring.rs`).
 
 use crate::ring::Used;
 use domain_api::abi::{RawRequest, RawSegment};
@@ -36,8 +41,10 @@ impl Snapshot {
     }
 
     pub(crate) fn translator(&self) -> Translator<'_, GuestMemoryMmap> {
-        // SAFETY: the worker replaces or drops its snapshot only when everything in flight has ended, and keeps it mapped for ever if something never will
-        // (`QueueWorker::refresh`, and its `Drop`); regions are mapped read-write by vhost-user-backend; nobody makes references into them.
+        // SAFETY: the worker replaces or drops its snapshot only when everything in flight has
+        // ended, and keeps it mapped for ever if something never will (`QueueWorker::refresh`, and
+        // its `Drop`); regions are mapped read-write by vhost-user-backend; nobody makes references
+        // into them.
         unsafe { Translator::new(&*self.memory) }
     }
 
@@ -90,8 +97,9 @@ impl Layout {
 
 /// A queue's two rings, mapped.
 ///
-/// A ring that is not whole in one region is refused. A frontend names a ring by its own address for the ring's beginning, so it has it in one
-/// piece, and the other backends of this protocol translate that one address only.
+/// A ring that is not whole in one region is refused. A frontend names a ring by its own address
+/// for the ring's beginning, so it has it in one piece, and the other backends of this protocol
+/// translate that one address only.
 pub(crate) struct RingView {
     layout: Layout,
     avail: *const AtomicU16,
@@ -102,7 +110,8 @@ pub(crate) struct RingView {
     _memory: Arc<GuestMemoryMmap>,
 }
 
-// SAFETY: what the pointers point to belongs to no thread, is only accessed through atomics, and stays mapped (`_memory`).
+// SAFETY: what the pointers point to belongs to no thread, is only accessed through atomics, and
+// stays mapped (`_memory`).
 unsafe impl Send for RingView {}
 
 impl RingView {
@@ -116,10 +125,13 @@ impl RingView {
             return Err(Error::QueueNotReady);
         }
         let size = usize::from(layout.size);
-        // 2.7.7.1 and 2.7.7.2: the other side's event index lies behind the elements, if it was negotiated.
+        // 2.7.7.1 and 2.7.7.2: the other side's event index lies behind the elements, if it was
+        // negotiated.
         let event = if layout.event_idx { size_of::<u16>() } else { 0 };
-        let avail = snapshot.place::<AtomicU16>(layout.avail, RING_HEADER + size * AVAIL_ELEMENT + event);
-        let used = snapshot.place::<AtomicU32>(layout.used, RING_HEADER + size * USED_ELEMENT + event);
+        let avail =
+            snapshot.place::<AtomicU16>(layout.avail, RING_HEADER + size * AVAIL_ELEMENT + event);
+        let used =
+            snapshot.place::<AtomicU32>(layout.used, RING_HEADER + size * USED_ELEMENT + event);
         let desc = snapshot.place::<u8>(layout.desc, size * DESCRIPTOR);
         let (avail, used) = avail.zip(used).ok_or_else(|| {
             let is_aligned = layout.avail.is_multiple_of(2) && layout.used.is_multiple_of(4);
@@ -161,14 +173,17 @@ impl RingView {
     /// `avail.idx`.
     #[inline]
     pub(crate) fn avail_idx(&self) -> u16 {
-        // Acquire pairs with the driver's barrier before it stores the index (2.7.13.3): its descriptors and elements are visible.
+        // Acquire pairs with the driver's barrier before it stores the index (2.7.13.3): its
+        // descriptors and elements are visible.
         u16::from_le(self.avail_word(1).load(Ordering::Acquire))
     }
 
     /// `avail.ring[position]`, for any position: it is taken modulo the size.
     #[inline]
     pub(crate) fn avail_entry(&self, position: u16) -> u16 {
-        u16::from_le(self.avail_word(2 + usize::from(position % self.layout.size)).load(Ordering::Relaxed))
+        u16::from_le(
+            self.avail_word(2 + usize::from(position % self.layout.size)).load(Ordering::Relaxed),
+        )
     }
 
     /// `used_event`, behind the available ring; only with event indices.
@@ -183,7 +198,8 @@ impl RingView {
     pub(crate) fn set_used(&self, position: u16, entry: Used) {
         let first = 1 + 2 * usize::from(position % self.layout.size);
         let word = |index: usize| {
-            // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from `used` on, and `first` is at most 2 * size - 1.
+            // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from
+            // `used` on, and `first` is at most 2 * size - 1.
             unsafe { &*self.used.cast::<AtomicU32>().add(index) }
         };
         word(first).store(u32::from(entry.head).to_le(), Ordering::Relaxed);
@@ -193,7 +209,8 @@ impl RingView {
     /// Writes `used.idx`.
     #[inline]
     pub(crate) fn publish_used(&self, idx: u16) {
-        // Release: the driver that sees the index sees the elements, the data and the status bytes (2.7.8.2).
+        // Release: the driver that sees the index sees the elements, the data and the status bytes
+        // (2.7.8.2).
         self.used_word(1).store(idx.to_le(), Ordering::Release);
     }
 
@@ -210,7 +227,8 @@ impl RingView {
         self.used_word(2 + 4 * usize::from(self.layout.size)).store(idx.to_le(), Ordering::Relaxed);
     }
 
-    /// Tells the CPU that the chain at `position` will be looked at soon. Says nothing and changes nothing.
+    /// Tells the CPU that the chain at `position` will be looked at soon. Says nothing and changes
+    /// nothing.
     #[inline]
     pub(crate) fn prefetch(&self, position: u16) {
         let head = self.avail_entry(position);
@@ -221,15 +239,17 @@ impl RingView {
 
     #[inline]
     fn avail_word(&self, index: usize) -> &AtomicU16 {
-        // SAFETY: `new` has checked that 4 + 2 * size bytes, aligned to 2, are mapped from `avail` on, and 2 more with event indices; the callers ask for
-        // words 0 to size + 1, and for size + 2 only with event indices.
+        // SAFETY: `new` has checked that 4 + 2 * size bytes, aligned to 2, are mapped from `avail`
+        // on, and 2 more with event indices; the callers ask for words 0 to size + 1, and for size
+        // + 2 only with event indices.
         unsafe { &*self.avail.add(index) }
     }
 
     #[inline]
     fn used_word(&self, index: usize) -> &AtomicU16 {
-        // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from `used` on, and 2 more with event indices; the callers ask for
-        // words 0 and 1, and for 4 * size + 2 only with event indices.
+        // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from `used`
+        // on, and 2 more with event indices; the callers ask for words 0 and 1, and for 4 * size +
+        // 2 only with event indices.
         unsafe { &*self.used.add(index) }
     }
 }
@@ -246,7 +266,13 @@ fn prefetch(at: *const u8) {
 }
 
 /// Describes a request whose segments lie in a worker's slot.
-pub(crate) fn request(op: u32, flags: u32, offset: u64, len: u64, segments: &[RawSegment]) -> RawRequest {
+pub(crate) fn request(
+    op: u32,
+    flags: u32,
+    offset: u64,
+    len: u64,
+    segments: &[RawSegment],
+) -> RawRequest {
     // SAFETY: the slot that owns the list is not touched until the request has ended: slots are
     // taken from `Slots` and come back with the completion, and the table of slots never moves or
     // shrinks (room for all of them is reserved; the list inside is not pushed to meanwhile).
@@ -291,14 +317,18 @@ mod tests {
         view.set_avail_event(0x5678);
         let used = |at: u64| memory.read_obj::<u16>(GuestAddress(0x5000 + at)).unwrap();
         assert_eq!([used(0), used(2), used(4 + 64)], [1, 0x1234, 0x5678]);
-        assert_eq!([used(4 + 56), used(4 + 58), used(4 + 60), used(4 + 62)], [3, 0, 0x0304, 0x0102]);
+        assert_eq!(
+            [used(4 + 56), used(4 + 58), used(4 + 60), used(4 + 62)],
+            [3, 0, 0x0304, 0x0102]
+        );
     }
 
     #[test]
     fn a_ring_must_be_in_one_region_to_its_last_byte() {
         let snapshot = snapshot();
-        let is_fine =
-            |avail, used, event_idx| RingView::new(&snapshot, &queue(avail, used, event_idx)).is_ok();
+        let is_fine = |avail, used, event_idx| {
+            RingView::new(&snapshot, &queue(avail, used, event_idx)).is_ok()
+        };
         // 4 + 8 * 2 and 4 + 8 * 8 bytes, and 2 more with event indices.
         assert!(is_fine(0x4000 - 20, 0x8000 - 68, false));
         assert!(!is_fine(0x4000 - 20, 0x7000, true), "the event index is across the border");

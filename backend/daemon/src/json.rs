@@ -1,4 +1,5 @@
-//! What the device says, as JSON: one function per thing, so that the fixed names stand in one place.
+//! What the device says, as JSON: one function per thing, so that the fixed names stand in one
+//! place.
 
 use proxy::{DomainRecord, Entry, Event, Phases, QueueStatus, Refusal, Report, Starved, Status};
 use serde_json::{Map, Value, json};
@@ -11,7 +12,11 @@ fn micros(duration: Duration) -> u64 {
 
 fn params(record: &DomainRecord) -> Value {
     Value::Object(
-        record.params.iter().map(|(key, value)| (key.to_owned(), json!(value))).collect::<Map<_, _>>(),
+        record
+            .params
+            .iter()
+            .map(|(key, value)| (key.to_owned(), json!(value)))
+            .collect::<Map<_, _>>(),
     )
 }
 
@@ -98,8 +103,10 @@ pub(crate) fn report(report: &Report) -> Value {
 pub(crate) fn blame(refusal: &Refusal) -> Option<Value> {
     let stuck: Vec<_> = refusal.stuck.iter().map(queue).collect();
     let starved: Vec<_> = refusal.starved.iter().map(starved).collect();
-    let parts = [("stuck", stuck), ("starved", starved)].into_iter().filter(|(_, list)| !list.is_empty());
-    let parts: Map<_, _> = parts.map(|(name, list)| (name.to_owned(), Value::Array(list))).collect();
+    let parts =
+        [("stuck", stuck), ("starved", starved)].into_iter().filter(|(_, list)| !list.is_empty());
+    let parts: Map<_, _> =
+        parts.map(|(name, list)| (name.to_owned(), Value::Array(list))).collect();
     (!parts.is_empty()).then_some(Value::Object(parts))
 }
 
@@ -121,7 +128,10 @@ pub(crate) fn entry(entry: &Entry) -> Value {
     match &entry.result {
         Ok(done) => merge(&mut value, report(done)),
         Err(refusal) => {
-            merge(&mut value, json!({ "error": { "code": refusal.code, "message": refusal.message } }));
+            merge(
+                &mut value,
+                json!({ "error": { "code": refusal.code, "message": refusal.message } }),
+            );
         }
     }
     value

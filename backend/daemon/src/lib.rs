@@ -1,12 +1,15 @@
 //! The daemon: vhost-user sessions, queue workers, the control socket.
 //!
-//! The way of a request: `session` (a frontend connects, rings start) -> `worker` (kick to call) -> `ring` and `guest_memory` (what the guest
-//! wrote) -> the proxy and its domain. The way of an upgrade: `ctl` (`hotswapctl`) -> `control` (the socket) -> `device` (what a command does) -> the proxy.
+//! The way of a request: `session` (a frontend connects, rings start) -> `worker` (kick to call) ->
+//! `ring` and `guest_memory` (what the guest wrote) -> the proxy and its domain. The way of an
+//! upgrade: `ctl` (`hotswapctl`) -> `control` (the socket) -> `device` (what a command does) -> the
+//! proxy.
 //!
-//! Invariants: only this crate knows vhost-user; one device per process, one session at a time; nothing that a frontend, a guest or an operator sends
-//! ends the process.
+//! Invariants: only this crate knows vhost-user; one device per process, one session at a time;
+//! nothing that a frontend, a guest or an operator sends ends the process.
 //!
-//! Deliberately absent: how an upgrade works (`proxy`), what a request means (`virtio-blk`), what a module is (`loader`).
+//! Deliberately absent: how an upgrade works (`proxy`), what a request means (`virtio-blk`), what a
+//! module is (`loader`).
 
 pub mod args;
 pub mod control;

@@ -83,7 +83,9 @@ pub fn how_to_have_more(error: &io::Error) -> String {
     let text = error.to_string();
     let has = |errno: Errno| text.contains(&format!("(os error {})", errno.raw_os_error()));
     if has(Errno::MFILE) {
-        let limit = getrlimit(Resource::Nofile).current.map_or_else(String::new, |limit| format!(" {limit}"));
+        let limit = getrlimit(Resource::Nofile)
+            .current
+            .map_or_else(String::new, |limit| format!(" {limit}"));
         format!(
             "{text}: the limit of open files{limit} is too low for so many queues and clients. Raise it (LimitNOFILE= in a systemd unit, ulimit -n in a shell), or start the daemon with fewer --queues"
         )
@@ -103,7 +105,10 @@ mod tests {
         let lack = io::Error::from(Errno::MFILE);
         for error in [io::Error::other(format!("cannot do it: {lack}")), lack] {
             let said = how_to_have_more(&error);
-            assert!(said.contains("Too many open files") && said.contains("LimitNOFILE="), "{said}");
+            assert!(
+                said.contains("Too many open files") && said.contains("LimitNOFILE="),
+                "{said}"
+            );
         }
         assert!(how_to_have_more(&io::Error::from(Errno::NFILE)).contains("fs.file-max"));
         let other = io::Error::from(Errno::NOENT);

@@ -1,14 +1,17 @@
 //! The log: lines on standard error, of which none ever waits for its reader.
 //!
-//! What is said is often said under a lock: an upgrade's, a worker's. If standard error is a pipe that nobody reads any more, or a terminal that somebody has
-//! stopped, a plain write would wait there, and with it the upgrade, the next frontend and the daemon's end. So it is asked first whether there is room. A line
-//! without room is lost, and how many were is said as soon as there is some.
+//! What is said is often said under a lock: an upgrade's, a worker's. If standard error is a pipe
+//! that nobody reads any more, or a terminal that somebody has stopped, a plain write would wait
+//! there, and with it the upgrade, the next frontend and the daemon's end. So it is asked first
+//! whether there is room. A line without room is lost, and how many were is said as soon as there
+//! is some.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
-/// A pipe that can be written to takes this much without waiting (POSIX's `PIPE_BUF`, as Linux has it).
+/// A pipe that can be written to takes this much without waiting (POSIX's `PIPE_BUF`, as Linux has
+/// it).
 const ROOM: usize = 4096;
 
 /// How long a reader that is merely slow is waited for, once.
@@ -39,7 +42,8 @@ impl<W: Write + AsFd> Unwaiting<W> {
     fn put(&mut self, bytes: &[u8]) -> bool {
         for (index, piece) in bytes.chunks(ROOM).enumerate() {
             // Whoever did not read the last line is not waited for again.
-            let patience = if self.lost == 0 { PATIENCE } else { Timespec { tv_sec: 0, tv_nsec: 0 } };
+            let patience =
+                if self.lost == 0 { PATIENCE } else { Timespec { tv_sec: 0, tv_nsec: 0 } };
             let mut fds = [PollFd::new(&self.out, PollFlags::OUT)];
             let has_room = poll(&mut fds, Some(&patience)).is_ok_and(|ready| ready > 0);
             if !has_room || self.out.write_all(piece).is_err() {
@@ -55,7 +59,8 @@ impl<W: Write + AsFd> Write for Unwaiting<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lost > 0 {
             let end = if self.torn { "\n" } else { "" };
-            let notice = format!("{end}[{} lines of the log are lost: nobody read them]\n", self.lost);
+            let notice =
+                format!("{end}[{} lines of the log are lost: nobody read them]\n", self.lost);
             if self.put(notice.as_bytes()) {
                 (self.lost, self.torn) = (0, false);
             }
@@ -104,7 +109,8 @@ mod tests {
         assert!((100..2000).contains(&written), "what a pipe holds is there: {written}");
         read(&mut reader, written as usize * 100);
         log.write_all(b"and on\n").unwrap();
-        let notice = format!("[{} lines of the log are lost: nobody read them]\n", 10_000 - written);
+        let notice =
+            format!("[{} lines of the log are lost: nobody read them]\n", 10_000 - written);
         assert_eq!(read(&mut reader, notice.len()), notice);
         assert_eq!(read(&mut reader, 7), "and on\n");
     }

@@ -1,7 +1,9 @@
-//! `vhost-hotswap`: serves one virtio block device to a QEMU guest, and lets its implementation be replaced under it.
+//! `vhost-hotswap`: serves one virtio block device to a QEMU guest, and lets its implementation be
+//! replaced under it.
 //!
-//! Start: arguments, domain, sockets. Then one session after the other, until a signal or `hotswapctl shutdown` (`ending.rs`). End: the session's workers leave, the
-//! sockets are removed, the domain writes down what it has.
+//! Start: arguments, domain, sockets. Then one session after the other, until a signal or
+//! `hotswapctl shutdown` (`ending.rs`). End: the session's workers leave, the sockets are removed,
+//! the domain writes down what it has.
 
 use loader::FileLoader;
 use log::Level;
@@ -69,7 +71,8 @@ impl Front {
     }
 }
 
-/// As many descriptors as are allowed: a queue takes up to 22 in an upgrade, and what many systems begin with is 1024, for the sake of programs that use `select`.
+/// As many descriptors as are allowed: a queue takes up to 22 in an upgrade, and what many systems
+/// begin with is 1024, for the sake of programs that use `select`.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
@@ -80,7 +83,9 @@ fn raise_descriptor_limit() {
 /// Descriptors are opened by their names in `/proc`: each module, and an image once more.
 fn check_proc() -> Result<(), String> {
     std::fs::symlink_metadata("/proc/self/fd").map(drop).map_err(|error| {
-        format!("/proc is not that of this process, and modules are loaded by it: mount it ({error})")
+        format!(
+            "/proc is not that of this process, and modules are loaded by it: mount it ({error})"
+        )
     })
 }
 
@@ -98,13 +103,16 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     ending.heed_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
     // Whoever sees a socket of ours may end us, so signals are heeded by then.
     let front = match given {
-        Given::Path(path) => Front::Path(ending.listen(&path, 0o600).map_err(|error| error.to_string())?),
+        Given::Path(path) => {
+            Front::Path(ending.listen(&path, 0o600).map_err(|error| error.to_string())?)
+        }
         Given::Listener(listener) => Front::Inherited(listener),
     };
 
     let loader = Box::new(FileLoader::new(config.domain_dirs));
-    let proxy = DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
-        .map_err(|refusal| refusal.to_string())?;
+    let proxy =
+        DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
+            .map_err(|refusal| refusal.to_string())?;
     let sessions = Arc::new(SessionHandle::default());
     ending.serving({
         let (proxy, sessions) = (Arc::clone(&proxy), Arc::clone(&sessions));
@@ -117,8 +125,8 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         let ending = Arc::clone(&ending);
         Arc::new(Device::new(Arc::clone(&proxy), move || ending.begin("shutdown")))
     };
-    let control =
-        Server::start(&config.control_path, Arc::clone(&device)).map_err(|error| error.to_string())?;
+    let control = Server::start(&config.control_path, Arc::clone(&device))
+        .map_err(|error| error.to_string())?;
     ending.owns(control.name());
 
     let domain = proxy.domain();
@@ -138,13 +146,22 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         worker_cpus: config.worker_cpus,
     };
     while wait_for_frontend(front.listener(), ending.wanted())? {
-        match session::serve(&proxy, &session_config, front.listener(), &sessions, device.connected()) {
+        match session::serve(
+            &proxy,
+            &session_config,
+            front.listener(),
+            &sessions,
+            device.connected(),
+        ) {
             Ok(()) => log::info!("the frontend has disconnected"),
             Err(session::Failure { kind, error }) => {
                 let error = how_to_have_more(&error);
                 log_limit::say(Level::Warn, kind, format_args!("the session ended: {error}"));
                 // The next look finds the end, too.
-                let _ = poll(&mut [PollFd::new(ending.wanted(), PollFlags::IN)], Some(&AFTER_A_FAILURE));
+                let _ = poll(
+                    &mut [PollFd::new(ending.wanted(), PollFlags::IN)],
+                    Some(&AFTER_A_FAILURE),
+                );
             }
         }
     }
@@ -156,8 +173,10 @@ fn run(config: Config) -> Result<Vec<String>, String> {
 /// Waits until a frontend wants in. `false` if it is time to stop.
 fn wait_for_frontend(listener: &UnixListener, stop: &OwnedFd) -> Result<bool, String> {
     loop {
-        let mut fds =
-            [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let mut fds = [
+            PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
+        ];
         match poll(&mut fds, None) {
             Ok(_) if !fds[1].revents().is_empty() => return Ok(false),
             Ok(_) if !fds[0].revents().is_empty() => return Ok(true),

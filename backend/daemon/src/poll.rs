@@ -1,8 +1,10 @@
 //! Whether a worker that has nothing to do looks again, or sleeps.
 //!
-//! To sleep and be woken costs both sides a system call and, on an idle CPU, far more than a request does; to look again costs this CPU. Which is
-//! cheaper depends on how soon the next request comes, so the worker learns from how it went: looking for longer than the budget is never right (by
-//! then, having slept would have cost less), and looking in vain is done ever more rarely.
+//! To sleep and be woken costs both sides a system call and, on an idle CPU, far more than a
+//! request does; to look again costs this CPU. Which is cheaper depends on how soon the next
+//! request comes, so the worker learns from how it went: looking for longer than the budget is
+//! never right (by then, having slept would have cost less), and looking in vain is done ever more
+//! rarely.
 //!
 //! ```text
 //!             nothing to do, no sleeps to skip                work
@@ -15,15 +17,20 @@
 //!
 //! What is awaited makes a difference, and is remembered apart:
 //!
-//! - A guest sends its next request when it has thought about its answers, and spares its kick if we look. One that was given several answers at once
-//!   reads them all before it has much to send, and all that it sends shares the cost of the look: the budget is twice as long.
-//! - A device that a domain waits for comes with an interrupt whether we look or not, and most take longer than to sleep and be woken: the budget is
-//!   small ([`DEVICE_BUDGET`]). It is what is awaited when the domain owes answers and the guest has had none since its requests were last taken.
+//! - A guest sends its next request when it has thought about its answers, and spares its kick if
+//!   we look. One that was given several answers at once reads them all before it has much to send,
+//!   and all that it sends shares the cost of the look: the budget is twice as long.
+//! - A device that a domain waits for comes with an interrupt whether we look or not, and most take
+//!   longer than to sleep and be woken: the budget is small ([`DEVICE_BUDGET`]). It is what is
+//!   awaited when the domain owes answers and the guest has had none since its requests were last
+//!   taken.
 //!
-//! So a guest whose requests come slowly costs one look in [`BACKOFF_MAX`] sleeps, a guest that is idle costs nothing, and where the driver
-//! shares our CPU, so that looking keeps it from running, looking stops by itself.
+//! So a guest whose requests come slowly costs one look in [`BACKOFF_MAX`] sleeps, a guest that is
+//! idle costs nothing, and where the driver shares our CPU, so that looking keeps it from running,
+//! looking stops by itself.
 //!
-//! Deliberately absent: what is looked at, and everything that must not wait for a worker that looks: the worker checks it each time.
+//! Deliberately absent: what is looked at, and everything that must not wait for a worker that
+//! looks: the worker checks it each time.
 
 use std::time::{Duration, Instant};
 
@@ -44,7 +51,8 @@ pub(crate) struct Poller {
 impl Poller {
     /// Looks for `budget` for the next request of a guest that was given one answer.
     pub(crate) const fn new(budget: Duration) -> Self {
-        let short = if budget.as_nanos() < DEVICE_BUDGET.as_nanos() { budget } else { DEVICE_BUDGET };
+        let short =
+            if budget.as_nanos() < DEVICE_BUDGET.as_nanos() { budget } else { DEVICE_BUDGET };
         Self {
             guest: Experience::new(budget),
             guest_with_many: Experience::new(budget.saturating_mul(2)),
@@ -67,7 +75,8 @@ impl Poller {
         self.device.busy();
     }
 
-    /// The domain has answered. That says nothing of the guest: a look at its ring goes on where it is, so that answers that trickle in do not prolong it.
+    /// The domain has answered. That says nothing of the guest: a look at its ring goes on where it
+    /// is, so that answers that trickle in do not prolong it.
     #[inline]
     pub(crate) fn device_came(&mut self) {
         self.device.busy();
@@ -96,7 +105,8 @@ pub(crate) enum Awaited {
 }
 
 impl Awaited {
-    /// After so many answers since the guest's requests were last taken, while it is owed so many more.
+    /// After so many answers since the guest's requests were last taken, while it is owed so many
+    /// more.
     #[inline]
     pub(crate) const fn after(answers: usize, owed: usize) -> Self {
         match (answers, owed) {
@@ -254,7 +264,11 @@ mod tests {
             poller.device_came();
             assert!(begun.elapsed() < 1000 * BUDGET);
         }
-        assert_eq!((poller.guest_with_many.backoff, poller.device.backoff), (1, 0), "it was in vain");
+        assert_eq!(
+            (poller.guest_with_many.backoff, poller.device.backoff),
+            (1, 0),
+            "it was in vain"
+        );
         assert!(!poller.idle(Awaited::GuestWithMany));
         assert!(poller.idle(Awaited::GuestWithMany));
         poller.guest_came();
@@ -275,10 +289,16 @@ mod tests {
         assert!(vain(&mut poller, Awaited::Guest) > 0 && begun.elapsed() >= 20 * DEVICE_BUDGET);
         assert_eq!((poller.device.backoff, poller.guest.backoff), (1, 1));
         let begun = Instant::now();
-        assert!(vain(&mut poller, Awaited::GuestWithMany) > 0 && begun.elapsed() >= 40 * DEVICE_BUDGET);
+        assert!(
+            vain(&mut poller, Awaited::GuestWithMany) > 0 && begun.elapsed() >= 40 * DEVICE_BUDGET
+        );
         assert!(!poller.idle(Awaited::GuestWithMany), "the next time it sleeps");
         assert_eq!(poller.device.budget, DEVICE_BUDGET);
-        assert_eq!(Poller::new(BUDGET / 4).device.budget, BUDGET / 4, "never longer than what was asked for");
+        assert_eq!(
+            Poller::new(BUDGET / 4).device.budget,
+            BUDGET / 4,
+            "never longer than what was asked for"
+        );
         assert!(!Poller::new(Duration::ZERO).idle(Awaited::Device));
     }
 }

@@ -2,15 +2,18 @@
 //! end a session's threads. And what a system call says of a descriptor that no crate passes on as
 //! it is: who has connected.
 //!
-//! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is over: one descriptor lost per queue and session. So we keep the
-//! numbers and close them, once the threads that used them are gone.
+//! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is
+//! over: one descriptor lost per queue and session. So we keep the numbers and close them, once the
+//! threads that used them are gone.
 
 use crate::session::lock;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
-use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Takes over a descriptor that whoever started us says is a listening Unix socket.
@@ -26,8 +29,9 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
     if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
         return Err(wrong("was not passed to this process"));
     }
-    // SAFETY: it is open, and by the convention of `--fd` (QEMU, vhost-user backend program conventions) it is ours alone; nothing else in this process has
-    // been opened yet that could have the number.
+    // SAFETY: it is open, and by the convention of `--fd` (QEMU, vhost-user backend program
+    // conventions) it is ours alone; nothing else in this process has been opened yet that could
+    // have the number.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     match rustix::net::sockopt::socket_acceptconn(&fd) {
         Ok(true) => match rustix::net::sockopt::socket_domain(&fd) {
@@ -97,11 +101,15 @@ impl ExitEvents {
     /// One event for each of `threads` threads.
     ///
     /// # Errors
-    /// There are no descriptors left. Later would be too late: a thread without an event cannot be ended.
+    /// There are no descriptors left. Later would be too late: a thread without an event cannot be
+    /// ended.
     pub(crate) fn new(threads: usize) -> io::Result<Self> {
         let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
         let events = (0..threads).map(|_| new_event_consumer_and_notifier(flags).map(Some));
-        Ok(Self { events: Mutex::new(events.collect::<io::Result<_>>()?), given_away: Mutex::default() })
+        Ok(Self {
+            events: Mutex::new(events.collect::<io::Result<_>>()?),
+            given_away: Mutex::default(),
+        })
     }
 
     /// Gives the event of a thread away, once.
@@ -111,11 +119,13 @@ impl ExitEvents {
         Some(pair)
     }
 
-    /// Closes them. To be called when the session's threads have been joined and its daemon is dropped.
+    /// Closes them. To be called when the session's threads have been joined and its daemon is
+    /// dropped.
     pub(crate) fn close(&self) {
         for fd in lock(&self.given_away).drain(..) {
-            // SAFETY: `VringEpollHandler::new` took the consumer with `into_raw_fd` and never closes it; nobody else knows the number, and it is
-            // closed once, because it leaves the list.
+            // SAFETY: `VringEpollHandler::new` took the consumer with `into_raw_fd` and never
+            // closes it; nobody else knows the number, and it is closed once, because it leaves the
+            // list.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }

@@ -1,10 +1,13 @@
-//! One side of a virtqueue, batch by batch: what has come, giving back what has ended, and who wakes whom.
+//! One side of a virtqueue, batch by batch: what has come, giving back what has ended, and who
+//! wakes whom.
 //!
-//! The queue's own `add_used` publishes every element by itself and counts for the notification decision, and looks every address up anew; here a whole
-//! batch is written through a [`RingView`] and then published with one store of the used index, so the decisions are made here too
-//! (virtio 1.2, 2.7.7 to 2.7.10). The queue stays the owner of the positions.
+//! The queue's own `add_used` publishes every element by itself and counts for the notification
+//! decision, and looks every address up anew; here a whole batch is written through a [`RingView`]
+//! and then published with one store of the used index, so the decisions are made here too (virtio
+//! 1.2, 2.7.7 to 2.7.10). The queue stays the owner of the positions.
 //!
-//! Deliberately absent: what is in a chain (`virtio-blk`), who serves it (`proxy`), and the lock around the queue (the worker's).
+//! Deliberately absent: what is in a chain (`virtio-blk`), who serves it (`proxy`), and the lock
+//! around the queue (the worker's).
 
 use crate::guest_memory::RingView;
 use std::sync::atomic::{Ordering, fence};
@@ -30,7 +33,8 @@ pub(crate) fn waiting(queue: &Queue, view: &RingView) -> Result<u16, Error> {
     if waiting > view.size() { Err(Error::InvalidAvailRingIndex) } else { Ok(waiting) }
 }
 
-/// Writes `used` to the used ring and publishes them together. Returns whether the driver wants to be told.
+/// Writes `used` to the used ring and publishes them together. Returns whether the driver wants to
+/// be told.
 pub(crate) fn publish(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool {
     let old = queue.next_used();
     let mut next = old;
@@ -40,35 +44,39 @@ pub(crate) fn publish(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool
     }
     view.publish_used(next);
     queue.set_next_used(next);
-    // The index is visible before we look whether the driver wants to know; the driver does it the other way round.
+    // The index is visible before we look whether the driver wants to know; the driver does it the
+    // other way round.
     fence(Ordering::SeqCst);
     wants_interrupt(view, old, next)
 }
 
 fn wants_interrupt(view: &RingView, old: u16, new: u16) -> bool {
     if view.event_idx() {
-        // Whether `used_event` is among `old..new`, as the reference implementation `vring_need_event` computes it (2.7.10).
+        // Whether `used_event` is among `old..new`, as the reference implementation
+        // `vring_need_event` computes it (2.7.10).
         return new.wrapping_sub(view.used_event()).wrapping_sub(1) < new.wrapping_sub(old);
     }
     view.avail_flags() & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
 }
 
-/// Asks the driver not to kick. With event indices that is so without saying it: a kick is due once, when the index passes what
-/// [`ask_for_kicks`] has said.
+/// Asks the driver not to kick. With event indices that is so without saying it: a kick is due
+/// once, when the index passes what [`ask_for_kicks`] has said.
 pub(crate) fn refuse_kicks(view: &RingView) {
     if !view.event_idx() {
         view.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
     }
 }
 
-/// Asks the driver to kick for the next chain. Returns whether one has come already, for which there may be no kick.
+/// Asks the driver to kick for the next chain. Returns whether one has come already, for which
+/// there may be no kick.
 pub(crate) fn ask_for_kicks(queue: &Queue, view: &RingView) -> bool {
     if view.event_idx() {
         view.set_avail_event(queue.next_avail());
     } else {
         view.set_used_flags(0);
     }
-    // What we ask for is visible before we look whether something has come; the driver does it the other way round (2.7.10).
+    // What we ask for is visible before we look whether something has come; the driver does it the
+    // other way round (2.7.10).
     fence(Ordering::SeqCst);
     view.avail_idx() != queue.next_avail()
 }
@@ -102,7 +110,8 @@ mod tests {
         }
 
         fn publish(&mut self, heads: std::ops::Range<u16>) -> bool {
-            let used: Vec<_> = heads.map(|head| Used { head, len: u32::from(head) + 100 }).collect();
+            let used: Vec<_> =
+                heads.map(|head| Used { head, len: u32::from(head) + 100 }).collect();
             publish(&mut self.queue, &self.view, &used)
         }
 
@@ -162,7 +171,9 @@ mod tests {
     fn what_waits_is_counted_across_the_wrap_and_no_more_than_fits() {
         let mut ring = Fixture::new(false);
         ring.queue.set_next_avail(65533);
-        for (idx, expected) in [(65533, Some(0)), (0, Some(3)), (5, Some(8)), (6, None), (65532, None)] {
+        for (idx, expected) in
+            [(65533, Some(0)), (0, Some(3)), (5, Some(8)), (6, None), (65532, None)]
+        {
             ring.write(AVAIL + 2, idx);
             assert_eq!(waiting(&ring.queue, &ring.view).ok(), expected, "{idx}");
         }

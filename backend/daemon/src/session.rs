@@ -1,17 +1,22 @@
 //! One frontend's connection: from accept to the last worker's leaving.
 //!
-//! `vhost-user-backend` makes the worker threads, one per queue, when a session begins, and joins them when it ends; it has no hook for either. So a
-//! worker comes into being at its thread's first event, and is told to leave by an event too, before the threads are joined.
+//! `vhost-user-backend` makes the worker threads, one per queue, when a session begins, and joins
+//! them when it ends; it has no hook for either. So a worker comes into being at its thread's first
+//! event, and is told to leave by an event too, before the threads are joined.
 //!
 //! ```text
-//!   accept -> negotiate -> rings start -> serve -> (rings stop -> start ...) -> disconnect -> drain -> leave -> join
+//!   accept -> negotiate -> rings start -> serve -> (rings stop -> start ...)
+//!          -> disconnect -> drain -> leave -> join
 //! ```
 //!
-//! Whoever reconnects takes the used index that it finds for the place to go on at. So when it is us who end a session, everything is answered before the frontend is let
-//! go; and once it is gone, nothing is published any more, because that would be answered, or even run, a second time.
+//! Whoever reconnects takes the used index that it finds for the place to go on at. So when it is
+//! us who end a session, everything is answered before the frontend is let go; and once it is gone,
+//! nothing is published any more, because that would be answered, or even run, a second time.
 //!
-//! Invariants: no event handler returns an error for a request's sake (that would end its thread in silence); a ring that was stopped or reset has
-//! nothing in flight when the frontend gets its answer (one that was disabled takes nothing more); when a session is over, nothing of it is left: no thread, no descriptor, no mapping.
+//! Invariants: no event handler returns an error for a request's sake (that would end its thread in
+//! silence); a ring that was stopped or reset has nothing in flight when the frontend gets its
+//! answer (one that was disabled takes nothing more); when a session is over, nothing of it is
+//! left: no thread, no descriptor, no mapping.
 
 use crate::args::MAX_QUEUE_SIZE;
 use crate::cpus;
@@ -31,7 +36,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VhostUserHandlerError};
+use vhost_user_backend::{
+    ShutdownHandle, VhostUserBackend, VhostUserDaemon, VhostUserHandlerError,
+};
 use virtio_blk::{ConfigSpace, Limits, features};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -41,8 +48,8 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled before: a guest that comes back must not find errors that were made by
-/// our leaving.
+/// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled
+/// before: a guest that comes back must not find errors that were made by our leaving.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often somebody who waits for a drain looks whether he still should.
@@ -101,7 +108,8 @@ struct QueuePost {
 /// How far a worker has settled.
 #[derive(Default)]
 struct Settled {
-    /// The newest request to settle after which nothing was being popped, and nothing was awaited any more.
+    /// The newest request to settle after which nothing was being popped, and nothing was awaited
+    /// any more.
     asked: u64,
     /// How many requests were in flight all the same: they are left unanswered for good.
     lost: usize,
@@ -157,7 +165,8 @@ thread_local! {
     static PRESENCE: RefCell<Option<Presence>> = const { RefCell::new(None) };
 }
 
-/// Notices that a queue's thread has ended: the library ends it without a word if, say, the frontend's kick descriptor cannot be read.
+/// Notices that a queue's thread has ended: the library ends it without a word if, say, the
+/// frontend's kick descriptor cannot be read.
 struct Presence {
     session: Weak<Session>,
     queue: usize,
@@ -259,7 +268,8 @@ impl Session {
         });
         let post = &self.posts[queue];
         let mut worker = lock(&post.worker);
-        // Before anything is looked at: what was asked until now is what we can say is settled afterwards.
+        // Before anything is looked at: what was asked until now is what we can say is settled
+        // afterwards.
         let asked = post.asked.load(Ordering::Acquire);
         let ending = self.ending.load(Ordering::Acquire);
         if worker.is_none() && !ending {
@@ -281,7 +291,8 @@ impl Session {
             post.is_owed_elsewhere.store(serving.is_owed_elsewhere(), Ordering::Relaxed);
             lost = serving.in_flight() - serving.awaited();
             if ending && idle && lost > 0 {
-                self.proxy.leave_behind(&format!("requests of queue {queue} that can never be answered"));
+                self.proxy
+                    .leave_behind(&format!("requests of queue {queue} that can never be answered"));
             } else if ending && !idle && post.abandon.load(Ordering::Relaxed) {
                 serving.abandon();
                 idle = true;
@@ -311,7 +322,10 @@ impl Session {
     fn watch(&self, queue: usize, vring: &Vring, serving: &QueueWorker) {
         if serving.has_taken() {
             self.has_taken.store(true, Ordering::Relaxed);
-        } else if queue == 0 && serving.is_blank(vring) && !self.is_watched.swap(true, Ordering::Relaxed) {
+        } else if queue == 0
+            && serving.is_blank(vring)
+            && !self.is_watched.swap(true, Ordering::Relaxed)
+        {
             // It fails for no time that is neither zero nor negative.
             let _ = lock(&self.lookout).reset(TO_BEGIN, None);
         }
@@ -321,7 +335,8 @@ impl Session {
     fn look(&self, vring: &Vring) {
         // It is due, so this does not wait.
         let _ = lock(&self.lookout).wait();
-        let is_blank = lock(&self.posts[0].worker).as_ref().is_some_and(|serving| serving.is_blank(vring));
+        let is_blank =
+            lock(&self.posts[0].worker).as_ref().is_some_and(|serving| serving.is_blank(vring));
         if is_blank && !self.has_taken.load(Ordering::Relaxed) {
             log_limit::say(
                 Level::Warn,
@@ -340,9 +355,9 @@ impl Session {
         let has_size = self.has_size.load(Ordering::Relaxed);
         let is_let_go = self.is_let_go.load(Ordering::Relaxed);
         let (kind, place) = match error {
-            vhost_user_backend::Error::HandleRequest(vhost::vhost_user::Error::ReqHandlerError(error))
-                if error.get_ref().is_some_and(|error| error.is::<VhostUserHandlerError>()) =>
-            {
+            vhost_user_backend::Error::HandleRequest(
+                vhost::vhost_user::Error::ReqHandlerError(error),
+            ) if error.get_ref().is_some_and(|error| error.is::<VhostUserHandlerError>()) => {
                 ("ring outside", "a ring is outside of the guest's memory that is shared")
             }
             // How SET_VRING_ADDR fails without memory. Frontends say the size before.
@@ -386,7 +401,9 @@ impl Session {
             log_limit::say(
                 Level::Error,
                 "ring refused",
-                format_args!("queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"),
+                format_args!(
+                    "queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"
+                ),
             );
             self.end_soon();
         }
@@ -434,14 +451,19 @@ impl Session {
             log_limit::say(
                 Level::Error,
                 "not left",
-                format_args!("queue {queue} cannot be served: a worker of an earlier session has not left"),
+                format_args!(
+                    "queue {queue} cannot be served: a worker of an earlier session has not left"
+                ),
             );
         }
-        let (size, poll, hung_up) = (self.config.queue_size, self.config.poll, Arc::clone(&self.hung_up));
+        let (size, poll, hung_up) =
+            (self.config.queue_size, self.config.poll, Arc::clone(&self.hung_up));
         lane.map(|lane| QueueWorker::new(lane, queue, size, poll, hung_up))
     }
 
-    /// Waits until nothing of `queue` is in flight, as [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending, or it goes on at once.
+    /// Waits until nothing of `queue` is in flight, as
+    /// [`settle_in_the_end`](Self::settle_in_the_end). The ring must be off or the session ending,
+    /// or it goes on at once.
     ///
     /// # Errors
     /// Something is in flight still: it was given up, or is left unanswered for good.
@@ -455,21 +477,27 @@ impl Session {
         )))
     }
 
-    /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over [`DRAIN_TIMEOUT`] and the daemon is to end, or the instance that owes them
-    /// does not serve any more.
+    /// As [`settle_until`](Self::settle_until), however long the storage takes, unless that is over
+    /// [`DRAIN_TIMEOUT`] and the daemon is to end, or the instance that owes them does not serve
+    /// any more.
     ///
-    /// An instance that is left with a request serves that queue no more, so nobody is left early: storage that hangs would not serve the next frontend either, and comes
-    /// back for both. After an upgrade somebody else serves, so a domain that keeps a request for ever can be left.
+    /// An instance that is left with a request serves that queue no more, so nobody is left early:
+    /// storage that hangs would not serve the next frontend either, and comes back for both. After
+    /// an upgrade somebody else serves, so a domain that keeps a request for ever can be left.
     fn settle_in_the_end(&self, queue: usize) -> io::Result<usize> {
         let started = Instant::now();
         let mut told = DRAIN_TIMEOUT;
         loop {
             let out_of_time = self.out_of_time.load(Ordering::Acquire);
-            let settled =
-                self.settle_until(queue, Instant::now() + if out_of_time { AT_ONCE } else { LOOK_EVERY });
+            let settled = self.settle_until(
+                queue,
+                Instant::now() + if out_of_time { AT_ONCE } else { LOOK_EVERY },
+            );
             let waited = started.elapsed();
-            let way_out =
-                || self.proxy.is_stopping() || self.posts[queue].is_owed_elsewhere.load(Ordering::Relaxed);
+            let way_out = || {
+                self.proxy.is_stopping()
+                    || self.posts[queue].is_owed_elsewhere.load(Ordering::Relaxed)
+            };
             let over = out_of_time || waited >= DRAIN_TIMEOUT && way_out();
             if settled.is_ok() || over {
                 return settled;
@@ -484,7 +512,8 @@ impl Session {
         }
     }
 
-    /// Waits until nothing of `queue` is awaited. Returns how many of its requests are left unanswered for good.
+    /// Waits until nothing of `queue` is awaited. Returns how many of its requests are left
+    /// unanswered for good.
     fn settle_until(&self, queue: usize, deadline: Instant) -> io::Result<usize> {
         let post = &self.posts[queue];
         let asked = post.asked.fetch_add(1, Ordering::AcqRel) + 1;
@@ -496,13 +525,17 @@ impl Session {
                 let message = format!("queue {queue} was not drained in time");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, message));
             }
-            settled =
-                post.settled_changed.wait_timeout(settled, left).unwrap_or_else(PoisonError::into_inner).0;
+            settled = post
+                .settled_changed
+                .wait_timeout(settled, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         Ok(settled.lost)
     }
 
-    /// Answers what is in flight and takes nothing more, before the frontend is let go. What does not end in time is given up by [`leave`](Self::leave).
+    /// Answers what is in flight and takes nothing more, before the frontend is let go. What does
+    /// not end in time is given up by [`leave`](Self::leave).
     fn drain(&self) {
         self.ending.store(true, Ordering::Release);
         let deadline = Instant::now() + DRAIN_TIMEOUT;
@@ -515,15 +548,17 @@ impl Session {
         }
     }
 
-    /// Ends the session's workers, on their own threads, after the frontend has gone. What never ends is left, and stays mapped.
+    /// Ends the session's workers, on their own threads, after the frontend has gone. What never
+    /// ends is left, and stays mapped.
     fn leave(&self) {
         self.hung_up.store(true, Ordering::Release);
         self.ending.store(true, Ordering::Release);
         for queue in 0..self.posts.len() {
             if let Err(error) = self.settle_in_the_end(queue) {
                 log::error!("{error}; its requests stay unanswered");
-                self.proxy
-                    .leave_behind(&format!("requests of queue {queue}, in flight when the session ended"));
+                self.proxy.leave_behind(&format!(
+                    "requests of queue {queue}, in flight when the session ended"
+                ));
                 // The others have had as long.
                 self.out_of_time.store(true, Ordering::Release);
                 let post = &self.posts[queue];
@@ -533,14 +568,16 @@ impl Session {
                 let mut settled = lock(&post.settled);
                 while settled.asked < asked {
                     // A thread that is inside the domain cannot be taken out of it.
-                    settled = post.settled_changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
+                    settled =
+                        post.settled_changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
                 }
             }
         }
         for (address, len) in std::mem::take(&mut *lock(&self.told_memory)) {
             self.proxy.memory_changed(address, len, false);
         }
-        // A frontend that comes back with the same guest relies on what that guest has acknowledged.
+        // A frontend that comes back with the same guest relies on what that guest has
+        // acknowledged.
         self.proxy.require(features::required_capabilities(self.acked.load(Ordering::Relaxed)));
     }
 }
@@ -642,8 +679,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        let now: Vec<_> =
-            memory.memory().iter().map(|region| (region.as_ptr() as usize, region.len() as usize)).collect();
+        let now: Vec<_> = memory
+            .memory()
+            .iter()
+            .map(|region| (region.as_ptr() as usize, region.len() as usize))
+            .collect();
         let before = std::mem::replace(&mut *lock(&self.told_memory), now.clone());
         for &(address, len) in before.iter().filter(|range| !now.contains(range)) {
             self.proxy.memory_changed(address, len, false);
@@ -704,7 +744,8 @@ pub struct SessionHandle {
 }
 
 impl SessionHandle {
-    /// Ends the session that runs now, when what is in flight has been answered, and every later one at its start. Does not wait for that.
+    /// Ends the session that runs now, when what is in flight has been answered, and every later
+    /// one at its start. Does not wait for that.
     pub fn stop(&self) {
         let mut current = lock(&self.current);
         current.0 = true;
@@ -755,7 +796,8 @@ impl From<io::Error> for Failure {
 /// Serves one connection, which must be waiting at `listener`, until it ends.
 ///
 /// # Errors
-/// The session could not be set up, or the frontend broke the protocol. The device is ready for the next one in any case.
+/// The session could not be set up, or the frontend broke the protocol. The device is ready for the
+/// next one in any case.
 pub fn serve(
     proxy: &Arc<DomainProxy>,
     config: &SessionConfig,
@@ -769,8 +811,9 @@ pub fn serve(
     use vhost_user_backend::Error::HandleRequest;
 
     let other = |error: vhost_user_backend::Error| io::Error::other(error.to_string());
-    let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), Backend(Arc::clone(&session)), memory)
-        .map_err(other)?;
+    let mut daemon =
+        VhostUserDaemon::new("vhost-user".to_owned(), Backend(Arc::clone(&session)), memory)
+            .map_err(other)?;
     let wake_id = u64::from(config.queues + WAKE);
     for (post, threads) in session.posts.iter().zip(daemon.get_epoll_handlers()) {
         threads.register_listener(post.wake.as_raw_fd(), EventSet::IN, wake_id)?;
@@ -779,12 +822,14 @@ pub fn serve(
         let look_id = u64::from(config.queues + LOOK);
         first.register_listener(lock(&session.lookout).as_raw_fd(), EventSet::IN, look_id)?;
     }
-    // Each thread has been here once before the frontend can break it: from then on its end is noticed.
+    // Each thread has been here once before the frontend can break it: from then on its end is
+    // noticed.
     for queue in 0..session.posts.len() {
         session.settle(queue)?;
     }
-    let started =
-        daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(|error| Failure::from(other(error)));
+    let started = daemon
+        .start(&mut Listener::from(listener.try_clone()?))
+        .map_err(|error| Failure::from(other(error)));
     let ended = started.and_then(|()| {
         handle.set(daemon.shutdown_handle().map(|handle| (handle, Arc::clone(&session))));
         *lock(&session.shutdown) = daemon.shutdown_handle();

@@ -56,7 +56,9 @@ pub const fn meaning(signal: c_int) -> Meaning {
         // Nobody can change these.
         signals::SIGKILL | signals::SIGSTOP => Meaning::Default,
         // By default nothing, or going on. There are no children.
-        signals::SIGCHLD | signals::SIGCONT | signals::SIGURG | signals::SIGWINCH => Meaning::Default,
+        signals::SIGCHLD | signals::SIGCONT | signals::SIGURG | signals::SIGWINCH => {
+            Meaning::Default
+        }
 
         // A descriptor that cannot be written: the peer is gone, or the limit of a file's size has
         // been reached. The call fails, and whoever made it knows what to do.
@@ -135,7 +137,13 @@ fn change(signal: c_int, new: Option<&KernelAction>, old: &mut KernelAction) -> 
     // size of its structure, and the length is that of its signal set. `new` is null or has
     // SIG_IGN, so no code of ours becomes a handler.
     let result: c_long = unsafe {
-        libc::syscall(libc::SYS_rt_sigaction, signal, new, std::ptr::from_mut(old), size_of::<u64>())
+        libc::syscall(
+            libc::SYS_rt_sigaction,
+            signal,
+            new,
+            std::ptr::from_mut(old),
+            size_of::<u64>(),
+        )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,8 +1,9 @@
 //! A ring as `vhost-user-backend` keeps it, with two things more: whoever is given a call
 //! descriptor is called, and the session hears of what the library does not tell it.
 //!
-//! A frontend that reconnects gives a new one, and the driver may be waiting for an interrupt that the old one was to bring. With event indices it would wait for
-//! ever: `used_event` is behind, so nothing that ends later calls it either. A call too many is one that drivers are used to.
+//! A frontend that reconnects gives a new one, and the driver may be waiting for an interrupt that
+//! the old one was to bring. With event indices it would wait for ever: `used_event` is behind, so
+//! nothing that ends later calls it either. A call too many is one that drivers are used to.
 
 use std::fs::File;
 use std::io;
@@ -127,7 +128,12 @@ impl VringT<Memory> for Vring {
         self.ring.set_enabled(enabled);
     }
 
-    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
+    fn set_queue_info(
+        &self,
+        desc_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+    ) -> Result<(), Error> {
         if self.is_refused.load(Ordering::Relaxed) {
             // SET_VRING_NUM could not be refused.
             return Err(Error::InvalidSize);

@@ -1,17 +1,20 @@
 //! The way of a request, from kick to call: one worker per virtqueue, on its own thread.
 //!
 //! ```text
-//!   kick -> [ gate -> pop and parse a batch -> submit -> write status and used ring -> call ] ... until the ring is empty -> look on, or sleep
+//!   kick -> [ gate -> pop and parse a batch -> submit -> write status and used ring -> call ] ...
+//!        until the ring is empty -> look on, or sleep
 //!                ^                                                                     |
 //!                +---------------------------------------------------------------------+
 //! ```
 //!
-//! Invariants: the queue's lock is held while chains are taken and while they are given back, never while the domain works or the gate is shut; nobody
-//! waits at the gate with a request in hand; what the domain did not take goes back to the ring, in order; a worker that looks on instead of sleeping
-//! passes the gate, asks for its orders and lets go of the lock each time; a request that is left unanswered for good holds up nothing
-//! but the stop of its ring.
+//! Invariants: the queue's lock is held while chains are taken and while they are given back, never
+//! while the domain works or the gate is shut; nobody waits at the gate with a request in hand;
+//! what the domain did not take goes back to the ring, in order; a worker that looks on instead of
+//! sleeping passes the gate, asks for its orders and lets go of the lock each time; a request that
+//! is left unanswered for good holds up nothing but the stop of its ring.
 //!
-//! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end (`session.rs`).
+//! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end
+//! (`session.rs`).
 
 use crate::guest_memory::{self, RingView, Snapshot};
 use crate::log_limit;
@@ -27,20 +30,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
 use virtio_blk::{
-    DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, WireStatus, parse, used_len,
+    DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, WireStatus, parse,
+    used_len,
 };
 use virtio_queue::{Error, Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-/// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate and the control messages never wait long, and that a
-/// driver that sleeps is being woken by the first of a deep queue while the rest is served.
+/// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
+/// and the control messages never wait long, and that a driver that sleeps is being woken by the
+/// first of a deep queue while the rest is served.
 const BATCH: usize = 16;
 
 /// Most bytes of a batch, but for one request: copying them is what an upgrade's gate waits for.
 const BATCH_BYTES: u64 = 8 << 20;
 
-/// How often a worker that looks on looks at the ring before it looks at everything else, with a pause of the CPU each time: about half a
-/// microsecond, which is how long an upgrade's gate or a control message may wait for it.
+/// How often a worker that looks on looks at the ring before it looks at everything else, with a
+/// pause of the CPU each time: about half a microsecond, which is how long an upgrade's gate or a
+/// control message may wait for it.
 const LOOKS: u32 = 16;
 
 /// What the session says to a worker between two batches.
@@ -115,7 +121,8 @@ impl Slots {
         self.free.pop();
     }
 
-    /// Turns a request that has ended into its entry of the used ring, after telling the guest how it ended.
+    /// Turns a request that has ended into its entry of the used ring, after telling the guest how
+    /// it ended.
     fn end(&mut self, ended: Ended) -> Used {
         let slot = &mut self.table[ended.slot];
         if let Some(status_at) = slot.status_at.take() {
@@ -166,13 +173,15 @@ pub(crate) struct QueueWorker {
     awake: bool,
     /// How many answers the guest has been given since its requests were last taken.
     answers: usize,
-    /// Publish nothing more: nobody is there, and whoever comes back has taken the used index for the place to go on at.
+    /// Publish nothing more: nobody is there, and whoever comes back has taken the used index for
+    /// the place to go on at.
     hung_up: Arc<AtomicBool>,
     /// The ring made no sense; it is left alone until it is set up again.
     broken: bool,
     /// How many requests of earlier snapshots are left unanswered for good.
     lost: usize,
-    /// Generation of the instance that took less than it was offered; it is offered nothing more until something has ended.
+    /// Generation of the instance that took less than it was offered; it is offered nothing more
+    /// until something has ended.
     full: Option<u64>,
 }
 
@@ -231,16 +240,19 @@ impl QueueWorker {
         self.lane.awaited() > self.lane.owing_here()
     }
 
-    /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to anybody.
+    /// Gives up what is in flight: the domain is asked to end it, and how it ends is not told to
+    /// anybody.
     pub(crate) fn abandon(&mut self) {
         let _ = self.lane.gate();
         self.lane.cancel();
         self.lane.reap(|_| {});
     }
 
-    /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades are concerned.
+    /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades
+    /// are concerned.
     ///
-    /// `orders` is asked before each batch. Returns with the ring's notifications on, or with the ring not to be served.
+    /// `orders` is asked before each batch. Returns with the ring's notifications on, or with the
+    /// ring not to be served.
     pub(crate) fn serve<'a>(&mut self, vring: &Vring, orders: impl Fn() -> Orders<'a>) {
         let mut promised = false;
         self.poller.begin();
@@ -265,8 +277,12 @@ impl QueueWorker {
                 promised = false;
                 continue;
             }
-            if std::mem::take(&mut promised) && self.may_take(&orders) && self.serves(vring, &orders) {
-                // The ring has said that there is more, and there is nothing to be had: without this a hostile driver keeps us running.
+            if std::mem::take(&mut promised)
+                && self.may_take(&orders)
+                && self.serves(vring, &orders)
+            {
+                // The ring has said that there is more, and there is nothing to be had: without
+                // this a hostile driver keeps us running.
                 self.give_up(&Error::InvalidAvailRingIndex);
             }
             // Where the domain takes nothing more, only its answers help.
@@ -290,7 +306,8 @@ impl QueueWorker {
     fn look_on(&self) {
         let full = self.is_full();
         for _ in 0..LOOKS {
-            // The view may be of a ring that the frontend has given up, but it is mapped. The round will see.
+            // The view may be of a ring that the frontend has given up, but it is mapped. The round
+            // will see.
             if !full && self.view.as_ref().is_some_and(|view| view.avail_idx() != self.next_avail) {
                 return;
             }
@@ -309,7 +326,8 @@ impl QueueWorker {
         self.lane.has_orphans() || self.lane.owing_here() > 0 && has_taken_less()
     }
 
-    /// Whether the ring can be looked at: not, while the domain is full or something is in flight with an older memory map.
+    /// Whether the ring can be looked at: not, while the domain is full or something is in flight
+    /// with an older memory map.
     fn may_take(&self, orders: &Orders<'_>) -> bool {
         let is_current = |snapshot: &Snapshot| snapshot.version() == orders.memory_version;
         !self.is_full() && self.snapshot.as_ref().is_some_and(is_current)
@@ -390,7 +408,10 @@ impl QueueWorker {
                 log_limit::say(
                     Level::Error,
                     "takes no request",
-                    format_args!("queue {}: the domain takes no request although it has none", self.queue),
+                    format_args!(
+                        "queue {}: the domain takes no request although it has none",
+                        self.queue
+                    ),
                 );
                 used.push(slots.end(Ended {
                     slot: slot_of(batch[0].tag),
@@ -413,9 +434,14 @@ impl QueueWorker {
         if self.used.is_empty() && accepted == 0 { collected } else { Round::Took }
     }
 
-    /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight with the old one.
+    /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight
+    /// with the old one.
     fn refresh(&mut self, orders: &Orders<'_>) -> bool {
-        if self.snapshot.as_ref().is_some_and(|snapshot| snapshot.version() == orders.memory_version) {
+        if self
+            .snapshot
+            .as_ref()
+            .is_some_and(|snapshot| snapshot.version() == orders.memory_version)
+        {
             return true;
         }
         if self.lane.awaited() > 0 {
@@ -483,7 +509,8 @@ impl QueueWorker {
             let slot = &mut self.slots.table[usize::from(index)];
             match parse(table, chain, &mut translator, limits, &mut slot.segments) {
                 Parsed::Request { op, flags, offset, len, status_at, head } => {
-                    (slot.head, slot.op, slot.len, slot.status_at) = (head, op, len, Some(status_at));
+                    (slot.head, slot.op, slot.len, slot.status_at) =
+                        (head, op, len, Some(status_at));
                     let mut request = guest_memory::request(op, flags, offset, len, &slot.segments);
                     naming.name(&mut request, usize::from(index));
                     self.batch.push(request);
@@ -513,8 +540,9 @@ impl QueueWorker {
         true
     }
 
-    /// Answers the chains of the batch that are not the domain's, up to the first request that the domain did not take. Returns how many chains go back to
-    /// the ring: that request and all after it.
+    /// Answers the chains of the batch that are not the domain's, up to the first request that the
+    /// domain did not take. Returns how many chains go back to the ring: that request and all after
+    /// it.
     fn answer(&mut self, accepted: usize) -> u16 {
         let (mut kept, mut answered, mut errors, mut malformed) = (0, 0, 0, 0);
         for other in self.others.iter().take_while(|other| other.after <= accepted) {
@@ -549,13 +577,18 @@ impl QueueWorker {
         }
         self.answers += self.used.len();
         let queue = state.get_queue_mut();
-        match look_up(&mut self.view, snapshot, queue).map(|view| ring::publish(queue, view, &self.used)) {
+        match look_up(&mut self.view, snapshot, queue)
+            .map(|view| ring::publish(queue, view, &self.used))
+        {
             Ok(true) => {
                 if let Err(error) = state.signal_used_queue() {
                     log_limit::say(
                         Level::Warn,
                         "not notified",
-                        format_args!("queue {}: the frontend was not notified: {error}", self.queue),
+                        format_args!(
+                            "queue {}: the frontend was not notified: {error}",
+                            self.queue
+                        ),
                     );
                 }
             }
@@ -599,7 +632,9 @@ fn tell_of_malformed(queue: usize, head: u16, reason: MalformedChain, outside: O
     log_limit::say(
         Level::Warn,
         "malformed chain",
-        format_args!("queue {queue}: chain {head} is malformed and cannot be answered: {reason}{place}"),
+        format_args!(
+            "queue {queue}: chain {head} is malformed and cannot be answered: {reason}{place}"
+        ),
     );
 }
 

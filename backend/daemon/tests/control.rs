@@ -1,7 +1,7 @@
 //! The control socket and `hotswapctl`, against operations that are made up.
 //!
-//! Everything that a client can do wrong, or maliciously, is done here; what the operations really do is tested
-//! elsewhere. Every wait has an end.
+//! Everything that a client can do wrong, or maliciously, is done here; what the operations really
+//! do is tested elsewhere. Every wait has an end.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vhost_hotswap::control::{
-    Limits, OperationError, Operations, RollbackRequest, Server, SocketError, SocketFile, UpgradeMode,
-    UpgradeRequest, WhenBusy,
+    Limits, OperationError, Operations, RollbackRequest, Server, SocketError, SocketFile,
+    UpgradeMode, UpgradeRequest, WhenBusy,
 };
 
 /// No answer takes this long.
@@ -81,7 +81,11 @@ impl Operations for Mock {
 
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError> {
         self.rollbacks.lock().unwrap().push_back(request);
-        Err(OperationError { code: "no_standby", message: "there is no standby".to_owned(), data: None })
+        Err(OperationError {
+            code: "no_standby",
+            message: "there is no standby".to_owned(),
+            data: None,
+        })
     }
 
     fn history(&self) -> Value {
@@ -94,7 +98,8 @@ impl Operations for Mock {
         }
         let events = self.events.lock().unwrap();
         let at = usize::try_from(after).unwrap();
-        let (events, _) = self.news.wait_timeout_while(events, timeout, |events| events.len() <= at).unwrap();
+        let (events, _) =
+            self.news.wait_timeout_while(events, timeout, |events| events.len() <= at).unwrap();
         events.get(at).map(|event| (after + 1, event.clone()))
     }
 
@@ -121,7 +126,8 @@ fn fixture() -> Fixture {
 fn fixture_with(limits: Limits) -> Fixture {
     let directory = tempfile::tempdir().unwrap();
     let mock = Arc::new(Mock::default());
-    let server = Server::start_with(&directory.path().join("control"), Arc::clone(&mock), limits).unwrap();
+    let server =
+        Server::start_with(&directory.path().join("control"), Arc::clone(&mock), limits).unwrap();
     Fixture { mock, server, directory }
 }
 
@@ -134,8 +140,9 @@ impl Fixture {
     fn connect_at_last(&self) -> Client {
         let mut client = self.connect();
         eventually("a free connection", || {
-            let served =
-                client.try_call("status", json!({})).is_some_and(|reply| reply.get("result").is_some());
+            let served = client
+                .try_call("status", json!({}))
+                .is_some_and(|reply| reply.get("result").is_some());
             if !served {
                 client = self.connect();
             }
@@ -150,7 +157,11 @@ impl Fixture {
 
     fn ctl_command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hotswapctl"));
-        command.arg("--control-path").arg(self.server.path()).args(args).current_dir(self.directory.path());
+        command
+            .arg("--control-path")
+            .arg(self.server.path())
+            .args(args)
+            .current_dir(self.directory.path());
         command
     }
 }
@@ -210,7 +221,10 @@ fn assert_error(reply: &Value, code: i64, name: &str, says: &str) {
     assert_eq!(reply["jsonrpc"], "2.0", "{reply}");
     assert_eq!(reply["error"]["code"], code, "{reply}");
     assert_eq!(reply["error"]["data"]["code"], name, "{reply}");
-    assert!(reply["error"]["message"].as_str().unwrap().contains(says), "`{says}` is not in {reply}");
+    assert!(
+        reply["error"]["message"].as_str().unwrap().contains(says),
+        "`{says}` is not in {reply}"
+    );
     assert!(reply.get("result").is_none(), "{reply}");
 }
 
@@ -219,7 +233,8 @@ fn bad_requests_have_exact_codes_and_leave_the_connection_good() {
     let fixture = fixture();
     let mut client = fixture.connect();
     let deep = "[".repeat(30_000) + &"]".repeat(30_000);
-    let deep_id = format!(r#"{{"jsonrpc":"2.0","id":{}{}}}"#, "[".repeat(30_000), "]".repeat(30_000));
+    let deep_id =
+        format!(r#"{{"jsonrpc":"2.0","id":{}{}}}"#, "[".repeat(30_000), "]".repeat(30_000));
     let (parse, invalid) = ((-32700, "parse_error"), (-32600, "invalid_request"));
     for (line, (code, name), id, says) in [
         ("", parse, json!(null), "JSON"),
@@ -245,11 +260,26 @@ fn bad_requests_have_exact_codes_and_leave_the_connection_good() {
         (r#"{"jsonrpc":"2.0","method":17}"#, invalid, json!(null), "method"),
         (r#"{"jsonrpc":"2.0","id":{},"method":"status"}"#, invalid, json!(null), "`id`"),
         (r#"{"jsonrpc":"2.0","id":1.5,"method":"status"}"#, invalid, json!(null), "`id`"),
-        (r#"{"jsonrpc":"2.0","id":18446744073709551616,"method":"status"}"#, invalid, json!(null), "`id`"),
+        (
+            r#"{"jsonrpc":"2.0","id":18446744073709551616,"method":"status"}"#,
+            invalid,
+            json!(null),
+            "`id`",
+        ),
         (r#"{"jsonrpc":"2.0","id":true,"method":"status"}"#, invalid, json!(null), "`id`"),
         (r#"{"jsonrpc":"2.0","id":1,"method":"status","params":"x"}"#, invalid, json!(1), "params"),
-        (r#"{"jsonrpc":"2.0","id":1,"method":"status","params":null}"#, invalid, json!(1), "params"),
-        (r#"{"jsonrpc":"2.0","id":1,"method":"rollback","parms":{}}"#, invalid, json!(1), "`parms`"),
+        (
+            r#"{"jsonrpc":"2.0","id":1,"method":"status","params":null}"#,
+            invalid,
+            json!(1),
+            "params",
+        ),
+        (
+            r#"{"jsonrpc":"2.0","id":1,"method":"rollback","parms":{}}"#,
+            invalid,
+            json!(1),
+            "`parms`",
+        ),
         (
             r#"{"jsonrpc":"2.0","id":1,"method":"status","method":"shutdown"}"#,
             invalid,
@@ -332,12 +362,18 @@ fn operations_get_what_was_sent_and_errors_say_their_code() {
     assert_eq!(client.call("upgrade", params)["result"]["to"]["name"], "next");
     let asked = fixture.mock.upgrades.lock().unwrap().pop_front().unwrap();
     assert_eq!((asked.mode, asked.when_busy), (UpgradeMode::Swap, WhenBusy::Refuse));
-    assert_eq!((asked.drain_timeout, asked.starved_timeout), (Duration::from_secs(600), Duration::ZERO));
+    assert_eq!(
+        (asked.drain_timeout, asked.starved_timeout),
+        (Duration::from_secs(600), Duration::ZERO)
+    );
     assert_eq!(asked.params.iter().collect::<Vec<_>>(), [("size", "1M")]);
 
     let refused = client.call("upgrade", json!({"name": "refused"}));
     assert_error(&refused, -32000, "drain_timeout", "3 requests in flight");
-    assert_eq!(refused["error"]["data"], json!({"code": "drain_timeout", "queue": 0, "in_flight": 3}));
+    assert_eq!(
+        refused["error"]["data"],
+        json!({"code": "drain_timeout", "queue": 0, "in_flight": 3})
+    );
     assert_error(
         &client.call("rollback", json!({"drain_timeout_ms": 7})),
         -32000,
@@ -354,7 +390,12 @@ fn operations_get_what_was_sent_and_errors_say_their_code() {
         }
     );
     assert_eq!(client.call("history", json!({}))["result"].as_array().map(Vec::len), Some(2));
-    assert_error(&client.call("upgrade", json!({"name": "panics"})), -32603, "internal_error", "log");
+    assert_error(
+        &client.call("upgrade", json!({"name": "panics"})),
+        -32603,
+        "internal_error",
+        "log",
+    );
     client.works();
 }
 
@@ -373,7 +414,11 @@ fn notifications_are_executed_and_never_answered() {
     // The first thing that comes back is the answer to this. An id of null is an id.
     client.send("{\"jsonrpc\":\"2.0\",\"id\":null,\"method\":\"status\"}\n");
     let reply = client.receive().unwrap();
-    assert_eq!((&reply["id"], &reply["result"]["state"]), (&json!(null), &json!("serving")), "{reply}");
+    assert_eq!(
+        (&reply["id"], &reply["result"]["state"]),
+        (&json!(null), &json!("serving")),
+        "{reply}"
+    );
     assert_eq!(fixture.mock.upgrades.lock().unwrap().len(), 2);
 }
 
@@ -406,7 +451,9 @@ fn pipelined_requests_are_answered_in_order_with_their_ids() {
 #[test]
 fn half_a_line_is_answered_and_not_executed() {
     let fixture = fixture();
-    for half in [r#"{"jsonrpc":"2.0","id":1,"method":"shutdown"}"#, r#"{"jsonrpc":"2.0","id":1,"me"#] {
+    for half in
+        [r#"{"jsonrpc":"2.0","id":1,"method":"shutdown"}"#, r#"{"jsonrpc":"2.0","id":1,"me"#]
+    {
         let mut client = fixture.connect();
         client.send(half);
         client.0.get_ref().shutdown(Shutdown::Write).unwrap();
@@ -479,7 +526,8 @@ fn a_watcher_gets_events_and_is_still_answered() {
     let mut client = fixture.connect();
     assert_eq!(client.call("watch", json!({}))["result"], json!({"watching": true}));
     fixture.mock.happen(json!({"event": "first"}));
-    let event = json!({"jsonrpc": "2.0", "method": "event", "params": {"event": "first", "sequence": 2}});
+    let event =
+        json!({"jsonrpc": "2.0", "method": "event", "params": {"event": "first", "sequence": 2}});
     assert_eq!(client.receive().unwrap(), event);
     client.works();
     assert_eq!(client.call("watch", json!({}))["result"], json!({"watching": true}));
@@ -487,7 +535,8 @@ fn a_watcher_gets_events_and_is_still_answered() {
     client.0.get_ref().shutdown(Shutdown::Write).unwrap();
     thread::sleep(Duration::from_millis(250));
     fixture.mock.happen(json!("second"));
-    let event = json!({"jsonrpc": "2.0", "method": "event", "params": {"event": "second", "sequence": 3}});
+    let event =
+        json!({"jsonrpc": "2.0", "method": "event", "params": {"event": "second", "sequence": 3}});
     assert_eq!(client.receive().unwrap(), event);
 }
 
@@ -542,7 +591,8 @@ fn a_flood_leaves_room_for_requests() {
 
 #[test]
 fn who_does_not_read_is_cut_off_and_disturbs_nobody() {
-    let limits = Limits { connections: 2, write_timeout: Duration::from_millis(300), ..Limits::default() };
+    let limits =
+        Limits { connections: 2, write_timeout: Duration::from_millis(300), ..Limits::default() };
     let fixture = fixture_with(limits);
     fixture.mock.flood.store(true, Ordering::SeqCst);
     let mut deaf = fixture.connect();
@@ -561,14 +611,20 @@ fn who_does_not_read_is_cut_off_and_disturbs_nobody() {
 
 #[test]
 fn a_slow_reader_is_cut_off_as_well() {
-    let limits = Limits { connections: 1, write_timeout: Duration::from_millis(300), ..Limits::default() };
+    let limits =
+        Limits { connections: 1, write_timeout: Duration::from_millis(300), ..Limits::default() };
     let fixture = fixture_with(limits);
     fixture.mock.flood.store(true, Ordering::SeqCst);
     let mut slow = fixture.connect();
     slow.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"watch\"}\n");
     // It keeps asking and never reads: neither requests nor events may pile up anywhere.
     let mut sent = 0;
-    while slow.0.get_mut().write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"status\"}\n").is_ok() {
+    while slow
+        .0
+        .get_mut()
+        .write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"status\"}\n")
+        .is_ok()
+    {
         sent += 1;
         assert!(sent < 10_000_000, "a client that never reads is served for ever");
     }
@@ -580,14 +636,17 @@ fn a_slow_reader_is_cut_off_as_well() {
 fn the_socket_is_private_from_the_first_instant() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control");
-    // Without a umask to hide behind. The other tests of this process make nothing that it matters for.
+    // Without a umask to hide behind. The other tests of this process make nothing that it matters
+    // for.
     let umask = rustix::process::umask(rustix::fs::Mode::empty());
     let done = AtomicBool::new(false);
     let seen = thread::scope(|scope| {
         let looking = scope.spawn(|| {
             let mut seen = std::collections::BTreeSet::new();
             while !done.load(Ordering::SeqCst) {
-                seen.extend(path.symlink_metadata().map(|metadata| metadata.permissions().mode() & 0o7777));
+                seen.extend(
+                    path.symlink_metadata().map(|metadata| metadata.permissions().mode() & 0o7777),
+                );
             }
             seen
         });
@@ -609,7 +668,9 @@ fn other_users_are_refused_even_if_they_get_in() {
         return;
     }
     let fixture = fixture();
-    let open = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    let open = |path: &Path, mode| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap()
+    };
     open(fixture.directory.path(), 0o755);
     // A copy, because the build directory may be closed to others.
     let program = fixture.directory.path().join("hotswapctl");
@@ -617,7 +678,12 @@ fn other_users_are_refused_even_if_they_get_in() {
     open(&program, 0o755);
     let as_nobody = || {
         let mut command = Command::new(&program);
-        command.arg("--control-path").arg(fixture.server.path()).arg("status").uid(65534).gid(65534);
+        command
+            .arg("--control-path")
+            .arg(fixture.server.path())
+            .arg("status")
+            .uid(65534)
+            .gid(65534);
         let output = command.current_dir("/").output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         text(&output.stderr)
@@ -650,7 +716,8 @@ fn a_path_is_taken_from_the_dead_only() {
     let refused = Server::start(&path, Arc::new(Mock::default())).unwrap_err();
     assert!(matches!(refused, SocketError::NotASocket(_)), "{refused:?}");
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
-    let nowhere = Server::start(&directory.path().join("no/control"), Arc::new(Mock::default())).unwrap_err();
+    let nowhere =
+        Server::start(&directory.path().join("no/control"), Arc::new(Mock::default())).unwrap_err();
     assert!(matches!(nowhere, SocketError::System { .. }), "{nowhere:?}");
     assert!(nowhere.to_string().contains("No such file"), "{nowhere}");
     let empty = SocketFile::listen(Path::new(""), 0o600).unwrap_err();
@@ -759,17 +826,27 @@ fn a_socket_that_can_be_seen_can_be_connected_to() {
 fn what_was_left_between_the_two_names_goes_with_the_next_start() {
     let directory = tempfile::tempdir().unwrap();
     let path = |name: &str| directory.path().join(name);
-    for dead in ["socket~abcdefgh", "socket~22223333", "socket~short", "socket~abcdefg8", "other~abcdefgh"] {
+    for dead in
+        ["socket~abcdefgh", "socket~22223333", "socket~short", "socket~abcdefg8", "other~abcdefgh"]
+    {
         drop(UnixListener::bind(path(dead)).unwrap());
     }
     let _living = UnixListener::bind(path("socket~zzzzzzzz")).unwrap();
     std::fs::write(path("socket~aaaaaaaa"), "precious").unwrap();
     let socket = SocketFile::listen(&path("socket"), 0o600).unwrap();
-    let mut names: Vec<_> =
-        std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(directory.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
     names.sort();
-    let stay =
-        ["other~abcdefgh", "socket", "socket~aaaaaaaa", "socket~abcdefg8", "socket~short", "socket~zzzzzzzz"];
+    let stay = [
+        "other~abcdefgh",
+        "socket",
+        "socket~aaaaaaaa",
+        "socket~abcdefg8",
+        "socket~short",
+        "socket~zzzzzzzz",
+    ];
     assert_eq!(names, stay);
     drop(socket);
 }
@@ -796,7 +873,8 @@ fn every_path_that_fits_a_socket_can_be_listened_on() {
         }
         std::fs::remove_dir(&between).unwrap();
     }
-    let like_a_directory = SocketFile::listen(&directory.path().join("socket/"), 0o600).unwrap_err();
+    let like_a_directory =
+        SocketFile::listen(&directory.path().join("socket/"), 0o600).unwrap_err();
     assert!(matches!(like_a_directory, SocketError::System { .. }), "{like_a_directory:?}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
@@ -828,11 +906,16 @@ fn stopping_ends_idle_and_watching_clients_at_once() {
 
 #[test]
 fn stopping_lets_an_answer_out_but_does_not_wait_for_ever() {
-    let fixture = fixture_with(Limits { stop_patience: Duration::from_millis(500), ..Limits::default() });
+    let fixture =
+        fixture_with(Limits { stop_patience: Duration::from_millis(500), ..Limits::default() });
     let mut client = fixture.connect();
-    client.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\",\"params\":{\"name\":\"slow\"}}\n");
+    client.send(
+        "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\",\"params\":{\"name\":\"slow\"}}\n",
+    );
     let mut stuck = fixture.connect();
-    stuck.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\",\"params\":{\"name\":\"stuck\"}}\n");
+    stuck.send(
+        "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\",\"params\":{\"name\":\"stuck\"}}\n",
+    );
     eventually("both upgrades", || fixture.mock.upgrades.lock().unwrap().len() == 2);
     let started = Instant::now();
     assert_eq!(fixture.server.stop(), 1, "one operation does not come back");
@@ -843,7 +926,8 @@ fn stopping_lets_an_answer_out_but_does_not_wait_for_ever() {
 
 #[test]
 fn stopping_does_not_wait_for_a_client_that_does_not_read() {
-    let fixture = fixture_with(Limits { stop_patience: Duration::from_millis(200), ..Limits::default() });
+    let fixture =
+        fixture_with(Limits { stop_patience: Duration::from_millis(200), ..Limits::default() });
     fixture.mock.flood.store(true, Ordering::SeqCst);
     let mut deaf = fixture.connect();
     deaf.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"watch\"}\n");
@@ -871,7 +955,11 @@ fn hotswapctl_prints_for_people() {
         (&["shutdown"], "the daemon is shutting down\n"),
     ] {
         let output = fixture.ctl(args);
-        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(0), expected), "{output:?}");
+        assert_eq!(
+            (output.status.code(), text(&output.stdout).as_str()),
+            (Some(0), expected),
+            "{output:?}"
+        );
         assert!(output.stderr.is_empty(), "{output:?}");
     }
     eventually("the shutdown", || fixture.mock.shutdowns.load(Ordering::SeqCst) == 1);
@@ -888,7 +976,8 @@ fn hotswapctl_prints_json_on_one_line() {
     }
     let output = fixture.ctl(&["--json", "upgrade", "refused"]);
     assert_eq!(output.status.code(), Some(1));
-    let sentence = "error: queue 0 has 3 requests in flight; ask for a longer drain (drain_timeout)\n";
+    let sentence =
+        "error: queue 0 has 3 requests in flight; ask for a longer drain (drain_timeout)\n";
     assert_eq!(text(&output.stderr), sentence);
     let error = json!({"code": "drain_timeout", "data": {"in_flight": 3, "queue": 0},
                        "message": "queue 0 has 3 requests in flight; ask for a longer drain"});
@@ -901,11 +990,24 @@ fn hotswapctl_prints_json_on_one_line() {
 #[test]
 fn hotswapctl_sends_what_it_was_told() {
     let fixture = fixture();
-    let args = ["upgrade", "./sub/x.so", "--param", "size=1M", "--param", "serial=a=b", "--mode", "handover"];
+    let args = [
+        "upgrade",
+        "./sub/x.so",
+        "--param",
+        "size=1M",
+        "--param",
+        "serial=a=b",
+        "--mode",
+        "handover",
+    ];
     fixture.ctl(&[&args[..], &["--drain-timeout-ms", "7", "--no-queue"]].concat());
     let asked = fixture.mock.upgrades.lock().unwrap().pop_front().unwrap();
     let here = fixture.directory.path().canonicalize().unwrap();
-    assert_eq!(PathBuf::from(&asked.name), here.join("sub/x.so"), "relative to the client's directory");
+    assert_eq!(
+        PathBuf::from(&asked.name),
+        here.join("sub/x.so"),
+        "relative to the client's directory"
+    );
     assert_eq!(asked.params.iter().collect::<Vec<_>>(), [("serial", "a=b"), ("size", "1M")]);
     assert_eq!((asked.mode, asked.when_busy), (UpgradeMode::Handover, WhenBusy::Refuse));
     assert_eq!(asked.drain_timeout, Duration::from_millis(7));
@@ -990,8 +1092,12 @@ fn hotswapctl_says_who_is_not_there() {
 #[test]
 fn hotswapctl_watches_until_the_daemon_ends() {
     let fixture = fixture();
-    let mut child =
-        fixture.ctl_command(&["watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = fixture
+        .ctl_command(&["watch"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     // It begins at an unknown moment, so things happen until it sees one.
     let done = AtomicBool::new(false);

@@ -1,12 +1,13 @@
 //! An ELF file as the dynamic linker will see it, with every bound checked.
 //!
-//! Why not leave that to the linker: it trusts what it maps. It follows addresses and offsets without looking, maps segments
-//! over each other if they are out of order, and touches pages beyond the end of a truncated file, which is SIGBUS. Why
-//! program headers and not only sections: the linker reads nothing else, so checks on sections alone would be checks of
-//! something that is not used.
+//! Why not leave that to the linker: it trusts what it maps. It follows addresses and offsets
+//! without looking, maps segments over each other if they are out of order, and touches pages
+//! beyond the end of a truncated file, which is SIGBUS. Why program headers and not only sections:
+//! the linker reads nothing else, so checks on sections alone would be checks of something that is
+//! not used.
 //!
-//! Invariants: nothing here panics, whatever the bytes are, and the work is bounded by the file's size and the two limits below, not by
-//! its square.
+//! Invariants: nothing here panics, whatever the bytes are, and the work is bounded by the file's
+//! size and the two limits below, not by its square.
 //!
 //! Deliberately absent: what is allowed. That is `verify`.
 
@@ -42,7 +43,8 @@ pub(crate) struct Image<'a> {
 impl<'a> Image<'a> {
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
         check_ident(bytes)?;
-        let header = elf::FileHeader64::<LE>::parse(bytes).map_err(|_| Error::Malformed("file header"))?;
+        let header =
+            elf::FileHeader64::<LE>::parse(bytes).map_err(|_| Error::Malformed("file header"))?;
         let found = header.e_machine(LE);
         if found != MACHINE {
             return Err(Error::WrongMachine { found: machine_name(found) });
@@ -54,10 +56,12 @@ impl<'a> Image<'a> {
             elf::ET_CORE => return Err(Error::NotShared("a core dump")),
             _ => return Err(Error::NotShared("of an unknown type")),
         }
-        let segments =
-            header.program_headers(LE, bytes).map_err(|_| Error::Malformed("program header table"))?;
-        let sections =
-            header.section_headers(LE, bytes).map_err(|_| Error::Malformed("section header table"))?;
+        let segments = header
+            .program_headers(LE, bytes)
+            .map_err(|_| Error::Malformed("program header table"))?;
+        let sections = header
+            .section_headers(LE, bytes)
+            .map_err(|_| Error::Malformed("section header table"))?;
         if segments.len() > MAX_SEGMENTS || sections.len() > MAX_SECTIONS {
             return Err(Error::Malformed("too many segments or sections"));
         }
@@ -67,10 +71,12 @@ impl<'a> Image<'a> {
             return Err(Error::Malformed("a section lies outside of the file"));
         }
         if !sections.is_empty() {
-            let at =
-                header.section_strings_index(LE, bytes).map_err(|_| Error::Malformed("section names"))?;
+            let at = header
+                .section_strings_index(LE, bytes)
+                .map_err(|_| Error::Malformed("section names"))?;
             let names = sections.get(at.0).ok_or(Error::Malformed("section names"))?;
-            image.section_names = names.data(LE, bytes).map_err(|_| Error::Malformed("section names"))?;
+            image.section_names =
+                names.data(LE, bytes).map_err(|_| Error::Malformed("section names"))?;
         }
         Ok(image)
     }
@@ -80,7 +86,8 @@ impl<'a> Image<'a> {
         let mut end = 0;
         for segment in self.segments {
             let (offset, in_file) = segment.file_range(LE);
-            let file_end = offset.checked_add(in_file).ok_or(Error::Malformed("a segment's size"))?;
+            let file_end =
+                offset.checked_add(in_file).ok_or(Error::Malformed("a segment's size"))?;
             if file_end > self.bytes.len() as u64 {
                 return Err(Error::Malformed("a segment lies outside of the file"));
             }
@@ -99,7 +106,10 @@ impl<'a> Image<'a> {
         Ok(())
     }
 
-    pub(crate) fn segments_of(&self, kind: elf::ProgramType) -> impl Iterator<Item = &'a Segment> + use<'a> {
+    pub(crate) fn segments_of(
+        &self,
+        kind: elf::ProgramType,
+    ) -> impl Iterator<Item = &'a Segment> + use<'a> {
         self.segments.iter().filter(move |s| s.p_type(LE) == kind)
     }
 
@@ -113,7 +123,8 @@ impl<'a> Image<'a> {
 
     /// What the file puts at `address`, if all of it comes from the file.
     pub(crate) fn at_address(&self, address: u64, len: u64) -> Option<&'a [u8]> {
-        self.segments_of(elf::PT_LOAD).find_map(|s| s.data_range(LE, self.bytes, address, len).ok().flatten())
+        self.segments_of(elf::PT_LOAD)
+            .find_map(|s| s.data_range(LE, self.bytes, address, len).ok().flatten())
     }
 
     /// The dynamic section, by the program header as the linker does it, up to its end mark.
@@ -125,8 +136,8 @@ impl<'a> Image<'a> {
         let bytes = self
             .at_address(header.p_vaddr(LE), header.p_filesz(LE))
             .ok_or(Error::Malformed("the dynamic segment is not loaded"))?;
-        let entries: &[elf::Dyn64<LE>] =
-            pod::slice_from_all_bytes(bytes).map_err(|()| Error::Malformed("the dynamic segment"))?;
+        let entries: &[elf::Dyn64<LE>] = pod::slice_from_all_bytes(bytes)
+            .map_err(|()| Error::Malformed("the dynamic segment"))?;
         let len = entries
             .iter()
             .position(|e| e.d_tag.get(LE) == elf::DT_NULL)
@@ -141,9 +152,11 @@ impl<'a> Image<'a> {
         Ok(dynamic)
     }
 
-    /// The dynamic symbols. Their number is known to the section headers only, which must agree about where they are.
+    /// The dynamic symbols. Their number is known to the section headers only, which must agree
+    /// about where they are.
     pub(crate) fn dynamic_symbols(&self, dynamic: &Dynamic<'a>) -> Result<&'a [Symbol], Error> {
-        let address = dynamic.one(elf::DT_SYMTAB)?.ok_or(Error::Malformed("it has no dynamic symbols"))?;
+        let address =
+            dynamic.one(elf::DT_SYMTAB)?.ok_or(Error::Malformed("it has no dynamic symbols"))?;
         let mut sections = self.sections.iter().filter(|s| s.sh_type(LE) == elf::SHT_DYNSYM);
         let (Some(section), None) = (sections.next(), sections.next()) else {
             return Err(Error::Malformed("there must be one section of dynamic symbols"));
@@ -162,7 +175,8 @@ impl<'a> Image<'a> {
         for segment in self.segments_of(elf::PT_NOTE) {
             let Ok(Some(mut notes)) = segment.notes(LE, self.bytes) else { continue };
             while let Ok(Some(note)) = notes.next() {
-                let is_id = note.name() == elf::ELF_NOTE_GNU && note.n_type(LE) == elf::NT_GNU_BUILD_ID;
+                let is_id =
+                    note.name() == elf::ELF_NOTE_GNU && note.n_type(LE) == elf::NT_GNU_BUILD_ID;
                 if is_id && (1..=64).contains(&note.desc().len()) {
                     return Some(note.desc());
                 }
@@ -214,7 +228,8 @@ impl<'a> Dynamic<'a> {
 
 fn text_is(strings: &[u8], offset: u32, wanted: &str) -> bool {
     let tail = usize::try_from(offset).ok().and_then(|at| strings.get(at..));
-    tail.and_then(|t| t.strip_prefix(wanted.as_bytes())).is_some_and(|rest| rest.first() == Some(&0))
+    tail.and_then(|t| t.strip_prefix(wanted.as_bytes()))
+        .is_some_and(|rest| rest.first() == Some(&0))
 }
 
 fn check_ident(bytes: &[u8]) -> Result<(), Error> {

@@ -1,7 +1,8 @@
 //! What can be wrong with a module: one enum inside, a stable code and a sentence outside.
 //!
-//! Each sentence says what is the case and, after a semicolon, what to do about it. Which module it is about is said
-//! once, by [`Error::about`], so that the checks need not know where the bytes come from.
+//! Each sentence says what is the case and, after a semicolon, what to do about it. Which module it
+//! is about is said once, by [`Error::about`], so that the checks need not know where the bytes
+//! come from.
 //!
 //! Text that comes out of a module is cut and escaped: it ends in logs and terminals.
 
@@ -30,7 +31,10 @@ pub(crate) enum Error {
     Empty,
     #[error("it is not an ELF file; give the path of a libdomain_*.so")]
     NotElf,
-    #[error("it was built for {found}, this host is {}; build it for this host", std::env::consts::ARCH)]
+    #[error(
+        "it was built for {found}, this host is {}; build it for this host",
+        std::env::consts::ARCH
+    )]
     WrongMachine { found: String },
     #[error("it is an ELF file, but {0}, not a shared object; build it as a cdylib")]
     NotShared(&'static str),
@@ -53,7 +57,9 @@ pub(crate) enum Error {
     NoEntry,
     #[error("it has a library search path ({0}); link it without -rpath")]
     SearchPath(&'static str),
-    #[error("it needs the library `{0}`, which is not on the allow-list; link that statically or do without")]
+    #[error(
+        "it needs the library `{0}`, which is not on the allow-list; link that statically or do without"
+    )]
     NeedsLibrary(String),
     #[error("it could never be unmapped ({0}); build it without that")]
     NotUnloadable(String),
@@ -77,11 +83,13 @@ impl Error {
             Self::WrongMachine { .. } => "module_wrong_machine",
             Self::NotShared(_) => "module_not_shared",
             Self::Malformed(_) => "module_malformed",
-            Self::NoDescriptor | Self::Descriptor { why: DescriptorError::Magic } => "module_no_descriptor",
-            Self::WrongTable(_)
-            | Self::Descriptor { why: DescriptorError::AbiVersion { .. } | DescriptorError::Size { .. } } => {
-                "module_wrong_abi"
+            Self::NoDescriptor | Self::Descriptor { why: DescriptorError::Magic } => {
+                "module_no_descriptor"
             }
+            Self::WrongTable(_)
+            | Self::Descriptor {
+                why: DescriptorError::AbiVersion { .. } | DescriptorError::Size { .. },
+            } => "module_wrong_abi",
             Self::Descriptor { why: DescriptorError::Class { .. } } => "module_wrong_class",
             Self::Descriptor { why: DescriptorError::PanicStrategy } => "module_panic_abort",
             Self::Descriptor { .. } => "module_bad_descriptor",

@@ -1,8 +1,9 @@
 //! From a name to a file.
 //!
-//! A name without `/` is looked up as `libdomain_NAME.so` in each directory, in order; anything with a `/` is a path and taken
-//! as it is. The first directory that has an entry of that name decides: if the file there turns out to be unfit, that is the
-//! answer. Going on to the next directory would be the fallback that a wrong name must never get.
+//! A name without `/` is looked up as `libdomain_NAME.so` in each directory, in order; anything
+//! with a `/` is a path and taken as it is. The first directory that has an entry of that name
+//! decides: if the file there turns out to be unfit, that is the answer. Going on to the next
+//! directory would be the fallback that a wrong name must never get.
 //!
 //! Deliberately absent: looking into files.
 
@@ -21,7 +22,8 @@ pub(crate) fn find(dirs: &[PathBuf], name: &str) -> Result<PathBuf, Error> {
     // The empty name is none, whatever files there are.
     for dir in dirs.iter().filter(|_| !name.is_empty()) {
         let path = dir.join(format!("{PREFIX}{name}{SUFFIX}"));
-        // Not `exists()`: a dangling link or a file that may not be looked at is there, and is the answer.
+        // Not `exists()`: a dangling link or a file that may not be looked at is there, and is the
+        // answer.
         match path.symlink_metadata() {
             Ok(_) => return Ok(path),
             Err(e) if is_absence(&e) => {}
@@ -33,7 +35,8 @@ pub(crate) fn find(dirs: &[PathBuf], name: &str) -> Result<PathBuf, Error> {
 
 /// The names in `dirs`, sorted, each once.
 pub(crate) fn names(dirs: &[PathBuf]) -> Vec<String> {
-    let names: BTreeSet<String> = dirs.iter().flat_map(|dir| names_in(dir).unwrap_or_default()).collect();
+    let names: BTreeSet<String> =
+        dirs.iter().flat_map(|dir| names_in(dir).unwrap_or_default()).collect();
     names.into_iter().collect()
 }
 
@@ -41,7 +44,8 @@ fn names_in(dir: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in dir.read_dir()? {
         let file = entry?.file_name();
-        let name = file.to_str().and_then(|f| f.strip_prefix(PREFIX)).and_then(|f| f.strip_suffix(SUFFIX));
+        let name =
+            file.to_str().and_then(|f| f.strip_prefix(PREFIX)).and_then(|f| f.strip_suffix(SUFFIX));
         names.extend(name.filter(|n| !n.is_empty()).map(str::to_owned));
     }
     Ok(names)
@@ -69,7 +73,10 @@ fn unknown(dirs: &[PathBuf]) -> Error {
         let names: Vec<_> = names.iter().map(|n| printable(n)).collect();
         format!("use one of these, or a path with a `/`: {}", names.join(", "))
     };
-    Error::UnknownName { dirs: if dirs.is_empty() { "no directory".to_owned() } else { listed }, choice }
+    Error::UnknownName {
+        dirs: if dirs.is_empty() { "no directory".to_owned() } else { listed },
+        choice,
+    }
 }
 
 #[cfg(test)]
@@ -98,7 +105,13 @@ mod tests {
 
     #[test]
     fn a_wrong_name_lists_the_right_ones() {
-        let dir = dir_with(&["libdomain_zeta.so", "libdomain_alpha.so", "libdomain_.so", "libother.so", "x"]);
+        let dir = dir_with(&[
+            "libdomain_zeta.so",
+            "libdomain_alpha.so",
+            "libdomain_.so",
+            "libother.so",
+            "x",
+        ]);
         let dirs = [dir.path().to_owned(), PathBuf::from("/nonexistent")];
         let long = "x".repeat(5000);
         for wrong in ["ramdsk", "", ".", "..", "libdomain_alpha.so", "nul\0byte", long.as_str()] {

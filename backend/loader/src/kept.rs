@@ -1,9 +1,11 @@
 //! The modules that were unloaded last are kept, checked as they are, in case one comes back.
 //!
-//! Why: most of what verifying takes is making the copy and hashing it, and to upgrade to the same module again, back and forth, with other parameters or after a
-//! refusal, needs neither. Whether it is the same is decided by comparing all of the bytes; nothing is believed of a file's times.
+//! Why: most of what verifying takes is making the copy and hashing it, and to upgrade to the same
+//! module again, back and forth, with other parameters or after a refusal, needs neither. Whether
+//! it is the same is decided by comparing all of the bytes; nothing is believed of a file's times.
 //!
-//! Invariant: what is kept is mapped nowhere; whoever takes it has it alone, so two loads still never share a mapping.
+//! Invariant: what is kept is mapped nowhere; whoever takes it has it alone, so two loads still
+//! never share a mapping.
 
 use crate::Checked;
 use std::fs::File;
@@ -32,12 +34,14 @@ pub(crate) fn keep(module: Checked) {
     }
 }
 
-/// Takes the kept module that has the bytes of `file`, which is `len` long and at its beginning. If there is none, `file` is there again.
+/// Takes the kept module that has the bytes of `file`, which is `len` long and at its beginning. If
+/// there is none, `file` is there again.
 pub(crate) fn take(file: &mut File, len: u64) -> Option<Checked> {
     let candidates: Vec<_> = kept().extract_if(.., |module| module.sealed.len() == len).collect();
     let mut found = None;
     for candidate in candidates {
-        // Different modules of one length differ in the first piece: the build ID is there. Whoever cannot read the file will be told when it is copied.
+        // Different modules of one length differ in the first piece: the build ID is there. Whoever
+        // cannot read the file will be told when it is copied.
         if found.is_none() && matches!(candidate.sealed.is_copy_of(file), Ok(true)) {
             found = Some(candidate);
             continue;

@@ -1,21 +1,25 @@
-//! Modules from files: found, read once, checked without running them, mapped, and unmapped for good.
+//! Modules from files: found, read once, checked without running them, mapped, and unmapped for
+//! good.
 //!
-//! Why a crate of its own: the dynamic linker was made for programs that load a library and keep it. Here the same
-//! file name is loaded again with other contents, code goes away while the process lives on, and a module that does
-//! not fit must be refused while nothing of it has run.
+//! Why a crate of its own: the dynamic linker was made for programs that load a library and keep
+//! it. Here the same file name is loaded again with other contents, code goes away while the
+//! process lives on, and a module that does not fit must be refused while nothing of it has run.
 //!
 //! Invariants:
 //! * what is checked, hashed and mapped are the same bytes: a private copy in a sealed memfd; the
 //!   file may be overwritten, truncated or deleted at any time;
 //! * nothing of a module runs before [`VerifiedModule::load`], and no bytes make the checks panic;
-//! * two loads never share a mapping, and a module is only called gone after a look at what is mapped;
+//! * two loads never share a mapping, and a module is only called gone after a look at what is
+//!   mapped;
 //! * a wrong name is an error that lists the right ones, never another module.
 //!
-//! **A check is no trust.** ELF constructors run inside `dlopen`, before any `catch_unwind` of ours or of the module's: a
-//! constructor that aborts, exits or unwinds ends the daemon, and one that is malicious owns it. Whether a module may be
-//! loaded at all is decided by who can write to the module directories, and by signatures; not here.
+//! **A check is no trust.** ELF constructors run inside `dlopen`, before any `catch_unwind` of ours
+//! or of the module's: a constructor that aborts, exits or unwinds ends the daemon, and one that is
+//! malicious owns it. Whether a module may be loaded at all is decided by who can write to the
+//! module directories, and by signatures; not here.
 //!
-//! Deliberately absent: calling into a module, instances, upgrades, and any policy of which module to use.
+//! Deliberately absent: calling into a module, instances, upgrades, and any policy of which module
+//! to use.
 //!
 //! # Codes
 //!
@@ -84,8 +88,8 @@ impl FileLoader {
 impl ModuleLoader for FileLoader {
     /// A `name` with a `/` is a path; any other is looked up as `libdomain_NAME.so`.
     fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
-        let path =
-            find::find(&self.dirs, name).map_err(|e| e.about(&format!("domain `{}`", printable(name))))?;
+        let path = find::find(&self.dirs, name)
+            .map_err(|e| e.about(&format!("domain `{}`", printable(name))))?;
         let verified = verify_file(&path)
             .map_err(|e| e.about(&format!("module `{}`", printable(&path.to_string_lossy()))))?;
         Ok(Box::new(verified))
@@ -102,7 +106,8 @@ fn verify_file(path: &Path) -> Result<Verified, error::Error> {
     let sealed = Sealed::copy_of(&mut file, path)?;
     let bytes = sealed.bytes()?;
     let facts = verify::inspect(&bytes)?;
-    let identity = Identity { path: name, sha256: hex(sealed.sha256()), build_id: facts.build_id.map(hex) };
+    let identity =
+        Identity { path: name, sha256: hex(sealed.sha256()), build_id: facts.build_id.map(hex) };
     Ok(Verified(Some(Checked { description: facts.description, identity, sealed })))
 }
 

@@ -6,14 +6,17 @@
 //!                                 `------> resident --(a later look)--> gone
 //! ```
 //!
-//! Why so careful. `dlopen` compares *names* first: a path that was used before gives the old library, if that is still mapped, whatever
-//! the path leads to now. So each load goes through a spelling of `/proc/self/fd/N` that this process never used. And `dlclose`
-//! returns success for a library that stays, for instance because a live thread has yet to run a thread-local destructor of
-//! it. So what counts is what is mapped: if nothing is at the module's table any more, all of it is gone, because the linker unmaps a library with one call. If
-//! something is there, which may be another mapping already, `/proc/self/maps` tells; reading that takes as long as the unmapping.
+//! Why so careful. `dlopen` compares *names* first: a path that was used before gives the old
+//! library, if that is still mapped, whatever the path leads to now. So each load goes through a
+//! spelling of `/proc/self/fd/N` that this process never used. And `dlclose` returns success for a
+//! library that stays, for instance because a live thread has yet to run a thread-local destructor
+//! of it. So what counts is what is mapped: if nothing is at the module's table any more, all of it
+//! is gone, because the linker unmaps a library with one call. If something is there, which may be
+//! another mapping already, `/proc/self/maps` tells; reading that takes as long as the unmapping.
 //!
-//! Invariants: the memfd stays open as long as the module is mapped, so that the path under which debuggers and backtraces know it
-//! leads to it, and not to what got its number next; a module is given back to the linker once.
+//! Invariants: the memfd stays open as long as the module is mapped, so that the path under which
+//! debuggers and backtraces know it leads to it, and not to what got its number next; a module is
+//! given back to the linker once.
 //!
 //! Deliberately absent: forcing anything out. What the linker keeps, something still refers to.
 
@@ -35,7 +38,8 @@ static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
 
 /// The paths of modules that were unloaded and are still mapped, by a fresh look.
 ///
-/// A module leaves this list when what kept it has ended and the linker has noticed, which it does at the next unload of any module.
+/// A module leaves this list when what kept it has ended and the linker has noticed, which it does
+/// at the next unload of any module.
 #[must_use]
 pub fn resident_modules() -> Vec<String> {
     look_again().iter().map(|(_, path)| path.clone()).collect()
@@ -61,28 +65,31 @@ pub(crate) struct Mapped {
     table: *const ModuleVtable,
 }
 
-// SAFETY: `table` is an address of read-only data of the module, valid in every thread for as long as `parts` is there, and `Library` is
-// Send itself.
+// SAFETY: `table` is an address of read-only data of the module, valid in every thread for as long
+// as `parts` is there, and `Library` is Send itself.
 unsafe impl Send for Mapped {}
 // SAFETY: as above; `&Mapped` gives out nothing but the address.
 unsafe impl Sync for Mapped {}
 
 impl Mapped {
-    /// Maps `sealed`, resolves everything it needs, and runs its constructors. `path` is where it comes from, for messages.
+    /// Maps `sealed`, resolves everything it needs, and runs its constructors. `path` is where it
+    /// comes from, for messages.
     pub(crate) fn open(sealed: Sealed, path: &str) -> Result<Self, Error> {
         let link_path = fresh_path(&sealed);
         // NOW: a symbol that is missing must fail here, and not end the process at its first use.
-        // SAFETY: dlopen runs the module's constructors, and dlclose its destructors. No check can make foreign code sound; who
-        // installs a module vouches for it, as for the daemon itself (crate documentation). What can be checked was: the file is complete,
-        // its segments lie in it, and it cannot change (`verify`, `sealed`).
+        // SAFETY: dlopen runs the module's constructors, and dlclose its destructors. No check can
+        // make foreign code sound; who installs a module vouches for it, as for the daemon itself
+        // (crate documentation). What can be checked was: the file is complete, its segments lie in
+        // it, and it cannot change (`verify`, `sealed`).
         let opened = unsafe { Library::open(Some(&link_path), RTLD_NOW | RTLD_LOCAL) };
         let library = opened.map_err(|e| refused(&e, &link_path))?;
         // From here on, giving up means `shut`.
         let mut mapped =
             Self { parts: Some((library, sealed)), path: path.to_owned(), table: std::ptr::null() };
         let (library, _) = mapped.parts.as_ref().expect("put in above");
-        // SAFETY: the type that is looked up is a bare pointer, which is only stored. That it points to a table is the module's promise,
-        // backed by `verify`: an object of at least that size, alignment and ABI version.
+        // SAFETY: the type that is looked up is a bare pointer, which is only stored. That it
+        // points to a table is the module's promise, backed by `verify`: an object of at least that
+        // size, alignment and ABI version.
         let symbol = unsafe { library.get::<*const ModuleVtable>(ENTRY_SYMBOL) };
         mapped.table = symbol.map_err(|e| refused(&e, &link_path))?.into_raw().cast_const().cast();
         if mapped.table.is_null() {
@@ -91,7 +98,8 @@ impl Mapped {
         Ok(mapped)
     }
 
-    /// Gives the module back and looks what became of it. If it is gone, its copy is left. Nothing happens the second time.
+    /// Gives the module back and looks what became of it. If it is gone, its copy is left. Nothing
+    /// happens the second time.
     fn shut(&mut self) -> Result<Option<Sealed>, Resident> {
         let Some((library, sealed)) = self.parts.take() else { return Ok(None) };
         let table = std::mem::replace(&mut self.table, std::ptr::null());
@@ -127,22 +135,25 @@ impl Drop for Mapped {
     }
 }
 
-/// Whether anything is mapped at `table`. Of a module that was refused before its table was found, nothing is known.
+/// Whether anything is mapped at `table`. Of a module that was refused before its table was found,
+/// nothing is known.
 fn is_mapped(table: *const ModuleVtable) -> bool {
     if table.is_null() {
         return true;
     }
     let page = table.map_addr(|address| address & !(rustix::param::page_size() - 1));
     let mut residence = 0_u8;
-    // SAFETY: mincore(2) touches no memory but `residence`: a byte for each page asked about, which is one. The address need not be mapped.
+    // SAFETY: mincore(2) touches no memory but `residence`: a byte for each page asked about, which
+    // is one. The address need not be mapped.
     let answer = unsafe { libc::mincore(page.cast_mut().cast(), 1, &raw mut residence) };
     answer == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOMEM)
 }
 
 /// A path to the memfd that was never used in this process.
 ///
-/// The linker compares paths as text, the kernel does not care how often `/` and `/.` are repeated: so a number that was not used yet is written in these
-/// two, a binary digit each. The result has at most 2 * 64 characters more than the plain path.
+/// The linker compares paths as text, the kernel does not care how often `/` and `/.` are repeated:
+/// so a number that was not used yet is written in these two, a binary digit each. The result has
+/// at most 2 * 64 characters more than the plain path.
 fn fresh_path(sealed: &Sealed) -> String {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let digits: String =
@@ -153,7 +164,8 @@ fn fresh_path(sealed: &Sealed) -> String {
 /// The linker's sentence, without the path that means nothing to the reader.
 fn refused(error: &libloading::Error, link_path: &str) -> Error {
     // The first level says "dlopen failed", the source says why.
-    let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    let why =
+        std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
     let why = why.replace(&format!("{link_path}: "), "").replace(link_path, "it");
     Error::Link(printable(why.trim()))
 }
@@ -172,9 +184,10 @@ impl Loaded {
     }
 }
 
-// SAFETY: `Mapped` holds the handle and gives it back in `unload` or when it is dropped, both of which end this value. Until then the
-// linker keeps the mapping, and nobody can change the bytes behind it (`sealed`); what the linker itself put into the private pages of the
-// table, it has put there before `open` returned.
+// SAFETY: `Mapped` holds the handle and gives it back in `unload` or when it is dropped, both of
+// which end this value. Until then the linker keeps the mapping, and nobody can change the bytes
+// behind it (`sealed`); what the linker itself put into the private pages of the table, it has put
+// there before `open` returned.
 unsafe impl LoadedModule for Loaded {
     fn vtable(&self) -> *const ModuleVtable {
         self.mapped.table

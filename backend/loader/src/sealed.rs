@@ -1,13 +1,16 @@
 //! The private copy of a module: a memfd that nobody can change any more.
 //!
-//! Why: whoever overwrites a mapped file in place changes or kills the running code, and a file that is checked and then
-//! opened again may be another one. So the file is copied, and everything after that, the hash too, is of the sealed copy.
+//! Why: whoever overwrites a mapped file in place changes or kills the running code, and a file
+//! that is checked and then opened again may be another one. So the file is copied, and everything
+//! after that, the hash too, is of the sealed copy.
 //!
-//! All that goes piece by piece, through a buffer that stays in the processor's cache: a fresh page costs 2 us here, so that a buffer for the whole
-//! file would take half a millisecond for half a megabyte, more than reading, hashing and writing it.
+//! All that goes piece by piece, through a buffer that stays in the processor's cache: a fresh page
+//! costs 2 us here, so that a buffer for the whole file would take half a millisecond for half a
+//! megabyte, more than reading, hashing and writing it.
 //!
-//! Invariant: a [`Sealed`] that exists carries all four seals; its bytes and its size never change again, for nobody, through no
-//! descriptor. Its name is unique in this process, so that its mappings can be recognised in `/proc/self/maps`.
+//! Invariant: a [`Sealed`] that exists carries all four seals; its bytes and its size never change
+//! again, for nobody, through no descriptor. Its name is unique in this process, so that its
+//! mappings can be recognised in `/proc/self/maps`.
 
 use crate::error::Error;
 use memmap2::{Mmap, MmapOptions};
@@ -28,8 +31,9 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 const PIECE: usize = 32 << 10;
 
-/// What is copied at a time. Aligned as pages are: where the target of a copy lies up to 31 bytes behind its source, as seen within a page, AMD's `rep movsb`, which the
-/// kernel copies with, is ten times slower. Large allocations of glibc's lie just so, 16 bytes into a page.
+/// What is copied at a time. Aligned as pages are: where the target of a copy lies up to 31 bytes
+/// behind its source, as seen within a page, AMD's `rep movsb`, which the kernel copies with, is
+/// ten times slower. Large allocations of glibc's lie just so, 16 bytes into a page.
 #[repr(align(4096))]
 struct Piece([u8; PIECE]);
 
@@ -52,7 +56,8 @@ impl Sealed {
         copy(file, &mut memfd)?;
         let all = SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, all).map_err(|e| Error::NotSealed(e.into()))?;
-        // Both of what is sealed, and not of what went into it: others could change the copy until now.
+        // Both of what is sealed, and not of what went into it: others could change the copy until
+        // now.
         let len = memfd.metadata().map_err(Error::NotSealed)?.len();
         let sha256 = hash(&memfd, len).map_err(Error::NotSealed)?;
         Ok(Self { memfd, name, number, len, sha256 })
@@ -90,8 +95,9 @@ impl Sealed {
 
     /// The copy's bytes.
     pub(crate) fn bytes(&self) -> Result<Mmap, Error> {
-        // SAFETY: a mapped file may be used as bytes if nobody changes or shortens it while it is mapped; the seals forbid both to
-        // everybody (`copy_of`, the only place where `memfd` comes from).
+        // SAFETY: a mapped file may be used as bytes if nobody changes or shortens it while it is
+        // mapped; the seals forbid both to everybody (`copy_of`, the only place where `memfd` comes
+        // from).
         unsafe { MmapOptions::new().map_copy_read_only(&self.memfd) }.map_err(Error::NotSealed)
     }
 
@@ -114,7 +120,8 @@ impl Sealed {
 
 /// Opens what may be a module, and says how long it is.
 pub(crate) fn open(path: &Path) -> Result<(File, u64), Error> {
-    // NONBLOCK: opening a FIFO without a writer must fail the check below, not wait. Regular files do not care.
+    // NONBLOCK: opening a FIFO without a writer must fail the check below, not wait. Regular files
+    // do not care.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(fd) => File::from(fd),

@@ -1,9 +1,11 @@
 //! Which modules are allowed: the rules, on the bytes alone.
 //!
-//! Each rule is there for something that would go wrong later, when it could not be refused any more: a missing library or an
-//! endless stay in memory would be noticed only after constructors have run.
+//! Each rule is there for something that would go wrong later, when it could not be refused any
+//! more: a missing library or an endless stay in memory would be noticed only after constructors
+//! have run.
 //!
-//! Invariant: [`inspect`] is a function of the bytes. It opens nothing, maps nothing, and never panics.
+//! Invariant: [`inspect`] is a function of the bytes. It opens nothing, maps nothing, and never
+//! panics.
 
 use crate::elf::{Dynamic, Image, Symbol};
 use crate::error::{Error, printable};
@@ -13,7 +15,8 @@ use object::LittleEndian as LE;
 use object::elf;
 use object::read::elf::ProgramHeader;
 
-/// Libraries that a module may need: the ones that the host process has itself, and the C library's former parts.
+/// Libraries that a module may need: the ones that the host process has itself, and the C library's
+/// former parts.
 const ALLOWED_LIBRARIES: [&str; 8] = [
     "libgcc_s.so.1",
     "libc.so.6",
@@ -42,7 +45,9 @@ pub(crate) fn inspect(bytes: &[u8]) -> Result<Facts<'_>, Error> {
     let symbols = image.dynamic_symbols(&dynamic)?;
     // One reference to such a symbol makes the linker keep the module for ever.
     if symbols.iter().any(|s| s.st_bind() == elf::STB_GNU_UNIQUE) {
-        return Err(Error::NotUnloadable("it has unique symbols, see gcc's -fno-gnu-unique".to_owned()));
+        return Err(Error::NotUnloadable(
+            "it has unique symbols, see gcc's -fno-gnu-unique".to_owned(),
+        ));
     }
     check_entry(&image, &dynamic, symbols)?;
     Ok(Facts { description, build_id: image.build_id() })
@@ -74,7 +79,8 @@ fn check_dynamic(dynamic: &Dynamic<'_>) -> Result<(), Error> {
             return Err(Error::NeedsLibrary(shown(dynamic.text(offset)?)));
         }
     }
-    // The linker goes by names: the next module that needs that library would get this one, and pin it.
+    // The linker goes by names: the next module that needs that library would get this one, and pin
+    // it.
     for offset in dynamic.all(elf::DT_SONAME) {
         let name = dynamic.text(offset)?;
         if is_allowed(name) {
@@ -108,7 +114,8 @@ fn shown(text: &[u8]) -> String {
     printable(&String::from_utf8_lossy(&text[..text.len().min(1000)]))
 }
 
-/// An executable stack would make every stack of this process executable. Without a header the linker assumes one.
+/// An executable stack would make every stack of this process executable. Without a header the
+/// linker assumes one.
 fn check_stack(image: &Image<'_>) -> Result<(), Error> {
     let mut headers = image.segments_of(elf::PT_GNU_STACK).peekable();
     let missing = headers.peek().is_none();
@@ -118,7 +125,8 @@ fn check_stack(image: &Image<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The table must be an object in the file, large enough for what it says, so that the host can read it after it is mapped.
+/// The table must be an object in the file, large enough for what it says, so that the host can
+/// read it after it is mapped.
 fn check_entry(image: &Image<'_>, dynamic: &Dynamic<'_>, symbols: &[Symbol]) -> Result<(), Error> {
     let is_entry = |s: &&Symbol| {
         // Reserved numbers, e.g. of absolute symbols, are no places in the module.
@@ -142,8 +150,9 @@ fn check_entry(image: &Image<'_>, dynamic: &Dynamic<'_>, symbols: &[Symbol]) -> 
     let table = image
         .at_address(address, len)
         .ok_or(Error::Malformed("the table of functions is not in the file"))?;
-    let word =
-        |at: usize| table.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes);
+    let word = |at: usize| {
+        table.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+    };
     let size = word(std::mem::offset_of!(ModuleVtable, size));
     if word(std::mem::offset_of!(ModuleVtable, abi_version)) != ABI_VERSION {
         return Err(Error::WrongTable("is of another ABI version"));

@@ -29,7 +29,8 @@ fn one_hundred_copies_side_by_side_and_then_none() {
     let loaded: Vec<_> = (0..100).map(|_| bench.load("good")).collect();
     let tables: HashSet<_> = loaded.iter().map(|m| m.vtable()).collect();
     assert_eq!(tables.len(), 100, "two loads share a mapping");
-    let names: HashSet<_> = mappings().iter().map(|l| l.split("memfd:").nth(1).unwrap().to_owned()).collect();
+    let names: HashSet<_> =
+        mappings().iter().map(|l| l.split("memfd:").nth(1).unwrap().to_owned()).collect();
     assert_eq!(names.len(), 100);
     assert!(loaded.iter().all(|m| value(&**m) == 17));
     for module in loaded {
@@ -85,7 +86,10 @@ fn nothing_runs_before_load() {
     let bench = Bench::new();
     let marks = bench.dir.path().join("marks");
     let mark = |c: char| {
-        format!("{{ FILE *f = fopen({:?}, \"a\"); fputc('{c}', f); fclose(f); }}", marks.to_str().unwrap())
+        format!(
+            "{{ FILE *f = fopen({:?}, \"a\"); fputc('{c}', f); fclose(f); }}",
+            marks.to_str().unwrap()
+        )
     };
     bench.build(
         "noisy",
@@ -113,7 +117,9 @@ fn a_lazily_bound_symbol_that_is_missing_fails_the_load() {
         "lazy",
         &Recipe {
             args: vec!["-Wl,-z,lazy".into()],
-            ..Recipe::code("void nobody_has_this(void);\n#undef INIT\n#define INIT nobody_has_this()")
+            ..Recipe::code(
+                "void nobody_has_this(void);\n#undef INIT\n#define INIT nobody_has_this()",
+            )
         },
     );
     let (fds, maps) = (open_fds(), mappings());
@@ -129,8 +135,9 @@ fn modules_that_were_unloaded_last_come_back_as_they_were() {
     let _turn = alone();
     let bench = Bench::new();
     let build = |v: u32| bench.build(&format!("m{v}"), &Recipe { value: v, ..Recipe::default() });
-    let names =
-        || -> Vec<_> { mappings().iter().map(|l| l.split("memfd:").nth(1).unwrap().to_owned()).collect() };
+    let names = || -> Vec<_> {
+        mappings().iter().map(|l| l.split("memfd:").nth(1).unwrap().to_owned()).collect()
+    };
     let load = |name: &str, expected: u32| {
         let module = bench.load(name);
         assert_eq!(value(&*module), expected);
@@ -196,7 +203,8 @@ fn pin(module: &dyn LoadedModule) -> (mpsc::Sender<()>, std::thread::JoinHandle<
     let (alive, end) = mpsc::channel::<()>();
     let (called, wait) = mpsc::channel();
     let thread = std::thread::spawn(move || {
-        // SAFETY: the module stays mapped until this thread has run its destructors, which is what is tested.
+        // SAFETY: the module stays mapped until this thread has run its destructors, which is what
+        // is tested.
         unsafe { init() };
         called.send(()).unwrap();
         let _ = end.recv();
@@ -290,7 +298,9 @@ fn a_cycle_is_quick() {
         let module = verified.load().unwrap();
         let mapped = Instant::now();
         assert_eq!(module.unload(), Residency::Gone);
-        for (all, time) in times.iter_mut().zip([checked - begin, mapped - checked, mapped.elapsed()]) {
+        for (all, time) in
+            times.iter_mut().zip([checked - begin, mapped - checked, mapped.elapsed()])
+        {
             all.push(time);
         }
     }

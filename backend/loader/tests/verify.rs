@@ -46,8 +46,7 @@ const MAIN: &str = "int main(void) { return 0; }";
 #[test]
 fn each_bad_module_is_refused_for_its_own_reason() {
     let bench = Bench::new();
-    let unique =
-        ".pushsection .data\n.globl u\n.type u,%gnu_unique_object\n.size u,8\nu: .quad 1\n.popsection";
+    let unique = ".pushsection .data\n.globl u\n.type u,%gnu_unique_object\n.size u,8\nu: .quad 1\n.popsection";
     let text_relocation = ".pushsection .text\n.balign 8\n.quad hotswap_domain_module\n.popsection";
     let asm = |lines: &str| Recipe::code(&format!("__asm__({lines:?});"));
     let extra = bench.dir.path().join("libextra.so");
@@ -55,10 +54,26 @@ fn each_bad_module_is_refused_for_its_own_reason() {
     let size = size_of::<ModuleVtable>();
     let bad: Vec<(&str, &str, Recipe)> = vec![
         ("module_no_descriptor", "no section", Recipe { descriptor: None, ..Recipe::default() }),
-        ("module_no_descriptor", "magic", Recipe { descriptor: descriptor_with(0, 0), ..Recipe::default() }),
-        ("module_wrong_abi", "ABI 7", Recipe { descriptor: descriptor_with(20, 7), ..Recipe::default() }),
-        ("module_wrong_abi", "bytes", Recipe { descriptor: descriptor_with(16, 40), ..Recipe::default() }),
-        ("module_wrong_class", "class 9", Recipe { descriptor: descriptor_with(24, 9), ..Recipe::default() }),
+        (
+            "module_no_descriptor",
+            "magic",
+            Recipe { descriptor: descriptor_with(0, 0), ..Recipe::default() },
+        ),
+        (
+            "module_wrong_abi",
+            "ABI 7",
+            Recipe { descriptor: descriptor_with(20, 7), ..Recipe::default() },
+        ),
+        (
+            "module_wrong_abi",
+            "bytes",
+            Recipe { descriptor: descriptor_with(16, 40), ..Recipe::default() },
+        ),
+        (
+            "module_wrong_class",
+            "class 9",
+            Recipe { descriptor: descriptor_with(24, 9), ..Recipe::default() },
+        ),
         (
             "module_panic_abort",
             "panic=unwind",
@@ -99,15 +114,22 @@ fn each_bad_module_is_refused_for_its_own_reason() {
         ("module_executable_stack", "noexecstack", Recipe::args(["-Wl,-z,execstack"])),
         ("module_not_shared", "object file", Recipe { kind: "-c", ..Recipe::default() }),
         ("module_not_shared", "an executable", Recipe { kind: "-no-pie", ..Recipe::code(MAIN) }),
-        ("module_not_shared", "position-independent", Recipe { kind: "-pie", ..Recipe::code(MAIN) }),
+        (
+            "module_not_shared",
+            "position-independent",
+            Recipe { kind: "-pie", ..Recipe::code(MAIN) },
+        ),
     ];
     let mut built = 0;
     for (code, part, recipe) in bad {
         built += 1;
         let name = format!("bad{built}");
         // -r contradicts -shared; it is compiled only.
-        let recipe =
-            if recipe.args.first().is_some_and(|a| a == "-r") { Recipe::args(["-c"]) } else { recipe };
+        let recipe = if recipe.args.first().is_some_and(|a| a == "-r") {
+            Recipe::args(["-c"])
+        } else {
+            recipe
+        };
         bench.build(&name, &recipe);
         let error = bench.refusal(&name);
         assert_eq!(error.code, code, "{}", error.message);
@@ -125,9 +147,12 @@ fn what_is_no_regular_file_is_refused_at_once() {
     let _socket = std::os::unix::net::UnixListener::bind(bench.path("socket")).unwrap();
     std::fs::create_dir(bench.path("directory")).unwrap();
     std::os::unix::fs::symlink("/dev/zero", bench.path("device")).unwrap();
-    for (name, part) in
-        [("fifo", "a FIFO"), ("socket", "a socket"), ("directory", "a directory"), ("device", "a device")]
-    {
+    for (name, part) in [
+        ("fifo", "a FIFO"),
+        ("socket", "a socket"),
+        ("directory", "a directory"),
+        ("device", "a device"),
+    ] {
         let error = bench.refusal(name);
         assert_eq!(error.code, "module_unreadable", "{}", error.message);
         assert!(error.message.contains(part), "{}", error.message);
@@ -170,7 +195,11 @@ fn a_wrong_name_is_an_error_that_lists_the_right_ones() {
     bench.write("file", b"not even a module");
     let error = bench.refusal("ramdsk");
     assert_eq!(error.code, "module_not_found");
-    assert!(error.message.contains("`ramdsk`") && error.message.contains("empty, file"), "{}", error.message);
+    assert!(
+        error.message.contains("`ramdsk`") && error.message.contains("empty, file"),
+        "{}",
+        error.message
+    );
 }
 
 #[test]
@@ -227,7 +256,10 @@ fn segments_that_would_hurt_the_linker_are_refused() {
     assert_eq!(patched(&bench, code + 8, &u64::MAX.to_le_bytes()), "module_malformed");
     // More in the file than in memory; more in memory than there is room for.
     for field in [32, 40] {
-        assert_eq!(patched(&bench, first + field, &(1_u64 << 40).to_le_bytes()), "module_malformed");
+        assert_eq!(
+            patched(&bench, first + field, &(1_u64 << 40).to_le_bytes()),
+            "module_malformed"
+        );
     }
     // The last one below the first: the linker would map over what is there.
     assert_eq!(patched(&bench, last + 16, &0_u64.to_le_bytes()), "module_malformed");
@@ -258,13 +290,19 @@ fn symbols_that_the_linker_would_see_otherwise_are_refused() {
         assert_eq!(patched(&bench, symbol + 6, &index.to_le_bytes()), "module_no_entry");
     }
     // st_value: not aligned, not in the file. st_size: reaches out of its segment.
-    assert_eq!(patched(&bench, symbol + 8, &(entry.address() + 1).to_le_bytes()), "module_malformed");
+    assert_eq!(
+        patched(&bench, symbol + 8, &(entry.address() + 1).to_le_bytes()),
+        "module_malformed"
+    );
     assert_eq!(patched(&bench, symbol + 8, &(1_u64 << 40).to_le_bytes()), "module_malformed");
     assert_eq!(patched(&bench, symbol + 16, &(1_u64 << 40).to_le_bytes()), "module_malformed");
     // sh_addr: the section's symbols are not the ones that the linker uses.
     let headers = u64::from_le_bytes(whole[40..48].try_into().unwrap()) as usize;
     let header = headers + section.index().0 * 64;
-    assert_eq!(patched(&bench, header + 16, &(section.address() + 24).to_le_bytes()), "module_malformed");
+    assert_eq!(
+        patched(&bench, header + 16, &(section.address() + 24).to_le_bytes()),
+        "module_malformed"
+    );
 }
 
 #[test]
@@ -274,10 +312,15 @@ fn every_truncation_is_refused() {
     bench.write("cut", &whole);
     bench.verify("cut").unwrap();
     // Each length in the headers, and each seventh elsewhere; a file can only be made shorter.
-    for len in (0..whole.len()).rev().filter(|len| *len < 1024 || len % 7 == 0 || len + 64 > whole.len()) {
+    for len in
+        (0..whole.len()).rev().filter(|len| *len < 1024 || len % 7 == 0 || len + 64 > whole.len())
+    {
         File::options().write(true).open(bench.path("cut")).unwrap().set_len(len as u64).unwrap();
         let error = bench.refusal("cut");
-        assert!(["module_not_elf", "module_malformed"].contains(&error.code), "{len} bytes: {error:?}");
+        assert!(
+            ["module_not_elf", "module_malformed"].contains(&error.code),
+            "{len} bytes: {error:?}"
+        );
     }
 }
 
@@ -313,8 +356,12 @@ fn no_flipped_bytes_make_it_panic() {
             bytes[at] = values[random.below(values.len())];
         }
         bench.write("flipped", &bytes);
-        *results.entry(bench.verify("flipped").map_or_else(|e| e.code, |_| "fine")).or_default() += 1;
+        *results.entry(bench.verify("flipped").map_or_else(|e| e.code, |_| "fine")).or_default() +=
+            1;
     }
     // If they did not get past the first check, they would show nothing.
-    assert!(results.len() >= 8 && results["fine"] > 100 && results["module_malformed"] > 500, "{results:?}");
+    assert!(
+        results.len() >= 8 && results["fine"] > 100 && results["module_malformed"] > 500,
+        "{results:?}"
+    );
 }

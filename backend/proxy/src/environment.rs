@@ -1,4 +1,5 @@
-//! What a domain is told about its surroundings, and its successor must be told too: guest memory and the write cache.
+//! What a domain is told about its surroundings, and its successor must be told too: guest memory
+//! and the write cache.
 
 use crate::upgrade::lock;
 use domain_api::host::{CallError, Instance};
@@ -38,7 +39,12 @@ impl Environment {
     }
 
     /// Returns who has died of it.
-    pub(crate) fn memory_changed(&self, address: usize, len: usize, added: bool) -> Vec<Weak<Instance>> {
+    pub(crate) fn memory_changed(
+        &self,
+        address: usize,
+        len: usize,
+        added: bool,
+    ) -> Vec<Weak<Instance>> {
         let mut inner = lock(&self.inner);
         if added {
             inner.memory.push((address, len));
@@ -85,7 +91,8 @@ impl Environment {
 
 impl Inner {
     fn each(&self, mut f: impl FnMut(&Arc<Instance>)) {
-        for instance in self.instances.iter().filter_map(Weak::upgrade).filter(|instance| !instance.is_dead())
+        for instance in
+            self.instances.iter().filter_map(Weak::upgrade).filter(|instance| !instance.is_dead())
         {
             f(&instance);
         }

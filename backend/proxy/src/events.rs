@@ -46,7 +46,10 @@ impl Events {
             if inner.last > after {
                 let first = inner.last - inner.kept.len() as u64 + 1;
                 let number = first.max(after + 1);
-                return inner.kept.get((number - first) as usize).map(|event| (number, event.clone()));
+                return inner
+                    .kept
+                    .get((number - first) as usize)
+                    .map(|event| (number, event.clone()));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -9,8 +9,9 @@
 //!                       Never: unanswered                        Failed: I/O errors
 //! ```
 //!
-//! A request that a dead instance had may still be written to by it: by a thread of its own, or by the kernel on its behalf. Until that is over the request is
-//! neither run again nor answered. An end that breaks off with a panic is none: it may have been waiting for just that.
+//! A request that a dead instance had may still be written to by it: by a thread of its own, or by
+//! the kernel on its behalf. Until that is over the request is neither run again nor answered. An
+//! end that breaks off with a panic is none: it may have been waiting for just that.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
@@ -43,7 +44,8 @@ impl Fence {
     }
 
     pub(crate) fn verdict(&self) -> Verdict {
-        // Acquire pairs with `decide`: what the instance did last is visible to whoever runs its requests again.
+        // Acquire pairs with `decide`: what the instance did last is visible to whoever runs its
+        // requests again.
         match self.verdict.load(Ordering::Acquire) {
             1 => Verdict::Replay,
             2 => Verdict::Fail,

@@ -1,9 +1,12 @@
-//! The table of what is in flight on a queue: who has which request, what it is called, and what it was, to be run again.
+//! The table of what is in flight on a queue: who has which request, what it is called, and what it
+//! was, to be run again.
 //!
-//! A request that ends in the call that submits it never comes here; the batch that it is in says all that there is to know. What does not is entered
-//! when the call has returned. While the call lasts nobody needs the table: it is the worker's own, and the worker is in the call.
+//! A request that ends in the call that submits it never comes here; the batch that it is in says
+//! all that there is to know. What does not is entered when the call has returned. While the call
+//! lasts nobody needs the table: it is the worker's own, and the worker is in the call.
 //!
-//! Invariants: a slot is taken by one generation or by nobody; what it says about a request stays when the generation that had it has died.
+//! Invariants: a slot is taken by one generation or by nobody; what it says about a request stays
+//! when the generation that had it has died.
 
 use crate::Ended;
 use crate::queue::{QueueLine, add};
@@ -71,7 +74,8 @@ impl Flights {
         self.0[slot].request.generation = 0;
     }
 
-    /// Closes the slot that a completion by a lane is about. Returns `None` if it is about no request that is in flight there.
+    /// Closes the slot that a completion by a lane is about. Returns `None` if it is about no
+    /// request that is in flight there.
     #[inline]
     fn close(&mut self, naming: Naming, completion: &RawCompletion) -> Option<usize> {
         let slot = slot_of(completion.tag);
@@ -86,7 +90,8 @@ impl Flights {
         Some(slot)
     }
 
-    /// Takes a lane's completions over: checks each, frees its slot, reports it. Returns how many were good.
+    /// Takes a lane's completions over: checks each, frees its slot, reports it. Returns how many
+    /// were good.
     pub(crate) fn settle(
         &mut self,
         completed: &[RawCompletion],
@@ -118,8 +123,9 @@ impl Flights {
 
 /// What requests of one queue of one instance are called at the ABI.
 ///
-/// A tag is the request's slot in its lowest 16 bits, its queue in the next 8, and the generation above: so that a domain that mixes up queues is caught,
-/// and a completion of an earlier generation is never taken for one of this.
+/// A tag is the request's slot in its lowest 16 bits, its queue in the next 8, and the generation
+/// above: so that a domain that mixes up queues is caught, and a completion of an earlier
+/// generation is never taken for one of this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Naming {
     base: u64,
@@ -216,7 +222,11 @@ mod tests {
             assert_eq!(flights.close(naming, &wrong), None, "{wrong:?}");
         }
         let of_another = Naming::new(3, 8);
-        assert_eq!(flights.close(of_another, &completion(3, 8, 2, 8)), None, "another generation's");
+        assert_eq!(
+            flights.close(of_another, &completion(3, 8, 2, 8)),
+            None,
+            "another generation's"
+        );
         assert_eq!(flights.generation(2), 7);
         assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), Some(2));
         assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), None, "twice");

@@ -1,14 +1,18 @@
 //! The proxy: what stands between a device's workers and its live domain.
 //!
-//! One [`DomainProxy`] per device. It holds the SRCU cell with the live instance, the storage that outlives instances, the standby, and the upgrade
-//! lock. Workers use it through [`Worker`] (the read path); operators through [`DomainProxy::upgrade`] and [`DomainProxy::rollback`].
+//! One [`DomainProxy`] per device. It holds the SRCU cell with the live instance, the storage that
+//! outlives instances, the standby, and the upgrade lock. Workers use it through [`Worker`] (the
+//! read path); operators through [`DomainProxy::upgrade`] and [`DomainProxy::rollback`].
 //!
-//! The ways by file name: `worker.rs` is the way of a request, `upgrade.rs` the way of an upgrade; `storage.rs` is what both leave behind.
+//! The ways by file name: `worker.rs` is the way of a request, `upgrade.rs` the way of an upgrade;
+//! `storage.rs` is what both leave behind.
 //!
-//! Invariants: a request is completed by the instance that took it; the storage has one owner; generations grow by one with every committed
-//! change; nothing of an instance is used after it was retired.
+//! Invariants: a request is completed by the instance that took it; the storage has one owner;
+//! generations grow by one with every committed change; nothing of an instance is used after it was
+//! retired.
 //!
-//! Deliberately absent: virtio, vhost-user, guest memory, JSON, files with modules in them ([`domain_api::host::ModuleLoader`] finds those).
+//! Deliberately absent: virtio, vhost-user, guest memory, JSON, files with modules in them
+//! ([`domain_api::host::ModuleLoader`] finds those).
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +33,8 @@ mod worker;
 pub use flights::{Naming, slot_of};
 pub use queue::{Notifier, QueueStatus};
 pub use report::{
-    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
+    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, Starved,
+    WhenBusy,
 };
 pub use worker::{Ended, Gate, Worker};
 
@@ -171,7 +176,10 @@ impl View {
         self.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
         self.leaving = upgrades.leaving.as_ref().map(|leaving| {
             let record = &leaving.member.record;
-            format!("`{}` {}: replaced, and still has requests in flight", record.name, record.version)
+            format!(
+                "`{}` {}: replaced, and still has requests in flight",
+                record.name, record.version
+            )
         });
     }
 }
@@ -186,7 +194,8 @@ pub struct DomainProxy {
     events: Events,
     /// Held by the operator's command that is being carried out.
     operator: Mutex<()>,
-    /// Held by whoever replaces the live domain: an operator's command, or a takeover, which comes between its phases.
+    /// Held by whoever replaces the live domain: an operator's command, or a takeover, which comes
+    /// between its phases.
     upgrades: Mutex<Upgrades>,
     view: Mutex<View>,
     /// What the guest was offered, as capabilities that a successor must have.
@@ -250,7 +259,8 @@ impl DomainProxy {
         &self.queues
     }
 
-    /// Makes the calling thread the worker of `queue`, with room for `slots` requests in flight. Waits while the gate is shut.
+    /// Makes the calling thread the worker of `queue`, with room for `slots` requests in flight.
+    /// Waits while the gate is shut.
     ///
     /// Returns `None` if there are as many workers as queues already.
     pub fn worker(
@@ -327,9 +337,11 @@ impl DomainProxy {
         lock(&self.view).generation + 1
     }
 
-    /// What a guest is to be told of the device; from now on every successor must have what `required` picks of it. Called when a session begins.
+    /// What a guest is to be told of the device; from now on every successor must have what
+    /// `required` picks of it. Called when a session begins.
     ///
-    /// Waits for a change that is under way, because that was held against what an earlier guest was told. Returns `None` if it takes longer than `patience`.
+    /// Waits for a change that is under way, because that was held against what an earlier guest
+    /// was told. Returns `None` if it takes longer than `patience`.
     pub fn offer(
         self: &Arc<Self>,
         patience: Duration,
@@ -341,7 +353,8 @@ impl DomainProxy {
         Some(info)
     }
 
-    /// Says which capabilities a guest relies on, so that every successor must have them. Called when a session ends, with those that were acknowledged.
+    /// Says which capabilities a guest relies on, so that every successor must have them. Called
+    /// when a session ends, with those that were acknowledged.
     pub fn require(&self, capabilities: Capabilities) {
         self.required.store(capabilities.0, Ordering::Relaxed);
     }
@@ -352,9 +365,10 @@ impl DomainProxy {
 
     /// Turns the write cache of the live domain, and of every successor, on or off.
     ///
-    /// When it comes back from turning it off, what was completed before is durable. If the live domain
-    /// dies meanwhile, it waits for the takeover, which sees to that. What could not be done is logged,
-    /// and left behind at the end. Not to be called by a worker: a takeover waits for it.
+    /// When it comes back from turning it off, what was completed before is durable. If the live
+    /// domain dies meanwhile, it waits for the takeover, which sees to that. What could not be done
+    /// is logged, and left behind at the end. Not to be called by a worker: a takeover waits for
+    /// it.
     pub fn set_write_cache(self: &Arc<Self>, on: bool) {
         let (is_new, failed) = self.environment.set_write_cache(on);
         self.notice_deaths(failed.iter().map(|(who, _)| who));
@@ -374,7 +388,8 @@ impl DomainProxy {
         self.leave_behind(&sentence);
     }
 
-    /// Waits until nobody is dead who is still to be replaced, and has the live domain see to what those left who `failed`.
+    /// Waits until nobody is dead who is still to be replaced, and has the live domain see to what
+    /// those left who `failed`.
     fn catch_up_on(self: &Arc<Self>, failed: &[(Weak<Instance>, CallError)]) -> Result<(), String> {
         let deadline = Instant::now() + TAKEOVER_PATIENCE;
         loop {
@@ -383,7 +398,9 @@ impl DomainProxy {
             }
             let Some(live) = self.live() else {
                 // Whoever brings the device back sees to it.
-                log::error!("the write cache is off, and what was written before may not be on the disk yet");
+                log::error!(
+                    "the write cache is off, and what was written before may not be on the disk yet"
+                );
                 return Ok(());
             };
             // It was told, and has said why not; asking once more would not make it so.
@@ -401,7 +418,8 @@ impl DomainProxy {
         }
     }
 
-    /// Tells the live domain, and every successor, of guest memory that was mapped or is about to be unmapped.
+    /// Tells the live domain, and every successor, of guest memory that was mapped or is about to
+    /// be unmapped.
     pub fn memory_changed(self: &Arc<Self>, address: usize, len: usize, added: bool) {
         let dead = self.environment.memory_changed(address, len, added);
         self.notice_deaths(&dead);
@@ -440,7 +458,9 @@ impl DomainProxy {
             Err(refusal) if change == Change::Takeover => {
                 log::error!("faulted ({}): {}", refusal.code, refusal.message);
             }
-            Err(refusal) => log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message),
+            Err(refusal) => {
+                log::warn!("{} refused ({}): {}", change.name(), refusal.code, refusal.message)
+            }
         }
         let mut view = lock(&self.view);
         view.changing -= 1;

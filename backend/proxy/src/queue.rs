@@ -1,7 +1,7 @@
 //! What everybody may know about a queue: who to wake, and how it is doing.
 //!
-//! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader and `status` only read. So counting costs the worker no
-//! shared line and no read-modify-write.
+//! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader
+//! and `status` only read. So counting costs the worker no shared line and no read-modify-write.
 
 use crate::starved::Thread;
 use arc_swap::ArcSwapOption;
@@ -15,7 +15,8 @@ pub trait Notifier: Send + Sync {
     /// The worker looks at its queue soon. Called from any thread, any number of times.
     fn notify(&self);
 
-    /// A dup of the eventfd that [`notify`](Self::notify) writes to, where it does; for domains that have the kernel notify.
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to, where it does; for domains
+    /// that have the kernel notify.
     fn fd(&self) -> Option<OwnedFd> {
         None
     }
@@ -28,7 +29,8 @@ pub struct QueueStatus {
     pub index: usize,
     /// Requests that were submitted and have not ended.
     pub in_flight: u64,
-    /// How long the oldest of them may have been in flight, to a few milliseconds; at most. The clock is not read for each batch (`worker::UNCLOCKED`).
+    /// How long the oldest of them may have been in flight, to a few milliseconds; at most. The
+    /// clock is not read for each batch (`worker::UNCLOCKED`).
     pub oldest_age: Duration,
     /// Requests that have ended.
     pub requests: u64,
@@ -74,7 +76,8 @@ pub(crate) fn add(counter: &AtomicU64, by: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
 }
 
-/// Nanoseconds of the kernel's coarse monotonic clock: a few milliseconds of error, a few nanoseconds of cost.
+/// Nanoseconds of the kernel's coarse monotonic clock: a few milliseconds of error, a few
+/// nanoseconds of cost.
 #[inline]
 pub(crate) fn coarse_now_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse);
@@ -117,7 +120,10 @@ impl Queues {
     }
 
     pub(crate) fn notifier_fd(&self, queue: usize) -> Option<OwnedFd> {
-        self.notifiers.get(queue).and_then(|slot| slot.load_full()).and_then(|notifier| notifier.fd())
+        self.notifiers
+            .get(queue)
+            .and_then(|slot| slot.load_full())
+            .and_then(|notifier| notifier.fd())
     }
 
     /// Says who is the reader in `slot`.
@@ -154,7 +160,8 @@ impl Queues {
         let now = coarse_now_ns();
         let mut cpu_waits = vec![Duration::ZERO; self.len()];
         for (_, seat) in self.seats() {
-            cpu_waits[seat.queue] = seat.thread.as_ref().and_then(Thread::waited).unwrap_or_default();
+            cpu_waits[seat.queue] =
+                seat.thread.as_ref().and_then(Thread::waited).unwrap_or_default();
         }
         let one = |(index, line): (usize, &Arc<QueueLine>)| {
             let in_flight = line.in_flight.load(Ordering::Relaxed);

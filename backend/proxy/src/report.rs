@@ -58,8 +58,8 @@ pub struct Options {
     pub mode: Mode,
     /// How long a handover waits for what is in flight, not counting what a worker waits for a CPU.
     pub drain_timeout: Duration,
-    /// How much longer it waits for workers that are not given a CPU. A takeover that is under way is
-    /// awaited for as long as both together.
+    /// How much longer it waits for workers that are not given a CPU. A takeover that is under way
+    /// is awaited for as long as both together.
     pub starved_timeout: Duration,
     /// What to do if another one is under way.
     pub when_busy: WhenBusy,

@@ -8,11 +8,12 @@
 //!      +-- its successor has died: it serves again
 //! ```
 //!
-//! A change waits for its predecessor to be let go, but not for ever. Then the predecessor is *leaving*: `status` shows it, no upgrade is taken, and a thread
-//! looks after it, so that both end when its last request does and not at the next command.
+//! A change waits for its predecessor to be let go, but not for ever. Then the predecessor is
+//! *leaving*: `status` shows it, no upgrade is taken, and a thread looks after it, so that both end
+//! when its last request does and not at the next command.
 //!
-//! Invariants: at most one instance is leaving; a dead one never becomes the standby; what stays mapped is reported as long as it does, by a look at what is
-//! there now.
+//! Invariants: at most one instance is leaving; a dead one never becomes the standby; what stays
+//! mapped is reported as long as it does, by a look at what is there now.
 
 use crate::fence::Verdict;
 use crate::report::{Options, Phases, Refusal, Report};
@@ -23,7 +24,8 @@ use domain_api::host::{Instance, Residency, Resident};
 use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
-/// How long a committed change waits for its predecessor to be let go before it reports it as resident.
+/// How long a committed change waits for its predecessor to be let go before it reports it as
+/// resident.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// About as long as it takes a worker to be woken and to attach.
@@ -45,7 +47,8 @@ pub(crate) struct Leaving {
 }
 
 impl DomainProxy {
-    /// Lets go of the instance that served until now: it becomes the standby, and the standby before it is retired.
+    /// Lets go of the instance that served until now: it becomes the standby, and the standby
+    /// before it is retired.
     pub(crate) fn settle_old(
         self: &Arc<Self>,
         upgrades: &mut Upgrades,
@@ -54,9 +57,11 @@ impl DomainProxy {
         mut report: Report,
     ) -> Report {
         upgrades.leaving = Some(Leaving { member: old, grace });
-        // A live domain that has died is not to wait for its predecessor, which is about to serve again.
+        // A live domain that has died is not to wait for its predecessor, which is about to serve
+        // again.
         let died = || self.service() == Service::Held;
-        if timed(&mut report.phases.grace, || self.release_unless(upgrades, RELEASE_TIMEOUT, died)) {
+        if timed(&mut report.phases.grace, || self.release_unless(upgrades, RELEASE_TIMEOUT, died))
+        {
             self.finish_leaving(upgrades, &mut report.phases);
         } else {
             if !died() {
@@ -92,7 +97,9 @@ impl DomainProxy {
             }
         };
         if let Err(error) = std::thread::Builder::new().name("leaving".to_owned()).spawn(look) {
-            log::warn!("nobody looks after the instance that is leaving until the next upgrade: {error}");
+            log::warn!(
+                "nobody looks after the instance that is leaving until the next upgrade: {error}"
+            );
         }
     }
 
@@ -107,7 +114,8 @@ impl DomainProxy {
             lock(&self.view).show(upgrades);
             return;
         }
-        // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what it left.
+        // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what
+        // it left.
         let fence = Arc::clone(&member.fence);
         if let Err(why) = self.retire(member, phases) {
             fence.decide(Verdict::Never);
@@ -121,12 +129,13 @@ impl DomainProxy {
         self.queues.notify_all();
     }
 
-    /// Calls the instance back that is leaving, for the live one has died. If it lives, it is nearer than the standby: it may have requests that only it can
-    /// answer.
+    /// Calls the instance back that is leaving, for the live one has died. If it lives, it is
+    /// nearer than the standby: it may have requests that only it can answer.
     pub(crate) fn call_back(&self, upgrades: &mut Upgrades) -> Option<Member> {
         let Leaving { member, grace } =
             upgrades.leaving.take_if(|leaving| !leaving.member.instance.is_dead())?;
-        // Every worker has passed since it was replaced, or the one that has died would not be fenced off.
+        // Every worker has passed since it was replaced, or the one that has died would not be
+        // fenced off.
         drop(grace.map(|grace| grace.wait(Duration::from_secs(1))));
         Some(member)
     }
@@ -143,7 +152,12 @@ impl DomainProxy {
     }
 
     /// Does not wait if `not_now`.
-    fn release_unless(&self, upgrades: &mut Upgrades, timeout: Duration, not_now: impl Fn() -> bool) -> bool {
+    fn release_unless(
+        &self,
+        upgrades: &mut Upgrades,
+        timeout: Duration,
+        not_now: impl Fn() -> bool,
+    ) -> bool {
         let Some(leaving) = &mut upgrades.leaving else { return true };
         let deadline = Instant::now() + timeout;
         if let Some(grace) = leaving.grace.take() {
@@ -156,8 +170,9 @@ impl DomainProxy {
                 }
             }
         }
-        // Workers attach to the new instance when they come by, and let go of the old one when nothing is in flight there. They are on their way by now, most
-        // often on another CPU: to sleep at once would cost them and us more than it takes them to come.
+        // Workers attach to the new instance when they come by, and let go of the old one when
+        // nothing is in flight there. They are on their way by now, most often on another CPU: to
+        // sleep at once would cost them and us more than it takes them to come.
         let awaited = deadline.min(Instant::now() + SOON);
         while Arc::strong_count(&leaving.member.instance) > 1 && Instant::now() < awaited {
             std::hint::spin_loop();
@@ -173,7 +188,8 @@ impl DomainProxy {
         true
     }
 
-    /// Finishes what an earlier change could not: an upgrade must find at most one instance that is leaving.
+    /// Finishes what an earlier change could not: an upgrade must find at most one instance that is
+    /// leaving.
     pub(crate) fn settle(&self, upgrades: &mut Upgrades, options: Options) -> Result<(), Refusal> {
         let mut watch = None;
         while let Some(leaving) = &upgrades.leaving {
@@ -208,7 +224,8 @@ impl DomainProxy {
         Ok(())
     }
 
-    /// Ends an instance that nobody uses. If that is not certain to have worked, it may still write to the requests that it has: the error says why.
+    /// Ends an instance that nobody uses. If that is not certain to have worked, it may still write
+    /// to the requests that it has: the error says why.
     pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Result<(), String> {
         let Member { id, instance, record, .. } = member;
         let label = format!("`{}` {}", record.name, record.version);
@@ -250,7 +267,8 @@ impl DomainProxy {
     pub(crate) fn residents(&self) -> Vec<String> {
         let known = lock(&self.view).resident.clone();
         // Without the lock: a look may have to end a module.
-        let (gone, there): (Vec<_>, Vec<_>) = known.into_iter().partition(|(_, left)| left.is_gone());
+        let (gone, there): (Vec<_>, Vec<_>) =
+            known.into_iter().partition(|(_, left)| left.is_gone());
         let mut view = lock(&self.view);
         view.resident.retain(|(label, left)| {
             let is_gone = gone.iter().any(|(_, other)| other.is(left));
@@ -264,7 +282,8 @@ impl DomainProxy {
     }
 }
 
-/// Takes an instance out of its `Arc`. Whoever has looked at it through a `Weak` is gone in a moment.
+/// Takes an instance out of its `Arc`. Whoever has looked at it through a `Weak` is gone in a
+/// moment.
 fn into_inner(mut instance: Arc<Instance>) -> Result<Instance, Arc<Instance>> {
     for _ in 0..1000 {
         instance = match Arc::try_unwrap(instance) {

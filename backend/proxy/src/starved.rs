@@ -1,11 +1,11 @@
 //! Whether a worker that does not come hangs, or is not given a CPU.
 //!
-//! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On a
-//! busy machine a worker can be late without anybody's fault: it is ready to run, and others do. Nor
-//! does the guest notice what is waited for it, because the requests of that queue wait for the same
-//! worker; those of other queues do wait for it, as long as the bound allows. So a
-//! deadline counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for
-//! a CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
+//! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On
+//! a busy machine a worker can be late without anybody's fault: it is ready to run, and others do.
+//! Nor does the guest notice what is waited for it, because the requests of that queue wait for the
+//! same worker; those of other queues do wait for it, as long as the bound allows. So a deadline
+//! counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for a
+//! CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
 //!
 //! ```text
 //!             own time below the deadline, or ready to run and not run since the last look
@@ -14,12 +14,12 @@
 //!     +--- all of the time over the deadline and the bound for this --------------------------> starved
 //! ```
 //!
-//! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two looks
-//! between which a thread was ready to run all the time and did not run. Without `/proc`, or without
-//! `CONFIG_SCHED_INFO`, all time counts as a worker's own.
+//! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two
+//! looks between which a thread was ready to run all the time and did not run. Without `/proc`, or
+//! without `CONFIG_SCHED_INFO`, all time counts as a worker's own.
 //!
-//! Deliberately absent: time that a hypervisor takes from the machine, which no thread is told of, and
-//! threads that a worker waits for in turn.
+//! Deliberately absent: time that a hypervisor takes from the machine, which no thread is told of,
+//! and threads that a worker waits for in turn.
 
 use crate::queue::{Queues, Seat};
 use crate::report::Starved;
@@ -70,12 +70,14 @@ impl Thread {
 
     /// Whether it runs, or would if it were given a CPU.
     fn is_ready(&self) -> bool {
-        let stat = fs::read_to_string(format!("/proc/self/task/{}/stat", self.id)).unwrap_or_default();
+        let stat =
+            fs::read_to_string(format!("/proc/self/task/{}/stat", self.id)).unwrap_or_default();
         parse_state(&stat) == Some('R')
     }
 }
 
-/// `ran waited turns`, the first two in nanoseconds (Linux, Documentation/scheduler/sched-stats.rst).
+/// `ran waited turns`, the first two in nanoseconds (Linux,
+/// Documentation/scheduler/sched-stats.rst).
 fn parse_schedstat(text: &str) -> Option<Times> {
     let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
     let mut next = || numbers.next()?.ok();
@@ -131,8 +133,8 @@ impl Watch {
         Self { workers: workers.collect(), since: Instant::now() }
     }
 
-    /// What becomes of those who are `missing`, by the slot of their reader, if each may take `patience`
-    /// of its own time, and all of it together `bound` more.
+    /// What becomes of those who are `missing`, by the slot of their reader, if each may take
+    /// `patience` of its own time, and all of it together `bound` more.
     pub(crate) fn judge(&mut self, missing: &[usize], patience: Duration, bound: Duration) -> Late {
         let elapsed = self.since.elapsed();
         if missing.is_empty() {
@@ -161,20 +163,24 @@ impl Watch {
         self.since.elapsed()
     }
 
-    /// Which of those who are `missing` have been waiting for a CPU for a time that is worth a word.
+    /// Which of those who are `missing` have been waiting for a CPU for a time that is worth a
+    /// word.
     pub(crate) fn starved(&self, missing: &[usize]) -> Vec<Starved> {
         let of = self.elapsed();
         let workers = self.workers.iter().filter(|worker| missing.contains(&worker.slot));
         let starved = workers.filter(|worker| worker.waited >= LOOK_AGAIN);
-        starved.map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of }).collect()
+        starved
+            .map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of })
+            .collect()
     }
 }
 
 impl Watched {
-    /// How much of the time it has had for itself; `None` if that is not known yet, or it waits for a CPU
-    /// right now.
+    /// How much of the time it has had for itself; `None` if that is not known yet, or it waits for
+    /// a CPU right now.
     fn own_time(&mut self, elapsed: Duration) -> Option<Duration> {
-        let Some((thread, now)) = self.seat.thread.as_ref().and_then(|t| Some((t, t.times()?))) else {
+        let Some((thread, now)) = self.seat.thread.as_ref().and_then(|t| Some((t, t.times()?)))
+        else {
             // It is gone.
             return Some(elapsed);
         };
@@ -186,7 +192,8 @@ impl Watched {
         }
         let at = Instant::now();
         let (seen, then) = self.ready.replace((at, now))?;
-        // Ready to run then and now: what it has not run of it, and is not booked yet, it is waiting.
+        // Ready to run then and now: what it has not run of it, and is not booked yet, it is
+        // waiting.
         let ran = now.ran.saturating_sub(then.ran);
         let waits = (at - seen).saturating_sub(ran + now.waited.saturating_sub(then.waited));
         self.waited = (booked + waits).min(elapsed);
@@ -223,7 +230,8 @@ mod tests {
 
     #[test]
     fn what_the_kernel_writes_is_read() {
-        let times = Times { ran: Duration::from_nanos(675), waited: Duration::from_nanos(1346), turns: 3 };
+        let times =
+            Times { ran: Duration::from_nanos(675), waited: Duration::from_nanos(1346), turns: 3 };
         assert_eq!(parse_schedstat("675 1346 3\n"), Some(times));
         assert_eq!(parse_schedstat("0 0 0\n"), None, "it is not counted");
         assert_eq!((parse_schedstat(""), parse_schedstat("1 2 x")), (None, None));

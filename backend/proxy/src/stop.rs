@@ -1,4 +1,5 @@
-//! The end of the device: what was written is made durable, the domain writes down what it has, and what cannot be ended is named.
+//! The end of the device: what was written is made durable, the domain writes down what it has, and
+//! what cannot be ended is named.
 //!
 //! The workers have left by then, so the flush is submitted from here, on a queue that nobody uses.
 //!
@@ -37,8 +38,8 @@ impl Notifier for Bell {
 }
 
 impl DomainProxy {
-    /// From now on no change is begun, and one that is under way ends at its next boundary. A takeover
-    /// is no change that anybody asked for: it goes on, because somebody has to flush.
+    /// From now on no change is begun, and one that is under way ends at its next boundary. A
+    /// takeover is no change that anybody asked for: it goes on, because somebody has to flush.
     pub fn begin_stop(&self) {
         self.stopping.get_or_init(Instant::now);
     }
@@ -49,8 +50,8 @@ impl DomainProxy {
         self.stopping.get().is_some()
     }
 
-    /// Ends the device, after all workers have left: the live domain flushes and writes down what it
-    /// has. If it dies before that is done, its standby takes over and does it.
+    /// Ends the device, after all workers have left: the live domain flushes and writes down what
+    /// it has. If it dies before that is done, its standby takes over and does it.
     ///
     /// Returns what had to be left, in sentences. If that is nothing, what was written is durable.
     pub fn stop(self: &Arc<Self>) -> Vec<String> {
@@ -84,7 +85,9 @@ impl DomainProxy {
         let mut left = std::mem::take(&mut lock(&self.view).left);
         left.append(&mut said);
         // Said whatever the last flush was answered with, and also where nobody is left to ask.
-        left.extend(self.storage.failure().map(|why| format!("a disk that may have lost data: {why}")));
+        left.extend(
+            self.storage.failure().map(|why| format!("a disk that may have lost data: {why}")),
+        );
         if let Some(standby) = upgrades.and_then(|mut upgrades| upgrades.standby.take()) {
             let _ = self.retire(standby, &mut Phases::default());
         }
@@ -96,13 +99,20 @@ impl DomainProxy {
     ///
     /// # Errors
     /// In which step it has died.
-    fn end_live(&self, live: &Member, deadline: Instant, said: &mut Vec<String>) -> Result<(), String> {
+    fn end_live(
+        &self,
+        live: &Member,
+        deadline: Instant,
+        said: &mut Vec<String>,
+    ) -> Result<(), String> {
         let name = &live.record.name;
         let flushed = self.flush(live, deadline);
         let flushed = flushed.map_err(|why| format!("the last flush of `{name}`: {why}"));
         if live.instance.is_dead() {
             // Also when it has died after its flush, in letting go of the queue.
-            return Err(flushed.err().unwrap_or_else(|| format!("`{name}` has died after its last flush")));
+            return Err(flushed
+                .err()
+                .unwrap_or_else(|| format!("`{name}` has died after its last flush")));
         }
         said.extend(flushed.err());
         match live.instance.quiesce() {
@@ -128,9 +138,13 @@ impl DomainProxy {
             return Ok(());
         }
         let is_free = |queue: &usize| !live.fence.is_abandoned(*queue);
-        let queue = (0..self.queues.len()).find(is_free).ok_or("each queue has requests that never ended")?;
+        let queue = (0..self.queues.len())
+            .find(is_free)
+            .ok_or("each queue has requests that never ended")?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let bell = Arc::new(bell.map_err(|error| format!("no descriptor to be told of its end: {error}"))?);
+        let bell = Arc::new(
+            bell.map_err(|error| format!("no descriptor to be told of its end: {error}"))?,
+        );
         self.queues.set_notifier(queue, Some(Box::new(Bell(Arc::clone(&bell)))));
         let result = flush_on(live, queue, &bell, deadline);
         self.queues.set_notifier(queue, None);
@@ -174,7 +188,9 @@ fn flush_on(live: &Member, queue: usize, bell: &OwnedFd, deadline: Instant) -> R
             // It may still complete: its queue stays, and nobody waits for it.
             live.fence.abandon(queue);
             std::mem::forget(handle);
-            return Err("it has not ended in time: what was written last may not be on the disk".to_owned());
+            return Err(
+                "it has not ended in time: what was written last may not be on the disk".to_owned()
+            );
         }
         let _ = poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&LOOK_EVERY));
         let _ = rustix::io::read(bell, &mut [0; 8]);

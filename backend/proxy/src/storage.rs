@@ -1,10 +1,13 @@
 //! Storage: the state of the device, owned by the host, lent to one instance at a time.
 //!
-//! Regions, bytes and files live on the shared heap, and the instance that owns the storage owns these objects; a handover moves them, which costs a
-//! map operation per object and nothing per byte. Everybody may look, only the owner may open regions or change anything.
+//! Regions, bytes and files live on the shared heap, and the instance that owns the storage owns
+//! these objects; a handover moves them, which costs a map operation per object and nothing per
+//! byte. Everybody may look, only the owner may open regions or change anything.
 //!
-//! A successor gets the storage on trial ([`Storage::lend`]). If it takes it up, it keeps it ([`Storage::keep`]); if not, everything that it made goes, and what
-//! it replaced comes back ([`Storage::take_back`]). What it wrote into a region that was there before cannot be undone: a domain does that only once it serves.
+//! A successor gets the storage on trial ([`Storage::lend`]). If it takes it up, it keeps it
+//! ([`Storage::keep`]); if not, everything that it made goes, and what it replaced comes back
+//! ([`Storage::take_back`]). What it wrote into a region that was there before cannot be undone: a
+//! domain does that only once it serves.
 //!
 //! Deliberately absent: what the bytes mean. The schema number says which domains know.
 
@@ -122,7 +125,8 @@ impl Storage {
         self.move_to(trial.from);
     }
 
-    /// Keeps everything without an owner, until somebody takes it up: the host itself holds it meanwhile.
+    /// Keeps everything without an owner, until somebody takes it up: the host itself holds it
+    /// meanwhile.
     pub(crate) fn orphan(&self) {
         self.move_to(HOST);
     }
@@ -140,7 +144,10 @@ impl Storage {
 fn free<T>(heap: &SharedHeap, objects: impl IntoIterator<Item = RRef<T>>, owner: DomainId) {
     for object in objects {
         let freed = heap.free(object, owner);
-        debug_assert!(freed.is_ok(), "the storage's objects belong to the storage's owner: {freed:?}");
+        debug_assert!(
+            freed.is_ok(),
+            "the storage's objects belong to the storage's owner: {freed:?}"
+        );
     }
 }
 
@@ -160,7 +167,8 @@ fn put_back<T>(
     }
 }
 
-/// Puts `object` at `key`. What was there before is freed, or kept in `trial` in case that it has to come back.
+/// Puts `object` at `key`. What was there before is freed, or kept in `trial` in case that it has
+/// to come back.
 fn put<T>(
     heap: &SharedHeap,
     objects: &mut BTreeMap<String, RRef<T>>,
@@ -239,12 +247,18 @@ impl HostServices for Services {
     fn region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError> {
         let mut inner = self.owned()?;
         if let Some(&object) = inner.regions.get(key) {
-            let region =
-                self.storage.heap.get(object).map_err(|error| DomainError::new(error.to_string()))?;
+            let region = self
+                .storage
+                .heap
+                .get(object)
+                .map_err(|error| DomainError::new(error.to_string()))?;
             return if region.len() as u64 == len {
                 Ok(region)
             } else {
-                Err(DomainError::new(format!("region `{key}` has {} bytes, not {len}", region.len())))
+                Err(DomainError::new(format!(
+                    "region `{key}` has {} bytes, not {len}",
+                    region.len()
+                )))
             };
         }
         let region = HostRegion::create(key, len).map_err(|error| {
@@ -325,7 +339,9 @@ mod tests {
         a.set_bytes("note", b"x").unwrap();
         a.set_schema(3).unwrap();
         assert!(
-            b.region("disk", 8192).is_err() && b.set_bytes("note", b"y").is_err() && b.set_schema(4).is_err()
+            b.region("disk", 8192).is_err()
+                && b.set_bytes("note", b"y").is_err()
+                && b.set_schema(4).is_err()
         );
         assert_eq!(
             (b.region_len("disk"), b.schema(), b.bytes("note").unwrap().as_slice()),
@@ -360,8 +376,9 @@ mod tests {
     fn what_is_not_taken_up_comes_back_as_it_was_and_nothing_else_stays() {
         let storage = Arc::new(Storage::default());
         let (a, b) = (services(&storage, 1), services(&storage, 2));
-        let directory =
-            |services: &Services| services.file("file").map(|file| file.metadata().unwrap().is_dir());
+        let directory = |services: &Services| {
+            services.file("file").map(|file| file.metadata().unwrap().is_dir())
+        };
         storage.move_to(a.id);
         a.region("disk", 8192).unwrap();
         a.set_bytes("note", b"x").unwrap();
@@ -386,9 +403,15 @@ mod tests {
                 assert!(a.set_schema(5).is_err());
             } else {
                 storage.take_back();
-                assert_eq!((storage.heap.owned(a.id), storage.heap.owned(b.id).objects), (before, 0));
+                assert_eq!(
+                    (storage.heap.owned(a.id), storage.heap.owned(b.id).objects),
+                    (before, 0)
+                );
                 assert_eq!((a.bytes("note").unwrap().as_slice(), a.schema()), (&b"x"[..], 3));
-                assert_eq!((a.region_len("more"), a.bytes("new"), directory(&a)), (0, None, Some(false)));
+                assert_eq!(
+                    (a.region_len("more"), a.bytes("new"), directory(&a)),
+                    (0, None, Some(false))
+                );
                 assert!(b.set_schema(5).is_err() && a.set_schema(3).is_ok());
             }
         }

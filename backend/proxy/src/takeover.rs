@@ -7,8 +7,10 @@
 //!             -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
-//! Invariants: nothing of a dead instance runs beside its successor; what it had completed is answered once, what it had not is run again once per takeover;
-//! an instance that died never serves again. A takeover uses the standby up, so a request that kills every domain ends with an I/O error and not in a circle.
+//! Invariants: nothing of a dead instance runs beside its successor; what it had completed is
+//! answered once, what it had not is run again once per takeover; an instance that died never
+//! serves again. A takeover uses the standby up, so a request that kills every domain ends with an
+//! I/O error and not in a circle.
 
 use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
@@ -19,19 +21,22 @@ use domain_api::host::{CallError, Instance};
 use std::sync::{Arc, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
-/// After so long a worker that does not come out of the dead instance is reported; it is waited for all the same.
+/// After so long a worker that does not come out of the dead instance is reported; it is waited for
+/// all the same.
 const REPORT_AFTER: Duration = Duration::from_secs(2);
 
 /// How often somebody looks who waits for a takeover.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 impl DomainProxy {
-    /// An instance has died: called by the worker that saw it, which has left it. Any number of workers may.
+    /// An instance has died: called by the worker that saw it, which has left it. Any number of
+    /// workers may.
     pub(crate) fn died(self: &Arc<Self>, instance: &Arc<Instance>, reason: &str) {
         instance.condemn();
         {
             let mut view = lock(&self.view);
-            let is_live = view.live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.instance, instance));
+            let is_live =
+                view.live.as_ref().is_some_and(|live| Arc::ptr_eq(&live.instance, instance));
             if !view.dying.insert(Arc::as_ptr(instance).addr()) {
                 return;
             }
@@ -46,7 +51,9 @@ impl DomainProxy {
             .name("takeover".to_owned())
             .spawn(move || proxy.take_over(&dead, &reason));
         if let Err(error) = spawned {
-            log::error!("no thread for the takeover: {error}; its requests wait until somebody looks again");
+            log::error!(
+                "no thread for the takeover: {error}; its requests wait until somebody looks again"
+            );
             lock(&self.view).dying.remove(&Arc::as_ptr(instance).addr());
         }
     }
@@ -58,22 +65,29 @@ impl DomainProxy {
         }
     }
 
-    /// Looks which of these have died in a call that was no worker's: the live domain, or one that was
-    /// replaced and still has requests.
-    pub(crate) fn notice_deaths<'a>(self: &Arc<Self>, of: impl IntoIterator<Item = &'a Weak<Instance>>) {
-        for instance in of.into_iter().filter_map(Weak::upgrade).filter(|instance| instance.is_dead()) {
+    /// Looks which of these have died in a call that was no worker's: the live domain, or one that
+    /// was replaced and still has requests.
+    pub(crate) fn notice_deaths<'a>(
+        self: &Arc<Self>,
+        of: impl IntoIterator<Item = &'a Weak<Instance>>,
+    ) {
+        for instance in
+            of.into_iter().filter_map(Weak::upgrade).filter(|instance| instance.is_dead())
+        {
             self.died(&instance, OUTSIDE_A_REQUEST);
         }
         self.notice_death();
     }
 
-    /// Waits until nobody is dead who is still to be replaced; `false` after `deadline`, or when the device is about to end.
+    /// Waits until nobody is dead who is still to be replaced; `false` after `deadline`, or when
+    /// the device is about to end.
     pub(crate) fn wait_alive(self: &Arc<Self>, deadline: Instant) -> bool {
-        self.look_until(deadline, || self.is_stopping(), || (!self.is_dying()).then_some(())).is_some()
+        self.look_until(deadline, || self.is_stopping(), || (!self.is_dying()).then_some(()))
+            .is_some()
     }
 
-    /// Takes the upgrade lock while nobody is dead who is still to be replaced: the live domain lives,
-    /// or nobody could take over and there is none.
+    /// Takes the upgrade lock while nobody is dead who is still to be replaced: the live domain
+    /// lives, or nobody could take over and there is none.
     ///
     /// Returns `None` after `deadline`, or if `give_up` says so.
     pub(crate) fn lock_alive(
@@ -92,7 +106,8 @@ impl DomainProxy {
         })
     }
 
-    /// Looks again and again for what comes after a takeover; `None` after `deadline`, or if `give_up` says so.
+    /// Looks again and again for what comes after a takeover; `None` after `deadline`, or if
+    /// `give_up` says so.
     fn look_until<T>(
         self: &Arc<Self>,
         deadline: Instant,
@@ -100,8 +115,8 @@ impl DomainProxy {
         look: impl Fn() -> Option<T>,
     ) -> Option<T> {
         for looks in 1u32.. {
-            // Whoever saw it die says so in a moment, and knows how. Again and again, because there may
-            // have been no thread for the takeover.
+            // Whoever saw it die says so in a moment, and knows how. Again and again, because there
+            // may have been no thread for the takeover.
             if looks % 100 == 10 {
                 self.notice_death();
             }
@@ -124,15 +139,22 @@ impl DomainProxy {
 
     fn take_over(self: &Arc<Self>, dead: &Weak<Instance>, reason: &str) {
         let address = dead.as_ptr().addr();
-        // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it finds it dead and gives up.
+        // Out of the dead instance, whoever sleeps with a lane there; an upgrade that drains it
+        // finds it dead and gives up.
         self.queues.notify_all();
         let mut upgrades = lock(&self.upgrades);
         let is = |member: &Member| Arc::as_ptr(&member.instance).addr() == address;
         if upgrades.leaving.as_ref().is_some_and(|leaving| is(&leaving.member)) {
             // It had been replaced already: its successor answers what it left.
             while !self.release(&mut upgrades, REPORT_AFTER) {
-                log::error!("a worker is still inside the dead domain; what it left unanswered waits for it");
-                if upgrades.leaving.as_ref().is_some_and(|leaving| leaving.member.fence.abandoned() > 0) {
+                log::error!(
+                    "a worker is still inside the dead domain; what it left unanswered waits for it"
+                );
+                if upgrades
+                    .leaving
+                    .as_ref()
+                    .is_some_and(|leaving| leaving.member.fence.abandoned() > 0)
+                {
                     // One that has left it for good. It will never be let go.
                     break;
                 }
@@ -148,7 +170,11 @@ impl DomainProxy {
         self.queues.notify_all();
     }
 
-    fn replace_dead(self: &Arc<Self>, upgrades: &mut Upgrades, reason: &str) -> Result<Report, Refusal> {
+    fn replace_dead(
+        self: &Arc<Self>,
+        upgrades: &mut Upgrades,
+        reason: &str,
+    ) -> Result<Report, Refusal> {
         let started = Instant::now();
         let mut phases = Phases::default();
         let dead = self.vacate(&mut phases);
@@ -172,7 +198,10 @@ impl DomainProxy {
                 self.storage.lend(next.id);
                 let activate = || next.instance.activate().and_then(|()| self.catch_up(&next));
                 timed(&mut phases.activate, activate).map_err(|error| {
-                    Refusal::new("activate_failed", format!("the standby did not take over: {error}"))
+                    Refusal::new(
+                        "activate_failed",
+                        format!("the standby did not take over: {error}"),
+                    )
                 })
             });
             match fits {
@@ -185,7 +214,8 @@ impl DomainProxy {
                     if Arc::strong_count(&next.instance) > 1 {
                         self.leave_again(upgrades, next);
                     } else {
-                        // One that was called back had requests, which its workers may just have let go of.
+                        // One that was called back had requests, which its workers may just have
+                        // let go of.
                         let fence = Arc::clone(&next.fence);
                         let ended = self.retire(next, &mut phases);
                         fence.decide(if ended.is_ok() { Verdict::Fail } else { Verdict::Never });
@@ -237,8 +267,9 @@ impl DomainProxy {
         let mut reported = false;
         loop {
             self.queues.notify_all();
-            grace =
-                grace.and_then(|grace| grace.wait(Duration::from_millis(20)).err().map(|(grace, _)| grace));
+            grace = grace.and_then(|grace| {
+                grace.wait(Duration::from_millis(20)).err().map(|(grace, _)| grace)
+            });
             if grace.is_none() && Arc::strong_count(&dead.instance) == 1 + dead.fence.abandoned() {
                 break;
             }

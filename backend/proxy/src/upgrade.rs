@@ -1,4 +1,5 @@
-//! The way of an upgrade: verify, load, prepare, [gate, drain, quiesce, activate], publish, open, grace, retire.
+//! The way of an upgrade: verify, load, prepare, [gate, drain, quiesce, activate], publish, open,
+//! grace, retire.
 //!
 //! ```text
 //!            refused            refused               refused, old domain resumes
@@ -12,8 +13,9 @@
 //!                               the standby before is retired <-------------+-----> the old instance is the standby
 //! ```
 //!
-//! Invariants: everything that can be refused without touching the live domain is refused before the gate shuts. Inside the bracket each failure puts the
-//! storage back. Once published, nothing is undone: what cannot be retired is reported as resident.
+//! Invariants: everything that can be refused without touching the live domain is refused before
+//! the gate shuts. Inside the bracket each failure puts the storage back. Once published, nothing
+//! is undone: what cannot be retired is reported as resident.
 
 use crate::report::{
     Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
@@ -106,8 +108,10 @@ impl DomainProxy {
         })
     }
 
-    /// One at a time; puts what happens into state, history and log. `prepare` runs without the upgrade lock, `change_over` with it; it is held until
-    /// the history has the entry, so that no takeover of the new live domain is told of first. If a takeover comes first, `change_over` is tried again after it.
+    /// One at a time; puts what happens into state, history and log. `prepare` runs without the
+    /// upgrade lock, `change_over` with it; it is held until the history has the entry, so that no
+    /// takeover of the new live domain is told of first. If a takeover comes first, `change_over`
+    /// is tried again after it.
     fn recorded<T: Prepared>(
         self: &Arc<Self>,
         change: Change,
@@ -150,7 +154,8 @@ impl DomainProxy {
     }
 
     /// Makes a change, after each takeover that comes first: the checks are made anew then, because
-    /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too long.
+    /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too
+    /// long.
     fn try_until_alive(
         self: &Arc<Self>,
         options: Options,
@@ -171,7 +176,10 @@ impl DomainProxy {
     }
 
     /// Takes the upgrade lock when no takeover is under way, or to come.
-    fn lock_after_takeover(self: &Arc<Self>, options: Options) -> Result<MutexGuard<'_, Upgrades>, Refusal> {
+    fn lock_after_takeover(
+        self: &Arc<Self>,
+        options: Options,
+    ) -> Result<MutexGuard<'_, Upgrades>, Refusal> {
         let patience = options.drain_timeout + options.starved_timeout;
         let deadline = Instant::now() + patience;
         self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
@@ -188,7 +196,12 @@ impl DomainProxy {
     }
 
     /// Verifies, loads and prepares a module. Nothing of the live domain is touched.
-    pub(crate) fn prepare(&self, name: &str, given: Params, phases: &mut Phases) -> Result<Member, Refusal> {
+    pub(crate) fn prepare(
+        &self,
+        name: &str,
+        given: Params,
+        phases: &mut Phases,
+    ) -> Result<Member, Refusal> {
         let loading = |error: domain_api::host::LoadError| Refusal::new(error.code, error.message);
         let verified = timed(&mut phases.verify, || self.loader.verify(name)).map_err(loading)?;
         let description = verified.description().clone();
@@ -232,8 +245,11 @@ impl DomainProxy {
             Ok((instance, info))
         });
         let refused = |error: CallError| {
-            let code =
-                if matches!(error, CallError::Panicked(_)) { "prepare_panicked" } else { "prepare_failed" };
+            let code = if matches!(error, CallError::Panicked(_)) {
+                "prepare_panicked"
+            } else {
+                "prepare_failed"
+            };
             Refusal::new(code, format!("{label} was not prepared: {error}"))
         };
         let (instance, info) = prepared.map_err(|(error, residency)| {
@@ -257,13 +273,18 @@ impl DomainProxy {
             params,
             info,
         };
-        let member =
-            Member { id, instance: Arc::new(instance), fence: Arc::default(), record: Arc::new(record) };
+        let member = Member {
+            id,
+            instance: Arc::new(instance),
+            fence: Arc::default(),
+            record: Arc::new(record),
+        };
         self.environment.apply(&member.instance);
         Ok(member)
     }
 
-    /// Brings `next` into service in place of the live domain. If it is refused, what becomes of it is the caller's.
+    /// Brings `next` into service in place of the live domain. If it is refused, what becomes of it
+    /// is the caller's.
     fn replace(
         self: &Arc<Self>,
         upgrades: &mut Upgrades,
@@ -284,9 +305,9 @@ impl DomainProxy {
             (Ok(Protocol::Swap), Some(_)) => {
                 self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
             }
-            (Ok(_), Some(live)) => {
-                self.handover(live, &next, options, &mut phases).map(|()| (Protocol::Handover, None))
-            }
+            (Ok(_), Some(live)) => self
+                .handover(live, &next, options, &mut phases)
+                .map(|()| (Protocol::Handover, None)),
             (Err(refusal), _) => Err(refusal),
         };
         let (protocol, grace) = changed?;
@@ -316,7 +337,11 @@ impl DomainProxy {
         Ok(())
     }
 
-    fn swap(&self, next: &Member, phases: &mut Phases) -> Result<srcu::Grace<Option<Member>>, Refusal> {
+    fn swap(
+        &self,
+        next: &Member,
+        phases: &mut Phases,
+    ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
         self.storage.lend(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
             self.storage.take_back();
@@ -358,8 +383,8 @@ impl DomainProxy {
         let outcome = self.cell().handover_while(exchange, nudge, options.drain_timeout, more);
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
-        let outcome =
-            outcome.map_err(|error| Refusal::new("busy", format!("the gate was not shut: {error}")))?;
+        let outcome = outcome
+            .map_err(|error| Refusal::new("busy", format!("the gate was not shut: {error}")))?;
         let mut notes = std::mem::take(&mut *lock(&notes));
         phases.quiesce = notes.quiesce;
         phases.activate = notes.activate;
@@ -372,7 +397,11 @@ impl DomainProxy {
                 phases.pause = pause;
                 let starved = watch.starved(&missing);
                 if !starved.is_empty() {
-                    log::warn!("drained after {} ms: starved: {}", drain.as_millis(), say(&starved));
+                    log::warn!(
+                        "drained after {} ms: starved: {}",
+                        drain.as_millis(),
+                        say(&starved)
+                    );
                 }
                 if let Some(panic) = panic {
                     std::panic::resume_unwind(panic);
@@ -402,7 +431,8 @@ impl DomainProxy {
     }
 
     fn drain_refusal(&self, waited: Duration, pause: Duration, starved: Vec<Starved>) -> Refusal {
-        let stuck: Vec<_> = self.queues.status().into_iter().filter(|queue| queue.in_flight > 0).collect();
+        let stuck: Vec<_> =
+            self.queues.status().into_iter().filter(|queue| queue.in_flight > 0).collect();
         let blame: Vec<_> = stuck
             .iter()
             .map(|queue| {
@@ -414,8 +444,11 @@ impl DomainProxy {
                 )
             })
             .collect();
-        let mut blame =
-            if blame.is_empty() { "a worker did not come to the gate".to_owned() } else { blame.join("; ") };
+        let mut blame = if blame.is_empty() {
+            "a worker did not come to the gate".to_owned()
+        } else {
+            blame.join("; ")
+        };
         if !starved.is_empty() {
             blame = format!("{blame} (and starved: {})", say(&starved));
         }
@@ -433,7 +466,8 @@ impl DomainProxy {
 
     /// What must be true of a successor: the guest was told all this and cannot be told otherwise.
     pub(crate) fn check_compatible(&self, live: &DeviceInfo, next: &Member) -> Result<(), Refusal> {
-        let (schema, accepted) = (self.storage.schema(), &next.instance.description().accepted_schemas);
+        let (schema, accepted) =
+            (self.storage.schema(), &next.instance.description().accepted_schemas);
         if schema != 0 && !accepted.contains(&schema) {
             return Err(schema_refusal(
                 &format!("`{}` {}", next.record.name, next.record.version),
@@ -445,7 +479,9 @@ impl DomainProxy {
         let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
             Err(Refusal::new(
                 "device_differs",
-                format!("the new domain's {what} is {next}, the guest was told {live}; give it the same"),
+                format!(
+                    "the new domain's {what} is {next}, the guest was told {live}; give it the same"
+                ),
             ))
         };
         if (&live.backing_kind, live.backing_id) != (&next.backing_kind, next.backing_id) {
@@ -464,10 +500,18 @@ impl DomainProxy {
             return differs("block size", &live.block_size, &next.block_size);
         }
         if live.physical_block_size != next.physical_block_size {
-            return differs("physical block size", &live.physical_block_size, &next.physical_block_size);
+            return differs(
+                "physical block size",
+                &live.physical_block_size,
+                &next.physical_block_size,
+            );
         }
         if live.serial != next.serial {
-            return differs("serial number", &format!("`{}`", live.serial), &format!("`{}`", next.serial));
+            return differs(
+                "serial number",
+                &format!("`{}`", live.serial),
+                &format!("`{}`", next.serial),
+            );
         }
         let needed = self.required_capabilities();
         if !next.capabilities.contains(needed) {
@@ -507,7 +551,8 @@ pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>
 fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, Refusal> {
     let Some(live) = live else { return Ok(Protocol::Handover) };
     // Asked now: what the storage wants of them may have changed since they were prepared.
-    let may_swap = |member: &Member| member.instance.info().is_ok_and(|info| info.swap == Swap::SameBacking);
+    let may_swap =
+        |member: &Member| member.instance.info().is_ok_and(|info| info.swap == Swap::SameBacking);
     let both_may = may_swap(live) && may_swap(next);
     if live.instance.is_dead() {
         return Err(preempted());
@@ -597,7 +642,10 @@ fn phase_refusal(phase: &'static str, record: &DomainRecord, error: &CallError) 
         (_, CallError::Failed(_)) => "activate_failed",
         (_, CallError::Panicked(_)) => "activate_panicked",
     };
-    Refusal::new(code, format!("{phase} of `{}` {} did not work: {error}", record.name, record.version))
+    Refusal::new(
+        code,
+        format!("{phase} of `{}` {} did not work: {error}", record.name, record.version),
+    )
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

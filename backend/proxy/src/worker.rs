@@ -1,16 +1,21 @@
 //! The read path: what a queue's worker does with the live domain.
 //!
-//! A worker is an SRCU reader. Between batches it passes the gate ([`Worker::gate`]); if the live instance has changed it attaches to the new one, on its own
-//! thread, and lets go of the old one as soon as nothing is in flight there. The usual case costs a load and two compares.
+//! A worker is an SRCU reader. Between batches it passes the gate ([`Worker::gate`]); if the live
+//! instance has changed it attaches to the new one, on its own thread, and lets go of the old one
+//! as soon as nothing is in flight there. The usual case costs a load and two compares.
 //!
-//! If an instance panics, its workers leave it at once. What it had not completed becomes *orphans*: requests that are the worker's again, and are submitted once
-//! more, in the order in which they came and before anything new, when the dead instance is fenced off and somebody else serves (`takeover.rs`).
+//! If an instance panics, its workers leave it at once. What it had not completed becomes
+//! *orphans*: requests that are the worker's again, and are submitted once more, in the order in
+//! which they came and before anything new, when the dead instance is fenced off and somebody else
+//! serves (`takeover.rs`).
 //!
-//! Requests that end in the call that submits them, in their order, are the usual case, and are checked against the batch itself; everything else is
-//! checked against the table of what is in flight (`flights.rs`).
+//! Requests that end in the call that submits them, in their order, are the usual case, and are
+//! checked against the batch itself; everything else is checked against the table of what is in
+//! flight (`flights.rs`).
 //!
-//! Invariants: only this worker completes what it submitted; each completion is checked against what is in flight, so a stale or invented
-//! one is dropped; a lane (a queue of an instance) is dropped only when nothing is in flight on it, or its instance is dead.
+//! Invariants: only this worker completes what it submitted; each completion is checked against
+//! what is in flight, so a stale or invented one is dropped; a lane (a queue of an instance) is
+//! dropped only when nothing is in flight on it, or its instance is dead.
 
 use crate::fence::{Fence, Verdict};
 use crate::flights::{Flights, Naming, SLOT_LIMIT, slot_of};
@@ -26,8 +31,9 @@ use std::sync::atomic::Ordering;
 /// Said of an instance that was found dead.
 pub(crate) const OUTSIDE_A_REQUEST: &str = "it panicked outside of a request";
 
-/// Batches in a row, each ended before the next began, for which one look at the clock does. So the age of a request that hangs in the call that submits it
-/// includes, at most, these batches before it.
+/// Batches in a row, each ended before the next began, for which one look at the clock does. So the
+/// age of a request that hangs in the call that submits it includes, at most, these batches before
+/// it.
 const UNCLOCKED: u32 = 7;
 
 /// For how many completions there is room at first. It grows with what is in flight.
@@ -84,7 +90,8 @@ pub struct Worker {
     /// How many batches may begin before the clock is looked at again.
     unclocked: u32,
     orphans: Vec<Orphan>,
-    /// Requests that stay unanswered, because what had them cannot be fenced. Their slots are not used again.
+    /// Requests that stay unanswered, because what had them cannot be fenced. Their slots are not
+    /// used again.
     lost: usize,
     replay: Vec<RawRequest>,
     completions: CompletionBuffer,
@@ -129,7 +136,8 @@ impl Worker {
         self.awaited() + self.lost
     }
 
-    /// How many of them will end: all but those that are left unanswered for good, because what had them cannot be ended.
+    /// How many of them will end: all but those that are left unanswered for good, because what had
+    /// them cannot be ended.
     #[must_use]
     #[inline]
     pub fn awaited(&self) -> usize {
@@ -179,7 +187,8 @@ impl Worker {
         self.reader.arrive();
     }
 
-    /// Says that this worker is about to sleep; the next [`gate`](Self::gate) wakes it. Returns `false` if it must look again first.
+    /// Says that this worker is about to sleep; the next [`gate`](Self::gate) wakes it. Returns
+    /// `false` if it must look again first.
     pub fn sleep(&mut self) -> bool {
         let owing = self.owing > 0;
         self.unclocked = 0;
@@ -211,7 +220,8 @@ impl Worker {
         }
         let (instance, fence) = (Arc::clone(instance), Arc::clone(fence));
         self.leave_current();
-        if let Some(at) = self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &instance))
+        if let Some(at) =
+            self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &instance))
         {
             // It has come back while it still had something of ours.
             self.current = Some(self.earlier.swap_remove(at));
@@ -269,7 +279,8 @@ impl Worker {
         }
         let lanes = std::mem::take(&mut self.earlier).into_iter().chain(self.current.take());
         let (buried, alive): (Vec<_>, Vec<_>) = lanes.partition(dead);
-        // The live one, if it is alive, comes back from here at the next `adopt`, with what it owes.
+        // The live one, if it is alive, comes back from here at the next `adopt`, with what it
+        // owes.
         self.earlier = alive;
         for lane in buried {
             self.owing -= lane.in_flight;
@@ -284,20 +295,23 @@ impl Worker {
         self.orphans.sort_by_key(|orphan| flights.order(orphan.slot));
         // The live lane may have been put among the earlier ones.
         let live = self.reader.read().as_ref().map(|live| Arc::clone(&live.instance));
-        let at = live
-            .and_then(|live| self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &live)));
+        let at = live.and_then(|live| {
+            self.earlier.iter().position(|lane| Arc::ptr_eq(lane.handle.instance(), &live))
+        });
         self.current = at.map(|at| self.earlier.swap_remove(at));
     }
 
-    /// What requests that are submitted next are to be called. It holds until the next call that takes `&mut self`.
+    /// What requests that are submitted next are to be called. It holds until the next call that
+    /// takes `&mut self`.
     #[must_use]
     #[inline]
     pub fn naming(&self) -> Naming {
         self.current.as_ref().map_or(Naming::NOBODY, |lane| lane.naming)
     }
 
-    /// Submits requests, with [names](Self::naming), to the live domain; calls `ended` for each request that ended at once. Returns how many from the
-    /// front were taken: the rest is the caller's again.
+    /// Submits requests, with [names](Self::naming), to the live domain; calls `ended` for each
+    /// request that ended at once. Returns how many from the front were taken: the rest is the
+    /// caller's again.
     ///
     /// `ended` must not panic: nothing is booked while it is told that all went well.
     ///
@@ -323,7 +337,12 @@ impl Worker {
 
     /// Submits to the current lane. Those that are not `fresh` are in the table already.
     #[inline(always)]
-    fn offer(&mut self, requests: &[RawRequest], fresh: bool, mut ended: impl FnMut(Ended)) -> usize {
+    fn offer(
+        &mut self,
+        requests: &[RawRequest],
+        fresh: bool,
+        mut ended: impl FnMut(Ended),
+    ) -> usize {
         let needed = self.owing + requests.len();
         if needed > self.room {
             self.make_room(needed);
@@ -346,10 +365,19 @@ impl Worker {
         for (request, completion) in requests.iter().zip(completed) {
             // The tag says whose request it is, too.
             if completion.tag != request.tag || completion.status != abi::status::OK {
-                return self.sort_out(&requests[..taken.clamp(told, requests.len())], fresh, told, ended);
+                return self.sort_out(
+                    &requests[..taken.clamp(told, requests.len())],
+                    fresh,
+                    told,
+                    ended,
+                );
             }
             told += 1;
-            ended(Ended { slot: slot_of(request.tag), status: Status::Ok, written: completion.written });
+            ended(Ended {
+                slot: slot_of(request.tag),
+                status: Status::Ok,
+                written: completion.written,
+            });
         }
         // All of them, whatever else the domain says that it took.
         add(&self.line.requests, told as u64);
@@ -365,8 +393,9 @@ impl Worker {
         self.completions = CompletionBuffer::new(self.room);
     }
 
-    /// The domain took these requests, and did something else than to answer them all in their order: what comes after the first `told` goes through the
-    /// table. Returns how many were taken.
+    /// The domain took these requests, and did something else than to answer them all in their
+    /// order: what comes after the first `told` goes through the table. Returns how many were
+    /// taken.
     #[inline(never)]
     fn sort_out(
         &mut self,
@@ -415,9 +444,17 @@ impl Worker {
     fn enter(&mut self, requests: &[RawRequest], fresh: bool) {
         let naming = self.naming();
         for request in requests {
-            assert!(naming.named(request), "{naming}: a request was submitted as {:#x}", request.tag);
+            assert!(
+                naming.named(request),
+                "{naming}: a request was submitted as {:#x}",
+                request.tag
+            );
             let slot = slot_of(request.tag);
-            debug_assert_eq!(self.flights.generation(slot), 0, "a slot is submitted once at a time");
+            debug_assert_eq!(
+                self.flights.generation(slot),
+                0,
+                "a slot is submitted once at a time"
+            );
             let order = if fresh { self.next_order() } else { self.flights.order(slot) };
             self.flights.enter(request, order);
         }
@@ -447,11 +484,16 @@ impl Worker {
     }
 
     /// There is no live domain: it has died, and either somebody takes over soon or nobody will.
-    fn submit_to_nobody(&mut self, requests: &mut [RawRequest], mut ended: impl FnMut(Ended)) -> usize {
+    fn submit_to_nobody(
+        &mut self,
+        requests: &mut [RawRequest],
+        mut ended: impl FnMut(Ended),
+    ) -> usize {
         match self.proxy.service() {
             Service::Up | Service::Held => {
-                // Up: somebody has just come, and is found at the next look. Held: somebody will come, or nobody. No dead instance had these, so
-                // nothing has to be fenced off before they run.
+                // Up: somebody has just come, and is found at the next look. Held: somebody will
+                // come, or nobody. No dead instance had these, so nothing has to be fenced off
+                // before they run.
                 let fence = Arc::new(Fence::open());
                 for request in requests.iter_mut() {
                     let slot = slot_of(request.tag);
@@ -464,7 +506,11 @@ impl Worker {
             }
             Service::Failed => {
                 for request in requests.iter() {
-                    ended(Ended { slot: slot_of(request.tag), status: Status::IoError, written: 0 });
+                    ended(Ended {
+                        slot: slot_of(request.tag),
+                        status: Status::IoError,
+                        written: 0,
+                    });
                 }
                 add(&self.line.requests, requests.len() as u64);
                 add(&self.line.errors, requests.len() as u64);
@@ -477,7 +523,9 @@ impl Worker {
     pub fn reap(&mut self, mut ended: impl FnMut(Ended)) {
         let line = &*self.line;
         let mut died = false;
-        for lane in self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0) {
+        for lane in
+            self.current.iter_mut().chain(&mut self.earlier).filter(|lane| lane.in_flight > 0)
+        {
             let result = lane.handle.reap(&mut self.completions);
             let completed = self.completions.completed();
             let ended = self.flights.settle(completed, lane.naming, line, &mut ended);
@@ -523,8 +571,11 @@ impl Worker {
             !fails
         });
         // In order: one that has to wait holds up those behind it.
-        let ready =
-            self.orphans.iter().take_while(|orphan| orphan.fence.verdict() == Verdict::Replay).count();
+        let ready = self
+            .orphans
+            .iter()
+            .take_while(|orphan| orphan.fence.verdict() == Verdict::Replay)
+            .count();
         if ready == 0 || !self.is_served() {
             return;
         }
@@ -585,7 +636,8 @@ impl Worker {
     }
 }
 
-/// Something is in flight from now on, if nothing was. Returns how many batches may begin before the next look.
+/// Something is in flight from now on, if nothing was. Returns how many batches may begin before
+/// the next look.
 #[inline(never)]
 fn look_at_clock(line: &QueueLine, owing: usize) -> u32 {
     if owing > 0 {
@@ -605,7 +657,8 @@ impl Drop for Worker {
                     lane.in_flight,
                     lane.naming.generation()
                 );
-                // It may still write to their buffers' bookkeeping: it must not be destroyed under them.
+                // It may still write to their buffers' bookkeeping: it must not be destroyed under
+                // them.
                 lane.fence.abandon(self.queue);
                 std::mem::forget(lane.handle);
             }

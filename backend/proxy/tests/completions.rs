@@ -1,4 +1,5 @@
-//! What a domain says in the call that submits requests: in their order and all well, which is the short way, and everything else.
+//! What a domain says in the call that submits requests: in their order and all well, which is the
+//! short way, and everything else.
 
 mod common;
 
@@ -25,7 +26,10 @@ fn an_error_among_them_is_told_of_the_request_that_it_is_of() {
     let device = Device::start(1, &["bad_at=3"]);
     let mut hand = device.worker(0);
     assert_eq!(hand.submit([4, 1, 9, 7]), 4);
-    assert_eq!(hand.take_ended(), [(1, Status::Ok), (4, Status::Ok), (7, Status::Ok), (9, Status::IoError)]);
+    assert_eq!(
+        hand.take_ended(),
+        [(1, Status::Ok), (4, Status::Ok), (7, Status::Ok), (9, Status::IoError)]
+    );
     let queue = &device.proxy.status().queues[0];
     assert_eq!((queue.requests, queue.errors, queue.in_flight), (4, 1, 0));
     assert_eq!(hand.submit([9]), 1, "its slot is free again");
@@ -81,7 +85,8 @@ fn the_age_is_that_of_the_oldest_whatever_comes_after_it() {
 
 #[test]
 fn what_runs_a_third_time_keeps_its_place() {
-    // `b` dies of the sixth request; `a` takes two of them and holds them, until it is replaced; `c` takes two more, and dies later.
+    // `b` dies of the sixth request; `a` takes two of them and holds them, until it is replaced;
+    // `c` takes two more, and dies later.
     let device = Device::start(1, &["swap=true", "hold=true", "take=2"]);
     device
         .upgrade("plain", "b", &["swap=true", "hold=true", "die_at=6"])
@@ -95,7 +100,9 @@ fn what_runs_a_third_time_keeps_its_place() {
             device.upgrade("plain", "c", &script)
         });
         device.until("no upgrade", || device.proxy.status().generation == 4);
-        hand.until(&device, "c takes nothing", |_| device.stage.lines("c", "got") == ["0:9", "0:1"]);
+        hand.until(&device, "c takes nothing", |_| {
+            device.stage.lines("c", "got") == ["0:9", "0:1"]
+        });
         device.stage.release.store(true, Ordering::Release);
         hand.until(&device, "no replay", |hand| hand.ended.len() == 6);
         let _ = upgrade.join().expect("it does not panic");

@@ -1,4 +1,5 @@
-//! What an upgrade decides before anybody is paused: swap or handover, or no, with a code; and what it leaves behind.
+//! What an upgrade decides before anybody is paused: swap or handover, or no, with a code; and what
+//! it leaves behind.
 
 mod common;
 
@@ -8,7 +9,8 @@ use proxy::{Mode, Options, Protocol, State, WhenBusy};
 
 #[test]
 fn swap_or_handover_follows_from_both_domains_and_the_mode() {
-    // live swaps, next swaps, same cache -> what `auto` and `swap` do; `handover` is always possible.
+    // live swaps, next swaps, same cache -> what `auto` and `swap` do; `handover` is always
+    // possible.
     for (live, next, cache, possible) in [
         (true, true, "cache=0", true),
         (true, true, "cache=1", false),
@@ -27,7 +29,9 @@ fn swap_or_handover_follows_from_both_domains_and_the_mode() {
                 (Mode::Auto | Mode::Swap, true) => {
                     assert_eq!(result.expect(&case).protocol, Protocol::Swap, "{case}")
                 }
-                (Mode::Swap, false) => assert_eq!(result.expect_err(&case).code, "swap_not_possible"),
+                (Mode::Swap, false) => {
+                    assert_eq!(result.expect_err(&case).code, "swap_not_possible")
+                }
                 (Mode::Auto | Mode::Handover, _) => {
                     assert_eq!(result.expect(&case).protocol, Protocol::Handover, "{case}");
                 }
@@ -71,7 +75,10 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
         let refusal = device.upgrade(module, "b", script).expect_err(code);
         if ["module_not_found", "schema_not_accepted", "bad_parameter"].contains(code) {
             let ran = device.stage.lines("b", "").len();
-            assert_eq!(ran, ran_before, "{module} {script:?}: it is known without running anything of it");
+            assert_eq!(
+                ran, ran_before,
+                "{module} {script:?}: it is known without running anything of it"
+            );
         }
         assert_eq!(refusal.code, *code, "{module} {script:?}: {refusal}");
         assert!(refusal.message.len() > 20, "{refusal}");
@@ -121,7 +128,8 @@ fn a_second_upgrade_is_refused_or_waits_as_asked() {
         );
         assert_eq!(device.proxy.rollback(refuse).expect_err("one is under way").code, "busy");
         let second = scope.spawn(|| device.upgrade("plain", "d", &[]));
-        // The first one is held until the second one has come, so that it is this one that waits, and not the first that has ended.
+        // The first one is held until the second one has come, so that it is this one that waits,
+        // and not the first that has ended.
         std::thread::sleep(std::time::Duration::from_millis(100));
         assert!(!second.is_finished(), "it was to wait");
         device.stage.go.store(true, std::sync::atomic::Ordering::Release);
@@ -177,7 +185,10 @@ fn a_standby_that_does_not_know_the_layout_of_today_does_not_come_back() {
     device.upgrade("wide", "b", &["die_at=1"]).expect("it takes schema 1, and leaves schema 2");
     let refusal = device.rollback().expect_err("`a` takes schema 1 only");
     assert_eq!(refusal.code, "schema_not_accepted");
-    assert_eq!((device.proxy.status().generation, device.proxy.status().state), (2, State::Serving));
+    assert_eq!(
+        (device.proxy.status().generation, device.proxy.status().state),
+        (2, State::Serving)
+    );
     // Nor when the live domain dies.
     let mut hand = device.worker(0);
     hand.submit([0]);
@@ -198,14 +209,20 @@ fn a_failed_upgrade_leaves_the_schema_as_it_was() {
 #[test]
 fn a_failed_upgrade_leaves_the_storage_as_it_was() {
     let faults = ["fail=activate", "break=activate"];
-    for (fault, swap) in faults.into_iter().flat_map(|fault| [(fault, "swap=false"), (fault, "swap=true")]) {
+    for (fault, swap) in
+        faults.into_iter().flat_map(|fault| [(fault, "swap=false"), (fault, "swap=true")])
+    {
         // The first one leaves nothing there, the second one something.
-        for (first, found) in [("make=4096", "4096 Some(\"a\") Some(false)"), ("cache=0", "0 None None")] {
+        for (first, found) in
+            [("make=4096", "4096 Some(\"a\") Some(false)"), ("cache=0", "0 None None")]
+        {
             let device = Device::start(1, &[swap, first]);
             let other = if first == "cache=0" { "make=8192" } else { "make=4096" };
             device.upgrade("plain", "b", &[fault, swap, other]).expect_err(fault);
             // A region that `b` had left would have the wrong length for this one.
-            device.upgrade("plain", "c", &[swap, "make=4096"]).expect("nothing of `b` is in the way");
+            device
+                .upgrade("plain", "c", &[swap, "make=4096"])
+                .expect("nothing of `b` is in the way");
             assert_eq!(device.stage.lines("c", "found"), [found], "{fault} {swap} {first}");
             // And what is committed stays, for a rollback too.
             device.rollback().expect("there is a standby");

@@ -1,4 +1,5 @@
-//! The live domain breaks in the middle of its own replacement: behind a shut gate, and while its predecessor is still in use.
+//! The live domain breaks in the middle of its own replacement: behind a shut gate, and while its
+//! predecessor is still in use.
 //!
 //! If a test hangs here, a guest would.
 
@@ -21,7 +22,10 @@ fn assert_taken_over(device: &Device, generation: u64, by: &str) {
     assert_eq!((status.state, status.generation), (State::Serving, generation), "{status:?}");
     assert_eq!(label(device).as_deref(), Some(by));
     assert!(status.resident.is_empty(), "{status:?}");
-    assert!(status.queues.iter().all(|queue| (queue.errors, queue.in_flight) == (0, 0)), "{status:?}");
+    assert!(
+        status.queues.iter().all(|queue| (queue.errors, queue.in_flight) == (0, 0)),
+        "{status:?}"
+    );
 }
 
 #[test]
@@ -50,12 +54,18 @@ fn a_death_on_both_queues_behind_a_shut_gate_comes_before_the_upgrade_and_ends_n
                 });
             }
             device.until("nothing in flight", || held.load(Ordering::Acquire) == 2);
-            let options = Options { mode: Mode::Handover, drain_timeout: PATIENCE, ..Options::default() };
-            let report = device.upgrade_with("plain", "c", &[], options).expect("after the takeover");
+            let options =
+                Options { mode: Mode::Handover, drain_timeout: PATIENCE, ..Options::default() };
+            let report =
+                device.upgrade_with("plain", "c", &[], options).expect("after the takeover");
             assert_eq!((report.generation, report.from.params.get("label")), (4, Some("a")));
         });
         assert_taken_over(&device, 4, "c");
-        assert_eq!(device.stage.lines("c", "prepare").len(), 1, "it is tried again, not made again");
+        assert_eq!(
+            device.stage.lines("c", "prepare").len(),
+            1,
+            "it is tried again, not made again"
+        );
         let history = device.proxy.history();
         let told: Vec<_> = history.iter().map(|entry| entry.change.name()).collect();
         assert_eq!(told, ["upgrade", "takeover", "upgrade"]);
@@ -64,7 +74,8 @@ fn a_death_on_both_queues_behind_a_shut_gate_comes_before_the_upgrade_and_ends_n
 
 #[test]
 fn an_upgrade_goes_on_after_the_takeover_that_it_finds() {
-    // It comes before the takeover has begun, while it has the lock, and to a device that has no standby.
+    // It comes before the takeover has begun, while it has the lock, and to a device that has no
+    // standby.
     for (standby, held) in [(true, false), (true, true), (false, false), (false, true)] {
         for _ in 0..20 {
             let script = ["break=cache", if held { "wait=drop" } else { "wait=nothing" }];
@@ -81,7 +92,12 @@ fn an_upgrade_goes_on_after_the_takeover_that_it_finds() {
                     device.stage.go.store(true, Ordering::Release);
                 }
                 let report = upgrade.join().expect("no panic").expect("after the takeover");
-                assert_eq!(report.generation, if standby { 4 } else { 2 }, "{:?}", device.stage.log());
+                assert_eq!(
+                    report.generation,
+                    if standby { 4 } else { 2 },
+                    "{:?}",
+                    device.stage.log()
+                );
             });
             let status = device.proxy.status();
             assert_eq!((status.state, label(&device).as_deref()), (State::Serving, Some("c")));
@@ -115,9 +131,11 @@ fn a_takeover_that_does_not_end_is_waited_for_as_long_as_was_said() {
     device.upgrade("plain", "b", &["break=cache", "wait=drop"]).expect("committed");
     device.proxy.set_write_cache(true);
     let patience = std::time::Duration::from_millis(100);
-    let options = Options { drain_timeout: patience, starved_timeout: patience, ..Options::default() };
+    let options =
+        Options { drain_timeout: patience, starved_timeout: patience, ..Options::default() };
     let began = std::time::Instant::now();
-    let refusal = device.upgrade_with("plain", "c", &[], options).expect_err("a takeover is under way");
+    let refusal =
+        device.upgrade_with("plain", "c", &[], options).expect_err("a takeover is under way");
     assert_eq!(refusal.code, "preempted");
     assert!(began.elapsed() >= 2 * patience && refusal.message.contains("200 ms"), "{refusal}");
     assert_eq!(device.proxy.rollback(options).expect_err("the same").code, "preempted");
@@ -144,13 +162,18 @@ fn an_upgrade_that_waits_for_a_takeover_gives_up_when_the_daemon_ends() {
 }
 
 /// Two queues with requests on `a`, which was swapped away from; `b` serves, `a` is waited for.
-fn in_grace(first: &[&str], script: &[&str], scene: impl FnOnce(&Device, &mut Hand, &mut Hand)) -> Device {
+fn in_grace(
+    first: &[&str],
+    script: &[&str],
+    scene: impl FnOnce(&Device, &mut Hand, &mut Hand),
+) -> Device {
     let device = Device::start(2, &[&["swap=true", "hold=true"], first].concat());
     let (mut one, mut two) = (device.worker(0), device.worker(1));
     one.submit([0, 1]);
     two.submit([0, 1]);
     std::thread::scope(|scope| {
-        let upgrade = scope.spawn(|| device.upgrade("plain", "b", &[&["swap=true"], script].concat()));
+        let upgrade =
+            scope.spawn(|| device.upgrade("plain", "b", &[&["swap=true"], script].concat()));
         for hand in [&mut one, &mut two] {
             hand.until(&device, "no swap", |_| device.proxy.status().generation == 2);
         }
@@ -163,7 +186,10 @@ fn in_grace(first: &[&str], script: &[&str], scene: impl FnOnce(&Device, &mut Ha
         }
         assert!(!upgrade.is_finished(), "the predecessor is still in use");
         scene(&device, &mut one, &mut two);
-        assert_eq!(upgrade.join().expect("no panic").expect("committed before it died").generation, 2);
+        assert_eq!(
+            upgrade.join().expect("no panic").expect("committed before it died").generation,
+            2
+        );
     });
     device
 }

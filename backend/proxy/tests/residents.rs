@@ -1,4 +1,5 @@
-//! What stays when it should go: it is reported as long as it is there, and holds up what it must and nothing else.
+//! What stays when it should go: it is reported as long as it is there, and holds up what it must
+//! and nothing else.
 
 mod common;
 
@@ -32,7 +33,10 @@ fn an_old_instance_holds_the_next_upgrade_up_until_its_requests_have_ended() {
     assert!(status.resident[0].contains("in flight"), "{status:?}");
     assert!(status.standby.is_none(), "what is in use is no standby yet");
     for _ in 0..2 {
-        assert_eq!(swap(&device, &mut hand, "c").expect_err("`a` is in use").code, "previous_in_use");
+        assert_eq!(
+            swap(&device, &mut hand, "c").expect_err("`a` is in use").code,
+            "previous_in_use"
+        );
     }
     assert_eq!(hand.submit([7]), 1, "the successor serves meanwhile");
     assert_eq!(hand.take_ended(), well([7]));
@@ -41,7 +45,10 @@ fn an_old_instance_holds_the_next_upgrade_up_until_its_requests_have_ended() {
     assert_eq!(hand.take_ended(), well([1, 3, 4]));
     // Without any command.
     hand.until(&device, "still resident", |_| device.proxy.status().resident.is_empty());
-    assert_eq!(device.proxy.status().standby.expect("it is the standby now").params.get("label"), Some("a"));
+    assert_eq!(
+        device.proxy.status().standby.expect("it is the standby now").params.get("label"),
+        Some("a")
+    );
     assert_eq!(swap(&device, &mut hand, "c").expect("nothing is in the way").generation, 3);
     assert_eq!(device.stage.lines("a", "dropped").len(), 1);
 }
@@ -100,7 +107,8 @@ fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
     assert_eq!(device.proxy.status().queues[0].replayed, 0);
 }
 
-/// Waits until `device` is faulted because somebody died and cannot be ended, for the reason `why`: the two requests that he had stay unanswered.
+/// Waits until `device` is faulted because somebody died and cannot be ended, for the reason `why`:
+/// the two requests that he had stay unanswered.
 #[track_caller]
 fn assert_not_ended(device: &Device, hand: &mut Hand, why: &str) {
     hand.until(device, "not found dead", |_| device.proxy.status().state == State::Faulted);
@@ -110,7 +118,8 @@ fn assert_not_ended(device: &Device, hand: &mut Hand, why: &str) {
     assert_unanswered(device, hand, 2);
 }
 
-/// A device whose first instance was replaced with two requests in flight, and dies of them; what else it does is in `breaks` and `more`.
+/// A device whose first instance was replaced with two requests in flight, and dies of them; what
+/// else it does is in `breaks` and `more`.
 fn with_a_dead_predecessor(breaks: &str, more: &str) -> (Device, Hand) {
     let device = Device::start(1, &["swap=true", "hold=true", breaks, more]);
     let mut hand = device.worker(0);
@@ -120,7 +129,8 @@ fn with_a_dead_predecessor(breaks: &str, more: &str) -> (Device, Hand) {
     (device, hand)
 }
 
-/// A device whose live domain dies of the second of two requests, with `more` in its script, and whose standby `a` could serve.
+/// A device whose live domain dies of the second of two requests, with `more` in its script, and
+/// whose standby `a` could serve.
 fn with_a_dead_live_domain(more: &str) -> (Device, Hand) {
     let device = Device::start(1, &[]);
     device.upgrade("plain", "b", &["hold=true", "die_at=2", more]).expect("committed");
@@ -135,7 +145,10 @@ fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswe
     let (device, mut hand) = with_a_dead_predecessor("break=reap", "thread=true");
     assert_not_ended(&device, &mut hand, "thread `puppet`");
     let status = device.proxy.status();
-    assert!(status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"), "{status:?}");
+    assert!(
+        status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"),
+        "{status:?}"
+    );
     assert!(status.standby.is_none() && status.generation == 2, "{status:?}");
     // The successor serves; the two slots are not used again, and what they had is not run again.
     assert_eq!(hand.submit([7]), 1);
@@ -155,7 +168,11 @@ fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswe
 fn a_live_domain_that_dies_and_cannot_be_ended_leaves_its_requests_unanswered() {
     let (device, mut hand) = with_a_dead_live_domain("thread=true");
     assert_not_ended(&device, &mut hand, "thread `puppet`");
-    assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what cannot be ended");
+    assert_eq!(
+        device.stage.lines("a", "got"),
+        [""; 0],
+        "a standby must not run beside what cannot be ended"
+    );
     // What the dead one never had is told the truth.
     hand.submit([7]);
     assert_eq!(hand.take_ended(), [(7, Status::IoError)]);
@@ -173,7 +190,11 @@ fn an_end_that_breaks_off_is_no_end() {
     // What breaks off may be the wait for the kernel, which still has the requests.
     let (device, mut hand) = with_a_dead_live_domain("break=drop");
     assert_not_ended(&device, &mut hand, "broke off");
-    assert_eq!(device.stage.lines("a", "got"), [""; 0], "a standby must not run beside what was not ended");
+    assert_eq!(
+        device.stage.lines("a", "got"),
+        [""; 0],
+        "a standby must not run beside what was not ended"
+    );
     let (device, mut hand) = with_a_dead_predecessor("break=reap,drop", "thread=false");
     assert_not_ended(&device, &mut hand, "broke off");
     assert_eq!(hand.submit([7]), 1, "the successor serves");
@@ -186,7 +207,11 @@ fn a_refused_module_with_a_thread_that_does_not_end_is_reported_too() {
     for (count, fault) in [(1, "fail=prepare"), (2, "fail=activate")] {
         device.upgrade("plain", "b", &[fault, "thread=true"]).expect_err(fault);
         let status = device.proxy.status();
-        assert_eq!((status.state, status.resident.len()), (State::Serving, count), "{fault}: {status:?}");
+        assert_eq!(
+            (status.state, status.resident.len()),
+            (State::Serving, count),
+            "{fault}: {status:?}"
+        );
     }
     device.stage.end.store(true, Ordering::Release);
     device.until("still reported", || device.proxy.status().resident.is_empty());

@@ -1,8 +1,8 @@
 //! A worker that is not given a CPU is not a domain that hangs.
 //!
-//! The workers here are as unimportant as can be, on a CPU that others keep busy: each is given it for a
-//! moment once a second or more rarely. So what is late here is late for the machine's sake, and a request that
-//! a domain keeps is late for the domain's.
+//! The workers here are as unimportant as can be, on a CPU that others keep busy: each is given it
+//! for a moment once a second or more rarely. So what is late here is late for the machine's sake,
+//! and a request that a domain keeps is late for the domain's.
 
 mod common;
 
@@ -34,8 +34,8 @@ impl Drop for End<'_> {
     }
 }
 
-/// Runs `scene` beside a worker of queue 0 that does `first`, and then goes round, hardly ever: the more
-/// `others` there are, the more rarely.
+/// Runs `scene` beside a worker of queue 0 that does `first`, and then goes round, hardly ever: the
+/// more `others` there are, the more rarely.
 fn beside_a_starved_worker<R>(
     device: &Device,
     others: usize,

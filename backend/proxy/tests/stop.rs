@@ -28,7 +28,10 @@ fn the_end_waits_for_its_flush() {
         let end = scope.spawn(|| device.proxy.stop());
         device.until("no flush", || !device.stage.lines("a", "got").is_empty());
         std::thread::sleep(Duration::from_millis(50));
-        assert!(device.stage.lines("a", "quiesce").is_empty() && !end.is_finished(), "it was to wait");
+        assert!(
+            device.stage.lines("a", "quiesce").is_empty() && !end.is_finished(),
+            "it was to wait"
+        );
         device.stage.release.store(true, Ordering::Release);
         assert_eq!(end.join().expect("no panic"), Vec::<String>::new());
     });
@@ -44,7 +47,10 @@ fn a_flush_that_fails_at_the_end_is_said() {
     ] {
         let device = Device::start(1, &script);
         let left = device.proxy.stop();
-        assert!(left.len() == 1 && left[0].contains("last flush") && left[0].contains(said), "{left:?}");
+        assert!(
+            left.len() == 1 && left[0].contains("last flush") && left[0].contains(said),
+            "{left:?}"
+        );
     }
 }
 
@@ -84,7 +90,12 @@ fn the_end_of_a_domain_that_dies_goes_through_its_standby() {
         let device = Device::start(2, &[]);
         device.upgrade("plain", "b", script).expect("committed");
         die(&device);
-        assert_eq!(device.proxy.stop(), Vec::<String>::new(), "{script:?}: {:?}", device.stage.log());
+        assert_eq!(
+            device.proxy.stop(),
+            Vec::<String>::new(),
+            "{script:?}: {:?}",
+            device.stage.log()
+        );
         let asked = device.stage.log();
         let of_a = |what: &str| asked.iter().rposition(|line| line == &format!("a {what}"));
         let (flushed, quiesced) = (of_a("got 0:0"), of_a("quiesce"));
@@ -92,7 +103,11 @@ fn the_end_of_a_domain_that_dies_goes_through_its_standby() {
         assert_eq!(device.stage.lines("a", "quiesce").len(), 2, "{script:?}: {asked:?}");
         assert!(flushed.is_some() && flushed < quiesced, "{script:?}: {asked:?}");
         let status = device.proxy.status();
-        assert_eq!((status.state, status.generation), (State::Serving, 3), "{script:?}: {status:?}");
+        assert_eq!(
+            (status.state, status.generation),
+            (State::Serving, 3),
+            "{script:?}: {status:?}"
+        );
         assert_eq!(status.resident, Vec::<String>::new(), "{script:?}");
     }
 }
@@ -115,7 +130,10 @@ fn a_standby_that_dies_in_the_last_flush_too_is_said_and_ends() {
         device.upgrade("plain", "b", &["die_at=1"]).expect("committed");
         device.upgrade("plain", "c", &[step]).expect("committed");
         let left = device.proxy.stop();
-        assert!(left.len() == 1 && left[0].contains("nobody was there to flush"), "{step}: {left:?}");
+        assert!(
+            left.len() == 1 && left[0].contains("nobody was there to flush"),
+            "{step}: {left:?}"
+        );
         assert!(left[0].contains("last flush"), "{step}: {left:?}");
     }
 }
@@ -165,12 +183,18 @@ fn a_takeover_that_begins_in_the_end_of_an_upgrade_is_waited_for() {
         device.upgrade("plain", "b", &["break=resume"]).expect("committed");
         std::thread::scope(|scope| {
             // It is held in the exchange, fails, and the live one breaks in resuming.
-            let upgrade = scope.spawn(|| device.upgrade("plain", "c", &["wait=activate", "fail=activate"]));
+            let upgrade =
+                scope.spawn(|| device.upgrade("plain", "c", &["wait=activate", "fail=activate"]));
             device.until("not begun", || !device.stage.lines("c", "waits").is_empty());
             let end = scope.spawn(|| device.proxy.stop());
             device.until("no end", || device.proxy.is_stopping());
             device.stage.go.store(true, Ordering::Release);
-            assert_eq!(end.join().expect("no panic"), Vec::<String>::new(), "{:?}", device.stage.log());
+            assert_eq!(
+                end.join().expect("no panic"),
+                Vec::<String>::new(),
+                "{:?}",
+                device.stage.log()
+            );
             upgrade.join().expect("no panic").expect_err("it was to fail");
         });
         assert_eq!(device.stage.lines("a", "got"), ["0:0"]);
@@ -213,7 +237,10 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
         // Nobody is connected, so it may lack what the live one has.
         let upgrade = scope.spawn(|| device.upgrade("plain", "b", &["wait=activate"]));
         device.until("not begun", || !device.stage.lines("b", "waits").is_empty());
-        assert!(offer(Duration::from_millis(20)).is_none(), "nobody knows yet what there is to be offered");
+        assert!(
+            offer(Duration::from_millis(20)).is_none(),
+            "nobody knows yet what there is to be offered"
+        );
         let session = scope.spawn(|| offer(common::PATIENCE));
         std::thread::sleep(Duration::from_millis(20));
         device.stage.go.store(true, Ordering::Release);
@@ -222,5 +249,8 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
         assert_eq!(offered.capabilities, Capabilities::FLUSH);
     });
     // From now on it counts.
-    assert_eq!(device.upgrade("plain", "c", &["caps=0"]).expect_err("no way").code, "feature_missing");
+    assert_eq!(
+        device.upgrade("plain", "c", &["caps=0"]).expect_err("no way").code,
+        "feature_missing"
+    );
 }

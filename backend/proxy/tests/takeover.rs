@@ -1,4 +1,5 @@
-//! The live domain breaks, at every step at which it can: what was unanswered runs again, in order, once; what was answered does not.
+//! The live domain breaks, at every step at which it can: what was unanswered runs again, in order,
+//! once; what was answered does not.
 //!
 //! If a test hangs here, a guest would.
 
@@ -83,8 +84,11 @@ fn two_queues_that_panic_at_once_make_one_takeover() {
                     hand.submit([0, 1]);
                     hand.until(device, "no replay", |hand| hand.ended.len() == 2);
                     done.fetch_add(1, Ordering::Relaxed);
-                    // Whoever is done first must not keep the other one waiting: a worker that does not come by is inside.
-                    hand.until(device, "the other one hangs", |_| done.load(Ordering::Relaxed) == 2);
+                    // Whoever is done first must not keep the other one waiting: a worker that does
+                    // not come by is inside.
+                    hand.until(device, "the other one hangs", |_| {
+                        done.load(Ordering::Relaxed) == 2
+                    });
                 });
             }
         });
@@ -154,8 +158,11 @@ fn a_panic_about_guest_memory_is_a_death_too() {
 #[test]
 fn a_domain_that_died_since_the_gate_was_passed_is_not_given_anything() {
     for standby in [true, false] {
-        let device =
-            if standby { with_standby(1, &["break=cache"]) } else { Device::start(1, &["break=cache"]) };
+        let device = if standby {
+            with_standby(1, &["break=cache"])
+        } else {
+            Device::start(1, &["break=cache"])
+        };
         let mut hand = device.worker(0);
         assert!(hand.step());
         device.proxy.set_write_cache(true);
@@ -275,13 +282,18 @@ fn an_old_instance_that_dies_while_its_successor_serves_leaves_its_requests_to_t
     assert_eq!(device.stage.lines("b", "got"), ["0:7", "0:4", "0:1", "0:3"]);
     assert_eq!(hand.take_ended(), well([1, 3, 4, 7]));
     let status = device.proxy.status();
-    assert_eq!((status.state, status.standby), (State::Serving, None), "a dead instance is no standby");
+    assert_eq!(
+        (status.state, status.standby),
+        (State::Serving, None),
+        "a dead instance is no standby"
+    );
 }
 
 #[test]
 fn a_standby_that_cannot_be_activated_is_errors_and_not_silence() {
     let device = Device::start(1, &[]);
-    // The rollback target breaks when it is activated a second time only: it has to be live first, so it is `b`, upgraded away from by `c`.
+    // The rollback target breaks when it is activated a second time only: it has to be live first,
+    // so it is `b`, upgraded away from by `c`.
     device.upgrade("plain", "b", &["break=cache"]).expect("committed");
     device.upgrade("plain", "c", &["die_at=2"]).expect("committed");
     // The standby breaks unseen; the live one lives.
@@ -312,7 +324,8 @@ fn a_standby_that_dies_in_the_replay_of_one_queue_leaves_no_other_queue_in_silen
     let (mut one, mut two) = (device.worker(0), device.worker(1));
     one.submit([0]);
     two.submit([0]);
-    // `c` dies with a request of each queue. Queue 1 has left it, and sleeps through all that follows.
+    // `c` dies with a request of each queue. Queue 1 has left it, and sleeps through all that
+    // follows.
     one.submit([1]);
     two.step();
     two.lie_down();
@@ -333,7 +346,11 @@ fn completions_in_the_wrong_queue_or_of_another_generation_are_dropped() {
         one.step();
         two.step();
     }
-    assert_eq!((one.ended.len(), two.ended.len()), (0, 0), "an answer to somebody else's request was taken");
+    assert_eq!(
+        (one.ended.len(), two.ended.len()),
+        (0, 0),
+        "an answer to somebody else's request was taken"
+    );
     assert_eq!((one.worker.owing(), two.worker.owing()), (1, 1));
 }
 
@@ -393,7 +410,10 @@ fn a_queue_that_was_left_with_a_request_in_flight_does_not_end_the_device() {
         upgrade.join().expect("no panic").expect("committed");
     });
     assert_eq!(next.take_ended(), well([0]));
-    assert!(!device.proxy.status().resident.is_empty(), "the old instance is still in use, and that is said");
+    assert!(
+        !device.proxy.status().resident.is_empty(),
+        "the old instance is still in use, and that is said"
+    );
 }
 
 const _: fn() = || {

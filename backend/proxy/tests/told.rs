@@ -20,7 +20,8 @@ impl Notifier for Count {
     }
 }
 
-/// An instance that was replaced has a request of a worker that sleeps, and dies in `act`: the worker has to be woken, and the request answered.
+/// An instance that was replaced has a request of a worker that sleeps, and dies in `act`: the
+/// worker has to be woken, and the request answered.
 fn the_replaced_one_dies(breaks: &str, act: impl FnOnce(&Device) + Send) {
     let device = Device::start(1, &["swap=true"]);
     device.upgrade("plain", "b", &["swap=true", "hold=true", breaks]).unwrap();
@@ -49,7 +50,11 @@ fn the_replaced_one_dies(breaks: &str, act: impl FnOnce(&Device) + Send) {
         scope.spawn(|| act(&device));
         let (deadline, mut answered) = (Instant::now() + PATIENCE, false);
         while !answered {
-            assert!(Instant::now() < deadline, "{breaks}: not answered; the log: {:?}", device.stage.log());
+            assert!(
+                Instant::now() < deadline,
+                "{breaks}: not answered; the log: {:?}",
+                device.stage.log()
+            );
             let now = notified.load(Ordering::SeqCst);
             if std::mem::replace(&mut seen, now) != now {
                 loop {
@@ -74,7 +79,9 @@ fn a_replaced_domain_that_dies_of_the_write_cache_is_taken_notice_of() {
 
 #[test]
 fn a_replaced_domain_that_dies_of_guest_memory_is_taken_notice_of() {
-    the_replaced_one_dies("break=memory", |device| device.proxy.memory_changed(0x1000, 0x1000, true));
+    the_replaced_one_dies("break=memory", |device| {
+        device.proxy.memory_changed(0x1000, 0x1000, true)
+    });
 }
 
 /// A device with a request that its domain keeps, while `act` is called; then it is answered.

@@ -1,13 +1,16 @@
 //! The shared heap: objects that have an owner, change it, and can be reclaimed by it.
 //!
-//! A domain does not own memory by holding a pointer to it: it owns what the heap says it owns. So an object changes hands without being
-//! copied ([`SharedHeap::move_to`]), and when a domain ends, in whatever state, what it owned is found and freed
-//! ([`SharedHeap::reclaim`]), at a cost that follows what it owned and not what exists.
+//! A domain does not own memory by holding a pointer to it: it owns what the heap says it owns. So
+//! an object changes hands without being copied ([`SharedHeap::move_to`]), and when a domain ends,
+//! in whatever state, what it owned is found and freed ([`SharedHeap::reclaim`]), at a cost that
+//! follows what it owned and not what exists.
 //!
-//! Invariants: each object has exactly one owner; its drop code is the host's, because only the host makes objects; a reference to a reclaimed object is
-//! an error value, never a dangling pointer. [`RRef`] and [`RRefVec`] are numbers, not pointers, and can be kept anywhere.
+//! Invariants: each object has exactly one owner; its drop code is the host's, because only the
+//! host makes objects; a reference to a reclaimed object is an error value, never a dangling
+//! pointer. [`RRef`] and [`RRefVec`] are numbers, not pointers, and can be kept anywhere.
 //!
-//! Deliberately absent: speed. Nothing on the way of a request comes here; a domain looks its objects up once and is lent what it finds.
+//! Deliberately absent: speed. Nothing on the way of a request comes here; a domain looks its
+//! objects up once and is lent what it finds.
 
 #![forbid(unsafe_code)]
 
@@ -88,12 +91,21 @@ impl SharedHeap {
     }
 
     /// Puts a value there, of `bytes` bytes for the books.
-    pub fn insert<T: Send + Sync + 'static>(&self, owner: DomainId, value: T, bytes: u64) -> RRef<T> {
+    pub fn insert<T: Send + Sync + 'static>(
+        &self,
+        owner: DomainId,
+        value: T,
+        bytes: u64,
+    ) -> RRef<T> {
         let mut inner = self.lock();
         inner.next += 1;
         let id = inner.next;
         inner.owners.insert(id, owner);
-        inner.objects.entry(owner).or_default().insert(id, Object { value: Arc::new(value), bytes });
+        inner
+            .objects
+            .entry(owner)
+            .or_default()
+            .insert(id, Object { value: Arc::new(value), bytes });
         RRef { id, _type: PhantomData }
     }
 
@@ -104,7 +116,8 @@ impl SharedHeap {
     pub fn get<T: Send + Sync + 'static>(&self, reference: RRef<T>) -> Result<Arc<T>, HeapError> {
         let inner = self.lock();
         let owner = inner.owners.get(&reference.id).ok_or(HeapError::Gone)?;
-        let object = inner.objects.get(owner).and_then(|o| o.get(&reference.id)).ok_or(HeapError::Gone)?;
+        let object =
+            inner.objects.get(owner).and_then(|o| o.get(&reference.id)).ok_or(HeapError::Gone)?;
         Arc::clone(&object.value).downcast().map_err(|_| HeapError::Gone)
     }
 
@@ -120,7 +133,12 @@ impl SharedHeap {
     ///
     /// # Errors
     /// It is gone, or is not `from`'s to give.
-    pub fn move_to<T>(&self, reference: RRef<T>, from: DomainId, to: DomainId) -> Result<(), HeapError> {
+    pub fn move_to<T>(
+        &self,
+        reference: RRef<T>,
+        from: DomainId,
+        to: DomainId,
+    ) -> Result<(), HeapError> {
         let mut inner = self.lock();
         let object = inner.take(reference.id, from)?;
         inner.owners.insert(reference.id, to);
@@ -149,7 +167,10 @@ impl SharedHeap {
             }
             objects
         };
-        Reclaimed { objects: objects.len(), bytes: objects.values().map(|object| object.bytes).sum() }
+        Reclaimed {
+            objects: objects.len(),
+            bytes: objects.values().map(|object| object.bytes).sum(),
+        }
     }
 
     /// How much `owner` owns.
@@ -212,7 +233,8 @@ mod tests {
     fn reclaiming_frees_what_the_owner_had_and_nothing_else() {
         let heap = SharedHeap::default();
         let freed = Arc::new(AtomicUsize::new(0));
-        let of_a: Vec<_> = (0..5).map(|_| heap.insert(A, Counted(Arc::clone(&freed)), 10)).collect();
+        let of_a: Vec<_> =
+            (0..5).map(|_| heap.insert(A, Counted(Arc::clone(&freed)), 10)).collect();
         let of_b = heap.insert(B, Counted(Arc::clone(&freed)), 1);
         heap.move_to(of_a[0], A, B).unwrap();
         assert_eq!(heap.reclaim(A), Reclaimed { objects: 4, bytes: 40 });

@@ -1,7 +1,10 @@
-//! Handovers with a number of sleeping readers, to be counted: `valgrind --tool=callgrind BENCH SLOTS HANDOVERS`.
+//! Handovers with a number of sleeping readers, to be counted: `valgrind --tool=callgrind BENCH
+//! SLOTS HANDOVERS`.
 //!
-//! Two runs that differ in the number of handovers differ by what these handovers take. Without arguments, as `cargo bench` runs it, it only shows that
-//! it works. Threads are left out on purpose: the readers all belong to this one, and are claimed where they sleep, as a device's idle queues are.
+//! Two runs that differ in the number of handovers differ by what these handovers take. Without
+//! arguments, as `cargo bench` runs it, it only shows that it works. Threads are left out on
+//! purpose: the readers all belong to this one, and are claimed where they sleep, as a device's
+//! idle queues are.
 #![cfg(not(loom))]
 
 use srcu::{Asleep, Cell, Handover};

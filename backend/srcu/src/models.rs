@@ -1,16 +1,20 @@
-//! Models of this crate's own code: every interleaving, within a bound, under the memory model's rules.
+//! Models of this crate's own code: every interleaving, within a bound, under the memory model's
+//! rules.
 //!
 //! Run with `RUSTFLAGS="--cfg loom" cargo test -p srcu --release --lib`.
 //!
-//! A model's value holds a cell that the checker watches. A section reads it; an exchange and whoever frees a value write
-//! to it. So an access that is not ordered after, or before, all others is found, even if it did no harm in that run. What is freed
-//! is leaked in truth, so that a mistake shows as a broken rule and not as a broken process.
+//! A model's value holds a cell that the checker watches. A section reads it; an exchange and
+//! whoever frees a value write to it. So an access that is not ordered after, or before, all others
+//! is found, even if it did no harm in that run. What is freed is leaked in truth, so that a
+//! mistake shows as a broken rule and not as a broken process.
 //!
-//! Each mistake of `mutation.rs` is planted in a process of its own, in which the model that is about it must fail.
+//! Each mistake of `mutation.rs` is planted in a process of its own, in which the model that is
+//! about it must fail.
 //!
-//! Not modelled: time (deadlines call `give_up` directly), the spinning before a wait, spurious wakes, more than three threads,
-//! `check_outside` beyond its result, and orders that need more preemptions than the bound. Read-modify-writes that a
-//! weak machine lets fail for no reason do not fail here.
+//! Not modelled: time (deadlines call `give_up` directly), the spinning before a wait, spurious
+//! wakes, more than three threads, `check_outside` beyond its result, and orders that need more
+//! preemptions than the bound. Read-modify-writes that a weak machine lets fail for no reason do
+//! not fail here.
 
 use crate::mutation::Mutation;
 use crate::{Cell, Exchange, Gate, Handover, Reader};
@@ -46,7 +50,9 @@ impl Value {
     /// What must be alone: an exchange.
     fn alone(&self) {
         // SAFETY: the checker looks whether anybody else reads or writes.
-        self.body.with_mut(|body| assert_eq!(unsafe { *body }, self.generation, "a value that was freed"));
+        self.body.with_mut(|body| {
+            assert_eq!(unsafe { *body }, self.generation, "a value that was freed")
+        });
     }
 }
 
@@ -302,7 +308,8 @@ fn park_and_wake() {
     });
 }
 
-/// Sleeps while it owes, before and at the gate; collects at the shut gate; arrives when nothing is owed.
+/// Sleeps while it owes, before and at the gate; collects at the shut gate; arrives when nothing is
+/// owed.
 #[test]
 fn owing_against_handover() {
     model(3, || {
@@ -342,7 +349,9 @@ fn owing_against_swap_and_handover() {
         let grace = cell.swap(Value::new(2)).ok().unwrap();
         let gate = cell.shut(exchange(3)).unwrap();
         free(grace.wait(Duration::MAX).ok().unwrap());
-        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else { panic!() };
+        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else {
+            panic!()
+        };
         free(old);
         worker.join().unwrap();
     });
@@ -389,7 +398,9 @@ fn give_up_against_arrival() {
             Some(Handover::TimedOut { .. }) => {}
             Some(Handover::Done { .. }) => panic!("given up and done"),
             None => {
-                let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else { panic!() };
+                let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else {
+                    panic!()
+                };
                 free(old);
             }
         }
@@ -400,8 +411,8 @@ fn give_up_against_arrival() {
     });
 }
 
-/// Somebody who arrived at a gate that was given up is still busy claiming slots for it when the next one is shut. The upgrader
-/// is a reader too, to save a thread.
+/// Somebody who arrived at a gate that was given up is still busy claiming slots for it when the
+/// next one is shut. The upgrader is a reader too, to save a thread.
 #[test]
 fn late_claim_against_next_gate() {
     model(2, || {
@@ -417,7 +428,9 @@ fn late_claim_against_next_gate() {
         let gate = cell.shut(exchange(2)).unwrap();
         other.arrive();
         other.read().check();
-        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else { panic!() };
+        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else {
+            panic!()
+        };
         free(old);
         late.join().unwrap();
     });
@@ -437,7 +450,9 @@ fn late_claim_against_sleeper() {
         if !leak_sleep(&mut sleeper) {
             work(&mut sleeper, 1);
         }
-        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else { panic!() };
+        let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else {
+            panic!()
+        };
         free(old);
         late.join().unwrap();
     });
@@ -454,7 +469,8 @@ fn exchange_that_panics() {
             std::panic::resume_unwind(Box::new("on purpose"))
         });
         let gate = cell.shut(exchange).unwrap();
-        let Handover::Done { old: None, panic: Some(_), .. } = cell.await_exchange(gate, None) else {
+        let Handover::Done { old: None, panic: Some(_), .. } = cell.await_exchange(gate, None)
+        else {
             panic!()
         };
         worker.join().unwrap();
@@ -477,7 +493,9 @@ fn two_upgraders() {
             })) else {
                 return;
             };
-            let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else { panic!() };
+            let Handover::Done { old: Some(old), .. } = cell.await_exchange(gate, None) else {
+                panic!()
+            };
             free(old);
             ran.fetch_add(1, Ordering::Relaxed);
         };
@@ -492,7 +510,8 @@ fn two_upgraders() {
     });
 }
 
-/// Runs a model with a mistake planted, in a process of its own: a model that fails may end in an abort.
+/// Runs a model with a mistake planted, in a process of its own: a model that fails may end in an
+/// abort.
 fn must_fail(mutation: Mutation, model: &str) {
     let name = format!("models::{model}");
     let run = std::process::Command::new(std::env::current_exe().unwrap())

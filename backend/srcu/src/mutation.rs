@@ -1,12 +1,13 @@
 //! Mistakes that the models must find, each planted at the place it is about.
 //!
-//! Outside the model checker nothing is ever planted: [`planted`] is a constant `false`, and the code around it is
-//! exactly the code without it. `models.rs` says which model finds which mistake.
+//! Outside the model checker nothing is ever planted: [`planted`] is a constant `false`, and the
+//! code around it is exactly the code without it. `models.rs` says which model finds which mistake.
 
 /// A mistake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mutation {
-    /// The textbook's order: look at the gate first, then say that one is online, and not look again.
+    /// The textbook's order: look at the gate first, then say that one is online, and not look
+    /// again.
     LookThenCount,
     /// No barrier between coming online and the look at W (cases 2 and 3).
     NoFenceOnline,
@@ -36,13 +37,16 @@ pub(crate) enum Mutation {
     ShutAfterGiveUp,
     /// Giving up does not look whether the exchange has begun (case 5).
     GiveUpBlindly,
-    /// A slot is claimed with a store instead of a compare-and-swap: two claimers count it twice (case 4).
+    /// A slot is claimed with a store instead of a compare-and-swap: two claimers count it twice
+    /// (case 4).
     ClaimByStore,
     /// A slot that is claimed already is claimed again (case 4).
     ClaimTwice,
-    /// A claimer that comes late, from a gate that was given up, takes the slot from the gate of now (case 4).
+    /// A claimer that comes late, from a gate that was given up, takes the slot from the gate of
+    /// now (case 4).
     ClaimBackwards,
-    /// A reader whose slot was claimed for a gate of the past believes that the gate of now has it (case 3).
+    /// A reader whose slot was claimed for a gate of the past believes that the gate of now has it
+    /// (case 3).
     SleepOnAnyClaim,
     /// A reader that wakes goes on although it counts as arrived (case 4).
     WakeHeld,
@@ -61,7 +65,8 @@ pub(crate) const fn planted(_: Mutation) -> bool {
     false
 }
 
-/// Whether a mistake is to be made: the one that the environment names, in the process that a test started for it.
+/// Whether a mistake is to be made: the one that the environment names, in the process that a test
+/// started for it.
 #[cfg(loom)]
 pub(crate) fn planted(mutation: Mutation) -> bool {
     static NAME: std::sync::LazyLock<Option<String>> =

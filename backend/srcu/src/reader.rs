@@ -2,8 +2,9 @@
 //!
 //! Read the cases on the crate's page first; each fence and ordering below names its case.
 //!
-//! One invariant besides them: [`Reader`]'s `value` is null exactly while the slot is not `Online`. Safe code can let go of the
-//! guard of a sleep and have the reader in its hands while the slot says `Asleep`; every method finds out by this.
+//! One invariant besides them: [`Reader`]'s `value` is null exactly while the slot is not `Online`.
+//! Safe code can let go of the guard of a sleep and have the reader in its hands while the slot
+//! says `Asleep`; every method finds out by this.
 
 use crate::mutation::{Mutation, planted};
 use crate::sync::{Ordering, full_fence, lock, order, spins, this_thread};
@@ -19,16 +20,18 @@ pub enum Gate {
     Open,
     /// Go on; the value may be another one than before.
     Changed,
-    /// Submit nothing new. [`Reader::read`] gives the value that the exchange will be given, to collect what is owed;
-    /// when nothing is, [`Reader::arrive`]. The first time after a swap this is already the swap's new value.
+    /// Submit nothing new. [`Reader::read`] gives the value that the exchange will be given, to
+    /// collect what is owed; when nothing is, [`Reader::arrive`]. The first time after a swap this
+    /// is already the swap's new value.
     Shut,
 }
 
 /// One thread's right to use the value.
 ///
-/// A reader that exists is online: it holds up upgrades until it next calls [`pass`](Self::pass), [`sleep`](Self::sleep)
-/// or is dropped. All of these take `&mut self`, so that nothing borrowed from [`read`](Self::read) can outlive them.
-/// One that is leaked stays online for ever: no grace period ends, no handover succeeds, and both name it.
+/// A reader that exists is online: it holds up upgrades until it next calls [`pass`](Self::pass),
+/// [`sleep`](Self::sleep) or is dropped. All of these take `&mut self`, so that nothing borrowed
+/// from [`read`](Self::read) can outlive them. One that is leaked stays online for ever: no grace
+/// period ends, no handover succeeds, and both name it.
 pub struct Reader<T: Send + Sync> {
     cell: Arc<Cell<T>>,
     index: usize,
@@ -42,15 +45,15 @@ pub struct Reader<T: Send + Sync> {
     before: (Word, *const T),
 }
 
-// SAFETY: a reader may move to another thread between calls: all that it shares is in atomics, and `value` is used under
-// `&self` only. The value is used on that thread (`Sync`).
+// SAFETY: a reader may move to another thread between calls: all that it shares is in atomics, and
+// `value` is used under `&self` only. The value is used on that thread (`Sync`).
 unsafe impl<T: Send + Sync> Send for Reader<T> {}
 
 impl<T: Send + Sync> Cell<T> {
     /// Adds a reader. Returns `None` if all slots are taken.
     ///
-    /// Waits if the free slot already counts as arrived at a shut gate. Otherwise the reader takes part in the
-    /// rendezvous like any other: its first [`pass`](Reader::pass) says [`Gate::Shut`].
+    /// Waits if the free slot already counts as arrived at a shut gate. Otherwise the reader takes
+    /// part in the rendezvous like any other: its first [`pass`](Reader::pass) says [`Gate::Shut`].
     ///
     /// # Panics
     /// Inside an exchange, which would wait for itself.
@@ -58,7 +61,8 @@ impl<T: Send + Sync> Cell<T> {
         'again: loop {
             for index in 0..self.slots.len() {
                 let slot = self.slot(index);
-                // Acquire: if it was claimed, W as the claimer saw it, or newer, is what `is_held` sees.
+                // Acquire: if it was claimed, W as the claimer saw it, or newer, is what `is_held`
+                // sees.
                 let found = SlotWord(slot.word.load(Ordering::Acquire));
                 if found.kind() != Kind::Absent {
                     continue;
@@ -69,8 +73,12 @@ impl<T: Send + Sync> Cell<T> {
                 }
                 let online = SlotWord::new(0, Kind::Online);
                 let early = self.early_look();
-                // AcqRel: Acquire pairs with the leaving reader's Release; Release hands that on to `Grace::poll`.
-                if slot.word.compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Relaxed).is_err()
+                // AcqRel: Acquire pairs with the leaving reader's Release; Release hands that on to
+                // `Grace::poll`.
+                if slot
+                    .word
+                    .compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Relaxed)
+                    .is_err()
                 {
                     continue 'again;
                 }
@@ -98,11 +106,13 @@ impl<T: Send + Sync> Cell<T> {
     }
 
     pub(crate) fn word(&self) -> Word {
-        // Acquire pairs with the Release of whoever published or opened: P and everything before it is visible.
+        // Acquire pairs with the Release of whoever published or opened: P and everything before it
+        // is visible.
         Word(self.head.0.word.load(Ordering::Acquire))
     }
 
-    /// The textbook's mistake, if it is planted: what W and P say before the slot says that we are online.
+    /// The textbook's mistake, if it is planted: what W and P say before the slot says that we are
+    /// online.
     fn early_look(&self) -> Option<(Word, *const T)> {
         planted(Mutation::LookThenCount)
             .then(|| (self.word(), self.head.0.value.load(Ordering::Acquire).cast_const()))
@@ -136,14 +146,17 @@ impl<T: Send + Sync> Cell<T> {
         }
     }
 
-    /// Counts one slot as arrived at the gate of `epoch`, if it is still there; the last one runs the exchange.
+    /// Counts one slot as arrived at the gate of `epoch`, if it is still there; the last one runs
+    /// the exchange.
     fn count_arrival(&self, epoch: u64) {
         let pending = &self.pending.0;
         let mut found = Pending(pending.load(Ordering::Relaxed));
-        // Another epoch: that gate was given up. Count 0 cannot be, this slot has not been counted yet.
+        // Another epoch: that gate was given up. Count 0 cannot be, this slot has not been counted
+        // yet.
         while found.epoch() == epoch && found.count() > 0 {
             let less = Pending::new(epoch, found.count() - 1);
-            // AcqRel: Release hands what we did to the last arrival, Acquire takes what all the earlier ones did (case 5).
+            // AcqRel: Release hands what we did to the last arrival, Acquire takes what all the
+            // earlier ones did (case 5).
             let arrival = order(Ordering::AcqRel, Mutation::RelaxedArrival);
             match pending.compare_exchange_weak(found.0, less.0, arrival, Ordering::Relaxed) {
                 Ok(_) if less.count() == 0 => return self.run_exchange(epoch),
@@ -162,8 +175,9 @@ impl<T: Send + Sync> Cell<T> {
 
     /// Claims a slot that is `Absent` or `Asleep` for the gate of `epoch`, and counts it.
     ///
-    /// That gate may have been given up, and another one shut, since the caller looked: epochs of slots only grow, so
-    /// that a late claim never takes away what a newer gate has claimed and counted (case 4).
+    /// That gate may have been given up, and another one shut, since the caller looked: epochs of
+    /// slots only grow, so that a late claim never takes away what a newer gate has claimed and
+    /// counted (case 4).
     fn claim(&self, index: usize, epoch: u64) {
         let slot = self.slot(index);
         let is_claimable = |found: SlotWord| {
@@ -179,8 +193,9 @@ impl<T: Send + Sync> Cell<T> {
                 slot.word.store(claimed.0, Ordering::Release);
                 return self.count_arrival(epoch);
             }
-            // AcqRel: Acquire pairs with the Release of the reader's `sleep` or leaving, for the exchange to see what it
-            // did; Release shows W to a reader that finds itself claimed (`is_held`).
+            // AcqRel: Acquire pairs with the Release of the reader's `sleep` or leaving, for the
+            // exchange to see what it did; Release shows W to a reader that finds itself claimed
+            // (`is_held`).
             let claim = order(Ordering::AcqRel, Mutation::RelaxedClaim);
             match slot.word.compare_exchange_weak(found.0, claimed.0, claim, Ordering::Relaxed) {
                 Ok(_) => return self.count_arrival(epoch),
@@ -200,9 +215,11 @@ impl<T: Send + Sync> Reader<T> {
         self.index
     }
 
-    /// Stands between two read sections. The usual case, nothing changed, is one load and a compare.
+    /// Stands between two read sections. The usual case, nothing changed, is one load and a
+    /// compare.
     ///
-    /// Wakes a reader whose sleep was not ended ([`Asleep::until_pass`]); that waits while it counts as arrived at a shut gate.
+    /// Wakes a reader whose sleep was not ended ([`Asleep::until_pass`]); that waits while it
+    /// counts as arrived at a shut gate.
     #[inline]
     pub fn pass(&mut self) -> Gate {
         if self.cell.word() == self.open { Gate::Open } else { self.look() }
@@ -211,12 +228,14 @@ impl<T: Send + Sync> Reader<T> {
     /// The value. Stays the same, and valid, until the next call that takes `&mut self`.
     ///
     /// # Panics
-    /// In a sleep that was left to end with the next [`pass`](Self::pass) ([`Asleep::until_pass`]), or whose guard was leaked.
+    /// In a sleep that was left to end with the next [`pass`](Self::pass) ([`Asleep::until_pass`]),
+    /// or whose guard was leaked.
     #[inline]
     #[must_use]
     pub fn read(&self) -> &T {
-        // SAFETY: `value` is null, or our slot has been `Online`, since before it was loaded, with an epoch not after the
-        // one that it was loaded at; so no upgrade frees it before we announce more (case 1), which takes `&mut self`.
+        // SAFETY: `value` is null, or our slot has been `Online`, since before it was loaded, with
+        // an epoch not after the one that it was loaded at; so no upgrade frees it before we
+        // announce more (case 1), which takes `&mut self`.
         match unsafe { self.value.as_ref() } {
             Some(value) => value,
             None => not_online(),
@@ -234,7 +253,8 @@ impl<T: Send + Sync> Reader<T> {
         if word.is_shut() { Gate::Shut } else { Gate::Open }
     }
 
-    /// Online, and between two sections: takes note of a W that is new to us, and takes up the value of now.
+    /// Online, and between two sections: takes note of a W that is new to us, and takes up the
+    /// value of now.
     fn adopt(&mut self, word: Word) -> Gate {
         self.open = if word.is_shut() { Word::NONE } else { word };
         if planted(Mutation::KeepOldAtGate) && word.is_shut() && !self.value.is_null() {
@@ -245,7 +265,8 @@ impl<T: Send + Sync> Reader<T> {
         // Release inside: every use of the old value comes before this announcement (case 1).
         self.announce(SlotWord::new(word.epoch(), Kind::Online));
         self.seen = word;
-        // Acquire pairs with the publication: P may be newer than W, and then what it points to must be visible too.
+        // Acquire pairs with the publication: P may be newer than W, and then what it points to
+        // must be visible too.
         self.value = self.cell.head.0.value.load(Ordering::Acquire);
         if word.is_shut() { Gate::Shut } else { Gate::Changed }
     }
@@ -256,7 +277,8 @@ impl<T: Send + Sync> Reader<T> {
         self.cell.slot(self.index).word.store(slot.0, release);
     }
 
-    /// Arrives at the shut gate, with nothing in flight, and waits until it opens. The last to arrive runs the exchange.
+    /// Arrives at the shut gate, with nothing in flight, and waits until it opens. The last to
+    /// arrive runs the exchange.
     ///
     /// Afterwards [`pass`](Self::pass) tells what is there now. Does nothing if the gate is open.
     pub fn arrive(&mut self) {
@@ -286,11 +308,13 @@ impl<T: Send + Sync> Reader<T> {
         }
     }
 
-    /// Back from `Arrived`, `Asleep` or `Owing`. Waits while the slot counts as arrived at a shut gate.
+    /// Back from `Arrived`, `Asleep` or `Owing`. Waits while the slot counts as arrived at a shut
+    /// gate.
     fn come_online(&mut self) {
         let cell = &self.cell;
         let slot = cell.slot(self.index);
-        // Acquire: if we have been claimed, W as the claimer saw it, or newer, is what `is_held` sees.
+        // Acquire: if we have been claimed, W as the claimer saw it, or newer, is what `is_held`
+        // sees.
         let mut found = SlotWord(slot.word.load(Ordering::Acquire));
         loop {
             let holds = matches!(found.kind(), Kind::Arrived | Kind::Asleep);
@@ -300,7 +324,8 @@ impl<T: Send + Sync> Reader<T> {
             let early = cell.early_look().map(|(word, _)| word);
             // Epoch 0: nothing seen yet; an upgrader that finds this waits for us.
             let online = SlotWord::new(0, Kind::Online);
-            match slot.word.compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Acquire) {
+            match slot.word.compare_exchange(found.0, online.0, Ordering::AcqRel, Ordering::Acquire)
+            {
                 Ok(_) => return self.resume(early),
                 Err(now) => found = SlotWord(now),
             }
@@ -318,20 +343,22 @@ impl<T: Send + Sync> Reader<T> {
             (self.seen, self.value) = self.before;
             self.open = if word.is_shut() { Word::NONE } else { word };
         } else {
-            // Not the pointer from before: while we were outside it may have been freed. `seen` stays nothing, so that the
-            // next `pass` says that something changed.
+            // Not the pointer from before: while we were outside it may have been freed. `seen`
+            // stays nothing, so that the next `pass` says that something changed.
             self.value = self.cell.head.0.value.load(Ordering::Acquire);
         }
     }
 
     /// Goes to sleep outside any read section. The sleep ends when the guard is dropped.
     ///
-    /// `owing` says that completions are still to come: nobody may claim this reader for a handover, it has to be woken, to
-    /// collect, and to arrive. It holds up no swap's grace period: whoever retires the old value must know by himself what
-    /// it still owes. Waking waits only if the reader did not owe and counts as arrived at a gate that is shut.
+    /// `owing` says that completions are still to come: nobody may claim this reader for a
+    /// handover, it has to be woken, to collect, and to arrive. It holds up no swap's grace period:
+    /// whoever retires the old value must know by himself what it still owes. Waking waits only if
+    /// the reader did not owe and counts as arrived at a gate that is shut.
     ///
-    /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass): look again first. A
-    /// reader that owes may sleep at a shut gate that it has seen, one that does not must [`arrive`](Self::arrive).
+    /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass):
+    /// look again first. A reader that owes may sleep at a shut gate that it has seen, one that
+    /// does not must [`arrive`](Self::arrive).
     pub fn sleep(&mut self, owing: bool) -> Option<Asleep<'_, T>> {
         self.wake_if_asleep();
         if !owing && self.seen.is_shut() {
@@ -350,12 +377,15 @@ impl<T: Send + Sync> Reader<T> {
         Some(Asleep { reader: self })
     }
 
-    /// Asleep, and W says `word`: whether the gate that it tells of has us as arrived already, so that we can sleep on.
+    /// Asleep, and W says `word`: whether the gate that it tells of has us as arrived already, so
+    /// that we can sleep on.
     fn is_taken(&self, word: Word) -> bool {
         let slot = &self.cell.slot(self.index).word;
         if planted(Mutation::SleepOnAnyClaim) {
             let lying = SlotWord::new(self.before.0.epoch(), Kind::Asleep).0;
-            return slot.compare_exchange(lying, lying, Ordering::AcqRel, Ordering::Relaxed).is_err();
+            return slot
+                .compare_exchange(lying, lying, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err();
         }
         // Relaxed: nothing is read on the strength of it.
         let slot = SlotWord(slot.load(Ordering::Relaxed));
@@ -377,7 +407,8 @@ pub struct Asleep<'r, T: Send + Sync> {
 }
 
 impl<T: Send + Sync> Asleep<'_, T> {
-    /// Lets the reader sleep on until its next [`pass`](Reader::pass), for an event loop that cannot hold the guard.
+    /// Lets the reader sleep on until its next [`pass`](Reader::pass), for an event loop that
+    /// cannot hold the guard.
     pub fn until_pass(self) {
         std::mem::forget(self);
     }
@@ -390,16 +421,22 @@ impl<T: Send + Sync> Drop for Asleep<'_, T> {
 }
 
 impl<T: Send + Sync> Drop for Reader<T> {
-    /// Leaves. Leaving counts as arriving, so whoever drops a reader must have nothing in flight; it may run an exchange.
+    /// Leaves. Leaving counts as arriving, so whoever drops a reader must have nothing in flight;
+    /// it may run an exchange.
     fn drop(&mut self) {
         let slot = self.cell.slot(self.index);
         slot.thread.store(0, Ordering::Relaxed);
         // Only a leaked guard makes it anything but `Online`. A claim stays what it is.
         let mut found = SlotWord(slot.word.load(Ordering::Relaxed));
         loop {
-            let epoch = if matches!(found.kind(), Kind::Asleep | Kind::Arrived) { found.epoch() } else { 0 };
+            let epoch = if matches!(found.kind(), Kind::Asleep | Kind::Arrived) {
+                found.epoch()
+            } else {
+                0
+            };
             let absent = SlotWord::new(epoch, Kind::Absent);
-            // Release: every use of the value comes before (case 1). Acquire: so does what a claimer did.
+            // Release: every use of the value comes before (case 1). Acquire: so does what a
+            // claimer did.
             let release = order(Ordering::AcqRel, Mutation::RelaxedAnnounce);
             match slot.word.compare_exchange(found.0, absent.0, release, Ordering::Relaxed) {
                 Ok(_) => break,

@@ -9,9 +9,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What runs while every reader is at the gate: gets the value, and returns its successor, or `None` to keep it.
+/// What runs while every reader is at the gate: gets the value, and returns its successor, or
+/// `None` to keep it.
 ///
-/// It must not attach or wake a reader of the same cell: that panics, and is reported like any other panic of an exchange.
+/// It must not attach or wake a reader of the same cell: that panics, and is reported like any
+/// other panic of an exchange.
 pub type Exchange<T> = Box<dyn FnOnce(&T) -> Option<T> + Send>;
 
 /// Why an update was not begun.
@@ -87,7 +89,8 @@ impl<T: Send + Sync> Cell<T> {
         }
         let epoch = self.word().next_epoch();
         let new = Box::into_raw(Box::new(new));
-        // AcqRel: Release publishes what `new` points to, Acquire takes over what the last publication did.
+        // AcqRel: Release publishes what `new` points to, Acquire takes over what the last
+        // publication did.
         let old = self.head.0.value.swap(new, Ordering::AcqRel);
         // Release pairs with the Acquire in `word`: who sees this sees the new pointer.
         self.say(Word::open(epoch));
@@ -96,17 +99,20 @@ impl<T: Send + Sync> Cell<T> {
         Ok(Grace { cell: Arc::clone(self), old, epoch, next: 0 })
     }
 
-    /// Shuts the gate, waits until every reader has arrived or lies outside, runs `exchange`, and opens the gate.
+    /// Shuts the gate, waits until every reader has arrived or lies outside, runs `exchange`, and
+    /// opens the gate.
     ///
-    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. It must not wait for anything that
-    /// waits for the gate. The deadline `timeout` covers the rendezvous; an exchange that runs is waited for. Whoever arrives
-    /// last runs the exchange: any reader's thread, or this one.
+    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. It must
+    /// not wait for anything that waits for the gate. The deadline `timeout` covers the rendezvous;
+    /// an exchange that runs is waited for. Whoever arrives last runs the exchange: any reader's
+    /// thread, or this one.
     ///
     /// # Errors
     /// The gate was not shut.
     ///
     /// # Panics
-    /// If `nudge` does, after the gate was opened again. The exchange may have run; the old value is then dropped here.
+    /// If `nudge` does, after the gate was opened again. The exchange may have run; the old value
+    /// is then dropped here.
     pub fn handover(
         self: &Arc<Self>,
         exchange: Exchange<T>,
@@ -116,8 +122,8 @@ impl<T: Send + Sync> Cell<T> {
         self.handover_while(exchange, nudge, timeout, |_| Duration::ZERO)
     }
 
-    /// As [`handover`](Self::handover), but when the time is up `more` is asked, each time, how much
-    /// longer those who have not arrived are to be waited for. Zero gives up.
+    /// As [`handover`](Self::handover), but when the time is up `more` is asked, each time, how
+    /// much longer those who have not arrived are to be waited for. Zero gives up.
     ///
     /// # Errors
     /// The gate was not shut.
@@ -162,7 +168,8 @@ impl<T: Send + Sync> Cell<T> {
         }
         let epoch = self.word().next_epoch();
         *desk = Desk::Waiting(exchange);
-        // Relaxed: published by W. A late arrival at an earlier gate that sees it finds an epoch that is not its own.
+        // Relaxed: published by W. A late arrival at an earlier gate that sees it finds an epoch
+        // that is not its own.
         self.pending.0.store(Pending::new(epoch, self.slots.len() as u64).0, Ordering::Relaxed);
         drop(desk);
         let at = Instant::now();
@@ -185,7 +192,8 @@ impl<T: Send + Sync> Cell<T> {
         self.await_exchange_while(gate, timeout, |_| Duration::ZERO)
     }
 
-    /// Waits for the exchange of a shut gate. After `timeout` it is given up, unless `more` says not yet.
+    /// Waits for the exchange of a shut gate. After `timeout` it is given up, unless `more` says
+    /// not yet.
     fn await_exchange_while(
         &self,
         gate: Shut,
@@ -196,7 +204,9 @@ impl<T: Send + Sync> Cell<T> {
         let mut desk = lock(&self.desk);
         loop {
             if matches!(*desk, Desk::Done(_)) {
-                let Desk::Done(outcome) = std::mem::replace(&mut *desk, Desk::Empty) else { unreachable!() };
+                let Desk::Done(outcome) = std::mem::replace(&mut *desk, Desk::Empty) else {
+                    unreachable!()
+                };
                 return Handover::Done {
                     old: outcome.old,
                     drain: outcome.started.saturating_duration_since(gate.at),
@@ -222,7 +232,10 @@ impl<T: Send + Sync> Cell<T> {
                     lock(&self.desk)
                 }
                 Some(left) => {
-                    self.opened.wait_timeout(desk, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0
+                    self.opened
+                        .wait_timeout(desk, left)
+                        .unwrap_or_else(|poisoned| poisoned.into_inner())
+                        .0
                 }
                 None => self.opened.wait(desk).unwrap_or_else(|poisoned| poisoned.into_inner()),
             };
@@ -233,14 +246,21 @@ impl<T: Send + Sync> Cell<T> {
     pub(crate) fn give_up(&self, gate: Shut) -> Option<Handover<T>> {
         let mut found = Pending(self.pending.0.load(Ordering::Relaxed));
         let stalled = loop {
-            if (found.epoch() != gate.epoch || found.count() == 0) && !planted(Mutation::GiveUpBlindly) {
+            if (found.epoch() != gate.epoch || found.count() == 0)
+                && !planted(Mutation::GiveUpBlindly)
+            {
                 return None;
             }
             let stalled = self.missing(gate);
-            // Case 5: an arrival that comes after this counts nowhere. Relaxed: a failure reads nothing, a success publishes
-            // nothing; W does.
+            // Case 5: an arrival that comes after this counts nowhere. Relaxed: a failure reads
+            // nothing, a success publishes nothing; W does.
             let nobody = Pending::NONE.0;
-            match self.pending.0.compare_exchange(found.0, nobody, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.pending.0.compare_exchange(
+                found.0,
+                nobody,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => break stalled,
                 Err(now) => found = Pending(now),
             }
@@ -270,10 +290,12 @@ impl<T: Send + Sync> Cell<T> {
         let result = catch_unwind(AssertUnwindSafe(|| exchange(unsafe { &*value })));
         let (old, panic) = match result {
             Ok(Some(new)) => {
-                // Release: P may be seen before W is, and then what it points to must be visible too.
+                // Release: P may be seen before W is, and then what it points to must be visible
+                // too.
                 self.head.0.value.store(Box::into_raw(Box::new(new)), Ordering::Release);
-                // SAFETY: it came from `Box::into_raw`, it is not in the cell any more, and every reader has arrived or lies
-                // outside: none uses it, and each loads the pointer again before it reads (case 2).
+                // SAFETY: it came from `Box::into_raw`, it is not in the cell any more, and every
+                // reader has arrived or lies outside: none uses it, and each loads the pointer
+                // again before it reads (case 2).
                 (Some(unsafe { Box::from_raw(value) }), None)
             }
             Ok(None) => (None, None),
@@ -282,7 +304,8 @@ impl<T: Send + Sync> Cell<T> {
         if planted(Mutation::ShutAfterPanic) && panic.is_some() {
             return;
         }
-        // Relaxed: the next one to look at it has the desk, or finds an epoch that is not its own either way.
+        // Relaxed: the next one to look at it has the desk, or finds an epoch that is not its own
+        // either way.
         self.pending.0.store(Pending::NONE.0, Ordering::Relaxed);
         // Release pairs with the Acquire in `word`: who sees the gate open sees the new value.
         self.say(Word::open(epoch + 1));
@@ -296,13 +319,17 @@ impl<T: Send + Sync> Cell<T> {
 
     /// A thread whose reader is online must not wait for it.
     ///
-    /// Exact for a reader that stays on one thread. One that has moved is taken to be where it last attached, woke or found
-    /// something changed; the worst that follows is a refusal too many, or an update that waits until its time is out.
+    /// Exact for a reader that stays on one thread. One that has moved is taken to be where it last
+    /// attached, woke or found something changed; the worst that follows is a refusal too many, or
+    /// an update that waits until its time is out.
     fn check_outside(&self) -> Result<(), UpdateError> {
         let me = this_thread();
         let inside = |slot: &crate::Line<crate::Slot>| {
             slot.0.thread.load(Ordering::Relaxed) == me
-                && matches!(SlotWord(slot.0.word.load(Ordering::Relaxed)).kind(), Kind::Online | Kind::Owing)
+                && matches!(
+                    SlotWord(slot.0.word.load(Ordering::Relaxed)).kind(),
+                    Kind::Online | Kind::Owing
+                )
         };
         if self.slots.iter().any(inside) { Err(UpdateError::InsideReadSection) } else { Ok(()) }
     }
@@ -313,7 +340,8 @@ impl<T: Send + Sync> Cell<T> {
     }
 
     fn stalled(&self, holds_up: impl Fn(SlotWord) -> bool) -> Stalled {
-        let holds_up = |&index: &usize| holds_up(SlotWord(self.slot(index).word.load(Ordering::Relaxed)));
+        let holds_up =
+            |&index: &usize| holds_up(SlotWord(self.slot(index).word.load(Ordering::Relaxed)));
         Stalled { readers: (0..self.slots.len()).filter(holds_up).collect() }
     }
 }
@@ -333,7 +361,8 @@ pub struct Grace<T> {
     cell: Arc<Cell<T>>,
     old: *mut T,
     epoch: u64,
-    /// Slots below this have been seen outside, or with our epoch. They cannot come to hold the old value again.
+    /// Slots below this have been seen outside, or with our epoch. They cannot come to hold the old
+    /// value again.
     next: usize,
 }
 
@@ -344,8 +373,9 @@ impl<T: Send + Sync> Grace<T> {
     /// Whether every reader has moved on.
     pub fn poll(&mut self) -> bool {
         while let Some(slot) = self.cell.slots.get(self.next) {
-            // Acquire pairs with the Release of the reader's announcement: its last use of the old value is before it
-            // (case 1), through a claim or another reader's coming too, which are read-modify-writes.
+            // Acquire pairs with the Release of the reader's announcement: its last use of the old
+            // value is before it (case 1), through a claim or another reader's coming too, which
+            // are read-modify-writes.
             let slot = SlotWord(slot.0.word.load(order(Ordering::Acquire, Mutation::RelaxedPoll)));
             if slot.kind() == Kind::Online && slot.epoch() < self.epoch {
                 return false;
@@ -363,7 +393,8 @@ impl<T: Send + Sync> Grace<T> {
         let started = Instant::now();
         let mut looks = 0;
         while !self.poll() {
-            // Readers must not pay for telling us, so we look: at once for a while, then ever more rarely.
+            // Readers must not pay for telling us, so we look: at once for a while, then ever more
+            // rarely.
             looks += 1;
             if looks <= spins() {
                 std::hint::spin_loop();
@@ -371,7 +402,8 @@ impl<T: Send + Sync> Grace<T> {
             }
             if started.elapsed() >= timeout {
                 let epoch = self.epoch;
-                let stalled = self.cell.stalled(|slot| slot.kind() == Kind::Online && slot.epoch() < epoch);
+                let stalled =
+                    self.cell.stalled(|slot| slot.kind() == Kind::Online && slot.epoch() < epoch);
                 return Err((self, stalled));
             }
             if cfg!(loom) {
@@ -380,7 +412,8 @@ impl<T: Send + Sync> Grace<T> {
                 std::thread::sleep(Duration::from_micros(u64::from(looks - spins()).min(50) * 20));
             }
         }
-        // SAFETY: it came from `Box::into_raw`, `swap` took it out of the cell, and no reader uses it any more (cases 1 and 2).
+        // SAFETY: it came from `Box::into_raw`, `swap` took it out of the cell, and no reader uses
+        // it any more (cases 1 and 2).
         let old = unsafe { Box::from_raw(self.old) };
         Ok(old)
     }

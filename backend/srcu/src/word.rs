@@ -1,8 +1,10 @@
-//! The three words that everything is said with: the cell's, a reader slot's, and the count of those who are missing.
+//! The three words that everything is said with: the cell's, a reader slot's, and the count of
+//! those who are missing.
 //!
-//! All carry an *epoch*, which only grows and never comes back, so that an old claim, arrival or announcement can be told
-//! from a new one without clearing anything. The narrowest has 48 bits for it ([`Pending`]): 4 years of a million
-//! handovers per second, and an assertion ([`Word::next_epoch`]).
+//! All carry an *epoch*, which only grows and never comes back, so that an old claim, arrival or
+//! announcement can be told from a new one without clearing anything. The narrowest has 48 bits for
+//! it ([`Pending`]): 4 years of a million handovers per second, and an assertion
+//! ([`Word::next_epoch`]).
 
 /// What the cell says to its readers: the epoch, and whether the gate is shut.
 ///
@@ -46,7 +48,8 @@ pub(crate) enum Kind {
     Absent = 0,
     /// A reader outside any read section that owes nothing.
     Asleep = 1,
-    /// A reader outside any read section that owes completions: not to be claimed, it must come by itself.
+    /// A reader outside any read section that owes completions: not to be claimed, it must come by
+    /// itself.
     Owing = 2,
     /// A reader that may be in a read section.
     Online = 3,
@@ -56,8 +59,9 @@ pub(crate) enum Kind {
 
 /// A slot: its kind, and an epoch whose meaning depends on it.
 ///
-/// `Online`, `Owing`: the last epoch at which the reader was between two read sections, 0 if it has not looked yet.
-/// `Absent`, `Asleep`, `Arrived`: if it is the epoch at which the gate was shut, the slot counts as arrived there.
+/// `Online`, `Owing`: the last epoch at which the reader was between two read sections, 0 if it has
+/// not looked yet. `Absent`, `Asleep`, `Arrived`: if it is the epoch at which the gate was shut,
+/// the slot counts as arrived there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SlotWord(pub(crate) u64);
 
@@ -87,10 +91,11 @@ impl SlotWord {
     }
 }
 
-/// How many slots have not arrived yet at the gate that was shut at an epoch: 48 bits of epoch, 16 of count.
+/// How many slots have not arrived yet at the gate that was shut at an epoch: 48 bits of epoch, 16
+/// of count.
 ///
-/// Epoch 0 stands for no gate. Count 0 of a live epoch: somebody is the last and runs the exchange. A cell has at most
-/// 65,535 slots, and a count starts there and only goes down, so it fits.
+/// Epoch 0 stands for no gate. Count 0 of a live epoch: somebody is the last and runs the exchange.
+/// A cell has at most 65,535 slots, and a count starts there and only goes down, so it fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pending(pub(crate) u64);
 

@@ -1,7 +1,7 @@
 //! What the crate promises to its callers, one promise a test.
 //!
-//! Nothing here depends on luck: where threads take part, they are brought to a known place first. No test needs
-//! the system beyond threads and time, so that an interpreter can run them too.
+//! Nothing here depends on luck: where threads take part, they are brought to a known place first.
+//! No test needs the system beyond threads and time, so that an interpreter can run them too.
 
 use srcu::{Cell, Gate, Handover, Reader, Stalled, UpdateError};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -71,7 +71,8 @@ fn when_the_time_is_up_somebody_else_may_say_not_yet() {
     // Then it is given up, and the gate is open.
     let mut longer = [SHORT, Duration::ZERO].into_iter();
     let more = |_: &Stalled| longer.next().unwrap();
-    let given_up = elsewhere(|| cell.handover_while(Box::new(|_| None), || {}, SHORT, more).unwrap());
+    let given_up =
+        elsewhere(|| cell.handover_while(Box::new(|_| None), || {}, SHORT, more).unwrap());
     assert_eq!(stalled(given_up), [0]);
     assert_eq!(one.pass(), Gate::Changed);
 }
@@ -133,7 +134,8 @@ fn an_exchange_that_panics_keeps_the_value_and_is_reported() {
 fn an_update_from_a_thread_whose_reader_is_online_is_refused() {
     let cell = Cell::new(1, 1);
     let mut reader = cell.attach().unwrap();
-    let refused = |outcome: Option<UpdateError>| assert_eq!(outcome, Some(UpdateError::InsideReadSection));
+    let refused =
+        |outcome: Option<UpdateError>| assert_eq!(outcome, Some(UpdateError::InsideReadSection));
     refused(cell.swap(2).err());
     refused(cell.handover(Box::new(|_| None), || {}, LONG).err());
     let asleep = reader.sleep(true).unwrap();
@@ -150,7 +152,8 @@ fn an_update_from_a_thread_whose_reader_is_online_is_refused() {
 #[test]
 fn a_thread_is_not_taken_for_one_that_has_ended() {
     let cell = Cell::new(1, 1);
-    // The reader outlives the thread that it was made on; the next thread may well get the same stack and thread-locals.
+    // The reader outlives the thread that it was made on; the next thread may well get the same
+    // stack and thread-locals.
     let _reader = elsewhere(|| cell.attach().unwrap());
     for _ in 0..8 {
         elsewhere(|| drop(cell.swap(2).unwrap()));
@@ -183,7 +186,8 @@ fn an_update_while_another_runs_is_busy() {
 #[test]
 fn a_handover_that_times_out_names_who_is_missing_and_lets_everybody_go_on() {
     let cell = Cell::new(1, 5);
-    let [mut arrives, busy, mut owes, mut sleeps] = elsewhere(|| [(); 4].map(|()| cell.attach().unwrap()));
+    let [mut arrives, busy, mut owes, mut sleeps] =
+        elsewhere(|| [(); 4].map(|()| cell.attach().unwrap()));
     assert_eq!([&arrives, &busy, &owes, &sleeps].map(Reader::index), [0, 1, 2, 3]);
     let barrier = Barrier::new(2);
     thread::scope(|scope| {
@@ -198,8 +202,9 @@ fn a_handover_that_times_out_names_who_is_missing_and_lets_everybody_go_on() {
         let nudge = || {
             barrier.wait();
         };
-        let handover =
-            elsewhere(|| cell.handover(Box::new(|_| unreachable!()), nudge, Duration::from_millis(200)));
+        let handover = elsewhere(|| {
+            cell.handover(Box::new(|_| unreachable!()), nudge, Duration::from_millis(200))
+        });
         assert_eq!(stalled(handover.unwrap()), [1, 2]);
         assert_eq!(arriving.join().unwrap(), (Gate::Changed, 1), "the gate is open");
         drop((owing, sleeping));
@@ -216,7 +221,8 @@ fn a_handover_that_times_out_names_who_is_missing_and_lets_everybody_go_on() {
 fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
     let cell = Cell::new(1, 2);
     let (ran_on, ran) = mpsc::channel();
-    // The upgrader counts readers that are not there, and could be the last to arrive until it has; then it nudges.
+    // The upgrader counts readers that are not there, and could be the last to arrive until it has;
+    // then it nudges.
     let (nudge, nudged) = mpsc::channel();
     let (attached, cell) = (Barrier::new(2), &cell);
     thread::scope(|scope| {
@@ -235,7 +241,10 @@ fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
             ran_on.send(thread::current().id()).unwrap();
             Some(value + 1)
         });
-        assert_eq!(old(cell.handover(exchange, move || nudge.send(()).unwrap(), LONG).unwrap()), Some(1));
+        assert_eq!(
+            old(cell.handover(exchange, move || nudge.send(()).unwrap(), LONG).unwrap()),
+            Some(1)
+        );
         assert_eq!(worker.join().unwrap(), ran.recv().unwrap());
     });
 }
@@ -247,8 +256,9 @@ fn an_owing_reader_collects_at_the_shut_gate() {
     let (nudge, nudged) = mpsc::channel();
     thread::scope(|scope| {
         let asleep = reader.sleep(true).unwrap();
-        let upgrade =
-            scope.spawn(|| cell.handover(Box::new(|v| Some(v + 1)), move || nudge.send(()).unwrap(), LONG));
+        let upgrade = scope.spawn(|| {
+            cell.handover(Box::new(|v| Some(v + 1)), move || nudge.send(()).unwrap(), LONG)
+        });
         nudged.recv().unwrap();
         drop(asleep);
         assert_eq!((reader.pass(), *reader.read()), (Gate::Shut, 1));
@@ -261,7 +271,8 @@ fn an_owing_reader_collects_at_the_shut_gate() {
     });
 }
 
-/// It found the gate before it found the swap, and kept a value through a sleep in which that was freed.
+/// It found the gate before it found the swap, and kept a value through a sleep in which that was
+/// freed.
 #[test]
 fn a_gate_is_seen_with_the_value_that_it_was_shut_on() {
     let cell = Cell::new(1, 1);
@@ -295,7 +306,9 @@ fn a_grace_period_that_does_not_end_can_be_waited_for_again() {
     let [mut one, mut two] = elsewhere(|| [cell.attach().unwrap(), cell.attach().unwrap()]);
     let grace = cell.swap(2).unwrap();
     one.pass();
-    let Err((mut grace, stalled)) = grace.wait(SHORT) else { panic!("the reader may still use it") };
+    let Err((mut grace, stalled)) = grace.wait(SHORT) else {
+        panic!("the reader may still use it")
+    };
     assert_eq!(stalled, Stalled { readers: vec![1] });
     assert!(!grace.poll());
     assert!(two.sleep(false).is_none(), "it has not seen the swap");
@@ -382,7 +395,8 @@ fn an_exchange_that_would_wait_for_itself_panics() {
         drop(inside.attach());
         Some(2)
     });
-    let Handover::Done { old: None, panic: Some(_), .. } = cell.handover(exchange, || {}, LONG).unwrap()
+    let Handover::Done { old: None, panic: Some(_), .. } =
+        cell.handover(exchange, || {}, LONG).unwrap()
     else {
         panic!("not reported")
     };
@@ -430,7 +444,8 @@ fn a_reader_that_panics_leaves_and_may_run_the_exchange_on_its_way() {
             panic!("on purpose, in a section");
         });
         attached.wait();
-        let exchange = Box::new(|_: &u64| panic!("on purpose, in an exchange, in a thread that unwinds"));
+        let exchange =
+            Box::new(|_: &u64| panic!("on purpose, in an exchange, in a thread that unwinds"));
         let handover = cell.handover(exchange, || {}, LONG).unwrap();
         assert!(matches!(handover, Handover::Done { panic: Some(_), .. }));
         assert!(worker.join().is_err());

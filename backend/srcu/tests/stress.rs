@@ -1,7 +1,9 @@
-//! Everything at once, by chance, on the real machine; and a control that shows that this would find the textbook's mistake.
+//! Everything at once, by chance, on the real machine; and a control that shows that this would
+//! find the textbook's mistake.
 //!
-//! Ten seconds, or `SRCU_STRESS_SECONDS`. In the manner of the kernel's `rcutorture`: the value is poisoned when it is dropped,
-//! sections look at it several times, and everybody counts what he sees.
+//! Ten seconds, or `SRCU_STRESS_SECONDS`. In the manner of the kernel's `rcutorture`: the value is
+//! poisoned when it is dropped, sections look at it several times, and everybody counts what he
+//! sees.
 #![cfg(not(loom))]
 
 use srcu::{Cell, Gate, Handover, Reader, UpdateError};
@@ -19,7 +21,8 @@ const READERS: usize = 4;
 const UPGRADERS: usize = 2;
 
 fn budget() -> Duration {
-    let seconds = std::env::var("SRCU_STRESS_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    let seconds =
+        std::env::var("SRCU_STRESS_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     Duration::from_secs(seconds.unwrap_or(10))
 }
 
@@ -199,7 +202,9 @@ impl World {
         match cell.handover(exchange, || {}, timeout) {
             Ok(Handover::Done { old, panic, .. }) => {
                 self.count(if panics { &self.panics } else { &self.handovers });
-                if let Some(panic) = panic.filter(|panic| panic.downcast_ref() != Some(&"on purpose")) {
+                if let Some(panic) =
+                    panic.filter(|panic| panic.downcast_ref() != Some(&"on purpose"))
+                {
                     resume_unwind(panic);
                 }
                 assert_eq!(old.map(|old| old.check()).is_some(), publishes && !panics);
@@ -210,7 +215,8 @@ impl World {
         }
     }
 
-    /// Handovers: in turn, or out of turn, to contend. The latter do not publish, because a swap draws its generation first.
+    /// Handovers: in turn, or out of turn, to contend. The latter do not publish, because a swap
+    /// draws its generation first.
     fn upgrade(self: &Arc<Self>, cell: &Arc<Cell<Value>>) {
         let mut chance = Chance::new();
         while !self.stop.load(Ordering::Relaxed) {
@@ -281,7 +287,9 @@ fn torture_of_each_and_both() {
     let world = torture(budget() / 4, true, false);
     assert!(world.swaps.load(Ordering::Relaxed) > 0);
     let world = torture(budget() / 4, false, true);
-    assert!(world.handovers.load(Ordering::Relaxed) > 0 && world.panics.load(Ordering::Relaxed) > 0);
+    assert!(
+        world.handovers.load(Ordering::Relaxed) > 0 && world.panics.load(Ordering::Relaxed) > 0
+    );
     let world = torture(budget() / 2, true, true);
     assert!(world.handovers.load(Ordering::Relaxed) > 0 && world.swaps.load(Ordering::Relaxed) > 0);
 }

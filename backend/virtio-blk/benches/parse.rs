@@ -15,7 +15,11 @@ fn cost_ns(name: &str, table: &[Desc], indirect: bool) {
     guest.header(0, 8);
     if indirect {
         write_table(&guest.memory, INDIRECT_TABLE, table);
-        write_table(&guest.memory, TABLE, &[(INDIRECT_TABLE, 16 * table.len() as u32, INDIRECT, 0)]);
+        write_table(
+            &guest.memory,
+            TABLE,
+            &[(INDIRECT_TABLE, 16 * table.len() as u32, INDIRECT, 0)],
+        );
     } else {
         write_table(&guest.memory, TABLE, table);
     }
@@ -34,7 +38,13 @@ fn cost_ns(name: &str, table: &[Desc], indirect: bool) {
     // SAFETY: `guest` outlives everything that is parsed.
     let mut translator = unsafe { Translator::new(&guest.memory) };
     let parse_ns = time(&mut || {
-        black_box(parse(black_box(QUEUE), black_box(0), &mut translator, &guest.limits, &mut segments));
+        black_box(parse(
+            black_box(QUEUE),
+            black_box(0),
+            &mut translator,
+            &guest.limits,
+            &mut segments,
+        ));
     });
     let walk_ns = time(&mut || {
         for descriptor in black_box(chain.clone()) {

@@ -1,15 +1,17 @@
-//! One walk over a descriptor chain: header, data, status, whatever descriptors they are spread over.
+//! One walk over a descriptor chain: header, data, status, whatever descriptors they are spread
+//! over.
 //!
-//! A device must not assume how a message is cut into descriptors (2.7.4.1): the first 16 readable bytes are the header and
-//! the last writable byte is the status, wherever descriptors begin and end. What is between is data.
+//! A device must not assume how a message is cut into descriptors (2.7.4.1): the first 16 readable
+//! bytes are the header and the last writable byte is the status, wherever descriptors begin and
+//! end. What is between is data.
 //!
-//! The walk sorts what can be wrong into two kinds. If the chain's shape is broken, no byte of it can be trusted to be the
-//! status byte: [`MalformedChain`]. If only its contents are wrong, the status byte is known and the driver can be told:
-//! [`Layout::faulty`].
+//! The walk sorts what can be wrong into two kinds. If the chain's shape is broken, no byte of it
+//! can be trusted to be the status byte: [`MalformedChain`]. If only its contents are wrong, the
+//! status byte is known and the driver can be told: [`Layout::faulty`].
 //!
-//! Why not `virtio_queue::DescriptorChain`: it looks each descriptor up in the memory map anew, which alone costs twice as
-//! much as a whole parse here (`tests/cost.rs`), and it ends in silence where the chain is broken. It serves as the
-//! yardstick in the tests instead.
+//! Why not `virtio_queue::DescriptorChain`: it looks each descriptor up in the memory map anew,
+//! which alone costs twice as much as a whole parse here (`tests/cost.rs`), and it ends in silence
+//! where the chain is broken. It serves as the yardstick in the tests instead.
 //!
 //! The walk knows nothing of request types.
 
@@ -25,12 +27,13 @@ const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 /// `struct virtq_desc` (2.7.5).
 const DESCRIPTOR_SIZE: u32 = 16;
 
-/// Most pieces of guest memory that the data of a request may consist of. More are refused: no kernel interface takes more than
-/// `IOV_MAX` in a call, and `seg_max` announces far fewer.
+/// Most pieces of guest memory that the data of a request may consist of. More are refused: no
+/// kernel interface takes more than `IOV_MAX` in a call, and `seg_max` announces far fewer.
 pub const MAX_SEGMENTS: usize = 1024;
 
-/// Most descriptors in a chain: each segment its own, and two more for header and status. A device may limit it (2.7.4.1),
-/// and must, where the chain sits in an indirect table that can hold a loop of 65535 and be offered again and again.
+/// Most descriptors in a chain: each segment its own, and two more for header and status. A device
+/// may limit it (2.7.4.1), and must, where the chain sits in an indirect table that can hold a loop
+/// of 65535 and be offered again and again.
 pub const MAX_DESCRIPTORS: usize = MAX_SEGMENTS + 2;
 
 /// Why a chain has no place for a status byte, so that nothing in it can be answered.
@@ -50,9 +53,11 @@ pub enum MalformedChain {
     /// A descriptor table is not in guest memory.
     #[error("a descriptor table is outside of guest memory")]
     TableOutside,
-    /// An indirect table in an indirect table, one that is not the end of its chain, or one whose length is not that of 1 to 65535 descriptors
-    /// (2.7.5.3).
-    #[error("an indirect descriptor table is nested, has a successor, or has a length of {len} bytes")]
+    /// An indirect table in an indirect table, one that is not the end of its chain, or one whose
+    /// length is not that of 1 to 65535 descriptors (2.7.5.3).
+    #[error(
+        "an indirect descriptor table is nested, has a successor, or has a length of {len} bytes"
+    )]
     Indirect {
         /// The length that its descriptor gives.
         len: u32,
@@ -74,7 +79,8 @@ pub enum MalformedChain {
     StatusOutside,
 }
 
-/// Where a queue's descriptors are. Copied out of the queue, it holds until the queue is reconfigured.
+/// Where a queue's descriptors are. Copied out of the queue, it holds until the queue is
+/// reconfigured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DescriptorTable {
     /// Guest address of the first descriptor.
@@ -138,11 +144,17 @@ impl Descriptors {
         let words = self.table.addr.checked_add(offset).and_then(|addr| translator.read(addr));
         // `{ addr: le64, len: le32, flags: le16, next: le16 }` (2.7.5).
         let (addr, rest) = words.ok_or(MalformedChain::TableOutside)?;
-        Ok(Descriptor { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 })
+        Ok(Descriptor {
+            addr,
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
+        })
     }
 
-    /// Goes on in an indirect table, from its first descriptor, whatever the reference says about writing (2.7.5.3.2). It must be the chain's last:
-    /// with a next one it would mean something else to whoever follows that (2.7.5.3.1 forbids it).
+    /// Goes on in an indirect table, from its first descriptor, whatever the reference says about
+    /// writing (2.7.5.3.2). It must be the chain's last: with a next one it would mean something
+    /// else to whoever follows that (2.7.5.3.1 forbids it).
     fn enter(&mut self, reference: &Descriptor) -> Result<(), MalformedChain> {
         let len = reference.len;
         let size = u16::try_from(len / DESCRIPTOR_SIZE).unwrap_or(0);
@@ -157,7 +169,8 @@ impl Descriptors {
     }
 }
 
-/// What a well-formed chain holds. The data is in the segments that the walk filled: readable ones first.
+/// What a well-formed chain holds. The data is in the segments that the walk filled: readable ones
+/// first.
 #[derive(Debug)]
 pub(crate) struct Layout {
     /// The first 16 device-readable bytes, or fewer if there are fewer.
@@ -168,7 +181,8 @@ pub(crate) struct Layout {
     pub writable: u64,
     /// Where the status byte goes.
     pub status_at: StatusSlot,
-    /// Some of the header or data is outside of guest memory, or in more than [`MAX_SEGMENTS`] pieces. The segments are incomplete.
+    /// Some of the header or data is outside of guest memory, or in more than [`MAX_SEGMENTS`]
+    /// pieces. The segments are incomplete.
     pub faulty: bool,
 }
 
@@ -180,7 +194,8 @@ pub(crate) fn walk<M: GuestMemoryBackend>(
     translator: &mut Translator<'_, M>,
     segments: &mut Vec<RawSegment>,
 ) -> Result<Layout, MalformedChain> {
-    let mut descriptors = Descriptors { table, next: Some(head), left: table.size, is_indirect: false };
+    let mut descriptors =
+        Descriptors { table, next: Some(head), left: table.size, is_indirect: false };
     let mut header = Gather::default();
     let (mut readable, mut writable, mut total) = (0u64, 0u64, 0u32);
     let mut status_addr = None;
@@ -200,8 +215,8 @@ pub(crate) fn walk<M: GuestMemoryBackend>(
         if flags & WRITE != 0 {
             in_writable_part = true;
             if len > 0 {
-                // Saturating: an address beyond the end of the address space is outside of guest memory, so saying u64::MAX
-                // is as good.
+                // Saturating: an address beyond the end of the address space is outside of guest
+                // memory, so saying u64::MAX is as good.
                 status_addr = Some(addr.saturating_add(len as u64 - 1));
                 writable += len as u64;
             }
@@ -214,7 +229,8 @@ pub(crate) fn walk<M: GuestMemoryBackend>(
                     faulty = true;
                     continue;
                 };
-                // Cannot overflow unless nothing is left of the descriptor, and then the address is not used.
+                // Cannot overflow unless nothing is left of the descriptor, and then the address is
+                // not used.
                 addr = addr.wrapping_add(taken as u64);
                 len -= taken;
             }
@@ -226,7 +242,8 @@ pub(crate) fn walk<M: GuestMemoryBackend>(
     }
 
     let status_addr = status_addr.ok_or(MalformedChain::NoStatus)?;
-    let status_at = if faulty { translator.status_slot(status_addr) } else { split_status(segments) };
+    let status_at =
+        if faulty { translator.status_slot(status_addr) } else { split_status(segments) };
     let status_at = status_at.ok_or(MalformedChain::StatusOutside)?;
     faulty |= segments.len() > MAX_SEGMENTS;
     Ok(Layout { header, readable, writable: writable - 1, status_at, faulty })

@@ -1,10 +1,12 @@
-//! The configuration space: `struct virtio_blk_config` as bytes, and the one byte in it that the driver may write.
+//! The configuration space: `struct virtio_blk_config` as bytes, and the one byte in it that the
+//! driver may write.
 //!
-//! The bytes are made once from what the domain announces and do not change while the device lives, except for `writeback`.
-//! A newer frontend knows fields that we do not, and gets zeros there. A range that is elsewhere is
-//! refused: zeros in its place would be a disk of no size.
+//! The bytes are made once from what the domain announces and do not change while the device lives,
+//! except for `writeback`. A newer frontend knows fields that we do not, and gets zeros there. A
+//! range that is elsewhere is refused: zeros in its place would be a disk of no size.
 //!
-//! Fields whose feature is not offered are zero. Deliberately absent: geometry, secure erase, zones.
+//! Fields whose feature is not offered are zero. Deliberately absent: geometry, secure erase,
+//! zones.
 
 use crate::SECTOR_SIZE;
 use crate::features::{self, CONFIG_WCE, FLUSH};
@@ -14,18 +16,19 @@ use domain_api::{Capabilities, DeviceInfo};
 /// Size of `struct virtio_blk_config` (5.2.4).
 pub const CONFIG_SIZE: usize = 72;
 
-/// Most data segments that the driver is asked to put into a request: what Linux and its indirect tables are comfortable
-/// with. A queue that is too short for it lowers it.
+/// Most data segments that the driver is asked to put into a request: what Linux and its indirect
+/// tables are comfortable with. A queue that is too short for it lowers it.
 pub const SEG_MAX: u32 = 126;
 
-/// Largest data segment that the driver is asked for, in bytes. Large enough that no driver splits a page that it would not
-/// have split anyway.
+/// Largest data segment that the driver is asked for, in bytes. Large enough that no driver splits
+/// a page that it would not have split anyway.
 pub const SIZE_MAX: u32 = 1 << 20;
 
 /// Most sectors of a discard: 1 GiB, which only changes metadata.
 pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 
-/// Most sectors of a write zeroes: 16 MiB, because where it is carried out by writing, an upgrade waits for it.
+/// Most sectors of a write zeroes: 16 MiB, because where it is carried out by writing, an upgrade
+/// waits for it.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 15;
 
 /// Most bytes of a configuration space that vhost-user knows of. What is behind ours in it belongs
@@ -79,7 +82,9 @@ pub enum Error {
         len: usize,
     },
     /// `writeback` belongs to a feature that was not negotiated (5.2.6.1).
-    #[error("the driver switched the write cache without having negotiated VIRTIO_BLK_F_CONFIG_WCE")]
+    #[error(
+        "the driver switched the write cache without having negotiated VIRTIO_BLK_F_CONFIG_WCE"
+    )]
     NotNegotiated,
     /// `writeback` is 0 or 1 (5.2.5).
     #[error("the driver wrote {0} to the write cache's switch, which is 0 or 1")]
@@ -103,7 +108,8 @@ impl ConfigSpace {
         let block_size = info.block_size.max(SECTOR_SIZE as u32);
         let sectors = info.capacity / SECTOR_SIZE;
         let at_most_all = |limit: u32| u32::try_from(sectors).unwrap_or(u32::MAX).min(limit);
-        // A chain must fit into the queue even where its table is indirect (2.7.5.3.1), and has a header and a status.
+        // A chain must fit into the queue even where its table is indirect (2.7.5.3.1), and has a
+        // header and a status.
         let seg_max = u32::from(queue_size).saturating_sub(2).clamp(1, SEG_MAX);
         let blocks_per_physical = (info.physical_block_size / block_size).max(1);
 
@@ -122,12 +128,19 @@ impl ConfigSpace {
             let granularity = info.discard_granularity.max(block_size);
             config.put(at::MAX_DISCARD_SECTORS, at_most_all(MAX_DISCARD_SECTORS).to_le_bytes());
             config.put(at::MAX_DISCARD_SEG, 1u32.to_le_bytes());
-            config.put(at::DISCARD_SECTOR_ALIGNMENT, (granularity / SECTOR_SIZE as u32).to_le_bytes());
+            config.put(
+                at::DISCARD_SECTOR_ALIGNMENT,
+                (granularity / SECTOR_SIZE as u32).to_le_bytes(),
+            );
         }
         if offered & features::WRITE_ZEROES != 0 {
-            config.put(at::MAX_WRITE_ZEROES_SECTORS, at_most_all(MAX_WRITE_ZEROES_SECTORS).to_le_bytes());
+            config.put(
+                at::MAX_WRITE_ZEROES_SECTORS,
+                at_most_all(MAX_WRITE_ZEROES_SECTORS).to_le_bytes(),
+            );
             config.put(at::MAX_WRITE_ZEROES_SEG, 1u32.to_le_bytes());
-            // 5.2.6.2: clear only if a write zeroes can never deallocate, which is the domain's to decide, request by request.
+            // 5.2.6.2: clear only if a write zeroes can never deallocate, which is the domain's to
+            // decide, request by request.
             config.put(at::WRITE_ZEROES_MAY_UNMAP, [1]);
         }
         config
@@ -230,7 +243,8 @@ impl ConfigSpace {
         self.cache.is_on()
     }
 
-    /// What a domain has to be able to do for the features that this device offers. See [`features::required_capabilities`].
+    /// What a domain has to be able to do for the features that this device offers. See
+    /// [`features::required_capabilities`].
     #[must_use]
     pub const fn required_capabilities(&self) -> Capabilities {
         features::required_capabilities(self.offered)
@@ -286,7 +300,8 @@ mod tests {
 
     #[test]
     fn fields_of_features_not_offered_are_zero() {
-        let bytes = ConfigSpace::new(&info(Capabilities(0)), 1, 256).read(0, CONFIG_SIZE as u32).unwrap();
+        let bytes =
+            ConfigSpace::new(&info(Capabilities(0)), 1, 256).read(0, CONFIG_SIZE as u32).unwrap();
         assert_eq!(bytes[36..72], [0; 36]);
         assert_eq!(bytes[32], 0, "no flush, no cache");
     }
@@ -358,8 +373,13 @@ mod tests {
         config.set_acked_features(FLUSH);
         assert_eq!(config.write(32, &[0]), Err(Error::NotNegotiated));
         config.set_acked_features(FLUSH | CONFIG_WCE);
-        for (offset, data) in [(0, &[0; 8][..]), (31, &[0, 0]), (32, &[0, 0]), (33, &[0]), (71, &[0])] {
-            assert_eq!(config.write(offset, data), Err(Error::NotWritable { offset, len: data.len() }));
+        for (offset, data) in
+            [(0, &[0; 8][..]), (31, &[0, 0]), (32, &[0, 0]), (33, &[0]), (71, &[0])]
+        {
+            assert_eq!(
+                config.write(offset, data),
+                Err(Error::NotWritable { offset, len: data.len() })
+            );
         }
         assert_eq!(config.write(32, &[2]), Err(Error::NoSuchMode(2)));
         assert_eq!(config.write(0, &[]), Ok(()));
@@ -388,6 +408,10 @@ mod tests {
         assert_eq!((moved.read(32, 1), moved.write_cache()), (Ok(vec![0]), false));
         let mut without = ConfigSpace::new(&info(Capabilities::DISCARD), 1, 256);
         without.set_acked_features(FLUSH);
-        assert_eq!((without.read(32, 1), without.write_cache()), (Ok(vec![0]), false), "not offered");
+        assert_eq!(
+            (without.read(32, 1), without.write_cache()),
+            (Ok(vec![0]), false),
+            "not offered"
+        );
     }
 }

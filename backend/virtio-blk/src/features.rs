@@ -1,8 +1,9 @@
 //! Feature bits: what a domain can do, in the words of virtio, and back.
 //!
-//! The way back is for upgrades: the driver was told once what the device can do, and a successor has to keep that word. Not in
-//! here: `VHOST_USER_F_PROTOCOL_FEATURES`, which is no feature of the device, and everything that the device does not do
-//! (geometry, secure erase, lifetime, zones, packed rings).
+//! The way back is for upgrades: the driver was told once what the device can do, and a successor
+//! has to keep that word. Not in here: `VHOST_USER_F_PROTOCOL_FEATURES`, which is no feature of the
+//! device, and everything that the device does not do (geometry, secure erase, lifetime, zones,
+//! packed rings).
 
 use domain_api::{Capabilities, DeviceInfo};
 use virtio_bindings::{virtio_blk, virtio_config, virtio_ring};
@@ -35,13 +36,14 @@ pub const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 pub const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 
 /// Offered whatever the domain is.
-const ALWAYS: u64 = VERSION_1 | INDIRECT_DESC | EVENT_IDX | MQ | SEG_MAX | SIZE_MAX | BLK_SIZE | TOPOLOGY;
+const ALWAYS: u64 =
+    VERSION_1 | INDIRECT_DESC | EVENT_IDX | MQ | SEG_MAX | SIZE_MAX | BLK_SIZE | TOPOLOGY;
 
 /// The feature bits that a device with such a domain offers.
 ///
-/// `MQ` is among them even with one queue: `num_queues` is then 1, which says the same as its absence (5.2.2), and the offer
-/// does not change with the number of queues. A device that cannot be written offers neither `DISCARD` nor `WRITE_ZEROES`,
-/// which would all fail (5.2.6.2).
+/// `MQ` is among them even with one queue: `num_queues` is then 1, which says the same as its
+/// absence (5.2.2), and the offer does not change with the number of queues. A device that cannot
+/// be written offers neither `DISCARD` nor `WRITE_ZEROES`, which would all fail (5.2.6.2).
 #[must_use]
 pub const fn offered(info: &DeviceInfo) -> u64 {
     let can = info.capabilities;
@@ -65,7 +67,8 @@ pub const fn offered(info: &DeviceInfo) -> u64 {
     features
 }
 
-/// What a domain must be able to do if it is to stand behind these features, offered or acknowledged.
+/// What a domain must be able to do if it is to stand behind these features, offered or
+/// acknowledged.
 #[must_use]
 pub const fn required_capabilities(features: u64) -> Capabilities {
     let mut needed = Capabilities(0);
@@ -87,8 +90,9 @@ pub const fn required_capabilities(features: u64) -> Capabilities {
     needed
 }
 
-/// What a domain must *not* be if it is to stand behind these features, offered: a disk that was announced as writable
-/// cannot become read-only. Give it the offered bits; a driver need not acknowledge `RO`.
+/// What a domain must *not* be if it is to stand behind these features, offered: a disk that was
+/// announced as writable cannot become read-only. Give it the offered bits; a driver need not
+/// acknowledge `RO`.
 #[must_use]
 pub const fn forbidden_capabilities(offered: u64) -> Capabilities {
     if offered & RO == 0 { Capabilities::READ_ONLY } else { Capabilities(0) }

@@ -1,11 +1,13 @@
-//! Guest addresses to host addresses, and the few bytes that the parser itself reads and writes there.
+//! Guest addresses to host addresses, and the few bytes that the parser itself reads and writes
+//! there.
 //!
-//! The only file of this crate with `unsafe` in it. Guest memory is never seen as a slice: other CPUs change it while we
-//! look. What is read for a decision is read once, with volatile loads, so that the compiler cannot fetch it again after it
-//! was checked.
+//! The only file of this crate with `unsafe` in it. Guest memory is never seen as a slice: other
+//! CPUs change it while we look. What is read for a decision is read once, with volatile loads, so
+//! that the compiler cannot fetch it again after it was checked.
 //!
-//! A request touches three or more buffers, nearly always in one or two regions of guest memory (one with the rings and headers, one
-//! with the data), so the last two regions are remembered, and the search through the memory map is left out when they are hit.
+//! A request touches three or more buffers, nearly always in one or two regions of guest memory
+//! (one with the rings and headers, one with the data), so the last two regions are remembered, and
+//! the search through the memory map is left out when they are hit.
 
 use crate::status::WireStatus;
 use domain_api::abi::RawSegment;
@@ -48,9 +50,10 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
     /// Begins with no region remembered.
     ///
     /// # Safety
-    /// The caller keeps this snapshot of the memory map, with every region mapped readable and writable, until the last use
-    /// of any [`RawSegment`] or [`StatusSlot`] that comes out of a parse with this translator; `memory` itself may go
-    /// earlier. Nobody in this process holds a Rust reference into guest memory.
+    /// The caller keeps this snapshot of the memory map, with every region mapped readable and
+    /// writable, until the last use of any [`RawSegment`] or [`StatusSlot`] that comes out of a
+    /// parse with this translator; `memory` itself may go earlier. Nobody in this process holds a
+    /// Rust reference into guest memory.
     #[must_use]
     pub const unsafe fn new(memory: &'m M) -> Self {
         Self { memory, known: [Region::NONE; 2], outside: None }
@@ -62,7 +65,8 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
         self.outside.take()
     }
 
-    /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most. `None` outside of guest memory.
+    /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most.
+    /// `None` outside of guest memory.
     #[inline]
     fn piece(&mut self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
         match self.known[0].piece(addr, len) {
@@ -78,20 +82,27 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
             return None;
         };
         let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-        self.known = [Region { start: region.start_addr().0, len: region.len(), base }, self.known[0]];
+        self.known =
+            [Region { start: region.start_addr().0, len: region.len(), base }, self.known[0]];
         self.known[0].piece(addr, len)
     }
 
-    /// Calls `each` with the contiguous pieces of `len` bytes at `addr`, in order. `None` if some of them are outside of
-    /// guest memory.
+    /// Calls `each` with the contiguous pieces of `len` bytes at `addr`, in order. `None` if some
+    /// of them are outside of guest memory.
     #[inline]
-    fn pieces(&mut self, addr: u64, len: usize, mut each: impl FnMut(*mut u8, usize)) -> Option<()> {
+    fn pieces(
+        &mut self,
+        addr: u64,
+        len: usize,
+        mut each: impl FnMut(*mut u8, usize),
+    ) -> Option<()> {
         let (base, piece) = self.piece(addr, len)?;
         each(base, piece);
         if piece == len { Some(()) } else { self.more_pieces(addr, len, piece, each) }
     }
 
-    /// The rest of [`pieces`](Self::pieces), where regions adjoin: rare, so out of the way of what is inlined.
+    /// The rest of [`pieces`](Self::pieces), where regions adjoin: rare, so out of the way of what
+    /// is inlined.
     #[cold]
     fn more_pieces(
         &mut self,
@@ -117,8 +128,8 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
         segments: &mut Vec<RawSegment>,
     ) -> Option<()> {
         self.pieces(addr, len, |base, len| {
-            // SAFETY: `base..base + len` lies in a region of the snapshot, which `new`'s caller keeps until the request has
-            // completed.
+            // SAFETY: `base..base + len` lies in a region of the snapshot, which `new`'s caller
+            // keeps until the request has completed.
             segments.push(unsafe { RawSegment::new(base, len) });
         })
     }
@@ -152,21 +163,23 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StatusSlot(*mut u8);
 
-// SAFETY: the address of a byte that belongs to no thread; `Translator::new`'s caller answers for it being mapped.
+// SAFETY: the address of a byte that belongs to no thread; `Translator::new`'s caller answers for
+// it being mapped.
 unsafe impl Send for StatusSlot {}
 
 impl StatusSlot {
-    /// Tells the guest how the request ended. Visible to it before the used ring's index is, because that is stored with
-    /// Release (2.7.8.2).
+    /// Tells the guest how the request ended. Visible to it before the used ring's index is,
+    /// because that is stored with Release (2.7.8.2).
     #[inline]
     pub fn write(self, status: WireStatus) {
-        // SAFETY: slots come from a `Translator` only, whose maker keeps the byte mapped writable until it was used for the
-        // last time.
+        // SAFETY: slots come from a `Translator` only, whose maker keeps the byte mapped writable
+        // until it was used for the last time.
         unsafe { self.0.write_volatile(status.as_byte()) };
     }
 }
 
-/// Takes the last byte off `segments`, whose last segment must not be empty: it is where the status goes.
+/// Takes the last byte off `segments`, whose last segment must not be empty: it is where the status
+/// goes.
 pub(crate) fn split_status(segments: &mut Vec<RawSegment>) -> Option<StatusSlot> {
     let last = segments.pop()?;
     let data = last.len().checked_sub(1)?;
@@ -177,10 +190,11 @@ pub(crate) fn split_status(segments: &mut Vec<RawSegment>) -> Option<StatusSlot>
     Some(StatusSlot(last.base().wrapping_add(data)))
 }
 
-/// Sixteen bytes that may be scattered over the guest's buffers: the size of a descriptor, of a request header, and of a
-/// discard's range.
+/// Sixteen bytes that may be scattered over the guest's buffers: the size of a descriptor, of a
+/// request header, and of a discard's range.
 ///
-/// Kept as two numbers, so that they stay in registers; everything in virtio is little-endian (1.4).
+/// Kept as two numbers, so that they stay in registers; everything in virtio is little-endian
+/// (1.4).
 #[derive(Debug, Default)]
 pub(crate) struct Gather {
     low: u64,
@@ -203,7 +217,8 @@ impl Gather {
     /// Appends what `segments` begin with.
     pub(crate) fn take_segments(&mut self, segments: &[RawSegment]) {
         for segment in segments {
-            // SAFETY: a segment is mapped (`RawSegment::new`), and no more is taken than is missing.
+            // SAFETY: a segment is mapped (`RawSegment::new`), and no more is taken than is
+            // missing.
             unsafe { self.take(segment.base(), segment.len().min(self.missing())) };
         }
     }
@@ -245,8 +260,8 @@ pub(crate) fn copy_to_segments(from: &[u8], segments: &[RawSegment]) -> usize {
     let mut done = 0usize;
     for segment in segments {
         let piece = &from[done..from.len().min(done.saturating_add(segment.len()))];
-        // SAFETY: the segment is mapped writable (`RawSegment::new`) and at least as long as `piece`, which is private and
-        // cannot overlap it.
+        // SAFETY: the segment is mapped writable (`RawSegment::new`) and at least as long as
+        // `piece`, which is private and cannot overlap it.
         unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), segment.base(), piece.len()) };
         done += piece.len();
     }

@@ -1,11 +1,12 @@
 //! The request parser: a descriptor chain in, one of three answers out.
 //!
-//! What reaches a domain has been checked here completely: direction, length, range, flags, negotiated features. What the
-//! device can answer itself (serial number, unknown commands, requests that make no sense) never reaches one. What the
-//! driver did wrong is told to it in the status byte where there is one (5.2.6: `IOERR` is for "device or driver error").
+//! What reaches a domain has been checked here completely: direction, length, range, flags,
+//! negotiated features. What the device can answer itself (serial number, unknown commands,
+//! requests that make no sense) never reaches one. What the driver did wrong is told to it in the
+//! status byte where there is one (5.2.6: `IOERR` is for "device or driver error").
 //!
-//! Order of the checks, where more than one fails: the chain's shape, its addresses, the command, the features, read-only,
-//! lengths, flags, range.
+//! Order of the checks, where more than one fails: the chain's shape, its addresses, the command,
+//! the features, read-only, lengths, flags, range.
 
 use crate::chain::{self, DescriptorTable, Layout, MalformedChain};
 use crate::config::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
@@ -15,8 +16,8 @@ use crate::status::WireStatus;
 use domain_api::abi::{REQUEST_MAY_UNMAP, RawSegment, op};
 use domain_api::{Capabilities, DeviceInfo};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::GuestMemoryBackend;
 
@@ -26,7 +27,8 @@ pub const SECTOR_SIZE: u64 = 512;
 /// Size of `struct virtio_blk_discard_write_zeroes` (5.2.6).
 const RANGE_SIZE: u64 = 16;
 
-/// What a request is held against. Made anew when the driver acknowledges features or the capacity changes.
+/// What a request is held against. Made anew when the driver acknowledges features or the capacity
+/// changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes on the disk, as announced.
@@ -35,12 +37,14 @@ pub struct Limits {
     pub features: u64,
     /// Nothing may be written.
     pub read_only: bool,
-    /// Serial number, zero-padded: up to 20 bytes, and a zero only if there is room for one (5.2.6).
+    /// Serial number, zero-padded: up to 20 bytes, and a zero only if there is room for one
+    /// (5.2.6).
     pub serial: [u8; 20],
 }
 
 impl Limits {
-    /// Those of a device with this domain and these acknowledged features. Of a longer serial number, the first 20 bytes.
+    /// Those of a device with this domain and these acknowledged features. Of a longer serial
+    /// number, the first 20 bytes.
     #[must_use]
     pub fn new(info: &DeviceInfo, acked_features: u64) -> Self {
         let mut serial = [0; 20];
@@ -49,7 +53,8 @@ impl Limits {
         Self {
             capacity: info.capacity,
             features: acked_features,
-            read_only: info.capabilities.contains(Capabilities::READ_ONLY) || acked_features & RO != 0,
+            read_only: info.capabilities.contains(Capabilities::READ_ONLY)
+                || acked_features & RO != 0,
             serial,
         }
     }
@@ -62,13 +67,15 @@ impl Limits {
     }
 }
 
-/// Most bytes of a read or write: of more than was announced nobody may ask, since an upgrade waits for it.
+/// Most bytes of a read or write: of more than was announced nobody may ask, since an upgrade waits
+/// for it.
 const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
 /// What became of a chain. Each of them takes one entry in the used ring, with `head` as its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parsed {
-    /// For the domain. Its data is in the segments, which are `len` bytes for a read or a write and none for everything else.
+    /// For the domain. Its data is in the segments, which are `len` bytes for a read or a write and
+    /// none for everything else.
     Request {
         /// One of [`op`].
         op: u32,
@@ -94,7 +101,8 @@ pub enum Parsed {
         /// `len` for the used ring.
         written: u32,
     },
-    /// Cannot be answered; goes into the used ring with `len` 0, so that the driver gets its descriptors back.
+    /// Cannot be answered; goes into the used ring with `len` 0, so that the driver gets its
+    /// descriptors back.
     Malformed {
         /// The chain's first descriptor.
         head: u16,
@@ -103,10 +111,12 @@ pub enum Parsed {
     },
 }
 
-/// `len` for the used ring when a request of the domain's has ended and its status byte was written. `written` is the completion's.
+/// `len` for the used ring when a request of the domain's has ended and its status byte was
+/// written. `written` is the completion's.
 ///
-/// The driver may rely on so many bytes from the front of the device-writable part (2.7.8.2). The status byte is at its end, so a
-/// read that failed has not written "one byte" but, from the front, none.
+/// The driver may rely on so many bytes from the front of the device-writable part (2.7.8.2). The
+/// status byte is at its end, so a read that failed has not written "one byte" but, from the front,
+/// none.
 #[must_use]
 #[inline]
 pub const fn used_len(op: u32, len: u64, written: u32) -> u32 {
@@ -117,8 +127,8 @@ pub const fn used_len(op: u32, len: u64, written: u32) -> u32 {
     if written as u64 >= len { len as u32 + 1 } else { written }
 }
 
-/// Parses the chain that begins with descriptor `head` of a queue's `table`. `segments` is cleared and, for a read or a
-/// write, filled.
+/// Parses the chain that begins with descriptor `head` of a queue's `table`. `segments` is cleared
+/// and, for a read or a write, filled.
 #[inline]
 pub fn parse<M: GuestMemoryBackend>(
     table: DescriptorTable,
@@ -143,7 +153,8 @@ pub fn parse<M: GuestMemoryBackend>(
         Verdict::Answer { status, data_written } => {
             segments.clear();
             // As in `used_len`: the status counts only if there is no gap before it.
-            let written = if data_written == layout.writable { data_written + 1 } else { data_written };
+            let written =
+                if data_written == layout.writable { data_written + 1 } else { data_written };
             Parsed::Answer { head, status_at, status, written: written as u32 }
         }
     }
@@ -165,7 +176,8 @@ impl Verdict {
     }
 }
 
-/// Decides what a well-formed chain asks for. The header is `{ type: le32, reserved: le32, sector: le64 }` (5.2.6).
+/// Decides what a well-formed chain asks for. The header is `{ type: le32, reserved: le32, sector:
+/// le64 }` (5.2.6).
 #[inline]
 fn judge(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Verdict {
     if layout.faulty {
@@ -182,15 +194,18 @@ fn judge(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
         VIRTIO_BLK_T_DISCARD => range(op::DISCARD, layout, limits, segments),
         VIRTIO_BLK_T_WRITE_ZEROES => range(op::WRITE_ZEROES, layout, limits, segments),
         VIRTIO_BLK_T_GET_ID => get_id(layout, limits, segments),
-        // 5.2.6: a request that the device does not know. SECURE_ERASE, GET_LIFETIME and zones among them.
+        // 5.2.6: a request that the device does not know. SECURE_ERASE, GET_LIFETIME and zones
+        // among them.
         _ => Verdict::UNSUPPORTED,
     }
 }
 
-/// A read or a write of `len` bytes. `stray` is data in the other direction, of which there must be none.
+/// A read or a write of `len` bytes. `stray` is data in the other direction, of which there must be
+/// none.
 #[inline]
 fn transfer(op: u32, sector: u64, len: u64, stray: u64, limits: &Limits) -> Verdict {
-    // 5.2.6.1: the length is a multiple of 512. 5.2.4: no more than seg_max segments, of size_max each.
+    // 5.2.6.1: the length is a multiple of 512. 5.2.4: no more than seg_max segments, of size_max
+    // each.
     if stray != 0 || !len.is_multiple_of(SECTOR_SIZE) || len > MAX_TRANSFER {
         return Verdict::IO_ERROR;
     }
@@ -202,8 +217,8 @@ fn transfer(op: u32, sector: u64, len: u64, stray: u64, limits: &Limits) -> Verd
     }
 }
 
-/// A flush of the whole device: `sector` means nothing. Data after the header is only advised against (5.2.6.1), so it is
-/// ignored; a buffer to be filled is beyond what can be meant.
+/// A flush of the whole device: `sector` means nothing. Data after the header is only advised
+/// against (5.2.6.1), so it is ignored; a buffer to be filled is beyond what can be meant.
 #[cold]
 fn flush(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Verdict {
     if limits.features & FLUSH == 0 {
@@ -216,8 +231,8 @@ fn flush(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
     Verdict::Submit { op: op::FLUSH, flags: 0, offset: 0, len: 0 }
 }
 
-/// A discard or a write zeroes: its range is the data, `{ sector: le64, num_sectors: le32, flags: le32 }` (5.2.6). `sector`
-/// in the header means nothing.
+/// A discard or a write zeroes: its range is the data, `{ sector: le64, num_sectors: le32, flags:
+/// le32 }` (5.2.6). `sector` in the header means nothing.
 #[cold]
 fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Verdict {
     let (feature, max_sectors, known_flags) = match op {
@@ -228,8 +243,8 @@ fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegmen
     if limits.features & feature == 0 {
         return Verdict::UNSUPPORTED;
     }
-    // 5.2.6.2: no write succeeds on a read-only device. 5.2.6.1: no more than max_..._seg ranges, which is one; to bring more
-    // is the driver's error, not a command that this device lacks.
+    // 5.2.6.2: no write succeeds on a read-only device. 5.2.6.1: no more than max_..._seg ranges,
+    // which is one; to bring more is the driver's error, not a command that this device lacks.
     if limits.read_only || layout.writable != 0 || layout.readable != RANGE_SIZE {
         return Verdict::IO_ERROR;
     }
@@ -247,7 +262,8 @@ fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegmen
         return Verdict::IO_ERROR;
     }
     let len = u64::from(sectors) * SECTOR_SIZE;
-    let flags = if wire_flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 { REQUEST_MAY_UNMAP } else { 0 };
+    let flags =
+        if wire_flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 { REQUEST_MAY_UNMAP } else { 0 };
     match limits.offset(sector, len) {
         None => Verdict::IO_ERROR,
         Some(_) if len == 0 => Verdict::DONE,
@@ -255,7 +271,8 @@ fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegmen
     }
 }
 
-/// The serial number. A driver asks with 20 bytes (5.2.6.1); one that asks with more or less gets what fits.
+/// The serial number. A driver asks with 20 bytes (5.2.6.1); one that asks with more or less gets
+/// what fits.
 #[cold]
 fn get_id(layout: &Layout, limits: &Limits, segments: &[RawSegment]) -> Verdict {
     if layout.readable != 0 {

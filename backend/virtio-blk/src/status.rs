@@ -1,6 +1,7 @@
 //! The status byte: how a request ended, as the guest is told.
 //!
-//! A type of its own, so that neither a domain's number nor a host error can end up in guest memory by accident.
+//! A type of its own, so that neither a domain's number nor a host error can end up in guest memory
+//! by accident.
 
 use domain_api::abi::status;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
@@ -18,8 +19,8 @@ pub enum WireStatus {
 }
 
 impl WireStatus {
-    /// What the guest is told about a domain's completion. A number that the contract does not know is an I/O error: the domain
-    /// has not said that the request succeeded.
+    /// What the guest is told about a domain's completion. A number that the contract does not know
+    /// is an I/O error: the domain has not said that the request succeeded.
     #[must_use]
     pub const fn from_completion(completion_status: u32) -> Self {
         match completion_status {

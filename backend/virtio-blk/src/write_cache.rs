@@ -41,9 +41,9 @@ impl WriteCache {
     pub(crate) fn is_on(&self) -> bool {
         let believed = self.believed == Some(true);
         self.exists
-            && self
-                .acked
-                .map_or(believed, |acked| acked & FLUSH != 0 && (believed || acked & CONFIG_WCE == 0))
+            && self.acked.map_or(believed, |acked| {
+                acked & FLUSH != 0 && (believed || acked & CONFIG_WCE == 0)
+            })
     }
 
     /// The driver has acknowledged these features. What it believes of the cache is not changed by
@@ -157,13 +157,29 @@ mod tests {
             ("a guest that comes from another host", &[Read, Reset, BOTH, Elsewhere], false),
             ("one ring of several comes from there", &[Read, BOTH, Ring, Elsewhere, Ring], false),
             ("stop and cont", &[Read, BOTH, Ring, BOTH, Ring], true),
-            ("stop and cont, with the cache off", &[Read, BOTH, Wrote(false), Ring, BOTH, Ring], false),
+            (
+                "stop and cont, with the cache off",
+                &[Read, BOTH, Wrote(false), Ring, BOTH, Ring],
+                false,
+            ),
             ("resets before the first driver", &[Read, Reset, Reset, BOTH, Ring], true),
             ("a reset", &[Read, BOTH, Ring, Reset, BOTH, Ring], true),
-            ("a reset, with the cache off", &[Read, BOTH, Ring, Wrote(false), Reset, BOTH, Ring], false),
+            (
+                "a reset, with the cache off",
+                &[Read, BOTH, Ring, Wrote(false), Reset, BOTH, Ring],
+                false,
+            ),
             ("the same, before the next driver", &[Read, BOTH, Ring, Wrote(false), Reset], false),
-            ("a reset that the frontend reads after", &[Read, BOTH, Wrote(false), Reset, Read, BOTH], true),
-            ("a frontend that reads while rings run", &[Read, BOTH, Ring, Wrote(false), Read], false),
+            (
+                "a reset that the frontend reads after",
+                &[Read, BOTH, Wrote(false), Reset, Read, BOTH],
+                true,
+            ),
+            (
+                "a frontend that reads while rings run",
+                &[Read, BOTH, Ring, Wrote(false), Read],
+                false,
+            ),
             (
                 "a reset, and a read when rings run again",
                 &[Read, BOTH, Wrote(false), Reset, BOTH, Ring, Read],
@@ -171,7 +187,11 @@ mod tests {
             ),
             ("a driver that cannot flush", &[Read, NONE, Ring], false),
             ("one that cannot flush, and one that can", &[Read, NONE, Ring, BOTH, Ring], true),
-            ("the cache off, firmware, the same guest", &[Read, BOTH, Wrote(false), NONE, BOTH, Ring], false),
+            (
+                "the cache off, firmware, the same guest",
+                &[Read, BOTH, Wrote(false), NONE, BOTH, Ring],
+                false,
+            ),
             ("read while firmware runs", &[Read, NONE, Ring, Read, BOTH, Ring], false),
             ("a driver that flushes and cannot switch", &[Read, Acked(FLUSH), Ring], true),
             ("the same after a reconnect", &[Acked(FLUSH), Elsewhere], true),

@@ -5,7 +5,8 @@ mod common;
 use common::*;
 use domain_api::abi::op;
 use virtio_blk::{
-    DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain, Parsed, Translator, WireStatus, parse,
+    DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain, Parsed, Translator, WireStatus,
+    parse,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -38,7 +39,8 @@ fn the_usual_read_and_write() {
     assert!(guest.status_lands_at(slot(read), STATUS));
 
     guest.header(OUT, 8);
-    let write = guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0), (0x6000, 1024, 0), (STATUS, 1, WRITE)]);
+    let write =
+        guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0), (0x6000, 1024, 0), (STATUS, 1, WRITE)]);
     assert_eq!(request(write), (op::WRITE, 0, 8 * 512, 1536));
     assert_eq!(guest.segments(), [(DATA, 512), (0x6000, 1024)]);
     assert!(guest.status_lands_at(slot(write), STATUS));
@@ -94,7 +96,8 @@ fn the_status_is_the_last_writable_byte() {
     assert_eq!(guest.segments(), [(DATA, 512)]);
     assert!(guest.status_lands_at(slot(shared), DATA + 512));
 
-    let alone = guest.parse(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE), (DATA, 0, WRITE)]);
+    let alone =
+        guest.parse(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE), (DATA, 0, WRITE)]);
     assert_eq!(guest.segments(), [(DATA, 512)]);
     assert!(guest.status_lands_at(slot(alone), STATUS));
 }
@@ -205,8 +208,14 @@ fn a_status_outside_of_guest_memory_cannot_be_answered() {
 fn no_writable_byte_cannot_be_answered() {
     let mut guest = Guest::new();
     guest.header(OUT, 0);
-    assert_eq!(malformed(guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0)])), MalformedChain::NoStatus);
-    assert_eq!(malformed(guest.parse(&[(HEADER, 16, 0), (STATUS, 0, WRITE)])), MalformedChain::NoStatus);
+    assert_eq!(
+        malformed(guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0)])),
+        MalformedChain::NoStatus
+    );
+    assert_eq!(
+        malformed(guest.parse(&[(HEADER, 16, 0), (STATUS, 0, WRITE)])),
+        MalformedChain::NoStatus
+    );
 }
 
 #[test]
@@ -280,12 +289,19 @@ fn indirect_tables_are_followed_wherever_they_are() {
     // At an odd address, and across regions: no alignment is asked of it (2.7.5.3).
     for at in [INDIRECT_TABLE, INDIRECT_TABLE + 3, SEAM - 16, SEAM - 21] {
         write_table(&guest.memory, at, &inner);
-        assert_eq!(request(guest.parse_table(&[(at, 48, INDIRECT, 0)])), (op::READ, 0, 9 * 512, 512));
+        assert_eq!(
+            request(guest.parse_table(&[(at, 48, INDIRECT, 0)])),
+            (op::READ, 0, 9 * 512, 512)
+        );
         // 2.7.5.3.2: what else its flags say is ignored.
         assert_eq!(request(guest.parse_table(&[(at, 48, INDIRECT | WRITE, 99)])).3, 512);
     }
     // Some descriptors of the queue, then the table (2.7.5.3.2).
-    write_table(&guest.memory, INDIRECT_TABLE, &[(DATA, 512, WRITE | NEXT, 1), (STATUS, 1, WRITE, 0)]);
+    write_table(
+        &guest.memory,
+        INDIRECT_TABLE,
+        &[(DATA, 512, WRITE | NEXT, 1), (STATUS, 1, WRITE, 0)],
+    );
     let mixed = [(HEADER, 16, NEXT, 1), (INDIRECT_TABLE, 32, INDIRECT, 0)];
     assert_eq!(request(guest.parse_table(&mixed)).3, 512);
 }
@@ -297,11 +313,17 @@ fn bad_indirect_tables_cannot_be_answered() {
     let inner = [(HEADER, 16, NEXT, 1), (DATA, 512, WRITE | NEXT, 2), (STATUS, 1, WRITE, 0)];
     write_table(&guest.memory, INDIRECT_TABLE, &inner);
     let table = |len| [(INDIRECT_TABLE, len, INDIRECT, 0)];
-    assert_eq!(malformed(guest.parse_table(&table(32))), MalformedChain::Index { index: 2, size: 2 });
+    assert_eq!(
+        malformed(guest.parse_table(&table(32))),
+        MalformedChain::Index { index: 2, size: 2 }
+    );
     for len in [0, 15, 47, 65536 * 16, u32::MAX] {
         assert_eq!(malformed(guest.parse_table(&table(len))), MalformedChain::Indirect { len });
     }
-    assert_eq!(malformed(guest.parse_table(&[(END, 48, INDIRECT, 0)])), MalformedChain::TableOutside);
+    assert_eq!(
+        malformed(guest.parse_table(&[(END, 48, INDIRECT, 0)])),
+        MalformedChain::TableOutside
+    );
     let looping = [(HEADER, 16, NEXT, 1), (DATA, 512, WRITE | NEXT, 1)];
     write_table(&guest.memory, INDIRECT_TABLE, &looping);
     assert_eq!(malformed(guest.parse_table(&table(32))), MalformedChain::Loop);

@@ -1,15 +1,18 @@
-//! Random descriptor tables and headers: whatever a guest writes, nothing panics and nothing leaves the bounds.
+//! Random descriptor tables and headers: whatever a guest writes, nothing panics and nothing leaves
+//! the bounds.
 //!
-//! Seeded, so that a failure comes again. Half of the chains are arbitrary; the others are good ones with a few numbers
-//! changed, because arbitrary ones seldom get past the first check. That all outcomes came up is checked at the end: a
-//! fuzzer that reaches nothing proves nothing.
+//! Seeded, so that a failure comes again. Half of the chains are arbitrary; the others are good
+//! ones with a few numbers changed, because arbitrary ones seldom get past the first check. That
+//! all outcomes came up is checked at the end: a fuzzer that reaches nothing proves nothing.
 
 mod common;
 
 use common::*;
 use domain_api::abi::{RawSegment, op};
 use std::collections::BTreeMap;
-use virtio_blk::{Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MalformedChain, Parsed, WireStatus, features};
+use virtio_blk::{
+    Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MalformedChain, Parsed, WireStatus, features,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const ROUNDS: u32 = 100_000;
@@ -35,7 +38,8 @@ impl Random {
     }
 
     fn address(&mut self) -> u64 {
-        let near = self.pick(&[0, HEADER, RANGE, DATA, SEAM, END, ISLAND, ISLAND_END, 1 << 63, u64::MAX]);
+        let near =
+            self.pick(&[0, HEADER, RANGE, DATA, SEAM, END, ISLAND, ISLAND_END, 1 << 63, u64::MAX]);
         match self.below(4) {
             0 => self.below(END),
             1 => near,
@@ -46,11 +50,39 @@ impl Random {
 
     fn length(&mut self) -> u32 {
         let any = self.next() as u32;
-        self.pick(&[0, 1, 8, 15, 16, 17, 20, 511, 512, 513, 1024, 4096, 4097, any % 5000, any, u32::MAX])
+        self.pick(&[
+            0,
+            1,
+            8,
+            15,
+            16,
+            17,
+            20,
+            511,
+            512,
+            513,
+            1024,
+            4096,
+            4097,
+            any % 5000,
+            any,
+            u32::MAX,
+        ])
     }
 
     fn descriptor(&mut self) -> Desc {
-        let flags = self.pick(&[0, NEXT, NEXT, NEXT, WRITE, NEXT | WRITE, NEXT | WRITE, INDIRECT, 7, 0xfff8]);
+        let flags = self.pick(&[
+            0,
+            NEXT,
+            NEXT,
+            NEXT,
+            WRITE,
+            NEXT | WRITE,
+            NEXT | WRITE,
+            INDIRECT,
+            7,
+            0xfff8,
+        ]);
         (self.address(), self.length(), flags, self.below(18) as u16)
     }
 
@@ -97,13 +129,15 @@ impl Random {
         memory.write_obj(kind.to_le(), GuestAddress(HEADER)).unwrap();
         memory.write_obj(sector.to_le(), GuestAddress(HEADER + 8)).unwrap();
         memory.write_obj(self.below(1002).to_le(), GuestAddress(RANGE)).unwrap();
-        memory.write_obj(self.pick(&[0, 1, 8, 1001, any]).to_le(), GuestAddress(RANGE + 8)).unwrap();
+        memory
+            .write_obj(self.pick(&[0, 1, 8, 1001, any]).to_le(), GuestAddress(RANGE + 8))
+            .unwrap();
         memory.write_obj(self.pick(&[0, 0, 1, 2, any]).to_le(), GuestAddress(RANGE + 12)).unwrap();
     }
 }
 
-/// virtio-queue must see the same chain: as many bytes, and an end where we see one. It ends in silence where a chain is
-/// broken, but then its last descriptor asks for one more.
+/// virtio-queue must see the same chain: as many bytes, and an end where we see one. It ends in
+/// silence where a chain is broken, but then its last descriptor asks for one more.
 fn check_against_virtio_queue(memory: &GuestMemoryMmap, parsed: Parsed) {
     let (mut bytes, mut ends, mut ordered, mut writable) = (0u64, false, true, false);
     for descriptor in chain(memory, 0) {
@@ -114,11 +148,18 @@ fn check_against_virtio_queue(memory: &GuestMemoryMmap, parsed: Parsed) {
     }
     match parsed {
         Parsed::Malformed { reason: MalformedChain::Order, .. } => assert!(!ordered),
-        Parsed::Malformed { reason: MalformedChain::NoStatus | MalformedChain::StatusOutside, .. } => {
+        Parsed::Malformed {
+            reason: MalformedChain::NoStatus | MalformedChain::StatusOutside,
+            ..
+        } => {
             assert!(ends && ordered);
         }
-        // We are stricter: a limit of our own, and an indirect table that has a successor (2.7.5.3.1).
-        Parsed::Malformed { reason: MalformedChain::TooLong | MalformedChain::Indirect { .. }, .. } => {}
+        // We are stricter: a limit of our own, and an indirect table that has a successor
+        // (2.7.5.3.1).
+        Parsed::Malformed {
+            reason: MalformedChain::TooLong | MalformedChain::Indirect { .. },
+            ..
+        } => {}
         Parsed::Malformed { .. } => assert!(!ends, "{parsed:?}"),
         Parsed::Request { op: op::READ | op::WRITE, len, .. } => {
             assert!(ends && ordered);
@@ -128,7 +169,12 @@ fn check_against_virtio_queue(memory: &GuestMemoryMmap, parsed: Parsed) {
     }
 }
 
-fn check(memory: &GuestMemoryMmap, limits: &Limits, parsed: Parsed, segments: &[RawSegment]) -> String {
+fn check(
+    memory: &GuestMemoryMmap,
+    limits: &Limits,
+    parsed: Parsed,
+    segments: &[RawSegment],
+) -> String {
     let total: u64 = segments.iter().map(|s| s.len() as u64).sum();
     for segment in segments {
         assert!(!segment.is_empty());
@@ -173,7 +219,8 @@ fn whatever_the_guest_writes() {
     for round in 0..ROUNDS {
         let mut limits = limits();
         if random.below(4) == 0 {
-            limits.features = random.pick(&[0, features::FLUSH, features::DISCARD, features::WRITE_ZEROES]);
+            limits.features =
+                random.pick(&[0, features::FLUSH, features::DISCARD, features::WRITE_ZEROES]);
             limits.read_only = random.below(2) == 0;
         }
         let mut table = if round % 2 == 0 { random.arbitrary() } else { random.good() };

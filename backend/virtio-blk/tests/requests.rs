@@ -58,7 +58,8 @@ fn lengths_are_whole_sectors() {
     }
     // Odd pieces of a whole are fine.
     guest.header(IN, 0);
-    let parsed = guest.parse(&[(HEADER, 16, 0), (DATA, 1, WRITE), (DATA, 511, WRITE), (STATUS, 1, WRITE)]);
+    let parsed =
+        guest.parse(&[(HEADER, 16, 0), (DATA, 1, WRITE), (DATA, 511, WRITE), (STATUS, 1, WRITE)]);
     assert_eq!(request(parsed).3, 512);
 }
 
@@ -81,7 +82,10 @@ fn data_goes_one_way() {
         assert_eq!(answer(guest.parse(&both)), (IO_ERROR, 0), "type {kind}");
     }
     guest.header(IN, 0);
-    assert_eq!(answer(guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)])), (IO_ERROR, 1));
+    assert_eq!(
+        answer(guest.parse(&[(HEADER, 16, 0), (DATA, 512, 0), (STATUS, 1, WRITE)])),
+        (IO_ERROR, 1)
+    );
     guest.header(OUT, 0);
     assert_eq!(
         answer(guest.parse(&[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)])),
@@ -99,7 +103,10 @@ fn flush_ignores_its_sector_and_what_is_to_be_written() {
         (op::FLUSH, 0, 0, 0)
     );
     assert!(guest.segments.is_empty());
-    assert_eq!(answer(guest.parse(&[(HEADER, 16, 0), (DATA, 5, WRITE), (STATUS, 1, WRITE)])), (IO_ERROR, 0));
+    assert_eq!(
+        answer(guest.parse(&[(HEADER, 16, 0), (DATA, 5, WRITE), (STATUS, 1, WRITE)])),
+        (IO_ERROR, 0)
+    );
 }
 
 #[test]
@@ -107,7 +114,10 @@ fn ranges_become_requests_without_segments() {
     let mut guest = Guest::new();
     assert_eq!(request(range(&mut guest, DISCARD, 3, 5, 0)), (op::DISCARD, 0, 1536, 2560));
     assert!(guest.segments.is_empty());
-    assert_eq!(request(range(&mut guest, WRITE_ZEROES, 3, 5, 0)), (op::WRITE_ZEROES, 0, 1536, 2560));
+    assert_eq!(
+        request(range(&mut guest, WRITE_ZEROES, 3, 5, 0)),
+        (op::WRITE_ZEROES, 0, 1536, 2560)
+    );
     assert_eq!(
         request(range(&mut guest, WRITE_ZEROES, 999, 1, 1)),
         (op::WRITE_ZEROES, REQUEST_MAY_UNMAP, 999 * 512, 512)
@@ -119,8 +129,12 @@ fn a_range_may_be_cut_anywhere() {
     for cut in 1..16 {
         let mut guest = Guest::new();
         guest.header(DISCARD, 0).range(4, 2, 0);
-        let parts =
-            [(HEADER, 16, 0), (RANGE, cut, 0), (RANGE + u64::from(cut), 16 - cut, 0), (STATUS, 1, WRITE)];
+        let parts = [
+            (HEADER, 16, 0),
+            (RANGE, cut, 0),
+            (RANGE + u64::from(cut), 16 - cut, 0),
+            (STATUS, 1, WRITE),
+        ];
         assert_eq!(request(guest.parse(&parts)), (op::DISCARD, 0, 2048, 1024), "cut at {cut}");
     }
 }
@@ -129,7 +143,9 @@ fn a_range_may_be_cut_anywhere() {
 fn ranges_stay_on_the_disk() {
     let mut guest = Guest::new();
     for kind in [DISCARD, WRITE_ZEROES] {
-        for (sector, sectors) in [(999, 2), (1000, 1), (1 << 55, 1), ((1 << 55) - 1, 1), (u64::MAX, 1)] {
+        for (sector, sectors) in
+            [(999, 2), (1000, 1), (1 << 55, 1), ((1 << 55) - 1, 1), (u64::MAX, 1)]
+        {
             let parsed = range(&mut guest, kind, sector, sectors, 0);
             assert_eq!(answer(parsed), (IO_ERROR, 1), "{sectors} sectors at {sector}");
         }
@@ -153,7 +169,11 @@ fn flags_that_are_unknown_or_out_of_place_are_unsupported() {
     assert_eq!(answer(range(&mut guest, DISCARD, 0, 1, 1)), (UNSUPPORTED, 1), "unmap in a discard");
     for flags in [2, 3, 1 << 31, u32::MAX] {
         assert_eq!(answer(range(&mut guest, DISCARD, 0, 1, flags)), (UNSUPPORTED, 1), "{flags:#x}");
-        assert_eq!(answer(range(&mut guest, WRITE_ZEROES, 0, 1, flags)), (UNSUPPORTED, 1), "{flags:#x}");
+        assert_eq!(
+            answer(range(&mut guest, WRITE_ZEROES, 0, 1, flags)),
+            (UNSUPPORTED, 1),
+            "{flags:#x}"
+        );
     }
 }
 
@@ -166,7 +186,8 @@ fn there_is_exactly_one_range() {
             let parsed = guest.parse(&[(HEADER, 16, 0), (RANGE, len, 0), (STATUS, 1, WRITE)]);
             assert_eq!(answer(parsed), (IO_ERROR, 1), "{len} bytes");
         }
-        let parsed = guest.parse(&[(HEADER, 16, 0), (RANGE, 16, 0), (DATA, 1, WRITE), (STATUS, 1, WRITE)]);
+        let parsed =
+            guest.parse(&[(HEADER, 16, 0), (RANGE, 16, 0), (DATA, 1, WRITE), (STATUS, 1, WRITE)]);
         assert_eq!(answer(parsed), (IO_ERROR, 0));
     }
 }
@@ -261,14 +282,19 @@ fn limits_come_from_what_the_domain_announces() {
         serial: "short".into(),
     };
     let limits = Limits::new(&info, features::FLUSH);
-    assert_eq!((limits.capacity, limits.features, limits.read_only), (4096, features::FLUSH, false));
+    assert_eq!(
+        (limits.capacity, limits.features, limits.read_only),
+        (4096, features::FLUSH, false)
+    );
     assert_eq!(&limits.serial, b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
     info.serial = "a serial number that is too long".into();
     info.capabilities = Capabilities::READ_ONLY;
     let limits = Limits::new(&info, 0);
     assert!(limits.read_only, "offered is enough, 5.2.6.2");
     assert_eq!(&limits.serial, b"a serial number that");
-    assert!(Limits::new(&DeviceInfo { capabilities: Capabilities(0), ..info }, features::RO).read_only);
+    assert!(
+        Limits::new(&DeviceInfo { capabilities: Capabilities(0), ..info }, features::RO).read_only
+    );
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! The C ABI between host and module: plain structures and function tables, nothing else.
 //!
-//! Why C: each Rust shared object carries its own `std`, so no Rust type may cross that owns, drops, allocates or
-//! dispatches. Every table starts with its own `size` and the ABI version. A side may use a field only if the other
-//! side's `size` covers it; fields are added at the end and never change their meaning. [`ABI_VERSION`] changes
-//! only if that is not enough.
+//! Why C: each Rust shared object carries its own `std`, so no Rust type may cross that owns,
+//! drops, allocates or dispatches. Every table starts with its own `size` and the ABI version. A
+//! side may use a field only if the other side's `size` covers it; fields are added at the end and
+//! never change their meaning. [`ABI_VERSION`] changes only if that is not enough.
 //!
-//! Calls into a module return [`CALL_OK`], [`CALL_FAILED`] or [`CALL_PANICKED`]; for the last two the callee has put a
-//! sentence into the caller's [`RawMessage`].
+//! Calls into a module return [`CALL_OK`], [`CALL_FAILED`] or [`CALL_PANICKED`]; for the last two
+//! the callee has put a sentence into the caller's [`RawMessage`].
 //!
-//! What this file deliberately does not know: who calls what when. See [`crate::BlockDomain`] for that.
+//! What this file deliberately does not know: who calls what when. See [`crate::BlockDomain`] for
+//! that.
 
 use std::ffi::c_void;
 
@@ -22,7 +23,8 @@ pub const ENTRY_SYMBOL: &str = "hotswap_domain_module";
 pub const CALL_OK: u32 = 0;
 /// The domain refused or failed; its sentence is in the message.
 pub const CALL_FAILED: u32 = 1;
-/// The domain panicked; the panic's message is in the message. The instance must not be called again.
+/// The domain panicked; the panic's message is in the message. The instance must not be called
+/// again.
 pub const CALL_PANICKED: u32 = 2;
 
 /// Request kinds, in [`RawRequest::op`].
@@ -64,8 +66,8 @@ impl RawSegment {
     /// Names a piece of guest memory.
     ///
     /// # Safety
-    /// `base..base + len` stays mapped readable and writable until the request that uses it has completed, and nobody makes a Rust reference
-    /// into it.
+    /// `base..base + len` stays mapped readable and writable until the request that uses it has
+    /// completed, and nobody makes a Rust reference into it.
     #[must_use]
     pub const unsafe fn new(base: *mut u8, len: usize) -> Self {
         Self { base, len }
@@ -90,7 +92,8 @@ impl RawSegment {
     }
 }
 
-// SAFETY: an address and a length; whoever made it answers for the memory (`new`), which belongs to no thread.
+// SAFETY: an address and a length; whoever made it answers for the memory (`new`), which belongs to
+// no thread.
 unsafe impl Send for RawSegment {}
 // SAFETY: as above.
 unsafe impl Sync for RawSegment {}
@@ -111,16 +114,25 @@ pub struct RawRequest {
     pub(crate) segment_count: usize,
 }
 
-// SAFETY: plain numbers and a pointer that `new`'s caller answers for; nothing in it belongs to a thread.
+// SAFETY: plain numbers and a pointer that `new`'s caller answers for; nothing in it belongs to a
+// thread.
 unsafe impl Send for RawRequest {}
 
 impl RawRequest {
-    /// Describes a request of kind [`op`] on `offset..offset + len` (bytes), with tag and generation 0.
+    /// Describes a request of kind [`op`] on `offset..offset + len` (bytes), with tag and
+    /// generation 0.
     ///
     /// # Safety
-    /// `segments`, the list itself, stays where it is and unchanged until the request has completed or its instance has been destroyed.
+    /// `segments`, the list itself, stays where it is and unchanged until the request has completed
+    /// or its instance has been destroyed.
     #[must_use]
-    pub const unsafe fn new(op: u32, flags: u32, offset: u64, len: u64, segments: &[RawSegment]) -> Self {
+    pub const unsafe fn new(
+        op: u32,
+        flags: u32,
+        offset: u64,
+        len: u64,
+        segments: &[RawSegment],
+    ) -> Self {
         Self {
             tag: 0,
             generation: 0,
@@ -187,8 +199,9 @@ pub struct RawCompletion {
 
 /// Where a module puts completions: host memory, filled from the front.
 ///
-/// An entry counts from the moment `len` covers it. `len` lives in host memory and is stored after the entry, so what
-/// completed before a panic is known to the host. `entries` and `capacity` are the host's, and stay as they are.
+/// An entry counts from the moment `len` covers it. `len` lives in host memory and is stored after
+/// the entry, so what completed before a panic is known to the host. `entries` and `capacity` are
+/// the host's, and stay as they are.
 #[repr(C)]
 #[derive(Debug)]
 pub struct RawCompletions {
@@ -200,7 +213,8 @@ pub struct RawCompletions {
     pub len: usize,
 }
 
-/// Where a callee that fails puts one UTF-8 sentence for its caller; what does not fit is cut. One that does not fail leaves it alone.
+/// Where a callee that fails puts one UTF-8 sentence for its caller; what does not fit is cut. One
+/// that does not fail leaves it alone.
 #[repr(C)]
 #[derive(Debug)]
 pub struct RawMessage {
@@ -266,7 +280,8 @@ pub struct RawRegion {
     pub fd: i32,
 }
 
-/// A function of the module that the host calls once: to run the task behind `arg` (`run` 1), or only to free it (`run` 0).
+/// A function of the module that the host calls once: to run the task behind `arg` (`run` 1), or
+/// only to free it (`run` 0).
 pub type TaskEntry = unsafe extern "C" fn(arg: *mut c_void, run: u32);
 
 /// What the host offers to one instance. Valid until the module's `fini` has returned.
@@ -290,10 +305,12 @@ pub struct HostVtable {
     /// The schema number of the storage as it is now, 0 if it is empty. Works before `activate`.
     pub schema: unsafe extern "C" fn(ctx: *mut c_void) -> u32,
     /// Sets the schema number. Fails unless this instance owns the storage.
-    pub set_schema: unsafe extern "C" fn(ctx: *mut c_void, schema: u32, message: *mut RawMessage) -> u32,
+    pub set_schema:
+        unsafe extern "C" fn(ctx: *mut c_void, schema: u32, message: *mut RawMessage) -> u32,
     /// Length in bytes of a region, 0 if there is none. Works before `activate`.
     pub region_len: unsafe extern "C" fn(ctx: *mut c_void, key: RawBytes) -> u64,
-    /// Opens a region, creating it with `len` zero bytes if there is none; one with another length is an error.
+    /// Opens a region, creating it with `len` zero bytes if there is none; one with another length
+    /// is an error.
     pub region: unsafe extern "C" fn(
         ctx: *mut c_void,
         key: RawBytes,
@@ -301,7 +318,8 @@ pub struct HostVtable {
         out: *mut RawRegion,
         message: *mut RawMessage,
     ) -> u32,
-    /// Copies the bytes at `key` to `out`; returns their length (which may be more than fits), or `u64::MAX` for none.
+    /// Copies the bytes at `key` to `out`; returns their length (which may be more than fits), or
+    /// `u64::MAX` for none.
     pub bytes_get:
         unsafe extern "C" fn(ctx: *mut c_void, key: RawBytes, out: *mut u8, capacity: usize) -> u64,
     /// Sets the bytes at `key`. Fails unless this instance owns the storage.
@@ -311,11 +329,16 @@ pub struct HostVtable {
         value: RawBytes,
         message: *mut RawMessage,
     ) -> u32,
-    /// A dup (close-on-exec) of the file descriptor at `key`, or -1. Works before `activate`: swap needs it.
+    /// A dup (close-on-exec) of the file descriptor at `key`, or -1. Works before `activate`: swap
+    /// needs it.
     pub fd_dup: unsafe extern "C" fn(ctx: *mut c_void, key: RawBytes) -> i32,
     /// Puts a dup of `fd` at `key`. Fails unless this instance owns the storage.
-    pub fd_put:
-        unsafe extern "C" fn(ctx: *mut c_void, key: RawBytes, fd: i32, message: *mut RawMessage) -> u32,
+    pub fd_put: unsafe extern "C" fn(
+        ctx: *mut c_void,
+        key: RawBytes,
+        fd: i32,
+        message: *mut RawMessage,
+    ) -> u32,
     /// Runs the task on a new thread, which is joined after `destroy` and before `fini`.
     pub spawn: unsafe extern "C" fn(
         ctx: *mut c_void,
@@ -324,7 +347,8 @@ pub struct HostVtable {
         arg: *mut c_void,
         message: *mut RawMessage,
     ) -> u32,
-    /// Runs the task on the instance's timer thread, `delay_ns` from now; it is only freed if `destroy` comes first.
+    /// Runs the task on the instance's timer thread, `delay_ns` from now; it is only freed if
+    /// `destroy` comes first.
     pub timer: unsafe extern "C" fn(
         ctx: *mut c_void,
         delay_ns: u64,
@@ -332,27 +356,31 @@ pub struct HostVtable {
         arg: *mut c_void,
         message: *mut RawMessage,
     ) -> u32,
-    /// A dup (close-on-exec) of the eventfd that `notify` writes to for `queue`, or -1 if there is none. A domain can give it to the kernel, so that
-    /// completions wake the worker without a thread between. The worker's for as long as the queue is attached.
+    /// A dup (close-on-exec) of the eventfd that `notify` writes to for `queue`, or -1 if there is
+    /// none. A domain can give it to the kernel, so that completions wake the worker without a
+    /// thread between. The worker's for as long as the queue is attached.
     pub notifier_fd: unsafe extern "C" fn(ctx: *mut c_void, queue: u32) -> i32,
-    /// The queues that have workers now, one bit each, the lowest for queue 0. These will be attached if this instance is activated; they may also have gone by
-    /// then, and others may have come.
+    /// The queues that have workers now, one bit each, the lowest for queue 0. These will be
+    /// attached if this instance is activated; they may also have gone by then, and others may have
+    /// come.
     pub served_queues: unsafe extern "C" fn(ctx: *mut c_void) -> u64,
     /// Marks the storage: something that was written to it may be lost for good. The first sentence
     /// stays. Any instance may say so at any time, also one that does not own the storage.
     pub storage_failed: unsafe extern "C" fn(ctx: *mut c_void, sentence: RawBytes),
     /// Copies the sentence that the storage is marked with to `out`; returns its length (which may
     /// be more than fits), or `u64::MAX` if it is not marked.
-    pub storage_failure: unsafe extern "C" fn(ctx: *mut c_void, out: *mut u8, capacity: usize) -> u64,
+    pub storage_failure:
+        unsafe extern "C" fn(ctx: *mut c_void, out: *mut u8, capacity: usize) -> u64,
     /// Adds `count` to the device's counter `name`, which `status` shows.
     pub count: unsafe extern "C" fn(ctx: *mut c_void, name: RawBytes, count: u64),
 }
 
 /// What a module offers: the static behind [`ENTRY_SYMBOL`].
 ///
-/// `instance` is what `create` returned. `create`, `quiesce`, `activate`, `resume`, `cancel` and `destroy` are never
-/// called at the same time as each other for one instance. `attach_queue`, `submit`, `reap` and `detach_queue` for one queue
-/// come from one thread at a time: the worker that serves it.
+/// `instance` is what `create` returned. `create`, `quiesce`, `activate`, `resume`, `cancel` and
+/// `destroy` are never called at the same time as each other for one instance. `attach_queue`,
+/// `submit`, `reap` and `detach_queue` for one queue come from one thread at a time: the worker
+/// that serves it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ModuleVtable {
@@ -362,7 +390,8 @@ pub struct ModuleVtable {
     pub abi_version: u32,
     /// Called once after the module was mapped, before anything else: sets up its panic hook.
     pub init: unsafe extern "C" fn(),
-    /// Called once before the module is unmapped, when it has no instance: takes the panic hook out.
+    /// Called once before the module is unmapped, when it has no instance: takes the panic hook
+    /// out.
     pub fini: unsafe extern "C" fn(),
     /// Prepares an instance: opens, allocates, validates; does not touch the storage's contents.
     /// `params` are pairs: key, value, key, value.
@@ -376,15 +405,20 @@ pub struct ModuleVtable {
     /// Ends an instance that no queue is attached to and that has nothing in flight.
     pub destroy: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
     /// Describes the device. `out.size` is set by the caller.
-    pub info:
-        unsafe extern "C" fn(instance: *mut c_void, out: *mut RawDeviceInfo, message: *mut RawMessage) -> u32,
+    pub info: unsafe extern "C" fn(
+        instance: *mut c_void,
+        out: *mut RawDeviceInfo,
+        message: *mut RawMessage,
+    ) -> u32,
     /// Called on the worker's own thread before its first `submit`.
     pub attach_queue:
         unsafe extern "C" fn(instance: *mut c_void, queue: u32, message: *mut RawMessage) -> u32,
-    /// Called on the worker's own thread after its last `reap`, with nothing in flight on the queue.
+    /// Called on the worker's own thread after its last `reap`, with nothing in flight on the
+    /// queue.
     pub detach_queue:
         unsafe extern "C" fn(instance: *mut c_void, queue: u32, message: *mut RawMessage) -> u32,
-    /// Takes the first `*accepted` of `count` requests; ends some of them at once into `completions`.
+    /// Takes the first `*accepted` of `count` requests; ends some of them at once into
+    /// `completions`.
     pub submit: unsafe extern "C" fn(
         instance: *mut c_void,
         queue: u32,
@@ -401,7 +435,8 @@ pub struct ModuleVtable {
         completions: *mut RawCompletions,
         message: *mut RawMessage,
     ) -> u32,
-    /// Gate shut, nothing in flight: writes down what only the instance knows; from now on the storage is not its own.
+    /// Gate shut, nothing in flight: writes down what only the instance knows; from now on the
+    /// storage is not its own.
     pub quiesce: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
     /// The storage is the instance's now: takes it up. Must not depend on how many bytes there are.
     pub activate: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
@@ -409,7 +444,8 @@ pub struct ModuleVtable {
     pub resume: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
     /// End what is in flight as soon as possible, with an I/O error where it cannot be done.
     pub cancel: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
-    /// Guest memory was mapped (`added` 1) or is about to be unmapped (`added` 0): for registered buffers.
+    /// Guest memory was mapped (`added` 1) or is about to be unmapped (`added` 0): for registered
+    /// buffers.
     pub memory_changed: unsafe extern "C" fn(
         instance: *mut c_void,
         base: *mut u8,
@@ -417,7 +453,8 @@ pub struct ModuleVtable {
         added: u32,
         message: *mut RawMessage,
     ) -> u32,
-    /// The driver turned the write cache on (1) or off (0, each write is to be durable before it completes).
+    /// The driver turned the write cache on (1) or off (0, each write is to be durable before it
+    /// completes).
     pub set_write_cache:
         unsafe extern "C" fn(instance: *mut c_void, on: u32, message: *mut RawMessage) -> u32,
 }

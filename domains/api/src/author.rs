@@ -1,9 +1,12 @@
 //! What the author of a domain sees: one trait to implement, and the values that pass through it.
 //!
-//! Requests are owned values. A domain has a [`Request`] until it completes it, and completing consumes it; so safe code can neither
-//! answer a request twice nor touch its buffer after the guest was told that it is done.
+//! Requests are owned values. A domain has a [`Request`] until it completes it, and completing
+//! consumes it; so safe code can neither answer a request twice nor touch its buffer after the
+//! guest was told that it is done.
 
-use crate::abi::{self, HostVtable, RawBytes, RawCompletion, RawCompletions, RawMessage, RawRequest};
+use crate::abi::{
+    self, HostVtable, RawBytes, RawCompletion, RawCompletions, RawMessage, RawRequest,
+};
 use crate::{Buffer, Params, Storage};
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -20,9 +23,10 @@ use std::time::Duration;
 ///                                    +------- activate (rolled back to) <-----------+
 /// ```
 ///
-/// `quiesce` is left out where instances swap (see [`Swap`]). `attach_queue`, `submit`, `reap` and `detach_queue` for one
-/// queue run on the thread that serves that queue, for different queues at the same time. A panic in any of them is caught by the host and
-/// ends the instance, not the device.
+/// `quiesce` is left out where instances swap (see [`Swap`]). `attach_queue`, `submit`, `reap` and
+/// `detach_queue` for one queue run on the thread that serves that queue, for different queues at
+/// the same time. A panic in any of them is caught by the host and ends the instance, not the
+/// device.
 pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// Name, `[a-z0-9_-]+`; modules are called `libdomain_NAME.so`.
     const NAME: &'static str;
@@ -36,14 +40,15 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     const ACCEPTED_SCHEMAS: &'static [u32];
     /// The parameters it takes.
     const PARAMS: &'static [&'static str];
-    /// Those of [`PARAMS`](Self::PARAMS) that it takes over from its predecessor where an upgrade does not give them: what makes the disk *this* disk.
+    /// Those of [`PARAMS`](Self::PARAMS) that it takes over from its predecessor where an upgrade
+    /// does not give them: what makes the disk *this* disk.
     const INHERITED: &'static [&'static str];
 
     /// What a worker keeps for its queue: rings, buffers, requests in flight.
     type Queue: Send + 'static;
 
-    /// Opens, allocates and validates. The predecessor still serves: the storage may be looked at (`schema`, `region_len`,
-    /// `bytes`, `file`), but it is not ours yet.
+    /// Opens, allocates and validates. The predecessor still serves: the storage may be looked at
+    /// (`schema`, `region_len`, `bytes`, `file`), but it is not ours yet.
     ///
     /// # Errors
     /// A sentence for the operator. The upgrade is refused and the device goes on as before.
@@ -53,13 +58,15 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// [`swap`](DeviceInfo::swap), which each change asks for again.
     fn info(&self) -> DeviceInfo;
 
-    /// Takes up the storage, which is ours from now on. The guest waits: do nothing that depends on how many bytes there are.
+    /// Takes up the storage, which is ours from now on. The guest waits: do nothing that depends on
+    /// how many bytes there are.
     ///
     /// # Errors
     /// A sentence for the operator. The predecessor resumes.
     fn activate(&self) -> Result<(), DomainError>;
 
-    /// Nothing is in flight and nothing will come: write down in the storage what only this instance knows.
+    /// Nothing is in flight and nothing will come: write down in the storage what only this
+    /// instance knows.
     ///
     /// # Errors
     /// A sentence for the operator. This instance goes on, as after [`resume`](Self::resume).
@@ -84,19 +91,28 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
         drop(queue);
     }
 
-    /// Takes requests from the front of `batch`, as many as it likes, and completes each now or later. What it leaves is offered
-    /// again after the next completion, so it must not leave the first one while nothing is in flight.
-    fn submit(&self, queue: &mut Self::Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>);
+    /// Takes requests from the front of `batch`, as many as it likes, and completes each now or
+    /// later. What it leaves is offered again after the next completion, so it must not leave the
+    /// first one while nothing is in flight.
+    fn submit(
+        &self,
+        queue: &mut Self::Queue,
+        batch: &mut Batch<'_>,
+        completions: &mut Completions<'_>,
+    );
 
-    /// Hands over completions that came since, after [`Host::notify`] or whenever the worker comes by. Must not block.
+    /// Hands over completions that came since, after [`Host::notify`] or whenever the worker comes
+    /// by. Must not block.
     fn reap(&self, queue: &mut Self::Queue, completions: &mut Completions<'_>) {
         let _ = (queue, completions);
     }
 
-    /// Ends what is in flight as soon as possible; called when a frontend went away or a deadline is near.
+    /// Ends what is in flight as soon as possible; called when a frontend went away or a deadline
+    /// is near.
     fn cancel(&self) {}
 
-    /// Guest memory appeared or is about to disappear, for domains that register buffers with the kernel.
+    /// Guest memory appeared or is about to disappear, for domains that register buffers with the
+    /// kernel.
     fn memory_changed(&self, base: usize, len: usize, added: bool) {
         let _ = (base, len, added);
     }
@@ -176,13 +192,14 @@ pub struct RequestId {
     pub generation: u64,
 }
 
-/// One request, checked by the host: range inside the capacity, multiples of 512, segments that add up.
+/// One request, checked by the host: range inside the capacity, multiples of 512, segments that add
+/// up.
 #[derive(Debug)]
 #[must_use = "a request must be completed, or the guest waits for ever"]
 pub struct Request(RawRequest);
 
-// SAFETY: the segments that it points to are host memory that nobody changes until the request has completed, and guest memory
-// that is accessed by raw copies only; neither belongs to a thread.
+// SAFETY: the segments that it points to are host memory that nobody changes until the request has
+// completed, and guest memory that is accessed by raw copies only; neither belongs to a thread.
 unsafe impl Send for Request {}
 
 impl Request {
@@ -234,9 +251,11 @@ impl Request {
             // SAFETY: no segment, nothing to uphold.
             return unsafe { Buffer::from_segments(&[]) };
         }
-        // SAFETY: the host keeps the segment list and the memory behind it until the request has completed (abi::RawRequest), and
-        // completing consumes `self`, which the buffer borrows.
-        unsafe { Buffer::from_segments(std::slice::from_raw_parts(self.0.segments, self.0.segment_count)) }
+        // SAFETY: the host keeps the segment list and the memory behind it until the request has
+        // completed (abi::RawRequest), and completing consumes `self`, which the buffer borrows.
+        unsafe {
+            Buffer::from_segments(std::slice::from_raw_parts(self.0.segments, self.0.segment_count))
+        }
     }
 }
 
@@ -264,7 +283,8 @@ impl<'a> Batch<'a> {
         self.len() == 0
     }
 
-    /// Takes the next one. Not an `Iterator`: what is not taken stays with the host, and that should be read in the code.
+    /// Takes the next one. Not an `Iterator`: what is not taken stays with the host, and that
+    /// should be read in the code.
     #[allow(clippy::should_implement_trait)]
     #[inline]
     pub fn next(&mut self) -> Option<Request> {
@@ -297,7 +317,10 @@ impl<'a> Completions<'a> {
     /// If there is no room, which takes a domain that completes what it was never given.
     #[inline]
     pub fn complete(&mut self, request: Request, status: Status) {
-        assert!(self.raw.len < self.raw.capacity, "completed more requests than the host has in flight");
+        assert!(
+            self.raw.len < self.raw.capacity,
+            "completed more requests than the host has in flight"
+        );
         let read = matches!(request.op(), Some(Op::Read)) && matches!(status, Status::Ok);
         let completion = RawCompletion {
             tag: request.0.tag,
@@ -305,7 +328,8 @@ impl<'a> Completions<'a> {
             status: status as u32,
             written: if read { request.0.len as u32 } else { 0 },
         };
-        // SAFETY: `entries` has room for `capacity` completions (host's contract), and `len` is below it.
+        // SAFETY: `entries` has room for `capacity` completions (host's contract), and `len` is
+        // below it.
         unsafe { self.raw.entries.add(self.raw.len).write(completion) };
         self.raw.len += 1;
     }
@@ -340,14 +364,15 @@ impl Capabilities {
     }
 }
 
-/// Whether an instance may serve beside another one on the same backing, so that an upgrade pauses nobody.
+/// Whether an instance may serve beside another one on the same backing, so that an upgrade pauses
+/// nobody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Swap {
     /// It holds state of its own: it needs a handover.
     #[default]
     No,
-    /// It does no read-modify-write, works on a dup of the storage's descriptor, and a write completed by either instance is seen by
-    /// reads and covered by flushes of both.
+    /// It does no read-modify-write, works on a dup of the storage's descriptor, and a write
+    /// completed by either instance is seen by reads and covered by flushes of both.
     SameBacking,
 }
 
@@ -392,13 +417,15 @@ pub enum Level {
     Debug = 4,
 }
 
-/// What the host does for an instance. Copies are all the same; each call can be made from any thread.
+/// What the host does for an instance. Copies are all the same; each call can be made from any
+/// thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Host {
     vtable: &'static HostVtable,
 }
 
-// SAFETY: the table is constant, and the host promises that its functions take calls with `ctx` from any thread.
+// SAFETY: the table is constant, and the host promises that its functions take calls with `ctx`
+// from any thread.
 unsafe impl Send for Host {}
 // SAFETY: as above.
 unsafe impl Sync for Host {}
@@ -407,13 +434,15 @@ impl Host {
     /// Wraps the host's table.
     ///
     /// # Safety
-    /// `vtable` and what it points to stay valid until the module's `fini` has returned, and its functions do as [`abi::HostVtable`] says.
+    /// `vtable` and what it points to stay valid until the module's `fini` has returned, and its
+    /// functions do as [`abi::HostVtable`] says.
     #[must_use]
     pub(crate) unsafe fn from_vtable(vtable: *const HostVtable) -> Self {
         // SAFETY: the first field is in every version (caller's contract).
         let size = unsafe { (*vtable).size } as usize;
         if size >= size_of::<HostVtable>() {
-            // SAFETY: as large as ours, and valid as long as any code of this module can run, which is all that 'static means here.
+            // SAFETY: as large as ours, and valid as long as any code of this module can run, which
+            // is all that 'static means here.
             return Self { vtable: unsafe { &*vtable } };
         }
         // SAFETY: the caller's contract; shorter than ours.
@@ -449,8 +478,9 @@ impl Host {
         unsafe { (self.vtable.notify)(self.vtable.ctx, queue.0) };
     }
 
-    /// A dup of the eventfd that [`notify`](Self::notify) writes to for `queue`, to be given to the kernel: each write to it wakes the worker. Ask for it when the queue
-    /// is attached, or later. `None` where the host has no such thing; a domain then has to call `notify`.
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to for `queue`, to be given to the
+    /// kernel: each write to it wakes the worker. Ask for it when the queue is attached, or later.
+    /// `None` where the host has no such thing; a domain then has to call `notify`.
     #[must_use]
     pub fn notifier_fd(self, queue: QueueIndex) -> Option<OwnedFd> {
         // SAFETY: no more than `ctx` is passed.
@@ -459,8 +489,9 @@ impl Host {
         (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// The queues that have workers now. For [`BlockDomain::prepare`]: these are about to be attached, with a guest that waits, so what takes long is better made
-    /// for them now. A hint, no promise: until then some may go, and others come. None, if the host is too old to say.
+    /// The queues that have workers now. For [`BlockDomain::prepare`]: these are about to be
+    /// attached, with a guest that waits, so what takes long is better made for them now. A hint,
+    /// no promise: until then some may go, and others come. None, if the host is too old to say.
     pub fn served_queues(self) -> impl Iterator<Item = QueueIndex> {
         // SAFETY: no more than `ctx` is passed.
         let served = unsafe { (self.vtable.served_queues)(self.vtable.ctx) };
@@ -474,24 +505,35 @@ impl Host {
         unsafe { (self.vtable.count)(self.vtable.ctx, raw_bytes(name.as_bytes()), count) };
     }
 
-    /// Runs `task` on a thread of the host's. It must end soon after this instance was dropped: the host waits for it before the module is unmapped.
-    /// Threads that a domain makes by itself keep its module resident for ever.
+    /// Runs `task` on a thread of the host's. It must end soon after this instance was dropped: the
+    /// host waits for it before the module is unmapped. Threads that a domain makes by itself keep
+    /// its module resident for ever.
     ///
     /// # Errors
     /// The host cannot make one.
-    pub fn spawn(self, name: &str, task: impl FnOnce() + Send + 'static) -> Result<(), DomainError> {
+    pub fn spawn(
+        self,
+        name: &str,
+        task: impl FnOnce() + Send + 'static,
+    ) -> Result<(), DomainError> {
         let arg = task_arg(task);
-        // SAFETY: `arg` fits `run_task` and is given away; where the host fails, it has not taken it and it is freed here.
+        // SAFETY: `arg` fits `run_task` and is given away; where the host fails, it has not taken
+        // it and it is freed here.
         self.with_task(arg, |message| unsafe {
             (self.vtable.spawn)(self.vtable.ctx, raw_bytes(name.as_bytes()), run_task, arg, message)
         })
     }
 
-    /// Runs `task` once, `delay` from now, on this instance's timer thread; drops it unrun if the instance ends earlier.
+    /// Runs `task` once, `delay` from now, on this instance's timer thread; drops it unrun if the
+    /// instance ends earlier.
     ///
     /// # Errors
     /// The host cannot arm it.
-    pub fn after(self, delay: Duration, task: impl FnOnce() + Send + 'static) -> Result<(), DomainError> {
+    pub fn after(
+        self,
+        delay: Duration,
+        task: impl FnOnce() + Send + 'static,
+    ) -> Result<(), DomainError> {
         let arg = task_arg(task);
         let delay_ns = u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX);
         // SAFETY: as in `spawn`.
@@ -514,7 +556,8 @@ impl Host {
     }
 }
 
-/// A full table for a host that is older than this module: what it lacks is filled in. Never freed, it is a few bytes per instance.
+/// A full table for a host that is older than this module: what it lacks is filled in. Never freed,
+/// it is a few bytes per instance.
 ///
 /// # Safety
 /// `vtable` is valid for `size` bytes.
@@ -532,8 +575,8 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
     unsafe extern "C" fn not_counted(_: *mut std::ffi::c_void, _: RawBytes, _: u64) {}
     assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
     let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
-    // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover every field but those that are
-    // written before them, for hosts that end there.
+    // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover
+    // every field but those that are written before them, for hosts that end there.
     unsafe {
         (&raw mut (*full.as_mut_ptr()).notifier_fd).write(no_fd);
         (&raw mut (*full.as_mut_ptr()).served_queues).write(no_queues);

@@ -1,8 +1,9 @@
 //! The guest's data of one request, as a domain may touch it: by copy, never as a slice.
 //!
-//! Guest memory changes while the host looks at it (another vCPU, a malicious driver), so no `&[u8]` to it may exist.
-//! Every access here goes through raw pointers; what is copied out is a private value, and the bytes of a racing write may
-//! come out in any mixture, as they do for a real disk's DMA.
+//! Guest memory changes while the host looks at it (another vCPU, a malicious driver), so no
+//! `&[u8]` to it may exist. Every access here goes through raw pointers; what is copied out is a
+//! private value, and the bytes of a racing write may come out in any mixture, as they do for a
+//! real disk's DMA.
 
 use crate::abi::RawSegment;
 
@@ -16,7 +17,8 @@ impl<'r> Buffer<'r> {
     /// Wraps segments of guest memory.
     ///
     /// # Safety
-    /// Each segment is mapped readable and writable for as long as `'r`, and nobody holds a Rust reference into it.
+    /// Each segment is mapped readable and writable for as long as `'r`, and nobody holds a Rust
+    /// reference into it.
     #[must_use]
     pub const unsafe fn from_segments(segments: &'r [RawSegment]) -> Self {
         Self { segments }
@@ -34,7 +36,8 @@ impl<'r> Buffer<'r> {
         self.len() == 0
     }
 
-    /// Whether every piece starts at a multiple of `align` and is a multiple of it long, as direct I/O wants it.
+    /// Whether every piece starts at a multiple of `align` and is a multiple of it long, as direct
+    /// I/O wants it.
     ///
     /// # Panics
     /// If `align` is no power of two.
@@ -53,8 +56,9 @@ impl<'r> Buffer<'r> {
     pub fn copy_from_slice(&self, at: usize, from: &[u8]) -> usize {
         let mut done = 0;
         self.for_range(at, from.len(), |base, len| {
-            // SAFETY: `base..base + len` is inside a mapped segment (constructor's contract), `done + len <= from.len()` because
-            // `for_range` yields `from.len()` bytes at most, and a private slice cannot overlap guest memory.
+            // SAFETY: `base..base + len` is inside a mapped segment (constructor's contract), `done
+            // + len <= from.len()` because `for_range` yields `from.len()` bytes at most, and a
+            // private slice cannot overlap guest memory.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), base, len) };
             done += len;
         });
@@ -67,7 +71,9 @@ impl<'r> Buffer<'r> {
         let wanted = to.len();
         self.for_range(at, wanted, |base, len| {
             // SAFETY: as in `copy_from_slice`, in the other direction.
-            unsafe { std::ptr::copy_nonoverlapping(base.cast_const(), to.as_mut_ptr().add(done), len) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(base.cast_const(), to.as_mut_ptr().add(done), len)
+            };
             done += len;
         });
         done
@@ -81,7 +87,8 @@ impl<'r> Buffer<'r> {
         }
     }
 
-    /// Calls `f` with each contiguous piece of the `len` bytes from `at` on; less where the buffer ends.
+    /// Calls `f` with each contiguous piece of the `len` bytes from `at` on; less where the buffer
+    /// ends.
     pub(crate) fn for_range(&self, at: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
         let mut skip = at;
         let mut left = len;
@@ -107,7 +114,8 @@ mod tests {
 
     #[test]
     fn alignment_is_of_every_address_and_length() {
-        let at = |base: usize, len| RawSegment { base: std::ptr::without_provenance_mut(base), len };
+        let at =
+            |base: usize, len| RawSegment { base: std::ptr::without_provenance_mut(base), len };
         let aligned = |segments: &[RawSegment]| {
             // SAFETY: the segments are only looked at, never followed.
             unsafe { Buffer::from_segments(segments) }.is_aligned(512)

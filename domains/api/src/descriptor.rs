@@ -1,8 +1,8 @@
 //! The descriptor: what a module is, as fixed bytes in its file.
 //!
-//! It sits in an ELF section of its own ([`SECTION`]), has no pointers and needs no relocation, so that the host can read and
-//! refuse a module without mapping it or running any of its code. All integers are little-endian, as is every
-//! target this builds for; text is UTF-8, zero-padded.
+//! It sits in an ELF section of its own ([`SECTION`]), has no pointers and needs no relocation, so
+//! that the host can read and refuse a module without mapping it or running any of its code. All
+//! integers are little-endian, as is every target this builds for; text is UTF-8, zero-padded.
 
 use crate::abi::ABI_VERSION;
 
@@ -106,7 +106,8 @@ pub struct Description {
 }
 
 impl Descriptor {
-    /// Makes a descriptor. Meant for [`export_domain!`](crate::export_domain); a text that is too long fails to compile.
+    /// Makes a descriptor. Meant for [`export_domain!`](crate::export_domain); a text that is too
+    /// long fails to compile.
     #[must_use]
     pub const fn new(
         name: &str,
@@ -178,7 +179,8 @@ impl Description {
     /// Reads and checks the bytes of the section.
     ///
     /// # Errors
-    /// Any way in which they are not a descriptor of a block domain for this ABI. Never panics, whatever the bytes are.
+    /// Any way in which they are not a descriptor of a block domain for this ABI. Never panics,
+    /// whatever the bytes are.
     pub fn parse(section: &[u8]) -> Result<Self, DescriptorError> {
         let magic = section.get(..MAGIC.len()).ok_or(DescriptorError::Magic)?;
         if magic != MAGIC {
@@ -187,16 +189,19 @@ impl Description {
         let mut fields = Fields { bytes: section, at: MAGIC.len() };
         let expected = size_of::<Descriptor>();
         let short = DescriptorError::Size { found: section.len(), expected };
-        let size = fields.u32().ok_or(DescriptorError::Size { found: section.len(), expected })? as usize;
+        let size =
+            fields.u32().ok_or(DescriptorError::Size { found: section.len(), expected })? as usize;
         // The ABI version comes first: with another version the rest may be laid out otherwise.
-        let abi_version = fields.u32().ok_or(DescriptorError::Size { found: section.len(), expected })?;
+        let abi_version =
+            fields.u32().ok_or(DescriptorError::Size { found: section.len(), expected })?;
         if abi_version != ABI_VERSION {
             return Err(DescriptorError::AbiVersion { found: abi_version });
         }
         if size < expected || section.len() < expected {
             return Err(short);
         }
-        let whole = |value: Option<u32>| value.ok_or(DescriptorError::Size { found: size, expected });
+        let whole =
+            |value: Option<u32>| value.ok_or(DescriptorError::Size { found: size, expected });
         let class = whole(fields.u32())?;
         if class != CLASS_BLOCK {
             return Err(DescriptorError::Class { found: class });
@@ -249,7 +254,8 @@ impl<'a> Fields<'a> {
     fn text(&mut self, field: &'static str, len: usize) -> Result<String, DescriptorError> {
         let bytes = self.take(len).ok_or(DescriptorError::Field { field })?;
         let end = bytes.iter().position(|&b| b == 0).ok_or(DescriptorError::Field { field })?;
-        let text = std::str::from_utf8(&bytes[..end]).map_err(|_| DescriptorError::Field { field })?;
+        let text =
+            std::str::from_utf8(&bytes[..end]).map_err(|_| DescriptorError::Field { field })?;
         if text.chars().any(char::is_control) {
             return Err(DescriptorError::Field { field });
         }
@@ -266,15 +272,27 @@ mod tests {
     use super::*;
 
     fn bytes(descriptor: &Descriptor) -> Vec<u8> {
-        // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4: no padding.
+        // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples
+        // of 4: no padding.
         unsafe {
-            std::slice::from_raw_parts(std::ptr::from_ref(descriptor).cast::<u8>(), size_of::<Descriptor>())
-                .to_vec()
+            std::slice::from_raw_parts(
+                std::ptr::from_ref(descriptor).cast::<u8>(),
+                size_of::<Descriptor>(),
+            )
+            .to_vec()
         }
     }
 
     fn sample() -> Vec<u8> {
-        bytes(&Descriptor::new("ramdisk", "1.2.3", "ramdisk", 4, &[3, 4], &["size", "serial"], &["size"]))
+        bytes(&Descriptor::new(
+            "ramdisk",
+            "1.2.3",
+            "ramdisk",
+            4,
+            &[3, 4],
+            &["size", "serial"],
+            &["size"],
+        ))
     }
 
     #[test]

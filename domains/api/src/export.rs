@@ -1,13 +1,16 @@
 //! The module's side of the ABI: from a [`BlockDomain`] to a [`ModuleVtable`].
 //!
-//! [`Exported`] is generic, so the same domain can be exported by a module ([`export_domain!`](crate::export_domain)) and linked statically by tests and
-//! benchmarks, which take [`Exported::MODULE`] directly. Each entry point catches what unwinds; nothing that was allocated
-//! here is freed by the host.
+//! [`Exported`] is generic, so the same domain can be exported by a module
+//! ([`export_domain!`](crate::export_domain)) and linked statically by tests and benchmarks, which
+//! take [`Exported::MODULE`] directly. Each entry point catches what unwinds; nothing that was
+//! allocated here is freed by the host.
 
 use crate::abi::{
     self, HostVtable, ModuleVtable, RawBytes, RawCompletions, RawDeviceInfo, RawMessage, RawRequest,
 };
-use crate::author::{Batch, BlockDomain, Completions, DomainError, Host, QueueContext, QueueIndex, Swap};
+use crate::author::{
+    Batch, BlockDomain, Completions, DomainError, Host, QueueContext, QueueIndex, Swap,
+};
 use crate::descriptor::Descriptor;
 use crate::params::Params;
 use std::any::Any;
@@ -19,7 +22,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Most queues that a device can have: the width of the mask that maps them to threads.
 pub const MAX_QUEUES: usize = 64;
 
-/// Exports a type that implements [`BlockDomain`] from a `cdylib` that is built with the crate's feature `module`.
+/// Exports a type that implements [`BlockDomain`] from a `cdylib` that is built with the crate's
+/// feature `module`.
 ///
 /// Without the feature it does nothing, so that two domains can be linked into one test.
 #[macro_export]
@@ -29,11 +33,13 @@ macro_rules! export_domain {
         const _: () = {
             #[used]
             #[unsafe(link_section = ".hotswap.domain")]
-            static DESCRIPTOR: $crate::descriptor::Descriptor = $crate::Exported::<$domain>::DESCRIPTOR;
+            static DESCRIPTOR: $crate::descriptor::Descriptor =
+                $crate::Exported::<$domain>::DESCRIPTOR;
 
             #[unsafe(no_mangle)]
             #[allow(non_upper_case_globals)]
-            static hotswap_domain_module: $crate::abi::ModuleVtable = $crate::Exported::<$domain>::EXPORTED;
+            static hotswap_domain_module: $crate::abi::ModuleVtable =
+                $crate::Exported::<$domain>::EXPORTED;
         };
     };
 }
@@ -55,8 +61,11 @@ impl<D: BlockDomain> Exported<D> {
     );
 
     /// Its functions, for a module of its own: with a panic hook.
-    pub const EXPORTED: ModuleVtable =
-        ModuleVtable { init: shim::install_panic_hook, fini: shim::remove_panic_hook, ..Self::MODULE };
+    pub const EXPORTED: ModuleVtable = ModuleVtable {
+        init: shim::install_panic_hook,
+        fini: shim::remove_panic_hook,
+        ..Self::MODULE
+    };
 
     /// Its functions, for static linking: the process keeps its panic hook.
     pub const MODULE: ModuleVtable = ModuleVtable {
@@ -89,8 +98,9 @@ struct Slot<D: BlockDomain> {
 /// One queue's state. Only the thread that serves the queue looks inside.
 struct QueueSlot<D: BlockDomain>(UnsafeCell<Option<D::Queue>>);
 
-// SAFETY: `domain` is Sync by its trait; each queue's cell is touched only by the calls for that queue, which the host makes from one
-// thread at a time (abi::ModuleVtable), and what is inside is Send.
+// SAFETY: `domain` is Sync by its trait; each queue's cell is touched only by the calls for that
+// queue, which the host makes from one thread at a time (abi::ModuleVtable), and what is inside is
+// Send.
 unsafe impl<D: BlockDomain> Sync for Slot<D> {}
 
 /// The entry points. Public for the macro only.
@@ -154,7 +164,8 @@ pub mod shim {
     }
 
     /// # Safety
-    /// Called by the thread that serves `queue`, and no other reference to the queue's state is alive.
+    /// Called by the thread that serves `queue`, and no other reference to the queue's state is
+    /// alive.
     #[inline]
     #[allow(clippy::mut_from_ref)]
     unsafe fn queue_state<D: BlockDomain>(
@@ -173,8 +184,8 @@ pub mod shim {
     /// # Safety
     /// Called once, before anything else of the module.
     pub unsafe extern "C" fn install_panic_hook() {
-        // The default hook prints, and with RUST_BACKTRACE it loads symbols that are never freed. The message reaches the host
-        // through the payload instead.
+        // The default hook prints, and with RUST_BACKTRACE it loads symbols that are never freed.
+        // The message reaches the host through the payload instead.
         std::panic::set_hook(Box::new(|_| {}));
     }
 
@@ -196,10 +207,15 @@ pub mod shim {
         guarded(message, || {
             let mut texts = Vec::with_capacity(param_count);
             for i in 0..param_count {
-                // SAFETY: `params` points to `param_count` entries, each of valid bytes, for the length of the call.
+                // SAFETY: `params` points to `param_count` entries, each of valid bytes, for the
+                // length of the call.
                 let bytes = unsafe {
                     let raw = *params.add(i);
-                    if raw.len == 0 { &[][..] } else { std::slice::from_raw_parts(raw.bytes, raw.len) }
+                    if raw.len == 0 {
+                        &[][..]
+                    } else {
+                        std::slice::from_raw_parts(raw.bytes, raw.len)
+                    }
                 };
                 texts.push(String::from_utf8_lossy(bytes).into_owned());
             }
@@ -211,7 +227,8 @@ pub mod shim {
             // SAFETY: the host keeps its table until `fini` (abi::HostVtable).
             let domain = D::prepare(unsafe { Host::from_vtable(host) }, &given)?;
             // Made where it stays: a queue's state can be large.
-            let queues: Box<[_]> = (0..MAX_QUEUES).map(|_| QueueSlot(UnsafeCell::new(None))).collect();
+            let queues: Box<[_]> =
+                (0..MAX_QUEUES).map(|_| QueueSlot(UnsafeCell::new(None))).collect();
             let queues = queues.try_into().unwrap_or_else(|_| unreachable!("as many as there are"));
             let slot = Box::new(Slot { domain, queues });
             // SAFETY: `out` is valid for one pointer.
@@ -222,9 +239,13 @@ pub mod shim {
 
     /// # Safety
     /// As [`ModuleVtable::destroy`] says.
-    pub unsafe extern "C" fn destroy<D: BlockDomain>(instance: *mut c_void, message: *mut RawMessage) -> u32 {
+    pub unsafe extern "C" fn destroy<D: BlockDomain>(
+        instance: *mut c_void,
+        message: *mut RawMessage,
+    ) -> u32 {
         guarded(message, || {
-            // SAFETY: `create::<D>` made it with `Box::into_raw`, and the host does not use it again.
+            // SAFETY: `create::<D>` made it with `Box::into_raw`, and the host does not use it
+            // again.
             drop(unsafe { Box::from_raw(instance.cast::<Slot<D>>()) });
             Ok(())
         })
@@ -263,7 +284,8 @@ pub mod shim {
                 backing_cache: info.backing_cache,
                 serial: fixed(&info.serial, "serial number")?,
             };
-            // SAFETY: `out` is valid for one structure of this ABI version's size; the host checks `size` in ours before it made the call.
+            // SAFETY: `out` is valid for one structure of this ABI version's size; the host checks
+            // `size` in ours before it made the call.
             unsafe { out.write(raw) };
             Ok(())
         })
@@ -341,12 +363,15 @@ pub mod shim {
         // SAFETY: a live instance, called by the queue's thread.
         let slot = unsafe { slot::<D>(instance) };
         // SAFETY: as above; this is the only reference in this call.
-        let Some(state) = (unsafe { attached(slot, queue) }) else { return not_attached(message, queue) };
+        let Some(state) = (unsafe { attached(slot, queue) }) else {
+            return not_attached(message, queue);
+        };
         guarded(message, || {
-            // SAFETY: `requests` points to `count` requests, `accepted` and `completions` to host memory that nobody else uses during
-            // the call.
-            let (requests, accepted, completions) =
-                unsafe { (std::slice::from_raw_parts(requests, count), &mut *accepted, &mut *completions) };
+            // SAFETY: `requests` points to `count` requests, `accepted` and `completions` to host
+            // memory that nobody else uses during the call.
+            let (requests, accepted, completions) = unsafe {
+                (std::slice::from_raw_parts(requests, count), &mut *accepted, &mut *completions)
+            };
             slot.domain.submit(
                 state,
                 &mut Batch::new(requests, accepted),
@@ -367,7 +392,9 @@ pub mod shim {
         // SAFETY: a live instance, called by the queue's thread.
         let slot = unsafe { slot::<D>(instance) };
         // SAFETY: as above; this is the only reference in this call.
-        let Some(state) = (unsafe { attached(slot, queue) }) else { return not_attached(message, queue) };
+        let Some(state) = (unsafe { attached(slot, queue) }) else {
+            return not_attached(message, queue);
+        };
         guarded(message, || {
             // SAFETY: `completions` is host memory that nobody else uses during the call.
             slot.domain.reap(state, &mut Completions::new(unsafe { &mut *completions }));
@@ -388,7 +415,10 @@ pub mod shim {
 
     /// # Safety
     /// As [`ModuleVtable::cancel`] says.
-    pub unsafe extern "C" fn cancel<D: BlockDomain>(instance: *mut c_void, message: *mut RawMessage) -> u32 {
+    pub unsafe extern "C" fn cancel<D: BlockDomain>(
+        instance: *mut c_void,
+        message: *mut RawMessage,
+    ) -> u32 {
         guarded(message, || {
             // SAFETY: the host passes a live instance.
             unsafe { slot::<D>(instance) }.domain.cancel();

@@ -1,7 +1,8 @@
 //! Reading and writing files straight from and to guest memory.
 //!
-//! The kernel gets the request's segments as iovecs (`preadv`, `pwritev`), so that data is copied once and no Rust slice over guest
-//! memory exists. Short transfers are finished here; what a caller sees is all or an error.
+//! The kernel gets the request's segments as iovecs (`preadv`, `pwritev`), so that data is copied
+//! once and no Rust slice over guest memory exists. Short transfers are finished here; what a
+//! caller sees is all or an error.
 
 mod claim;
 mod device;
@@ -29,8 +30,9 @@ const IOV_MAX: usize = 1024;
 /// What `preadv` says; [`io::ErrorKind::UnexpectedEof`] where the file ends too early.
 pub fn read_at(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<()> {
     transfer(file, offset, buffer, io::ErrorKind::UnexpectedEof, |fd, iov, count, at| {
-        // SAFETY: `iov` points to `count` iovecs (`RawSegment` has the layout of `struct iovec`) over memory that is mapped
-        // writable while `buffer` lives; the kernel copies into it and keeps nothing.
+        // SAFETY: `iov` points to `count` iovecs (`RawSegment` has the layout of `struct iovec`)
+        // over memory that is mapped writable while `buffer` lives; the kernel copies into it and
+        // keeps nothing.
         unsafe { libc::preadv(fd, iov, count, at) }
     })
 }
@@ -57,12 +59,12 @@ pub fn write_at_durably(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Re
     })
 }
 
-/// Reads from `file` at `offset` what is there without waiting for a device (`RWF_NOWAIT`): from the page cache. Returns how many bytes from the front of
-/// `buffer` that was.
+/// Reads from `file` at `offset` what is there without waiting for a device (`RWF_NOWAIT`): from
+/// the page cache. Returns how many bytes from the front of `buffer` that was.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] where nothing is; [`io::ErrorKind::Unsupported`] where the file system cannot tell;
-/// [`io::ErrorKind::UnexpectedEof`] where the file ends.
+/// [`io::ErrorKind::WouldBlock`] where nothing is; [`io::ErrorKind::Unsupported`] where the file
+/// system cannot tell; [`io::ErrorKind::UnexpectedEof`] where the file ends.
 pub fn read_at_once(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result<u64> {
     attempt(file, offset, buffer, io::ErrorKind::UnexpectedEof, |fd, iov, count, at| {
         // SAFETY: as in `read_at`.
@@ -70,7 +72,8 @@ pub fn read_at_once(file: &File, offset: u64, buffer: &Buffer<'_>) -> io::Result
     })
 }
 
-/// Writes to `file` at `offset` what can be written without waiting. Returns how many bytes from the front of `buffer` that was.
+/// Writes to `file` at `offset` what can be written without waiting. Returns how many bytes from
+/// the front of `buffer` that was.
 ///
 /// # Errors
 /// As for [`read_at_once`]; [`io::ErrorKind::WriteZero`] where it writes nothing.
@@ -100,7 +103,8 @@ fn attempt(
     }
 }
 
-/// Whether `file` is in memory (tmpfs, ramfs, hugetlbfs), so that reading and writing it is copying.
+/// Whether `file` is in memory (tmpfs, ramfs, hugetlbfs), so that reading and writing it is
+/// copying.
 ///
 /// # Errors
 /// What `fstatfs` says.
@@ -109,8 +113,8 @@ pub fn is_in_memory(file: &File) -> io::Result<bool> {
     Ok([libc::TMPFS_MAGIC, libc::HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&file_system(file)?))
 }
 
-/// Whether direct I/O on the file system of `file` goes past the page cache for certain, where it is aligned as the file system
-/// says. Some take what they do not like through it, without a word.
+/// Whether direct I/O on the file system of `file` goes past the page cache for certain, where it
+/// is aligned as the file system says. Some take what they do not like through it, without a word.
 ///
 /// # Errors
 /// What `fstatfs` says.
@@ -165,15 +169,20 @@ fn transfer(
         let mut moved = moved as usize;
         if let Some(segment) = rest.take() {
             if moved < segment.len {
-                rest = Some(RawSegment { base: segment.base.wrapping_add(moved), len: segment.len - moved });
+                rest = Some(RawSegment {
+                    base: segment.base.wrapping_add(moved),
+                    len: segment.len - moved,
+                });
             }
             continue;
         }
         while let Some(segment) = segments.first() {
             if moved < segment.len {
                 if moved > 0 {
-                    rest =
-                        Some(RawSegment { base: segment.base.wrapping_add(moved), len: segment.len - moved });
+                    rest = Some(RawSegment {
+                        base: segment.base.wrapping_add(moved),
+                        len: segment.len - moved,
+                    });
                     segments = &segments[1..];
                 }
                 break;
@@ -184,7 +193,8 @@ fn transfer(
     }
 }
 
-/// Gives the space of `offset..offset + len` back; it reads as zeros afterwards (`FALLOC_FL_PUNCH_HOLE`).
+/// Gives the space of `offset..offset + len` back; it reads as zeros afterwards
+/// (`FALLOC_FL_PUNCH_HOLE`).
 ///
 /// # Errors
 /// What `fallocate` says; `EOPNOTSUPP` where the file system or device cannot.
@@ -192,8 +202,8 @@ pub fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<()> {
     allocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
 }
 
-/// Whether the file system of `file`, open for writing, can punch holes. Tried behind its end, where
-/// there is nothing to lose.
+/// Whether the file system of `file`, open for writing, can punch holes. Tried behind its end,
+/// where there is nothing to lose.
 #[must_use]
 pub fn can_punch_hole(file: &File, size: u64) -> bool {
     let behind = size.next_multiple_of(1 << 20);
@@ -213,7 +223,8 @@ fn allocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
         return Ok(());
     }
     let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-    let (offset, len) = (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
+    let (offset, len) =
+        (i64::try_from(offset).map_err(invalid)?, i64::try_from(len).map_err(invalid)?);
     loop {
         // SAFETY: no pointers; the descriptor is open because `file` is borrowed.
         if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } == 0 {
@@ -240,7 +251,8 @@ mod tests {
     #[test]
     fn what_is_written_is_read_across_many_segments() {
         let path = std::env::temp_dir().join(format!("hotswap-file-io-{}", std::process::id()));
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let file =
+            File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         let mut out: Vec<Vec<u8>> = (0..1500).map(|i| vec![i as u8; i % 7]).collect();
         let len: usize = out.iter().map(Vec::len).sum();
         with_buffer(&mut out, |b| write_at(&file, 4096, b)).unwrap();
@@ -248,7 +260,8 @@ mod tests {
         with_buffer(&mut back, |b| read_at(&file, 4096, b)).unwrap();
         assert_eq!(back.concat(), out.concat());
         let mut beyond = vec![vec![0u8; 512], vec![0u8; 512]];
-        let error = with_buffer(&mut beyond, |b| read_at(&file, 4096 + len as u64 - 700, b)).unwrap_err();
+        let error =
+            with_buffer(&mut beyond, |b| read_at(&file, 4096 + len as u64 - 700, b)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         punch_hole(&file, 4096, len as u64).unwrap();
         with_buffer(&mut back, |b| read_at(&file, 4096, b)).unwrap();

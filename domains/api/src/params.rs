@@ -41,7 +41,9 @@ impl Params {
     ///
     /// # Errors
     /// A text that is no pair, or a key that comes twice.
-    pub fn from_pairs<S: AsRef<str>>(pairs: impl IntoIterator<Item = S>) -> Result<Self, ParamsError> {
+    pub fn from_pairs<S: AsRef<str>>(
+        pairs: impl IntoIterator<Item = S>,
+    ) -> Result<Self, ParamsError> {
         let mut params = Self::default();
         for pair in pairs {
             let pair = pair.as_ref();
@@ -98,7 +100,8 @@ impl Params {
         }
     }
 
-    /// The serial number at key `serial`, or the empty one: at most 20 bytes of printable ASCII (virtio 1.2, 5.2.6).
+    /// The serial number at key `serial`, or the empty one: at most 20 bytes of printable ASCII
+    /// (virtio 1.2, 5.2.6).
     ///
     /// # Errors
     /// A longer or another text.

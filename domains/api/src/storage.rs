@@ -1,7 +1,8 @@
 //! Storage as a domain sees it: regions, bytes and file descriptors by key, owned by the host.
 //!
-//! Whatever must survive an upgrade lives here, and it must be valid at every instant, not only after `quiesce`: the instance may die
-//! in the middle of a request, and its successor takes up what is there.
+//! Whatever must survive an upgrade lives here, and it must be valid at every instant, not only
+//! after `quiesce`: the instance may die in the middle of a request, and its successor takes up
+//! what is there.
 
 use crate::abi::RawRegion;
 use crate::author::{DomainError, Host, raw_bytes, with_message};
@@ -13,8 +14,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// The storage of the device.
 ///
-/// Looking works from [`BlockDomain::prepare`](crate::BlockDomain::prepare) on; opening regions and changing anything takes ownership, which begins with
-/// [`activate`](crate::BlockDomain::activate).
+/// Looking works from [`BlockDomain::prepare`](crate::BlockDomain::prepare) on; opening regions and
+/// changing anything takes ownership, which begins with [`activate`](crate::BlockDomain::activate).
 #[derive(Debug, Clone, Copy)]
 pub struct Storage {
     host: Host,
@@ -147,14 +148,16 @@ fn copied(mut get: impl FnMut(*mut u8, usize) -> u64) -> Option<Vec<u8>> {
 
 /// Host-owned memory, shared by all workers and, over time, by all instances.
 ///
-/// Like guest memory it is only ever copied, never borrowed: two requests that overlap may race, as on any disk. A range outside the region
-/// is a panic, because the host has checked each request against the capacity that the domain announced.
+/// Like guest memory it is only ever copied, never borrowed: two requests that overlap may race, as
+/// on any disk. A range outside the region is a panic, because the host has checked each request
+/// against the capacity that the domain announced.
 #[derive(Debug, Clone, Copy)]
 pub struct Region {
     raw: RawRegion,
 }
 
-// SAFETY: the mapping stays until this module's code cannot run any more (abi::RawRegion), and it is accessed by raw copies only.
+// SAFETY: the mapping stays until this module's code cannot run any more (abi::RawRegion), and it
+// is accessed by raw copies only.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -189,8 +192,8 @@ impl Region {
         let mut at = offset;
         for segment in buffer.segments() {
             let from = self.at(at, segment.len);
-            // SAFETY: source checked by `at`, destination is a mapped segment; `copy`, because a hostile frontend could have us map one
-            // file as both.
+            // SAFETY: source checked by `at`, destination is a mapped segment; `copy`, because a
+            // hostile frontend could have us map one file as both.
             unsafe { std::ptr::copy(from.cast_const(), segment.base, segment.len) };
             at += segment.len as u64;
         }
@@ -210,8 +213,10 @@ impl Region {
 
     /// Sets `len` bytes at `offset` to zero by writing them.
     pub fn zero(&self, offset: u64, len: u64) {
-        let to =
-            self.at(offset, usize::try_from(len).expect("checked against the region's length by the host"));
+        let to = self.at(
+            offset,
+            usize::try_from(len).expect("checked against the region's length by the host"),
+        );
         // SAFETY: the range is checked by `at`.
         unsafe { std::ptr::write_bytes(to, 0, len as usize) };
     }
@@ -222,7 +227,8 @@ impl Region {
     /// What `fallocate` says.
     pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let _ = self.at(offset, usize::try_from(len).unwrap_or(usize::MAX));
-        // SAFETY: the host keeps the descriptor open as long as the mapping; `ManuallyDrop` leaves it open here too.
+        // SAFETY: the host keeps the descriptor open as long as the mapping; `ManuallyDrop` leaves
+        // it open here too.
         let file = ManuallyDrop::new(unsafe { File::from_raw_fd(self.raw.fd) });
         file_io::punch_hole(&file, offset, len)
     }

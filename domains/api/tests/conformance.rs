@@ -1,9 +1,10 @@
-//! The suite catches what it is there to catch: a disk that is right passes, and the same disk with one thing wrong does not.
+//! The suite catches what it is there to catch: a disk that is right passes, and the same disk with
+//! one thing wrong does not.
 
 use domain_api::conformance::{Options, check};
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params, QueueContext,
-    QueueIndex, Region, Request, Status, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params,
+    QueueContext, QueueIndex, Region, Request, Status, Swap,
 };
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +32,8 @@ mod wrong {
     pub const SETS_NO_SCHEMA: u8 = 17;
 }
 
-/// An asynchronous disk in memory: requests end in `reap`, after a timer, and it takes four at a time. With one thing `WRONG`.
+/// An asynchronous disk in memory: requests end in `reap`, after a timer, and it takes four at a
+/// time. With one thing `WRONG`.
 struct Disk<const WRONG: u8> {
     host: Host,
     size: u64,
@@ -57,9 +59,9 @@ impl<const WRONG: u8> BlockDomain for Disk<WRONG> {
     type Queue = Queue;
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let mut size = params
-            .size("size", 1 << 20)
-            .or_else(|error| if WRONG == wrong::IGNORES_BAD_PARAMETERS { Ok(1 << 20) } else { Err(error) })?;
+        let mut size = params.size("size", 1 << 20).or_else(|error| {
+            if WRONG == wrong::IGNORES_BAD_PARAMETERS { Ok(1 << 20) } else { Err(error) }
+        })?;
         if size == 0 || !size.is_multiple_of(512) {
             if WRONG != wrong::IGNORES_BAD_PARAMETERS {
                 return Err(DomainError::new("`size` must be a positive multiple of 512"));
@@ -87,7 +89,11 @@ impl<const WRONG: u8> BlockDomain for Disk<WRONG> {
         DeviceInfo {
             capacity: self.size,
             block_size: 512,
-            physical_block_size: if WRONG == wrong::CHANGES_ITS_MIND && asked > 0 { 4096 } else { 512 },
+            physical_block_size: if WRONG == wrong::CHANGES_ITS_MIND && asked > 0 {
+                4096
+            } else {
+                512
+            },
             optimal_io_size: 0,
             discard_granularity: 0,
             capabilities: Capabilities::FLUSH.with(Capabilities::WRITE_ZEROES),
@@ -95,7 +101,11 @@ impl<const WRONG: u8> BlockDomain for Disk<WRONG> {
             backing_kind: "test".to_owned(),
             backing_id: (
                 0,
-                if WRONG == wrong::LIES_ABOUT_SWAP { self.host.clock().as_nanos() as u64 } else { 0 },
+                if WRONG == wrong::LIES_ABOUT_SWAP {
+                    self.host.clock().as_nanos() as u64
+                } else {
+                    0
+                },
             ),
             backing_cache: 0,
             serial: String::new(),
@@ -183,8 +193,9 @@ impl<const WRONG: u8> Disk<WRONG> {
             }
             Some(Op::Write) => region.write(offset, &buffer),
             Some(Op::WriteZeroes { .. }) => {
-                let more =
-                    u64::from(WRONG == wrong::ZEROES_ONE_BYTE_MORE && offset + request.len() < self.size);
+                let more = u64::from(
+                    WRONG == wrong::ZEROES_ONE_BYTE_MORE && offset + request.len() < self.size,
+                );
                 region.zero(offset, request.len() + more);
             }
             Some(Op::Flush) => {}
@@ -203,7 +214,8 @@ fn options() -> Options {
 
 #[track_caller]
 fn caught<const WRONG: u8>(by: &str, saying: &str) {
-    let violation = check::<Disk<WRONG>>(&options()).expect_err("the suite let it pass").to_string();
+    let violation =
+        check::<Disk<WRONG>>(&options()).expect_err("the suite let it pass").to_string();
     assert!(violation.starts_with(by) && violation.contains(saying), "{violation}");
 }
 

@@ -1,15 +1,16 @@
 //! The null disk: reads give zeros, writes vanish.
 //!
-//! It is the yardstick: what a request costs here is what everything around a domain costs. So it does nothing that a request does not need,
-//! and its only state is what it announces. It also shows the least that a domain has to be.
+//! It is the yardstick: what a request costs here is what everything around a domain costs. So it
+//! does nothing that a request does not need, and its only state is what it announces. It also
+//! shows the least that a domain has to be.
 //!
 //! Two of them can serve side by side, since there is no data on which they could disagree.
 
 #![forbid(unsafe_code)]
 
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params, QueueContext,
-    Status, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params,
+    QueueContext, Status, Swap,
 };
 
 /// Size without the parameter `size`, in bytes.
@@ -52,7 +53,9 @@ impl BlockDomain for Empty {
             physical_block_size: BLOCK_SIZE,
             optimal_io_size: 0,
             discard_granularity: BLOCK_SIZE,
-            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            capabilities: Capabilities::FLUSH
+                .with(Capabilities::DISCARD)
+                .with(Capabilities::WRITE_ZEROES),
             swap: Swap::SameBacking,
             backing_kind: "null".to_owned(),
             backing_id: (0, 0),

@@ -60,7 +60,9 @@ impl Fault {
             return None;
         }
         // A counter by itself: Relaxed.
-        let before = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        let before = self
+            .left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
         (before == Ok(1)).then_some(self.kind)
     }
 }

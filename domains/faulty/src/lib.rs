@@ -1,19 +1,21 @@
 //! A disk in memory that breaks on demand, for testing what is around a domain.
 //!
-//! It has the storage layout of `ramdisk` and announces the same device, so that it can follow a ramdisk and be followed by one. With
-//! the parameter `fault=PHASE:KIND[:N]` it breaks once, at the N-th time (default: the first) that this instance comes to
-//! PHASE; see `fault`. Several, with commas between them, come each at their time, and in their order. The fault is not inherited, so a successor, or a rollback,
-//! does not break again because its predecessor did.
+//! It has the storage layout of `ramdisk` and announces the same device, so that it can follow a
+//! ramdisk and be followed by one. With the parameter `fault=PHASE:KIND[:N]` it breaks once, at the
+//! N-th time (default: the first) that this instance comes to PHASE; see `fault`. Several, with
+//! commas between them, come each at their time, and in their order. The fault is not inherited, so
+//! a successor, or a rollback, does not break again because its predecessor did.
 //!
-//! What is the same as in `ramdisk` is written down again, for domains do not depend on each other; it is kept to what tests need.
+//! What is the same as in `ramdisk` is written down again, for domains do not depend on each other;
+//! it is kept to what tests need.
 
 #![forbid(unsafe_code)]
 
 mod fault;
 
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params, QueueContext,
-    QueueIndex, Region, Request, Status, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params,
+    QueueContext, QueueIndex, Region, Request, Status, Swap,
 };
 use fault::{Fault, Kind, LATE, Phase};
 use std::sync::OnceLock;
@@ -60,13 +62,15 @@ impl BlockDomain for Faulty {
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
         let size = params.size("size", DEFAULT_SIZE)?;
         let there = host.storage().region_len(REGION);
-        if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) || (there != 0 && there != size) {
+        if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) || (there != 0 && there != size)
+        {
             return Err(DomainError::new(format!(
                 "parameter `size` is {size} bytes; it must be a positive multiple of {BLOCK_SIZE}, and that of the disk in storage (now {there}, 0 for none)"
             )));
         }
-        let faults =
-            params.get("fault").map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
+        let faults = params
+            .get("fault")
+            .map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
         let serial = params.serial()?;
         let new = Self {
             host,
@@ -88,7 +92,9 @@ impl BlockDomain for Faulty {
             physical_block_size: PAGE_SIZE,
             optimal_io_size: 0,
             discard_granularity: PAGE_SIZE,
-            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            capabilities: Capabilities::FLUSH
+                .with(Capabilities::DISCARD)
+                .with(Capabilities::WRITE_ZEROES),
             swap: Swap::No,
             backing_kind: "memory".to_owned(),
             backing_id: (0, 0),
@@ -115,7 +121,8 @@ impl BlockDomain for Faulty {
     fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
         while let Some(request) = batch.next() {
             // Every one of them is counted.
-            match self.faults.iter().map(|fault| fault.comes(Phase::Request)).fold(None, Option::or) {
+            match self.faults.iter().map(|fault| fault.comes(Phase::Request)).fold(None, Option::or)
+            {
                 None => {}
                 Some(Kind::Fail) => {
                     completions.complete(request, Status::IoError);

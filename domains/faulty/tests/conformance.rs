@@ -1,4 +1,5 @@
-//! Without a fault it is a disk that keeps the contract; with one it breaks as asked, once, and nothing else does.
+//! Without a fault it is a disk that keeps the contract; with one it breaks as asked, once, and
+//! nothing else does.
 
 use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
 use domain_api::host::CallError;
@@ -19,7 +20,8 @@ fn params(fault: &str) -> Params {
 
 fn broken(fault: &str) -> (Arc<TestStorage>, Bench) {
     let storage = TestStorage::new();
-    let bench = Bench::activated::<Faulty>(&storage, &params(fault)).expect("the fault comes later");
+    let bench =
+        Bench::activated::<Faulty>(&storage, &params(fault)).expect("the fault comes later");
     (storage, bench)
 }
 
@@ -105,7 +107,8 @@ fn a_stalled_request_stays_in_flight_and_the_worker_goes_on() {
     let started = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let jobs = vec![Job::write(0, vec![1; 512]), Job::write(512, vec![2; 512]), Job::read(0, 512)];
+            let jobs =
+                vec![Job::write(0, vec![1; 512]), Job::write(512, vec![2; 512]), Job::read(0, 512)];
             let ends = late(|| lane.run(jobs)).unwrap();
             assert!(ends.iter().all(|done| done.status == Status::Ok));
         });

@@ -19,12 +19,14 @@ const RUN: Duration = Duration::from_millis(1500);
 
 fn cpu_time() -> Duration {
     let mut used = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: room for the result. The process's clock, so that what kernel threads of ours use is counted too.
+    // SAFETY: room for the result. The process's clock, so that what kernel threads of ours use is
+    // counted too.
     unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut used) };
     Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }
 
-/// Requests per second and CPU microseconds for each, with `depth` in flight by a worker that sleeps when it has nothing to do.
+/// Requests per second and CPU microseconds for each, with `depth` in flight by a worker that
+/// sleeps when it has nothing to do.
 fn measure(bench: &Bench, op: u32, depth: usize) -> (f64, f64) {
     let queue = QueueIndex(0);
     let mut handle = bench.instance.attach(queue).unwrap();
@@ -49,12 +51,17 @@ fn measure(bench: &Bench, op: u32, depth: usize) -> (f64, f64) {
         }
         in_flight -= ended;
         done += ended as u64;
-        // As a worker does: look again after having noted how often the bell rang, and only then sleep.
+        // As a worker does: look again after having noted how often the bell rang, and only then
+        // sleep.
         asleep_since = match asleep_since {
             _ if ended > 0 => None,
             None => Some(bench.host.notifications(queue)),
             Some(seen) => {
-                let _ = bench.host.wait_notified(queue, seen, Instant::now() + Duration::from_millis(100));
+                let _ = bench.host.wait_notified(
+                    queue,
+                    seen,
+                    Instant::now() + Duration::from_millis(100),
+                );
                 None
             }
         };
@@ -71,7 +78,8 @@ fn main() {
     ];
     for (place, dir, more) in places {
         let image = image_in(dir, SIZE);
-        // Block by block, as a guest would have; one large write makes large folios, in which ext4 takes its time for a small one.
+        // Block by block, as a guest would have; one large write makes large folios, in which ext4
+        // takes its time for a small one.
         for block in 0..SIZE / BLOCK as u64 {
             image.as_file().write_all_at(&[0x5a; BLOCK], block * BLOCK as u64).unwrap();
         }

@@ -3,7 +3,8 @@
 //!
 //! The host says something else after ordinary acts: an image grows, `cp --reflink` changes what
 //! direct I/O must be aligned to, a remount changes the preferred size of an I/O. A guest cannot be
-//! told so, and need not be: a successor is refused only if the file cannot stand behind the disk any more.
+//! told so, and need not be: a successor is refused only if the file cannot stand behind the disk
+//! any more.
 //!
 //! In storage it is text, one `key=value` a line. Keys that are not known are left alone.
 

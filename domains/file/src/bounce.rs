@@ -1,8 +1,10 @@
-//! The bounce buffer: aligned memory of our own, for what a worker moves itself and the kernel does not take from where the guest has it.
+//! The bounce buffer: aligned memory of our own, for what a worker moves itself and the kernel does
+//! not take from where the guest has it.
 //!
-//! Direct I/O wants aligned offsets, addresses and lengths of every piece, and a guest may use any. One per queue, whose memory is taken when a request first needs it:
-//! most guests never do, and a queue is attached while a guest waits. What goes through a ring has
-//! memory of its own there (`Aligned`).
+//! Direct I/O wants aligned offsets, addresses and lengths of every piece, and a guest may use any.
+//! One per queue, whose memory is taken when a request first needs it: most guests never do, and a
+//! queue is attached while a guest waits. What goes through a ring has memory of its own there
+//! (`Aligned`).
 
 use domain_api::Buffer;
 use std::fs::File;
@@ -46,14 +48,16 @@ impl Bounce {
             let (from, to) = (at.max(offset), end.min(at + len as u64));
             // The file may end inside its last block.
             read_at_least(file, chunk, at, (to - at) as usize)?;
-            buffer
-                .copy_from_slice((from - offset) as usize, &chunk[(from - at) as usize..(to - at) as usize]);
+            buffer.copy_from_slice(
+                (from - offset) as usize,
+                &chunk[(from - at) as usize..(to - at) as usize],
+            );
         }
         Ok(())
     }
 
-    /// Writes `range`, in blocks of `alignment` bytes; what of these is outside stays as it is. `fill` is
-    /// called with where in the range its bytes begin.
+    /// Writes `range`, in blocks of `alignment` bytes; what of these is outside stays as it is.
+    /// `fill` is called with where in the range its bytes begin.
     pub(crate) fn write(
         &mut self,
         file: &File,
@@ -67,7 +71,10 @@ impl Bounce {
             if from > at || to < at + len as u64 {
                 file.read_exact_at(chunk, at)?;
             }
-            fill((from - range.start) as usize, &mut chunk[(from - at) as usize..(to - at) as usize]);
+            fill(
+                (from - range.start) as usize,
+                &mut chunk[(from - at) as usize..(to - at) as usize],
+            );
             file.write_all_at(chunk, at)?;
         }
         Ok(())

@@ -1,10 +1,12 @@
 //! The disk: an image, what is known about its file system, and what becomes of errors.
 //!
-//! Whatever a file system cannot do is done in a plainer way, down to writing zeros; the guest sees the same disk on all of them. The plain way of a
-//! request, on the calling thread from beginning to end, is here ([`Disk::serve`]); how a queue keeps its worker from waiting is in [`crate::queue`].
+//! Whatever a file system cannot do is done in a plainer way, down to writing zeros; the guest sees
+//! the same disk on all of them. The plain way of a request, on the calling thread from beginning
+//! to end, is here ([`Disk::serve`]); how a queue keeps its worker from waiting is in
+//! [`crate::queue`].
 //!
-//! **A sync that failed is for ever.** The kernel tells of a write-back that failed once, and takes the
-//! pages for clean from then on. So the storage is marked, and from then on each sync fails, by
+//! **A sync that failed is for ever.** The kernel tells of a write-back that failed once, and takes
+//! the pages for clean from then on. So the storage is marked, and from then on each sync fails, by
 //! whichever instance and queue, until the image is opened anew.
 //!
 //! Deliberately unknown here: which file it is, and who serves which queue.
@@ -33,13 +35,15 @@ const SECTOR: u64 = 512;
 pub(crate) struct Disk {
     host: Host,
     image: Image,
-    /// What is synced through where no queue asks for it, and where a queue has no descriptor of its own.
+    /// What is synced through where no queue asks for it, and where a queue has no descriptor of
+    /// its own.
     own_sync: File,
     /// Each write is durable before it completes.
     write_through: AtomicBool,
     /// The storage is marked, as far as this instance has looked.
     failed: AtomicBool,
-    /// The witness was asked whether a predecessor was told of a failure, since this instance was activated.
+    /// The witness was asked whether a predecessor was told of a failure, since this instance was
+    /// activated.
     witnessed: AtomicBool,
     /// The file system has said that it has no such thing: not asked again.
     no_punch_hole: AtomicBool,
@@ -97,7 +101,8 @@ impl Disk {
     }
 
     pub(crate) fn set_write_cache(&self, on: bool) {
-        // SeqCst here and in `is_write_through`: either a write that ends now sees the flag, or the `fdatasync` below sees the write.
+        // SeqCst here and in `is_write_through`: either a write that ends now sees the flag, or the
+        // `fdatasync` below sees the write.
         self.write_through.store(!on, Ordering::SeqCst);
         // From now on nothing is volatile; if this fails, what was has just been lost.
         if !on && let Err(error) = self.sync_ended(self.own_sync.sync_data()) {
@@ -135,13 +140,14 @@ impl Disk {
         self.no_reads_at_once.store(true, Ordering::Relaxed);
     }
 
-    /// Counts a request that does not fit: one of which a block has to be read to change a part of it, or another.
+    /// Counts a request that does not fit: one of which a block has to be read to change a part of
+    /// it, or another.
     pub(crate) fn count_unaligned(&self, modified: bool) {
         self.host.count(if modified { "read_modify_writes" } else { "bounced_requests" }, 1);
     }
 
-    /// Whether a request is one of the disk's blocks, as a driver that was told of them sends it. A disk with blocks of 512 bytes takes all
-    /// that the host lets through.
+    /// Whether a request is one of the disk's blocks, as a driver that was told of them sends it. A
+    /// disk with blocks of 512 bytes takes all that the host lets through.
     #[inline]
     pub(crate) fn is_of_blocks(&self, request: &Request) -> bool {
         !edges::has_edges(request, u64::from(self.image.announced().block_size))
@@ -162,7 +168,9 @@ impl Disk {
             Some(_) if !self.is_of_blocks(request) => return Status::IoError,
             Some(Op::Write) => self.write(bounce, sync, request),
             Some(Op::Discard) => return self.discard(request),
-            Some(Op::WriteZeroes { may_unmap }) => self.write_zeroes(bounce, sync, request, may_unmap),
+            Some(Op::WriteZeroes { may_unmap }) => {
+                self.write_zeroes(bounce, sync, request, may_unmap)
+            }
         };
         self.status(request, result)
     }
@@ -220,19 +228,20 @@ impl Disk {
         self.image.mode().direct && error.kind() == io::ErrorKind::InvalidInput
     }
 
-    /// Whether the storage asks for more than `alignment`, with which direct I/O has just failed like this. A device that has begun to
-    /// while a request was on its way fails that with EIO.
+    /// Whether the storage asks for more than `alignment`, with which direct I/O has just failed
+    /// like this. A device that has begun to while a request was on its way fails that with EIO.
     pub(crate) fn asks_for_more(&self, error: &io::Error, alignment: u64) -> bool {
         const EIO: i32 = 5;
-        let may_ask =
-            self.is_misaligned(error) || self.image.mode().direct && error.raw_os_error() == Some(EIO);
+        let may_ask = self.is_misaligned(error)
+            || self.image.mode().direct && error.raw_os_error() == Some(EIO);
         if may_ask {
             self.image.ask_alignment_again();
         }
         may_ask && self.alignment() > alignment
     }
 
-    /// Whether `error` says that the file system cannot do `work`, and a plainer way is to be taken. Remembers if it never can.
+    /// Whether `error` says that the file system cannot do `work`, and a plainer way is to be
+    /// taken. Remembers if it never can.
     pub(crate) fn cannot(&self, work: Work, error: &io::Error) -> bool {
         let never = match work {
             Work::PunchHole => &self.no_punch_hole,
@@ -275,8 +284,8 @@ impl Disk {
         self.witnessed.store(true, Ordering::Relaxed);
     }
 
-    /// Takes in how a sync has ended: one that has failed marks the storage, and on a storage that is
-    /// marked, by anybody, none ends well.
+    /// Takes in how a sync has ended: one that has failed marks the storage, and on a storage that
+    /// is marked, by anybody, none ends well.
     pub(crate) fn sync_ended(&self, result: io::Result<()>) -> io::Result<()> {
         let Err(error) = result else { return self.check_storage() };
         if lasts(&error) {
@@ -297,14 +306,17 @@ impl Disk {
             }
             self.failed.store(true, Ordering::Relaxed);
         }
-        Err(io::Error::other("writing data back has failed before, and what was lost then stays lost"))
+        Err(io::Error::other(
+            "writing data back has failed before, and what was lost then stays lost",
+        ))
     }
 
     fn read(&self, bounce: &mut Bounce, request: &Request) -> io::Result<()> {
         let alignment = self.alignment();
         if self.takes(request, alignment) {
             match file_io::read_at(self.image.file(), request.offset(), &request.buffer()) {
-                Err(error) if self.asks_for_more(&error, alignment) || self.is_misaligned(&error) => {}
+                Err(error)
+                    if self.asks_for_more(&error, alignment) || self.is_misaligned(&error) => {}
                 result => return result,
             }
         }
@@ -327,7 +339,8 @@ impl Disk {
     fn write(&self, bounce: &mut Bounce, sync: &File, request: &Request) -> io::Result<()> {
         let data = |bounce: &mut Bounce, alignment| {
             if self.takes(request, alignment) {
-                let (file, offset, buffer) = (self.image.file(), request.offset(), request.buffer());
+                let (file, offset, buffer) =
+                    (self.image.file(), request.offset(), request.buffer());
                 let result = if self.image.writes_durably() && self.is_write_through() {
                     file_io::write_at_durably(file, offset, &buffer)
                 } else {
@@ -335,7 +348,8 @@ impl Disk {
                     file_io::write_at(file, offset, &buffer).and_then(|()| self.harden(sync))
                 };
                 match result {
-                    // Only its memory is in the way, or the storage asks for more, which is found out below.
+                    // Only its memory is in the way, or the storage asks for more, which is found
+                    // out below.
                     Err(error) if self.is_misaligned(&error) => {}
                     result => return result,
                 }
@@ -346,7 +360,8 @@ impl Disk {
         self.change(bounce, request, data)
     }
 
-    /// Makes a change with the range of its request to itself, where that is needed; once more if the storage asks for more than it did.
+    /// Makes a change with the range of its request to itself, where that is needed; once more if
+    /// the storage asks for more than it did.
     fn change(
         &self,
         bounce: &mut Bounce,
@@ -379,7 +394,8 @@ impl Disk {
         }
     }
 
-    /// Writes the data of a request, in blocks of `alignment`. Who calls has its range, where that is needed.
+    /// Writes the data of a request, in blocks of `alignment`. Who calls has its range, where that
+    /// is needed.
     ///
     /// # Errors
     /// One for which [`asks_for_more`](Self::asks_for_more) holds, if the storage does.
@@ -435,7 +451,8 @@ impl Disk {
         self.sync_ended(cached.sync_data())
     }
 
-    /// Where the last block of the file begins, if it is no whole one and a write up to `end` reaches into it.
+    /// Where the last block of the file begins, if it is no whole one and a write up to `end`
+    /// reaches into it.
     pub(crate) fn partial_block(&self, end: u64, alignment: u64) -> Option<u64> {
         if end.is_multiple_of(alignment) || self.image.device_sector().is_some() {
             return None;
@@ -447,7 +464,8 @@ impl Disk {
     fn discard(&self, request: &Request) -> Status {
         if self.image.device_sector().is_some() {
             let Some(range) = self.discarded(request) else { return Status::Ok };
-            let result = file_io::discard_device(self.image.file(), range.start, range.end - range.start);
+            let result =
+                file_io::discard_device(self.image.file(), range.start, range.end - range.start);
             return self.discard_ended(request, result);
         }
         let done = Cell::new(false);
@@ -461,7 +479,8 @@ impl Disk {
         }
     }
 
-    /// The part of a discard that a block device can take: whole sectors. The rest is too little to be given back.
+    /// The part of a discard that a block device can take: whole sectors. The rest is too little to
+    /// be given back.
     pub(crate) fn discarded(&self, request: &Request) -> Option<Range<u64>> {
         let sector = u64::from(self.image.device_sector()?);
         let (start, end) = (request.offset(), request.offset() + request.len());
@@ -516,8 +535,8 @@ impl Disk {
 
 /// Whether a sync that failed like this may have lost data. Not, if it was broken off.
 fn lasts(error: &io::Error) -> bool {
-    let broken_off =
-        matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) || is_cancelled(error);
+    let broken_off = matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+        || is_cancelled(error);
     !broken_off
 }
 

@@ -1,23 +1,27 @@
-//! Requests that do not fit the storage's alignment: the aligned range around each, and who may change it.
+//! Requests that do not fit the storage's alignment: the aligned range around each, and who may
+//! change it.
 //!
-//! A guest's disk has blocks of 512 bytes whatever the storage asks for. A write whose edges are inside
-//! a block of the storage is carried out by reading that block, changing a part of it, and writing it
-//! back. What somebody else has changed in that block meanwhile would be lost, be it another sector or a
-//! sector of a larger write. So on such storage each change has its range to itself, whether it fits or
-//! not. On storage that asks for no more than a sector nobody takes a range. Reads take none.
+//! A guest's disk has blocks of 512 bytes whatever the storage asks for. A write whose edges are
+//! inside a block of the storage is carried out by reading that block, changing a part of it, and
+//! writing it back. What somebody else has changed in that block meanwhile would be lost, be it
+//! another sector or a sector of a larger write. So on such storage each change has its range to
+//! itself, whether it fits or not. On storage that asks for no more than a sector nobody takes a
+//! range. Reads take none.
 //!
-//! Storage may begin to ask for more (`cp --reflink` of an image on XFS, `losetup --sector-size`). A
-//! change that was begun before has no range. It is *plain*, and who needs a range waits until nothing
-//! plain is left. Both sides count in first and then look, in one order that all see (SeqCst):
+//! Storage may begin to ask for more (`cp --reflink` of an image on XFS, `losetup --sector-size`).
+//! A change that was begun before has no range. It is *plain*, and who needs a range waits until
+//! nothing plain is left. Both sides count in first and then look, in one order that all see
+//! (SeqCst):
 //!
-//! 1. a plain change is counted, then the alignment is looked at again, and if it has grown the change
-//!    begins anew, with a range;
+//! 1. a plain change is counted, then the alignment is looked at again, and if it has grown the
+//!    change begins anew, with a range;
 //! 2. the alignment has grown, then the plain changes are looked at.
 //!
 //! Either 1 sees the growth, or 2 sees the count.
 //!
-//! A replaced instance and its successor do not know each other's ranges: such a disk is upgraded by a
-//! handover. Not covered is storage that begins to ask for more in the very milliseconds of a swap.
+//! A replaced instance and its successor do not know each other's ranges: such a disk is upgraded
+//! by a handover. Not covered is storage that begins to ask for more in the very milliseconds of a
+//! swap.
 
 use domain_api::{Host, QueueIndex, Request};
 use std::ops::Range;
@@ -29,7 +33,8 @@ use std::time::{Duration, Instant};
 /// when the device answers, or its instance has died.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Stands for the storage's witness, through which one sync goes at a time. No range of a file is there.
+/// Stands for the storage's witness, through which one sync goes at a time. No range of a file is
+/// there.
 pub(crate) const WITNESS: Range<u64> = u64::MAX - 1..u64::MAX;
 
 /// Most queues that there are.
@@ -60,7 +65,8 @@ pub(crate) struct Ranges {
     host: Host,
     inner: Mutex<Inner>,
     released: Condvar,
-    /// Changes in flight that have no range: of each queue's ring, which only its worker counts, and of all workers.
+    /// Changes in flight that have no range: of each queue's ring, which only its worker counts,
+    /// and of all workers.
     plain: [AtomicU32; QUEUES],
     plain_at_workers: AtomicU32,
 }
@@ -97,7 +103,8 @@ impl Ranges {
             || self.plain.iter().any(|count| count.load(Ordering::SeqCst) > 0)
     }
 
-    /// Takes `range`, or has `queue` notified when it may be free. `plain_too`: not while anything is plain.
+    /// Takes `range`, or has `queue` notified when it may be free. `plain_too`: not while anything
+    /// is plain.
     pub(crate) fn try_take(&self, range: &Range<u64>, plain_too: bool, queue: QueueIndex) -> bool {
         let mut inner = self.lock();
         let before = inner.waiting;
@@ -120,7 +127,8 @@ impl Ranges {
             if left.is_zero() {
                 return false;
             }
-            inner = self.released.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
+            inner =
+                self.released.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         true
     }

@@ -1,7 +1,8 @@
 //! Who does the I/O: the kernel by way of io_uring, or the workers themselves.
 //!
-//! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O nearly each request needs one, so rings are made at preparing for the queues that
-//! are served then. Otherwise a queue makes one for the first request that is not a copy; many never have one.
+//! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O nearly each
+//! request needs one, so rings are made at preparing for the queues that are served then. Otherwise
+//! a queue makes one for the first request that is not a copy; many never have one.
 
 use crate::image::Image;
 use domain_api::uring::{PreparedRing, Ring};
@@ -36,7 +37,8 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// What `aio` asks for, for this image. Only a user who insists is told now that no ring can be had: the queues do without anyway.
+    /// What `aio` asks for, for this image. Only a user who insists is told now that no ring can be
+    /// had: the queues do without anyway.
     pub(crate) fn choose(host: Host, image: &Image, params: &Params) -> Result<Self, DomainError> {
         let wanted = params.get("aio").unwrap_or("auto");
         if !["auto", "io_uring", "sync"].contains(&wanted) {
@@ -45,18 +47,21 @@ impl Engine {
             )));
         }
         if wanted == "io_uring" {
-            Ring::probe()
-                .map_err(|error| DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error))))?;
+            Ring::probe().map_err(|error| {
+                DomainError::new(format!("{}; leave aio=io_uring out", why_not(&error)))
+            })?;
         }
         let loud = if wanted == "io_uring" { Level::Warn } else { Level::Info };
         let uring = wanted != "sync";
         let prepare = |index| {
             let sync = image.sync_file(host)?;
             let wants_ring = uring && needs_rings(image);
-            let ring = wants_ring.then(|| PreparedRing::new(image.files(&sync), DEPTH)).transpose()?;
+            let ring =
+                wants_ring.then(|| PreparedRing::new(image.files(&sync), DEPTH)).transpose()?;
             Ok(Prepared { index, sync: Some(sync), ring })
         };
-        // All or none: if they do not all fit, what is left of descriptors or memory is needed for other things. The queues then try for themselves, and say why not.
+        // All or none: if they do not all fit, what is left of descriptors or memory is needed for
+        // other things. The queues then try for themselves, and say why not.
         let prepared: io::Result<Vec<_>> = host.served_queues().map(prepare).collect();
         let prepared = Mutex::new(prepared.unwrap_or_default());
         Ok(Self { host, uring, prepared, loud, said: AtomicBool::new(false) })
@@ -72,12 +77,15 @@ impl Engine {
         self.uring && needs_rings(image)
     }
 
-    /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it is slower, not broken.
-    /// `sync` is what the queue syncs through.
+    /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it
+    /// is slower, not broken. `sync` is what the queue syncs through.
     pub(crate) fn ring(&self, image: &Image, sync: &File, index: QueueIndex) -> Option<Ring> {
         let made = || {
             let wake = self.host.notifier_fd(index).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::Unsupported, "this host has no descriptor to wake a worker by")
+                io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "this host has no descriptor to wake a worker by",
+                )
             })?;
             match self.take_prepared(index, |prepared| prepared.ring.take()) {
                 Some(ring) => ring.begin(wake),
@@ -87,7 +95,11 @@ impl Engine {
         let said = |error: &io::Error| {
             // Relaxed: only whether somebody has said it before.
             if !self.said.swap(true, Ordering::Relaxed) {
-                let line = format!("queue {}: {}; its worker serves its requests", index.0, why_not(error));
+                let line = format!(
+                    "queue {}: {}; its worker serves its requests",
+                    index.0,
+                    why_not(error)
+                );
                 self.host.log(self.loud, &line);
             }
         };

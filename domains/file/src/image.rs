@@ -1,29 +1,33 @@
 //! The image: which file it is, how it is opened, and what size and blocks it has.
 //!
-//! The first instance opens the file by its path and leaves the descriptor in storage. From then on the *descriptor* says which file
-//! the guest's disk is, for a path can be renamed, replaced or removed under a running guest. A successor works on
+//! The first instance opens the file by its path and leaves the descriptor in storage. From then on
+//! the *descriptor* says which file the guest's disk is, for a path can be renamed, replaced or
+//! removed under a running guest. A successor works on
 //!
-//! * a dup of the storage's descriptor, where that was opened as it wants it (cached or direct, writable or not). One open file
-//!   description means that an error of a write-back that the predecessor did not see is seen by the successor's `fdatasync`;
-//! * else the same inode opened anew through the descriptor, because such flags belong to the description and cannot be changed on a dup
-//!   without the predecessor feeling it.
+//! * a dup of the storage's descriptor, where that was opened as it wants it (cached or direct,
+//!   writable or not). One open file description means that an error of a write-back that the
+//!   predecessor did not see is seen by the successor's `fdatasync`;
+//! * else the same inode opened anew through the descriptor, because such flags belong to the
+//!   description and cannot be changed on a dup without the predecessor feeling it.
 //!
-//! The path is inherited, so a successor cannot tell whether the operator gave it. The storage remembers the path in use: the same text
-//! again means "this disk", whatever lies there now; another text must lead to the same file, or it is refused, since
-//! moving a disk is not what an upgrade does.
+//! The path is inherited, so a successor cannot tell whether the operator gave it. The storage
+//! remembers the path in use: the same text again means "this disk", whatever lies there now;
+//! another text must lead to the same file, or it is refused, since moving a disk is not what an
+//! upgrade does.
 //!
-//! What the guest is told of the disk is the disk's as well (`announced`). Only what the I/O has to be
-//! aligned to is asked of the host anew by each instance, and again when the kernel refuses one: it
-//! is no property of the guest's disk, because what does not fit is carried out on a range that does (`edges`).
+//! What the guest is told of the disk is the disk's as well (`announced`). Only what the I/O has to
+//! be aligned to is asked of the host anew by each instance, and again when the kernel refuses one:
+//! it is no property of the guest's disk, because what does not fit is carried out on a range that
+//! does (`edges`).
 //!
-//! Linux reports a write-back that failed once to each open file description, and then forgets it. So
-//! each queue syncs through a description of its own, opened before it may be needed. The disk has one
-//! more, the *witness*, which lies in storage: the first sync of an instance, each time that it is
-//! activated, asks it what was reported to a predecessor that did not live to say so. Nobody else
-//! syncs through it, and no data goes through it.
+//! Linux reports a write-back that failed once to each open file description, and then forgets it.
+//! So each queue syncs through a description of its own, opened before it may be needed. The disk
+//! has one more, the *witness*, which lies in storage: the first sync of an instance, each time
+//! that it is activated, asks it what was reported to a predecessor that did not live to say so.
+//! Nobody else syncs through it, and no data goes through it.
 //!
-//! The first instance claims the image, so that no other program writes to it, and leaves the claim in storage as well: it is the disk's, whoever serves it, and
-//! ends with the process.
+//! The first instance claims the image, so that no other program writes to it, and leaves the claim
+//! in storage as well: it is the disk's, whoever serves it, and ends with the process.
 
 use crate::announced::Announced;
 use domain_api::file_io::{self, Alignment, Claim, OpenMode};
@@ -82,7 +86,8 @@ pub(crate) struct Image {
     /// The same file through the page cache, for the end of one whose length is not aligned.
     cached: Option<File>,
     witness: File,
-    /// How others see that the image is in use, if storage has nothing to that end. A description of its own: what io_uring knows is closed some time after the process is gone.
+    /// How others see that the image is in use, if storage has nothing to that end. A description
+    /// of its own: what io_uring knows is closed some time after the process is gone.
     claim: Option<File>,
 }
 
@@ -102,8 +107,9 @@ impl Image {
 
     fn describe(host: Host, file: File, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
         let mode = wanted.mode;
-        let cannot =
-            |what: &str, error: io::Error| DomainError::new(format!("cannot {what} `{path}`: {error}"));
+        let cannot = |what: &str, error: io::Error| {
+            DomainError::new(format!("cannot {what} `{path}`: {error}"))
+        };
         let about = file.metadata().map_err(|error| cannot("look at", error))?;
         check_kind(path, &about)?;
         let device = about.file_type().is_block_device();
@@ -113,15 +119,20 @@ impl Image {
             about.len()
         };
         let device_sector = if device {
-            Some(file_io::device_sector_size(&file).map_err(|error| cannot("read the sectors of", error))?)
+            Some(
+                file_io::device_sector_size(&file)
+                    .map_err(|error| cannot("read the sectors of", error))?,
+            )
         } else {
             None
         };
         let alignment = if mode.direct { alignment(&file, path)? } else { Alignment::SECTORS };
         // A device's node is on a file system in memory, and says nothing of the device.
         let in_memory = !device
-            && file_io::is_in_memory(&file).map_err(|error| cannot("look at the file system of", error))?;
-        let writes_durably = mode.direct && (device || file_io::is_truly_direct(&file).unwrap_or(false));
+            && file_io::is_in_memory(&file)
+                .map_err(|error| cannot("look at the file system of", error))?;
+        let writes_durably =
+            mode.direct && (device || file_io::is_truly_direct(&file).unwrap_or(false));
         let is_cut = !device && !size.is_multiple_of(u64::from(alignment.offset));
         let cached = (mode.direct && is_cut)
             .then(|| file_io::reopen(&file, OpenMode { direct: false, ..mode }))
@@ -129,7 +140,9 @@ impl Image {
             .map_err(|error| cannot("open once more, for the end of it,", error))?;
         let witness = match host.storage().file(WITNESS) {
             Some(witness) => witness,
-            None => open_to_sync(host, &file, path).map_err(|error| cannot("open once more", error))?,
+            None => {
+                open_to_sync(host, &file, path).map_err(|error| cannot("open once more", error))?
+            }
         };
         let announced = match Announced::inherited(host) {
             Some(announced) => {
@@ -175,11 +188,13 @@ impl Image {
         })
     }
 
-    /// Leaves the descriptor in storage for successors, where there is none yet or one that was opened otherwise.
+    /// Leaves the descriptor in storage for successors, where there is none yet or one that was
+    /// opened otherwise.
     pub(crate) fn keep(&self, host: Host) -> Result<(), DomainError> {
         let storage = host.storage();
         let served = storage.file(DESCRIPTOR);
-        let fits = served.as_ref().is_some_and(|file| file_io::open_mode(file).ok() == Some(self.mode));
+        let fits =
+            served.as_ref().is_some_and(|file| file_io::open_mode(file).ok() == Some(self.mode));
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
         }
@@ -263,8 +278,8 @@ impl Image {
         }
     }
 
-    /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it says
-    /// through the page cache, without a word, once a file shares blocks with another.
+    /// Asks what direct I/O has to be aligned to now. XFS takes what is aligned to less than it
+    /// says through the page cache, without a word, once a file shares blocks with another.
     pub(crate) fn follow_alignment(&self) {
         if self.mode.direct
             && let Ok(Some(now)) = file_io::stated_alignment(&self.file)
@@ -315,7 +330,9 @@ impl std::ops::Deref for Cached<'_> {
 /// What direct I/O has to be aligned to.
 fn alignment(file: &File, path: &str) -> Result<Alignment, DomainError> {
     let found = file_io::direct_alignment(file).map_err(|error| {
-        DomainError::new(format!("cannot do direct I/O on `{path}`: {error}; leave direct=true out"))
+        DomainError::new(format!(
+            "cannot do direct I/O on `{path}`: {error}; leave direct=true out"
+        ))
     })?;
     if found.offset.max(found.memory) > LARGEST_ALIGNMENT {
         return Err(DomainError::new(format!(
@@ -326,8 +343,8 @@ fn alignment(file: &File, path: &str) -> Result<Alignment, DomainError> {
     Ok(found)
 }
 
-/// Another open file description, to sync through: for reading only, because that is all it takes, and because to close one
-/// that was open for writing is an event for others.
+/// Another open file description, to sync through: for reading only, because that is all it takes,
+/// and because to close one that was open for writing is an event for others.
 fn open_to_sync(host: Host, file: &File, path: &str) -> io::Result<File> {
     file_io::reopen(file, OpenMode { write: false, direct: false }).or_else(|error| {
         host.log(
@@ -412,7 +429,9 @@ fn claim(host: Host, file: &File, path: &str, mode: OpenMode) -> Result<Option<F
         };
         match outcome {
             Claim::Ours => return Ok(own.ok()),
-            Claim::Taken if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            Claim::Taken if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10))
+            }
             Claim::Taken => {
                 return Err(DomainError::new(format!(
                     "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), or give locking=false if you know better"
@@ -431,8 +450,9 @@ fn claim(host: Host, file: &File, path: &str, mode: OpenMode) -> Result<Option<F
 
 /// The predecessor's file, opened as we want it.
 fn take_up(host: Host, served: File, path: &str, mode: OpenMode) -> Result<File, DomainError> {
-    let cannot =
-        |error: io::Error| DomainError::new(format!("cannot take up the descriptor of `{path}`: {error}"));
+    let cannot = |error: io::Error| {
+        DomainError::new(format!("cannot take up the descriptor of `{path}`: {error}"))
+    };
     let id = identity(&served.metadata().map_err(cannot)?);
     let there = std::fs::metadata(path).map(|about| identity(&about));
     let renamed = !matches!(&there, Ok(there) if *there == id);
@@ -442,14 +462,18 @@ fn take_up(host: Host, served: File, path: &str, mode: OpenMode) -> Result<File,
                 "`{path}` is another file than the guest's disk; an upgrade does not move a disk, leave `path` out"
             ),
             Err(error) => {
-                format!("cannot look at `{path}`: {error}; leave `path` out to go on with the same file")
+                format!(
+                    "cannot look at `{path}`: {error}; leave `path` out to go on with the same file"
+                )
             }
         }));
     }
     if renamed {
         host.log(
             Level::Warn,
-            &format!("`{path}` is not the guest's disk any more; going on with the file that is open"),
+            &format!(
+                "`{path}` is not the guest's disk any more; going on with the file that is open"
+            ),
         );
     }
     if file_io::open_mode(&served).map_err(cannot)? == mode {
@@ -474,7 +498,9 @@ fn check_writable(file: &File, path: &str, mode: OpenMode) -> Result<(), DomainE
     } else {
         return Ok(());
     };
-    Err(DomainError::new(format!("`{path}` {what}; make it writable, or serve it with readonly=true")))
+    Err(DomainError::new(format!(
+        "`{path}` {what}; make it writable, or serve it with readonly=true"
+    )))
 }
 
 fn check_kind(path: &str, about: &Metadata) -> Result<(), DomainError> {
@@ -483,12 +509,18 @@ fn check_kind(path: &str, about: &Metadata) -> Result<(), DomainError> {
         return Ok(());
     }
     let what = if kind.is_dir() { "a directory" } else { "no file that holds data" };
-    Err(DomainError::new(format!("`{path}` is {what}; `path` must name a raw image file or a block device")))
+    Err(DomainError::new(format!(
+        "`{path}` is {what}; `path` must name a raw image file or a block device"
+    )))
 }
 
 fn check_size(path: &str, size: u64, block_size: u32, device: bool) -> Result<(), DomainError> {
     if size == 0 {
-        let advice = if device { "insert a medium".into() } else { format!("use `truncate -s SIZE {path}`") };
+        let advice = if device {
+            "insert a medium".into()
+        } else {
+            format!("use `truncate -s SIZE {path}`")
+        };
         return Err(DomainError::new(format!("`{path}` is empty; {advice}")));
     }
     if size.is_multiple_of(u64::from(block_size)) {

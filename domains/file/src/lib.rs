@@ -1,13 +1,16 @@
 //! A disk in a raw file or block device.
 //!
-//! The data is where it is: in the file, reached through the page cache or, with `direct=true`, past it. An instance holds no data and, as a rule, does no
-//! read-modify-write, so two of them on the same file serve side by side, and an upgrade pauses nobody. For that the storage
-//! keeps the first instance's descriptor, and a successor works on a dup of it; see `image` for when it cannot, and why. Where direct
-//! I/O is to be aligned to more than the guest's blocks (`edges`), an upgrade is a handover.
+//! The data is where it is: in the file, reached through the page cache or, with `direct=true`,
+//! past it. An instance holds no data and, as a rule, does no read-modify-write, so two of them on
+//! the same file serve side by side, and an upgrade pauses nobody. For that the storage keeps the
+//! first instance's descriptor, and a successor works on a dup of it; see `image` for when it
+//! cannot, and why. Where direct I/O is to be aligned to more than the guest's blocks (`edges`), an
+//! upgrade is a handover.
 //!
-//! Data moves straight from and to guest memory. What only has to be copied is served in the call that submits it; whatever may wait for a device
-//! goes through io_uring, one ring per queue, and ends later (`queue`). Where io_uring cannot be had, each worker serves its requests itself,
-//! one after the other (`engine`, `disk`).
+//! Data moves straight from and to guest memory. What only has to be copied is served in the call
+//! that submits it; whatever may wait for a device goes through io_uring, one ring per queue, and
+//! ends later (`queue`). Where io_uring cannot be had, each worker serves its requests itself, one
+//! after the other (`engine`, `disk`).
 
 #![forbid(unsafe_code)]
 
@@ -26,8 +29,8 @@ mod turn;
 use disk::Disk;
 use domain_api::file_io::OpenMode;
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
-    QueueIndex, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
+    QueueContext, QueueIndex, Swap,
 };
 use engine::Engine;
 use image::{Image, Wanted};
@@ -43,8 +46,9 @@ pub struct FileDisk {
     engine: Engine,
     /// One bit for each queue that is attached.
     attached: AtomicU64,
-    /// What is left of queues that were let go of, the last one of each. To end a ring takes long, and to close a descriptor may write all
-    /// back (NFS, FUSE), and their worker has a guest to serve; they end with the instance.
+    /// What is left of queues that were let go of, the last one of each. To end a ring takes long,
+    /// and to close a descriptor may write all back (NFS, FUSE), and their worker has a guest to
+    /// serve; they end with the instance.
     detached: Mutex<Vec<(QueueIndex, Remains)>>,
     serial: String,
 }
@@ -67,8 +71,10 @@ impl BlockDomain for FileDisk {
                 "parameter `path` is missing; name a raw image file or a block device with path=PATH",
             )
         })?;
-        let mode =
-            OpenMode { write: !params.flag("readonly", false)?, direct: params.flag("direct", false)? };
+        let mode = OpenMode {
+            write: !params.flag("readonly", false)?,
+            direct: params.flag("direct", false)?,
+        };
         let locks = params.flag("locking", true)?;
         let block_size = match params.get("block_size") {
             None => None,
@@ -82,17 +88,26 @@ impl BlockDomain for FileDisk {
         };
         let serial = params.serial()?;
         let image = Image::prepare(host, path, Wanted { mode, locks, block_size })?;
-        let disk = Disk::new(host, image)
-            .map_err(|error| DomainError::new(format!("no descriptor to sync `{path}` through: {error}")))?;
+        let disk = Disk::new(host, image).map_err(|error| {
+            DomainError::new(format!("no descriptor to sync `{path}` through: {error}"))
+        })?;
         let engine = Engine::choose(host, disk.image(), params)?;
-        Ok(Self { host, disk, engine, attached: AtomicU64::new(0), detached: Mutex::default(), serial })
+        Ok(Self {
+            host,
+            disk,
+            engine,
+            attached: AtomicU64::new(0),
+            detached: Mutex::default(),
+            serial,
+        })
     }
 
     fn info(&self) -> DeviceInfo {
         let image = self.disk.image();
         let announced = image.announced();
         let capabilities = if image.mode().write {
-            let takes_discard = Capabilities(if announced.discard { Capabilities::DISCARD.0 } else { 0 });
+            let takes_discard =
+                Capabilities(if announced.discard { Capabilities::DISCARD.0 } else { 0 });
             Capabilities::FLUSH
                 .with(Capabilities::WRITE_CACHE)
                 .with(Capabilities::WRITE_ZEROES)
@@ -141,8 +156,10 @@ impl BlockDomain for FileDisk {
         self.attached.fetch_and(!(1 << index.0), Ordering::Relaxed);
         let remains = queue.into_remains();
         let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
-        // Queues may come and go as often as they like: one is kept, and the one before ends here, when the others can go on.
-        let before = detached.iter().position(|(of, _)| *of == index).map(|at| detached.swap_remove(at));
+        // Queues may come and go as often as they like: one is kept, and the one before ends here,
+        // when the others can go on.
+        let before =
+            detached.iter().position(|(of, _)| *of == index).map(|at| detached.swap_remove(at));
         detached.push((index, remains));
         drop(detached);
         drop(before);

@@ -1,7 +1,7 @@
 //! What neither the ring nor a worker should do: a device's discard.
 //!
-//! It is an ioctl, which may take as long as the device likes, and a worker has a guest to serve. So a
-//! thread of the host's does it, made when the first one comes.
+//! It is an ioctl, which may take as long as the device likes, and a worker has a guest to serve.
+//! So a thread of the host's does it, made when the first one comes.
 
 use domain_api::{Host, QueueIndex, Request, file_io};
 use std::collections::VecDeque;
@@ -71,8 +71,8 @@ impl Offload {
         Self { host, shared: Arc::default() }
     }
 
-    /// Has `range` of the device `file` discarded for `request`, and `queue` notified of its end. The request comes
-    /// back if there is no thread.
+    /// Has `range` of the device `file` discarded for `request`, and `queue` notified of its end.
+    /// The request comes back if there is no thread.
     pub(crate) fn discard(
         &self,
         file: &File,

@@ -1,8 +1,10 @@
-//! Whether it is worth trying to serve a request at once, on the worker itself, judged by how it went lately.
+//! Whether it is worth trying to serve a request at once, on the worker itself, judged by how it
+//! went lately.
 //!
-//! A read of cached data costs less by far when it is copied in the call than when anybody is woken for it, so it is tried first. Where the data is
-//! not cached, the attempt is lost time, and where a write has to wait, the whole queue waits with it. A few bad attempts in a row end the trying for a
-//! while; then one is made to see whether the times have changed.
+//! A read of cached data costs less by far when it is copied in the call than when anybody is woken
+//! for it, so it is tried first. Where the data is not cached, the attempt is lost time, and where
+//! a write has to wait, the whole queue waits with it. A few bad attempts in a row end the trying
+//! for a while; then one is made to see whether the times have changed.
 
 use std::time::Duration;
 

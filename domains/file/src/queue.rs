@@ -10,20 +10,27 @@
 //!                                 done
 //! ```
 //!
-//! At once goes what only copies: reads from the page cache (the kernel says so itself, `RWF_NOWAIT`), writes into it, and everything on a file
-//! system in memory. Writes that turn out to wait, for dirty pages or a journal, go to the ring for a while ([`Pace`]). Direct I/O goes to the ring. What
-//! does not fit the storage's alignment goes there by way of memory of its own ([`crate::edges`]). Without direct I/O the ring is made when a request first needs it (`engine`).
+//! At once goes what only copies: reads from the page cache (the kernel says so itself,
+//! `RWF_NOWAIT`), writes into it, and everything on a file system in memory. Writes that turn out
+//! to wait, for dirty pages or a journal, go to the ring for a while ([`Pace`]). Direct I/O goes to
+//! the ring. What does not fit the storage's alignment goes there by way of memory of its own
+//! ([`crate::edges`]). Without direct I/O the ring is made when a request first needs it
+//! (`engine`).
 //!
-//! **Flush.** It has to cover the writes that had completed before it was submitted, by this queue or another, this instance or another. Completed means
-//! that the data is in the page cache or on the device; `fdatasync` on the file takes all of that with it, whoever wrote it, and it is
-//! submitted later than those writes completed. Writes that are still in flight are owed nothing. So no request is ever held back for
-//! another (no `IOSQE_IO_DRAIN`, no links). Flushes that come while one is under way share the next ([`crate::turn`]).
+//! **Flush.** It has to cover the writes that had completed before it was submitted, by this queue
+//! or another, this instance or another. Completed means that the data is in the page cache or on
+//! the device; `fdatasync` on the file takes all of that with it, whoever wrote it, and it is
+//! submitted later than those writes completed. Writes that are still in flight are owed nothing.
+//! So no request is ever held back for another (no `IOSQE_IO_DRAIN`, no links). Flushes that come
+//! while one is under way share the next ([`crate::turn`]).
 //!
-//! **Without a write cache** a write is durable before it completes: direct I/O says so with the write, and a write into the page cache is followed by a
-//! sync, which it shares with others. The setting may change while writes are in flight, so it is looked at once more when a
-//! write has ended: whatever was not written durably is followed by a sync.
+//! **Without a write cache** a write is durable before it completes: direct I/O says so with the
+//! write, and a write into the page cache is followed by a sync, which it shares with others. The
+//! setting may change while writes are in flight, so it is looked at once more when a write has
+//! ended: whatever was not written durably is followed by a sync.
 //!
-//! Where no ring can be had everything is done by the worker, one after the other ([`Disk::serve`]).
+//! Where no ring can be had everything is done by the worker, one after the other
+//! ([`Disk::serve`]).
 
 use crate::bounce::Bounce;
 use crate::disk::{Disk, is_cancelled};
@@ -101,8 +108,9 @@ impl Queue {
         let image = disk.image();
         let sync = engine.sync_file(image, index);
         let at_once = engine.wants_rings_at_once(image);
-        let ring =
-            at_once.then(|| engine.ring(image, sync.as_ref().unwrap_or(disk.own_sync()), index)).flatten();
+        let ring = at_once
+            .then(|| engine.ring(image, sync.as_ref().unwrap_or(disk.own_sync()), index))
+            .flatten();
         Self {
             index,
             bounce: Bounce::default(),
@@ -148,8 +156,9 @@ impl Queue {
             return;
         }
         self.heed_cancel(disk);
-        // A full ring may have room again when what it has is submitted and some of that ends in the call. If not, the rest stays with the host,
-        // which comes back when something has ended.
+        // A full ring may have room again when what it has is submitted and some of that ends in
+        // the call. If not, the rest stays with the host, which comes back when something has
+        // ended.
         while !batch.is_empty() && self.has_room() {
             while self.has_room()
                 && let Some(request) = batch.next()
@@ -166,7 +175,8 @@ impl Queue {
         self.collect(engine, disk, completions);
     }
 
-    /// Gives up what is in flight if that was asked for. Looked at before anything new is taken, which was not meant.
+    /// Gives up what is in flight if that was asked for. Looked at before anything new is taken,
+    /// which was not meant.
     #[inline]
     fn heed_cancel(&mut self, disk: &Disk) {
         let cancels = disk.cancels();
@@ -179,11 +189,13 @@ impl Queue {
     /// Whether the ring can take one more, and all that wait beside it.
     #[inline]
     fn has_room(&self) -> bool {
-        let beside =
-            self.turn.len() + self.blocked.len() + self.offloaded + usize::from(self.unwitnessed.is_some());
-        self.ring
-            .as_ref()
-            .is_none_or(|ring| ring.has_room() && (beside == 0 || ring.in_flight() + beside < DEPTH))
+        let beside = self.turn.len()
+            + self.blocked.len()
+            + self.offloaded
+            + usize::from(self.unwitnessed.is_some());
+        self.ring.as_ref().is_none_or(|ring| {
+            ring.has_room() && (beside == 0 || ring.in_flight() + beside < DEPTH)
+        })
     }
 
     /// Serves a request here and now.
@@ -248,7 +260,8 @@ impl Queue {
         match next {
             Next::Done(status) => self.done(disk, request, status, completions),
             Next::Ring(work, done) if self.ring.is_some() => {
-                let is_plain = is_change(work) && disk.image().mode().direct && !self.holds(&request);
+                let is_plain =
+                    is_change(work) && disk.image().mode().direct && !self.holds(&request);
                 if is_plain {
                     return self.push_plain(engine, disk, request, work, done, completions);
                 }
@@ -266,7 +279,8 @@ impl Queue {
         !self.held.is_empty() && self.held.iter().any(|(tag, _)| *tag == request.id().tag)
     }
 
-    /// A change without a range: counted first, and then it is looked whether it needs one by now (`edges`).
+    /// A change without a range: counted first, and then it is looked whether it needs one by now
+    /// (`edges`).
     #[inline]
     fn push_plain(
         &mut self,
@@ -309,7 +323,13 @@ impl Queue {
     }
 
     #[inline]
-    fn done(&mut self, disk: &Disk, request: Request, status: Status, completions: &mut Completions<'_>) {
+    fn done(
+        &mut self,
+        disk: &Disk,
+        request: Request,
+        status: Status,
+        completions: &mut Completions<'_>,
+    ) {
         if !self.held.is_empty() {
             self.give_back(disk, &request);
         }
@@ -325,8 +345,9 @@ impl Queue {
         }
     }
 
-    /// What is rarer than reads and writes that fit. The first request that is to wait without its worker makes the ring
-    /// for it. If there is none to be had, the worker serves it, and all that follow.
+    /// What is rarer than reads and writes that fit. The first request that is to wait without its
+    /// worker makes the ring for it. If there is none to be had, the worker serves it, and all that
+    /// follow.
     #[inline(never)]
     fn go_on_elsewhere(
         &mut self,
@@ -405,8 +426,12 @@ impl Queue {
             return Next::Done(Status::IoError);
         }
         match op {
-            Op::Read | Op::Write if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
-            Op::Read if !disk.takes(request, disk.alignment()) => self.begin_aligned(engine, disk, request),
+            Op::Read | Op::Write if disk.image().is_in_memory() => {
+                Next::Done(self.serve(disk, request))
+            }
+            Op::Read if !disk.takes(request, disk.alignment()) => {
+                self.begin_aligned(engine, disk, request)
+            }
             Op::Read => self.begin_read(disk, request),
             Op::Flush if disk.image().is_in_memory() => Next::Done(self.serve(disk, request)),
             Op::Flush => match disk.check_storage() {
@@ -421,7 +446,9 @@ impl Queue {
                 disk.discarded(request).map_or(Next::Done(Status::Ok), Next::Offload)
             }
             Op::Discard if !disk.can_punch_hole() => Next::Done(Status::Unsupported),
-            Op::Write | Op::Discard | Op::WriteZeroes { .. } => self.begin_change(engine, disk, request, op),
+            Op::Write | Op::Discard | Op::WriteZeroes { .. } => {
+                self.begin_change(engine, disk, request, op)
+            }
         }
     }
 
@@ -433,10 +460,14 @@ impl Queue {
             return Next::Blocked;
         }
         match op {
-            Op::Write if !disk.takes(request, alignment) => self.begin_aligned(engine, disk, request),
+            Op::Write if !disk.takes(request, alignment) => {
+                self.begin_aligned(engine, disk, request)
+            }
             Op::Write => self.begin_write(disk, request),
             Op::Discard => Next::Ring(Work::PunchHole, 0),
-            Op::WriteZeroes { may_unmap: true } if disk.can_punch_hole() => Next::Ring(Work::PunchHole, 0),
+            Op::WriteZeroes { may_unmap: true } if disk.can_punch_hole() => {
+                Next::Ring(Work::PunchHole, 0)
+            }
             _ if disk.can_zero_range() => Next::Ring(Work::ZeroRange, 0),
             _ => self.write_zeros(engine, disk, request),
         }
@@ -473,7 +504,8 @@ impl Queue {
         if !self.writes.worth_trying() {
             return Next::Ring(Work::Write { durable: false }, 0);
         }
-        // Few file systems can say beforehand whether a write into the page cache would wait (ext4 cannot), so the clock tells afterwards.
+        // Few file systems can say beforehand whether a write into the page cache would wait (ext4
+        // cannot), so the clock tells afterwards.
         let started = Instant::now();
         let result = file_io::write_at(disk.image().file(), request.offset(), &request.buffer());
         self.writes.took(started.elapsed());
@@ -500,7 +532,8 @@ impl Queue {
         held.map_or_else(|| edges::hull(request, disk.alignment()), |(_, range)| range.clone())
     }
 
-    /// A read, or a write that has its range if it needs one, which the kernel does not take as it is.
+    /// A read, or a write that has its range if it needs one, which the kernel does not take as it
+    /// is.
     #[cold]
     fn begin_aligned(&mut self, engine: &Engine, disk: &Disk, request: &Request) -> Next {
         if !self.make_ring(engine, disk) {
@@ -512,14 +545,18 @@ impl Queue {
         let range = self.range(disk, request);
         let len = range.end - range.start;
         let reads = request.op() == Some(Op::Read);
-        let (head, tail) = (request.offset() > range.start, request.offset() + request.len() < range.end);
+        let (head, tail) =
+            (request.offset() > range.start, request.offset() + request.len() < range.end);
         disk.count_unaligned(!reads && (head || tail));
         if reads {
             if len > MOST_ALIGNED {
                 let result = disk.read_bounced(&mut self.bounce, request);
                 return Next::Done(disk.status(request, result));
             }
-            return Next::Aligned(Work::ReadAligned, Box::new(Aligned::new(range.start, len as usize)));
+            return Next::Aligned(
+                Work::ReadAligned,
+                Box::new(Aligned::new(range.start, len as usize)),
+            );
         }
         // The one that the range was made with, or a smaller one, which serves as well.
         let alignment = disk.alignment().min(len);
@@ -563,12 +600,22 @@ impl Queue {
 
     /// What follows when a piece of a request that does not fit has been moved.
     #[cold]
-    fn moved(&mut self, disk: &Disk, request: &Request, work: Work, mut aligned: Box<Aligned>) -> Next {
+    fn moved(
+        &mut self,
+        disk: &Disk,
+        request: &Request,
+        work: Work,
+        mut aligned: Box<Aligned>,
+    ) -> Next {
         let from = (request.offset() - aligned.offset()) as usize;
         let (to, len) = (from + request.len() as usize, aligned.bytes().len());
         if matches!(work, Work::WriteAligned { .. }) {
             let durable = matches!(work, Work::WriteAligned { durable: true });
-            return if disk.is_write_through() && !durable { Next::Sync } else { Next::Done(Status::Ok) };
+            return if disk.is_write_through() && !durable {
+                Next::Sync
+            } else {
+                Next::Done(Status::Ok)
+            };
         }
         let window = aligned.window();
         if request.op() == Some(Op::Read) {
@@ -639,8 +686,8 @@ impl Queue {
         }
     }
 
-    /// What follows when data could not be moved: once more, if the kernel did not like the guest's memory, or the storage asks for more than
-    /// it did.
+    /// What follows when data could not be moved: once more, if the kernel did not like the guest's
+    /// memory, or the storage asks for more than it did.
     #[cold]
     fn refused(
         &mut self,
@@ -697,7 +744,8 @@ impl Queue {
         self.conclude(disk, request, result, completions);
     }
 
-    /// Has the witness asked, by one queue at a time: of two the one would be told, and the other answer well.
+    /// Has the witness asked, by one queue at a time: of two the one would be told, and the other
+    /// answer well.
     #[cold]
     fn ask_witness(&mut self, disk: &Disk, request: Request, completions: &mut Completions<'_>) {
         if disk.is_witnessed() {
@@ -748,15 +796,24 @@ impl Queue {
 const fn is_transfer(work: Work) -> bool {
     matches!(
         work,
-        Work::Read | Work::Write { .. } | Work::WriteZeros | Work::ReadAligned | Work::WriteAligned { .. }
+        Work::Read
+            | Work::Write { .. }
+            | Work::WriteZeros
+            | Work::ReadAligned
+            | Work::WriteAligned { .. }
     )
 }
 
-/// Whether it changes what is in the file from where the guest has it, and may do so without a range.
+/// Whether it changes what is in the file from where the guest has it, and may do so without a
+/// range.
 const fn is_change(work: Work) -> bool {
     matches!(
         work,
-        Work::Write { .. } | Work::WriteAligned { .. } | Work::WriteZeros | Work::PunchHole | Work::ZeroRange
+        Work::Write { .. }
+            | Work::WriteAligned { .. }
+            | Work::WriteZeros
+            | Work::PunchHole
+            | Work::ZeroRange
     )
 }
 

@@ -39,7 +39,9 @@ impl Trouble {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 (NO_SPACE, "; make room in the image's file system")
             }
-            io::ErrorKind::UnexpectedEof => (CUT_SHORT, "; the image was cut short, restore its size"),
+            io::ErrorKind::UnexpectedEof => {
+                (CUT_SHORT, "; the image was cut short, restore its size")
+            }
             io::ErrorKind::FileTooLarge => {
                 (NO_SPACE, "; raise the limit of file sizes (`ulimit -f`, LimitFSIZE=)")
             }

@@ -1,9 +1,10 @@
 //! One sync of a queue at a time, for all requests that wait for it.
 //!
-//! Linux reports a failed write-back once to each open file description. Were two syncs of one description
-//! under way together, the one would be told of it and the other answer well, though both owe the same
-//! data. So a queue has one sync under way, through a description of its own; what comes meanwhile waits for the next,
-//! which serves all that wait. A sync covers what had ended before it began, so nobody is let in who comes later.
+//! Linux reports a failed write-back once to each open file description. Were two syncs of one
+//! description under way together, the one would be told of it and the other answer well, though
+//! both owe the same data. So a queue has one sync under way, through a description of its own;
+//! what comes meanwhile waits for the next, which serves all that wait. A sync covers what had
+//! ended before it began, so nobody is let in who comes later.
 
 use domain_api::Request;
 

@@ -1,4 +1,5 @@
-//! The disk in a file keeps the contract, on a real file system and on one that lacks half of `fallocate`, cached and direct.
+//! The disk in a file keeps the contract, on a real file system and on one that lacks half of
+//! `fallocate`, cached and direct.
 
 mod common;
 
@@ -12,7 +13,10 @@ use std::path::Path;
 fn keeps_the_contract(dir: &Path, more: &[&str]) {
     let image = image_in(dir, 2 << 20);
     let params = params(image.path(), more);
-    run::<FileDisk>(&Options { refused: vec![("path".into(), String::new())], ..Options::new(params) });
+    run::<FileDisk>(&Options {
+        refused: vec![("path".into(), String::new())],
+        ..Options::new(params)
+    });
 }
 
 #[test]
@@ -39,7 +43,8 @@ fn keeps_the_contract_with_direct_io() {
 fn what_one_way_wrote_the_other_reads() {
     let image = image_in(&real_dir(), 1 << 20);
     let disk = |more: &[&str]| {
-        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), more)).expect("it opens")
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), more))
+            .expect("it opens")
     };
     let (cached, direct) = (disk(&[]), disk(&["direct=true"]));
     assert_eq!(cached.instance.info().unwrap().backing_cache, 0);
@@ -64,7 +69,8 @@ fn what_one_way_wrote_the_other_reads() {
 #[test]
 fn space_goes_back_and_zeros_keep_it() {
     let image = image_in(&real_dir(), 1 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let mut lane = bench.lane(0).unwrap();
     let file = image.as_file();
     let mut blocks_after = |job: Job| {
@@ -83,7 +89,8 @@ fn space_goes_back_and_zeros_keep_it() {
 fn the_write_cache_can_be_turned_off() {
     let image = image_in(&real_dir(), 1 << 20);
     for more in [&[][..], &["direct=true"]] {
-        let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), more)).unwrap();
+        let bench =
+            Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), more)).unwrap();
         assert!(bench.instance.info().unwrap().capabilities.contains(Capabilities::WRITE_CACHE));
         bench.instance.set_write_cache(false).unwrap();
         let mut lane = bench.lane(0).unwrap();
@@ -102,7 +109,8 @@ fn the_write_cache_can_be_turned_off() {
 #[test]
 fn an_image_that_was_cut_short_gives_io_errors_and_one_line() {
     let image = image_in(&real_dir(), 1 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let mut lane = bench.lane(0).unwrap();
     image.as_file().set_len(4096).unwrap();
     for _ in 0..5 {
@@ -118,7 +126,8 @@ fn an_image_that_was_cut_short_gives_io_errors_and_one_line() {
 fn a_full_file_system_gives_io_errors_and_one_line() {
     // A mount namespace of this thread's own: it and the file system vanish with the thread.
     let dir = tempfile::tempdir().unwrap();
-    let mounted = std::thread::scope(|scope| scope.spawn(|| on_a_full_disk(dir.path())).join().unwrap());
+    let mounted =
+        std::thread::scope(|scope| scope.spawn(|| on_a_full_disk(dir.path())).join().unwrap());
     if !mounted {
         eprintln!("skipped: not allowed to mount a small file system");
     }
@@ -129,7 +138,8 @@ fn on_a_full_disk(dir: &Path) -> bool {
         return false;
     }
     let image = image_in(dir, 8 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let mut lane = bench.lane(0).unwrap();
     lane.one(Job::write(0, vec![1; 512 << 10])).unwrap().ok().unwrap();
     for _ in 0..5 {

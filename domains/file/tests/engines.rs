@@ -1,4 +1,5 @@
-//! Both ways of doing I/O, io_uring and the workers themselves: each keeps the contract, and they can follow one another.
+//! Both ways of doing I/O, io_uring and the workers themselves: each keeps the contract, and they
+//! can follow one another.
 
 mod common;
 
@@ -17,11 +18,15 @@ fn keeps_the_contract(dir: &Path, more: &[&str]) {
         return;
     }
     let params = params(image.path(), more);
-    run::<FileDisk>(&Options { refused: vec![("aio".into(), "threads".into())], ..Options::new(params) });
+    run::<FileDisk>(&Options {
+        refused: vec![("aio".into(), "threads".into())],
+        ..Options::new(params)
+    });
 }
 
 fn io_uring_works(path: &Path) -> bool {
-    let works = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=io_uring"])).is_ok();
+    let works =
+        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=io_uring"])).is_ok();
     if !works {
         eprintln!("skipped: no io_uring here");
     }
@@ -65,7 +70,9 @@ fn a_flush_leaves_nothing_dirty() {
         if aio == "aio=io_uring" && !io_uring_works(image.path()) {
             continue;
         }
-        let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[aio])).unwrap();
+        let bench =
+            Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[aio]))
+                .unwrap();
         let mut lane = bench.lane(0).unwrap();
         let mut write = |cut: &[usize]| {
             lane.one(Job::write(0, vec![3; 1 << 20]).in_pieces(cut)).unwrap().ok().unwrap();
@@ -75,7 +82,8 @@ fn a_flush_leaves_nothing_dirty() {
             eprintln!("skipped: this kernel does not tell what is dirty");
             return;
         };
-        // Write-back starts after seconds: what was written is not on the disk yet, unless somebody sees to it.
+        // Write-back starts after seconds: what was written is not on the disk yet, unless somebody
+        // sees to it.
         assert!(dirty >= 128, "{aio}: only {dirty} pages are dirty after a write");
         lane.one(Job::flush()).unwrap().ok().unwrap();
         assert_eq!(dirty_pages(image.as_file()), Some(0), "{aio}: dirty after a flush");
@@ -94,7 +102,8 @@ fn a_flush_leaves_nothing_dirty() {
 #[test]
 fn writes_in_flight_when_the_cache_is_turned_off_are_durable_too() {
     let image = image_in(&real_dir(), 8 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let cached = std::sync::atomic::AtomicBool::new(true);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -105,7 +114,8 @@ fn writes_in_flight_when_the_cache_is_turned_off_are_durable_too() {
         let mut lane = bench.lane(0).unwrap();
         for round in 0..u64::MAX {
             let was_cached = cached.load(std::sync::atomic::Ordering::SeqCst);
-            let jobs = (0..32).map(|i| Job::write((i * 2 + round % 2) * 4096, vec![round as u8; 4096]));
+            let jobs =
+                (0..32).map(|i| Job::write((i * 2 + round % 2) * 4096, vec![round as u8; 4096]));
             lane.run(jobs.collect()).unwrap().into_iter().for_each(|done| drop(done.ok().unwrap()));
             if !was_cached {
                 break;
@@ -123,7 +133,8 @@ fn more_requests_than_a_ring_holds_are_taken_bit_by_bit() {
     let params = params(image.path(), &["direct=true"]);
     let bench = Bench::activated::<FileDisk>(&storage, &params).unwrap();
     let mut handle = bench.instance.attach(QueueIndex(0)).unwrap();
-    // Into blocks that the file system has yet to find room for: none of them ends in the call that submits it.
+    // Into blocks that the file system has yet to find room for: none of them ends in the call that
+    // submits it.
     let mut raw = Raw::new(op::WRITE, REQUESTS, 4096, 16 << 20);
     let mut completions = CompletionBuffer::new(REQUESTS);
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -154,11 +165,14 @@ fn more_requests_than_a_ring_holds_are_taken_bit_by_bit() {
 
 #[test]
 fn an_old_instance_ends_what_it_has_while_its_successor_serves() {
-    for (old, new) in [("aio=auto", "aio=auto"), ("aio=auto", "aio=sync"), ("aio=sync", "aio=auto")] {
+    for (old, new) in [("aio=auto", "aio=auto"), ("aio=auto", "aio=sync"), ("aio=sync", "aio=auto")]
+    {
         let image = image_in(&real_dir(), 2 << 20);
         let storage = TestStorage::new();
-        let prepare =
-            |aio| Bench::prepare::<FileDisk>(&storage, &params(image.path(), &[aio, "direct=true"])).unwrap();
+        let prepare = |aio| {
+            Bench::prepare::<FileDisk>(&storage, &params(image.path(), &[aio, "direct=true"]))
+                .unwrap()
+        };
         let (old, new) = (prepare(old), prepare(new));
         old.activate().unwrap();
         let mut first = old.instance.attach(QueueIndex(0)).unwrap();
@@ -167,7 +181,8 @@ fn an_old_instance_ends_what_it_has_while_its_successor_serves() {
         let mut ended = 0;
         assert_eq!(first.submit(raw.requests(), &mut completions).unwrap(), 128);
         ended += completions.completed().len();
-        // The worker attaches to the new one, on the same queue and thread, and serves, before it has let go of the old one.
+        // The worker attaches to the new one, on the same queue and thread, and serves, before it
+        // has let go of the old one.
         new.activate().unwrap();
         let mut lane = new.lane(0).unwrap();
         lane.one(Job::write(0, vec![8; 4096])).unwrap().ok().unwrap();
@@ -177,7 +192,8 @@ fn an_old_instance_ends_what_it_has_while_its_successor_serves() {
             first.reap(&mut completions).unwrap();
             ended += completions.completed().len();
             assert!(
-                !completions.completed().is_empty() || old.host.wait_notified(QueueIndex(0), seen, deadline)
+                !completions.completed().is_empty()
+                    || old.host.wait_notified(QueueIndex(0), seen, deadline)
             );
         }
         drop(first);
@@ -204,7 +220,10 @@ fn an_instance_that_ends_with_requests_in_flight_leaves_none_behind() {
         bench.retire().unwrap();
         raw.mark();
         std::thread::sleep(Duration::from_millis(1));
-        assert!(raw.is_marked(), "the kernel wrote to a request's memory after its instance had ended");
+        assert!(
+            raw.is_marked(),
+            "the kernel wrote to a request's memory after its instance had ended"
+        );
     }
 }
 
@@ -228,7 +247,8 @@ fn a_cancelled_queue_goes_on() {
 #[test]
 fn queues_come_and_go_without_leaving_descriptors() {
     let image = image_in(&real_dir(), 1 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let round = || bench.lane(0).unwrap().one(Job::flush()).unwrap().ok().unwrap();
     round();
@@ -263,7 +283,8 @@ fn a_queue_that_is_served_at_preparing_gets_a_ring_made_then() {
 #[test]
 fn without_direct_io_a_queue_makes_its_ring_when_a_request_needs_it() {
     let image = image_in(&real_dir(), 1 << 20);
-    let bench = Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let attached_without = without_io_uring(|| {
         let mut lane = bench.lane(0).unwrap();
         lane.one(Job::write(0, vec![6; 4096])).unwrap().ok().unwrap();
@@ -297,10 +318,15 @@ fn where_io_uring_is_forbidden_the_workers_serve_and_one_line_says_so() {
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].0 == Level::Info && lines[0].1.contains("io_uring"), "{lines:?}");
         bench.retire().unwrap();
-        let refused = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=io_uring"]));
+        let refused =
+            Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=io_uring"]));
         let said = refused.unwrap_err().to_string();
-        assert!(said.contains("io_uring_disabled") && said.contains("leave aio=io_uring out"), "{said}");
-        let bench = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=sync"])).unwrap();
+        assert!(
+            said.contains("io_uring_disabled") && said.contains("leave aio=io_uring out"),
+            "{said}"
+        );
+        let bench =
+            Bench::prepare::<FileDisk>(&TestStorage::new(), &params(path, &["aio=sync"])).unwrap();
         assert!(bench.host.lines().is_empty());
     });
     if !served {

@@ -1,4 +1,5 @@
-//! Which files are taken, what is said about those that are not, and which file a successor goes on with.
+//! Which files are taken, what is said about those that are not, and which file a successor goes on
+//! with.
 
 mod common;
 
@@ -34,7 +35,9 @@ fn images_that_cannot_be_a_disk_are_refused_with_advice() {
     assert!(said.contains("must name a raw image file"), "{said}");
     let said = refusal(Path::new(""), &[]);
     assert!(said.contains("`path` is missing"), "{said}");
-    let said = Bench::prepare::<FileDisk>(&TestStorage::new(), &Params::default()).unwrap_err().to_string();
+    let said = Bench::prepare::<FileDisk>(&TestStorage::new(), &Params::default())
+        .unwrap_err()
+        .to_string();
     assert!(said.contains("`path` is missing"), "{said}");
 }
 
@@ -45,7 +48,8 @@ fn a_running_program_cannot_be_written_but_read() {
     let said = refusal(&program, &[]);
     assert!(said.contains("for writing"), "{said}");
     if program.metadata().unwrap().len().is_multiple_of(512) {
-        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&program, &["readonly=true"])).unwrap();
+        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&program, &["readonly=true"]))
+            .unwrap();
     }
 }
 
@@ -64,7 +68,8 @@ fn direct_io_on_an_odd_size_is_refused_with_both_ways_out() {
 #[test]
 fn it_is_identified_by_device_and_inode() {
     let image = image_in(&real_dir(), 1 << 20);
-    let bench = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
+    let bench =
+        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap();
     let about = image.as_file().metadata().unwrap();
     assert_eq!(bench.instance.info().unwrap().backing_id, (about.dev(), about.ino()));
 }
@@ -98,7 +103,10 @@ fn a_successor_goes_on_with_the_open_file_whatever_became_of_its_name() {
             let mut wanted = params.clone();
             more.iter().for_each(|(key, value)| drop(wanted.set(*key, *value)));
             let next = Bench::prepare::<FileDisk>(&storage, &wanted).unwrap();
-            assert_eq!(next.instance.info().unwrap().backing_id, old.instance.info().unwrap().backing_id);
+            assert_eq!(
+                next.instance.info().unwrap().backing_id,
+                old.instance.info().unwrap().backing_id
+            );
             assert!(reads_ones(&next), "{wanted:?}");
             let lines = next.host.lines();
             assert!(
@@ -119,8 +127,9 @@ fn another_file_is_refused_and_a_new_name_of_the_same_is_not() {
     std::fs::hard_link(path("disk"), path("link")).unwrap();
     let storage = TestStorage::new();
     let old = first(&storage, &params(&path("disk"), &[]));
-    let error =
-        |name: &str| Bench::prepare::<FileDisk>(&storage, &params(&path(name), &[])).unwrap_err().to_string();
+    let error = |name: &str| {
+        Bench::prepare::<FileDisk>(&storage, &params(&path(name), &[])).unwrap_err().to_string()
+    };
     assert!(error("other").contains("does not move a disk"), "{}", error("other"));
     assert!(error("nowhere").contains("leave `path` out"), "{}", error("nowhere"));
     let next = Bench::prepare::<FileDisk>(&storage, &params(&path("link"), &[])).unwrap();
@@ -140,7 +149,8 @@ fn flags_of_the_predecessor_do_not_change() {
     let cached = OpenMode { write: true, direct: false };
     let direct = OpenMode { write: true, direct: true };
     assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), cached);
-    let next = Bench::prepare::<FileDisk>(&storage, &params(image.path(), &["direct=true"])).unwrap();
+    let next =
+        Bench::prepare::<FileDisk>(&storage, &params(image.path(), &["direct=true"])).unwrap();
     assert_eq!(open_mode(&storage.file("image").unwrap()).unwrap(), cached);
     old.instance.quiesce().unwrap();
     next.activate().unwrap();
@@ -159,7 +169,8 @@ fn an_image_is_one_disks_as_long_as_somebody_serves_it() {
     let image = image_in(&real_dir(), 1 << 20);
     let params = |more: &[&str]| params(image.path(), &[&["locking=true"], more].concat());
     let locked = || {
-        let said = Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&[])).unwrap_err().to_string();
+        let said =
+            Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&[])).unwrap_err().to_string();
         assert!(said.contains("another program uses"), "{said}");
     };
     let storage = TestStorage::new();
@@ -181,7 +192,8 @@ fn an_image_is_one_disks_as_long_as_somebody_serves_it() {
     drop(storage);
     let storage = TestStorage::new();
     let reader = Bench::activated::<FileDisk>(&storage, &params(&["readonly=true"])).unwrap();
-    Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&["readonly=true"])).expect("many may read");
+    Bench::prepare::<FileDisk>(&TestStorage::new(), &params(&["readonly=true"]))
+        .expect("many may read");
     locked();
     drop(reader);
 }

@@ -1,9 +1,12 @@
 //! What both versions share: the region, what is announced, and the way of a request.
 //!
-//! Deliberately unknown here: what becomes of memory that the guest does not need. That is the versions' difference: [`Reclaim`].
+//! Deliberately unknown here: what becomes of memory that the guest does not need. That is the
+//! versions' difference: [`Reclaim`].
 
 use crate::reclaim::Reclaim;
-use domain_api::{Capabilities, DeviceInfo, DomainError, Host, Op, Params, Region, Request, Status, Swap};
+use domain_api::{
+    Capabilities, DeviceInfo, DomainError, Host, Op, Params, Region, Request, Status, Swap,
+};
 use std::sync::OnceLock;
 
 /// The storage key of the region.
@@ -19,7 +22,8 @@ pub(crate) struct Disk {
     host: Host,
     size: u64,
     serial: String,
-    /// Set by `activate`; the host's mapping stays where it is, so a second `activate`, after a rollback, finds it right.
+    /// Set by `activate`; the host's mapping stays where it is, so a second `activate`, after a
+    /// rollback, finds it right.
     region: OnceLock<Region>,
 }
 
@@ -48,7 +52,9 @@ impl Disk {
             optimal_io_size: 0,
             // Of both versions, though the first makes no use of it: the guest has been told.
             discard_granularity: PAGE_SIZE,
-            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            capabilities: Capabilities::FLUSH
+                .with(Capabilities::DISCARD)
+                .with(Capabilities::WRITE_ZEROES),
             swap: Swap::No,
             backing_kind: "memory".to_owned(),
             backing_id: (0, 0),

@@ -1,15 +1,20 @@
 //! A disk in host-owned memory: the example of a domain with state.
 //!
-//! The whole disk is one storage region, and the region is all there is: no header, no index, nothing cached in the instance. So the storage is
-//! valid at every instant, handing it over takes no time whatever its size, and an instance that dies loses nothing that it has
-//! completed. Requests of several queues run at the same time without a lock: the region is copied to and from, never borrowed.
+//! The whole disk is one storage region, and the region is all there is: no header, no index,
+//! nothing cached in the instance. So the storage is valid at every instant, handing it over takes
+//! no time whatever its size, and an instance that dies loses nothing that it has completed.
+//! Requests of several queues run at the same time without a lock: the region is copied to and
+//! from, never borrowed.
 //!
-//! There are two versions, built from this crate, of one storage layout (schema 1), so that each can follow the other:
+//! There are two versions, built from this crate, of one storage layout (schema 1), so that each
+//! can follow the other:
 //!
 //! * 1.0.0 ([`Keep`]) takes discards as the hint that they are, and writes zeros to zero;
-//! * 2.0.0 ([`GiveBack`], exported with the feature `v2`) gives the memory behind both back to the host.
+//! * 2.0.0 ([`GiveBack`], exported with the feature `v2`) gives the memory behind both back to the
+//!   host.
 //!
-//! What they announce is the same, for a guest must not see which one serves it. All that differs is in `reclaim.rs`.
+//! What they announce is the same, for a guest must not see which one serves it. All that differs
+//! is in `reclaim.rs`.
 
 #![forbid(unsafe_code)]
 
@@ -19,7 +24,9 @@ mod reclaim;
 pub use reclaim::{GiveBack, Keep, Reclaim};
 
 use disk::Disk;
-use domain_api::{Batch, BlockDomain, Completions, DeviceInfo, DomainError, Host, Params, QueueContext};
+use domain_api::{
+    Batch, BlockDomain, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
+};
 use std::marker::PhantomData;
 
 /// The version that this build exports.
@@ -29,7 +36,8 @@ pub type Exported = Keep;
 #[cfg(feature = "v2")]
 pub type Exported = GiveBack;
 
-/// The disk in memory. Both versions are in every build, so that they can be tested against each other; a module exports one.
+/// The disk in memory. Both versions are in every build, so that they can be tested against each
+/// other; a module exports one.
 #[derive(Debug)]
 pub struct Ramdisk<R = Exported> {
     disk: Disk,

@@ -32,7 +32,8 @@ impl Reclaim for Keep {
 
 /// Version 2: whole pages go back to the host, by punching holes into the region's memfd.
 ///
-/// A hole reads as zeros through every mapping, and the next write fills it again; so version 1 can take over such a region as it is.
+/// A hole reads as zeros through every mapping, and the next write fills it again; so version 1 can
+/// take over such a region as it is.
 #[derive(Debug)]
 pub struct GiveBack;
 
@@ -59,7 +60,8 @@ impl Reclaim for GiveBack {
     }
 }
 
-/// First byte of the first whole page of a range, and end of the last one. There is none if the end is not behind the first.
+/// First byte of the first whole page of a range, and end of the last one. There is none if the end
+/// is not behind the first.
 fn whole_pages(offset: u64, len: u64) -> (u64, u64) {
     let page = u64::from(PAGE_SIZE);
     (offset.next_multiple_of(page), (offset + len) / page * page)

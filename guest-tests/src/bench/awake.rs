@@ -1,8 +1,10 @@
 //! CPUs that do not fall asleep while something is measured that sleeps and is woken.
 //!
-//! Why: on an idle virtual machine a CPU is given back to the hypervisor, and to be woken there takes 5 or 50 us, as its host pleases, for seconds at a time. Runs that
-//! are to be compared then differ by more than what is compared. The kernel's PM QoS interface keeps idle CPUs looking for work (`/dev/cpu_dma_latency`,
-//! Documentation/power/pm_qos_interface.rst), as long as the file is open.
+//! Why: on an idle virtual machine a CPU is given back to the hypervisor, and to be woken there
+//! takes 5 or 50 us, as its host pleases, for seconds at a time. Runs that are to be compared then
+//! differ by more than what is compared. The kernel's PM QoS interface keeps idle CPUs looking for
+//! work (`/dev/cpu_dma_latency`, Documentation/power/pm_qos_interface.rst), as long as the file is
+//! open.
 
 use std::fs::File;
 use std::io::Write;

@@ -1,7 +1,7 @@
 //! What is measured: every cell is a load, and those who take it in turn.
 //!
-//! A cell's name is its coordinates, `BACKING/dDEPTH/WAIT/SIZE/MIX`, and `--cells` selects by it. In each cell the peer may come in
-//! several configurations; we are compared with the best of them.
+//! A cell's name is its coordinates, `BACKING/dDEPTH/WAIT/SIZE/MIX`, and `--cells` selects by it.
+//! In each cell the peer may come in several configurations; we are compared with the best of them.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -34,13 +34,20 @@ pub(super) enum Backing {
     Cached,
     /// A file on disk, past the page cache.
     Direct,
-    /// A device with sectors of 4096 bytes, past the page cache, and requests of 512 bytes. A loop device on tmpfs, which takes root.
+    /// A device with sectors of 4096 bytes, past the page cache, and requests of 512 bytes. A loop
+    /// device on tmpfs, which takes root.
     Sectors,
 }
 
 impl Backing {
-    const ALL: [Backing; 6] =
-        [Backing::Null, Backing::Memory, Backing::Tmpfs, Backing::Cached, Backing::Direct, Backing::Sectors];
+    const ALL: [Backing; 6] = [
+        Backing::Null,
+        Backing::Memory,
+        Backing::Tmpfs,
+        Backing::Cached,
+        Backing::Direct,
+        Backing::Sectors,
+    ];
 
     /// How long requests are.
     fn sizes(self) -> &'static [usize] {
@@ -95,7 +102,8 @@ impl Images {
             if self.sectors.is_none() {
                 self.sectors = LoopDevice::new(Path::new("/dev/shm"), DISK_BYTES, 4096, &[]);
             }
-            let missing = || io::Error::new(io::ErrorKind::PermissionDenied, "no loop device can be made");
+            let missing =
+                || io::Error::new(io::ErrorKind::PermissionDenied, "no loop device can be made");
             return self.sectors.as_ref().map(LoopDevice::path).ok_or_else(missing);
         }
         let (place, directory, bytes) = match backing {
@@ -134,12 +142,14 @@ pub(super) fn image(directory: &Path, bytes: u64) -> io::Result<(TempDir, PathBu
     Ok((directory, path))
 }
 
-/// Removes what benchmarks have left that were killed: on tmpfs it would take up memory until somebody notices.
+/// Removes what benchmarks have left that were killed: on tmpfs it would take up memory until
+/// somebody notices.
 fn sweep(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let owner =
-            name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse::<u32>().ok());
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse::<u32>().ok());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
             // Whoever may not remove it did not leave it either.
             let _ = fs::remove_dir_all(entry.path());
@@ -194,7 +204,11 @@ fn name(backing: Backing, load: Load) -> String {
         Mix::Write => "write",
         Mix::Mixed => "mixed",
     };
-    let size = if load.bytes < 1024 { format!("{}b", load.bytes) } else { format!("{}k", load.bytes >> 10) };
+    let size = if load.bytes < 1024 {
+        format!("{}b", load.bytes)
+    } else {
+        format!("{}k", load.bytes >> 10)
+    };
     format!("{}/d{}/{wait}/{size}/{mix}", backing.name(), load.depth)
 }
 
@@ -218,16 +232,22 @@ pub(super) fn contenders(
     images: &mut Images,
     selection: &Selection<'_>,
 ) -> io::Result<Vec<Contender>> {
-    let ours =
-        |args: &[String]| Contender { label: "daemon".to_owned(), recipe: Recipe::Ours(args.to_vec()) };
+    let ours = |args: &[String]| Contender {
+        label: "daemon".to_owned(),
+        recipe: Recipe::Ours(args.to_vec()),
+    };
     let (daemon, peers) = match backing {
         Backing::Null | Backing::Memory => {
             let domain = if backing == Backing::Null { "empty" } else { "ramdisk" };
             let size = format!("size={DISK_BYTES}");
-            let args = ["--domain", domain, "--param", &size, "--queue-size", "512"].map(str::to_owned);
+            let args =
+                ["--domain", domain, "--param", &size, "--queue-size", "512"].map(str::to_owned);
             let label = if backing == Backing::Null { "null-co" } else { "null-co (no data)" };
             let null = format!("driver=null-co,size={DISK_BYTES},read-zeroes=on,latency-ns=0");
-            (ours(&args), vec![peer(label, &null, false), peer(&format!("{label}, iothread"), &null, true)])
+            (
+                ours(&args),
+                vec![peer(label, &null, false), peer(&format!("{label}, iothread"), &null, true)],
+            )
         }
         Backing::Tmpfs | Backing::Cached | Backing::Direct | Backing::Sectors => {
             let path = images.path(backing)?.display().to_string();
@@ -284,10 +304,14 @@ mod tests {
 
     #[test]
     fn a_star_stands_for_anything() {
-        for (glob, name) in [("*", ""), ("null/*", "null/d1"), ("*/d1/*/4k/*", "null/d1/polled/4k/read")] {
+        for (glob, name) in
+            [("*", ""), ("null/*", "null/d1"), ("*/d1/*/4k/*", "null/d1/polled/4k/read")]
+        {
             assert!(matches(glob, name), "{glob} {name}");
         }
-        for (glob, name) in [("", "a"), ("null", "null/d1"), ("*/d1/*", "null/d128/polled"), ("a*c", "ab")] {
+        for (glob, name) in
+            [("", "a"), ("null", "null/d1"), ("*/d1/*", "null/d128/polled"), ("a*c", "ab")]
+        {
             assert!(!matches(glob, name), "{glob} {name}");
         }
     }

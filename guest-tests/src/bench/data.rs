@@ -1,7 +1,8 @@
 //! The data path: our daemon and the peer in turn, cell by cell.
 //!
-//! In a round every contender runs once, started anew; every other round goes backwards, so that a machine that
-//! grows slower is unfair to nobody. Ratios are taken within rounds, against the best configuration of the peer.
+//! In a round every contender runs once, started anew; every other round goes backwards, so that a
+//! machine that grows slower is unfair to nobody. Ratios are taken within rounds, against the best
+//! configuration of the peer.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -106,11 +107,14 @@ pub(super) fn run(options: &Options) -> usize {
     let wanted = |name: &str| selection.glob.is_none_or(|glob| cells::matches(glob, name));
     let mut more = serde_json::Map::new();
     if wanted("queues") {
-        more.extend(attempt("queues", &mut failures, || queues::run(options)).map(|v| ("queues".into(), v)));
+        more.extend(
+            attempt("queues", &mut failures, || queues::run(options)).map(|v| ("queues".into(), v)),
+        );
     }
     if wanted("ceiling") {
         more.extend(
-            attempt("ceiling", &mut failures, || ceiling(places)).map(|v| ("client_ceiling".into(), v)),
+            attempt("ceiling", &mut failures, || ceiling(places))
+                .map(|v| ("client_ceiling".into(), v)),
         );
     }
     if wanted("idle") {
@@ -125,7 +129,10 @@ pub(super) fn run(options: &Options) -> usize {
 
 fn announce(cells: usize, options: &Options) {
     if cells > 0 {
-        println!("{cells} cells, {} rounds of {} s for each contender\n", options.pairs, options.seconds);
+        println!(
+            "{cells} cells, {} rounds of {} s for each contender\n",
+            options.pairs, options.seconds
+        );
     }
 }
 
@@ -133,18 +140,24 @@ fn announce(cells: usize, options: &Options) {
 fn default_poll() -> String {
     let help = crate::daemon::run_daemon(&["--help"]).stdout;
     let after = help.split_once("--poll-us").and_then(|(_, rest)| rest.split_once("[default: "));
-    after.and_then(|(_, rest)| rest.split_once(']')).map_or("unknown", |(value, _)| value).to_owned()
+    after
+        .and_then(|(_, rest)| rest.split_once(']'))
+        .map_or("unknown", |(value, _)| value)
+        .to_owned()
 }
 
 fn measure(cell: Cell, options: &Options, places: Places) -> io::Result<Outcome> {
     let mut runs: Vec<Vec<Run>> = cell.contenders.iter().map(|_| Vec::new()).collect();
     for round in 0..options.pairs {
         let forward = 0..cell.contenders.len();
-        let order: Vec<usize> = if round % 2 == 0 { forward.collect() } else { forward.rev().collect() };
+        let order: Vec<usize> =
+            if round % 2 == 0 { forward.collect() } else { forward.rev().collect() };
         for index in order {
             let contender = &cell.contenders[index];
             let run = once(contender, cell.load, Duration::from_secs_f64(options.seconds), places)
-                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", contender.label)))?;
+                .map_err(|error| {
+                    io::Error::new(error.kind(), format!("{}: {error}", contender.label))
+                })?;
             runs[index].push(run);
         }
     }
@@ -162,7 +175,11 @@ fn once(contender: &Contender, load: Load, time: Duration, places: Places) -> io
         ios: measured.ios,
         iops: measured.iops(),
         latency_ns: QUANTILES.map(|(_, share)| {
-            if share < 1.0 { measured.latency.quantile(share) as f64 } else { measured.latency.max() as f64 }
+            if share < 1.0 {
+                measured.latency.quantile(share) as f64
+            } else {
+                measured.latency.max() as f64
+            }
         }),
         server_cpu_us: used * 1e6 / measured.ios.max(1) as f64,
         client_cpu_us: measured.client_seconds * 1e6 / measured.ios.max(1) as f64,
@@ -180,7 +197,8 @@ impl Outcome {
 
     /// The configuration of the peer with the highest median.
     fn best_peer(&self) -> usize {
-        let peers = (0..self.runs.len()).filter(|&index| !self.cell.contenders[index].recipe.is_ours());
+        let peers =
+            (0..self.runs.len()).filter(|&index| !self.cell.contenders[index].recipe.is_ours());
         let median = |index: &usize| Spread::of(self.iops(*index)).median;
         peers.max_by(|a, b| median(a).total_cmp(&median(b))).expect("every cell has a peer")
     }
@@ -317,8 +335,10 @@ fn picture(path: &Path, rows: Vec<(String, Vec<(String, Spread)>)>) {
         let series = series.iter().position(|name| *name == label)?;
         Some(Bar { series, median: ratio.median, min: ratio.min, max: ratio.max })
     };
-    let rows: Vec<_> =
-        rows.into_iter().map(|(name, ratios)| (name, ratios.into_iter().filter_map(bar).collect())).collect();
+    let rows: Vec<_> = rows
+        .into_iter()
+        .map(|(name, ratios)| (name, ratios.into_iter().filter_map(bar).collect()))
+        .collect();
     let title = "Requests per second: vhost-hotswap over qemu-storage-daemon";
     let axis = "ratio to the peer's best configuration (median, min-max of rounds)";
     save(path, &svg::ratios(title, axis, &series, &rows));

@@ -1,10 +1,11 @@
 //! The load: one thread that keeps a queue at a given depth, and times every request.
 //!
-//! The clock is read once per round of completions, and the new requests count from that reading; so a latency is from before
-//! the request is written until after its answer was seen, and includes the client's own work on the others of its round.
+//! The clock is read once per round of completions, and the new requests count from that reading;
+//! so a latency is from before the request is written until after its answer was seen, and includes
+//! the client's own work on the others of its round.
 //!
-//! A device that stops answering ends a run as an error. The sleeping client sleeps without a limit, because a
-//! timer would cost it a system call per request; a watcher wakes it instead.
+//! A device that stops answering ends a run as an error. The sleeping client sleeps without a
+//! limit, because a timer would cost it a system call per request; a watcher wakes it instead.
 
 use std::io;
 use std::path::Path;
@@ -113,13 +114,23 @@ impl Driver {
     }
 
     /// Connects; each of the `queues` has a driver of its own.
-    pub(super) fn connect_queues(socket: &Path, load: Load, queues: usize) -> io::Result<Vec<Driver>> {
+    pub(super) fn connect_queues(
+        socket: &Path,
+        load: Load,
+        queues: usize,
+    ) -> io::Result<Vec<Driver>> {
         Driver::connect_all(socket, load, queues, Instant::now())
     }
 
-    fn connect_all(socket: &Path, load: Load, queues: usize, epoch: Instant) -> io::Result<Vec<Driver>> {
+    fn connect_all(
+        socket: &Path,
+        load: Load,
+        queues: usize,
+        epoch: Instant,
+    ) -> io::Result<Vec<Driver>> {
         let queue_size = (load.depth * CHAIN).next_power_of_two().max(64) as u16;
-        let options = Options { queues, queue_size, slot_bytes: load.bytes.max(4096), ..Options::default() };
+        let options =
+            Options { queues, queue_size, slot_bytes: load.bytes.max(4096), ..Options::default() };
         let client = Client::connect(socket, &options)?;
         let blocks = client.capacity() / load.bytes as u64;
         let driver = |(index, queue)| {
@@ -167,13 +178,17 @@ impl Driver {
         thread::scope(|scope| {
             let deadline = Instant::now() + time + PATIENCE;
             let guard = StopOnPanic(stop.clone());
-            thread::Builder::new().name("bench-client".to_owned()).spawn_scoped(scope, move || {
-                let measured = cpu::pinned(cpu, || self.run(time, traced));
-                // The receiver waits for it.
-                let _ = sender.send(measured);
-            })?;
+            thread::Builder::new().name("bench-client".to_owned()).spawn_scoped(
+                scope,
+                move || {
+                    let measured = cpu::pinned(cpu, || self.run(time, traced));
+                    // The receiver waits for it.
+                    let _ = sender.send(measured);
+                },
+            )?;
             let result = beside();
-            let measured = receiver.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            let measured =
+                receiver.recv_timeout(deadline.saturating_duration_since(Instant::now()));
             let measured = measured.or_else(|_| {
                 stop.now();
                 receiver.recv()
@@ -344,7 +359,8 @@ impl Driver {
     }
 }
 
-/// The thread that runs a load may sleep for ever when the device is gone; a panic beside it must not wait for that.
+/// The thread that runs a load may sleep for ever when the device is gone; a panic beside it must
+/// not wait for that.
 struct StopOnPanic(Stop);
 
 impl Drop for StopOnPanic {

@@ -1,7 +1,8 @@
 //! Handovers: for how long the gate is shut, beside the least that this machine can do.
 //!
-//! A small and a large disk take turns, because a pause that depends on how much a disk holds would be a fault. The bare
-//! rendezvous of as many threads runs in the same minutes; a polling client is one more thread that keeps a CPU busy.
+//! A small and a large disk take turns, because a pause that depends on how much a disk holds would
+//! be a fault. The bare rendezvous of as many threads runs in the same minutes; a polling client is
+//! one more thread that keeps a CPU busy.
 
 use std::io;
 use std::thread;
@@ -44,7 +45,11 @@ impl Disk {
         let daemon = Daemon::start(&["--domain", "ramdisk", "--param", &size]);
         Driver::fill(daemon.socket())?;
         let operator = Operator::new(&daemon, &MODULES, "handover");
-        let label = if mib < 1024 { format!("{mib} MiB") } else { format!("{:.3} GiB", mib as f64 / 1024.0) };
+        let label = if mib < 1024 {
+            format!("{mib} MiB")
+        } else {
+            format!("{:.3} GiB", mib as f64 / 1024.0)
+        };
         Ok(Disk { label: label.replace(".000", ""), daemon, operator })
     }
 }
@@ -115,8 +120,12 @@ fn under_load(
                 thread::sleep(Duration::from_millis(20));
                 operator.upgrade_every(INTERVAL, TURN)
             };
-            let (measured, more) =
-                driver.run_beside(TURN + Duration::from_millis(200), false, places.client, beside)?;
+            let (measured, more) = driver.run_beside(
+                TURN + Duration::from_millis(200),
+                false,
+                places.client,
+                beside,
+            )?;
             sane(&measured)?;
             done.extend(more?);
         }

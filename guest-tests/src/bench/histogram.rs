@@ -1,4 +1,5 @@
-//! Counts of latencies in buckets whose width grows with the value: constant memory, 1.6 % resolution, any range.
+//! Counts of latencies in buckets whose width grows with the value: constant memory, 1.6 %
+//! resolution, any range.
 
 /// Buckets per power of two, as a power of two.
 const BITS: u32 = 6;
@@ -25,7 +26,8 @@ impl Histogram {
         self.max = self.max.max(ns);
     }
 
-    /// The latency that this share of the values does not exceed, to the middle of its bucket; 0 if there are none.
+    /// The latency that this share of the values does not exceed, to the middle of its bucket; 0 if
+    /// there are none.
     pub(super) fn quantile(&self, share: f64) -> u64 {
         let rank = ((share * self.total as f64).ceil() as u64).clamp(1, self.total.max(1));
         let mut seen = 0;
@@ -69,7 +71,9 @@ mod tests {
     #[test]
     fn every_value_is_within_its_resolution() {
         let mut last = 0;
-        for ns in (0..200).chain((1..58).flat_map(|e| [(1u64 << e) - 1, 1 << e, (1 << e) + (1 << e) / 3])) {
+        for ns in
+            (0..200).chain((1..58).flat_map(|e| [(1u64 << e) - 1, 1 << e, (1 << e) + (1 << e) / 3]))
+        {
             let near = middle(bucket(ns));
             assert!(near.abs_diff(ns) as f64 <= ns as f64 / 64.0, "{ns} became {near}");
         }
@@ -85,6 +89,9 @@ mod tests {
         let mut histogram = Histogram::new();
         assert_eq!(histogram.quantile(0.5), 0);
         (1..=60).for_each(|ns| histogram.record(ns));
-        assert_eq!((histogram.quantile(0.5), histogram.quantile(1.0), histogram.max()), (30, 60, 60));
+        assert_eq!(
+            (histogram.quantile(0.5), histogram.quantile(1.0), histogram.max()),
+            (30, 60, 60)
+        );
     }
 }

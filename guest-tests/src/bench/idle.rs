@@ -15,7 +15,10 @@ pub(super) fn run(seconds: f64) -> io::Result<Value> {
     println!("CPU time in {seconds} s with an idle client:");
     let recipes = [
         ("daemon", Recipe::Ours(["--domain", "ramdisk"].map(str::to_owned).to_vec())),
-        ("peer", Recipe::Peer { blockdev: "driver=null-co,size=67108864".to_owned(), iothread: false }),
+        (
+            "peer",
+            Recipe::Peer { blockdev: "driver=null-co,size=67108864".to_owned(), iothread: false },
+        ),
     ];
     let load = Load { depth: 1, wait: Wait::Sleeping, bytes: 4096, mix: Mix::Read };
     let mut watched = Vec::new();
@@ -33,13 +36,16 @@ pub(super) fn run(seconds: f64) -> io::Result<Value> {
         let (cpu, wakes) = look(server.pid());
         let (used, wakes) = (cpu - cpu_before, wakes - wakes_before);
         println!("  {label:<8} {:.2} s of CPU, {wakes} wake-ups", used);
-        rows.push(json!({ "label": label, "seconds": seconds, "cpu_seconds": used, "wake_ups": wakes }));
+        rows.push(
+            json!({ "label": label, "seconds": seconds, "cpu_seconds": used, "wake_ups": wakes }),
+        );
     }
     println!();
     Ok(Value::Array(rows))
 }
 
-/// CPU seconds, and how often any thread has gone to sleep, which shows what is too short for the clock.
+/// CPU seconds, and how often any thread has gone to sleep, which shows what is too short for the
+/// clock.
 fn look(pid: u32) -> (f64, u64) {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let sleeps = tasks.filter_map(|task| {

@@ -1,7 +1,8 @@
 //! The same questions, asked by `fio` in a real guest.
 //!
-//! Where the guest's CPUs are emulated, a request costs the guest itself tens of microseconds, which hides most of what servers
-//! differ in; these numbers say what a guest feels, not what a server could do. All disks of a comparison are in one guest.
+//! Where the guest's CPUs are emulated, a request costs the guest itself tens of microseconds,
+//! which hides most of what servers differ in; these numbers say what a guest feels, not what a
+//! server could do. All disks of a comparison are in one guest.
 
 use std::io;
 use std::path::PathBuf;
@@ -38,11 +39,18 @@ impl Felt {
 }
 
 fn boot(sockets: Vec<PathBuf>, reconnect: Option<u32>) -> io::Result<Guest> {
-    let options = GuestOptions { vhost_sockets: sockets, queues: 1, reconnect, ..GuestOptions::default() };
+    let options =
+        GuestOptions { vhost_sockets: sockets, queues: 1, reconnect, ..GuestOptions::default() };
     Guest::boot(options).map_err(|error| io::Error::other(error.to_string()))
 }
 
-fn fio<'guest>(guest: &'guest Guest, disk: &str, rw: &str, depth: usize, seconds: u64) -> Job<'guest> {
+fn fio<'guest>(
+    guest: &'guest Guest,
+    disk: &str,
+    rw: &str,
+    depth: usize,
+    seconds: u64,
+) -> Job<'guest> {
     guest.spawn(&format!(
         "cd /run && fio --name=bench --filename=/dev/{disk} --ioengine=io_uring --direct=1 --rw={rw} --bs=4k \
          --iodepth={depth} --size=100% --time_based --runtime={seconds} --ramp_time=1 --norandommap \
@@ -53,11 +61,16 @@ fn fio<'guest>(guest: &'guest Guest, disk: &str, rw: &str, depth: usize, seconds
 fn felt(job: Job<'_>, seconds: u64) -> io::Result<Felt> {
     let output = job.wait(Duration::from_secs(seconds + 60));
     if output.status != 0 {
-        return Err(io::Error::other(format!("fio exited with {}: {}", output.status, output.stdout)));
+        return Err(io::Error::other(format!(
+            "fio exited with {}: {}",
+            output.status, output.stdout
+        )));
     }
     let start = output.stdout.find("{\n").ok_or_else(|| io::Error::other(output.stdout.clone()))?;
-    let mut stream = serde_json::Deserializer::from_str(&output.stdout[start..]).into_iter::<Value>();
-    let report = stream.next().ok_or_else(|| io::Error::other("no report"))?.map_err(io::Error::other)?;
+    let mut stream =
+        serde_json::Deserializer::from_str(&output.stdout[start..]).into_iter::<Value>();
+    let report =
+        stream.next().ok_or_else(|| io::Error::other("no report"))?.map_err(io::Error::other)?;
     let job = &report["jobs"][0];
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
     let sides = [&job["read"], &job["write"]];
@@ -78,7 +91,11 @@ pub(super) fn data(options: &Options) -> io::Result<(Value, Bars)> {
     let mut keep = Vec::new();
     let mut recipes = vec![
         ("null", "daemon", ours(&["--domain", "empty"])),
-        ("null", "null-co", peer(&format!("driver=null-co,size={DISK_BYTES},read-zeroes=on,latency-ns=0"))),
+        (
+            "null",
+            "null-co",
+            peer(&format!("driver=null-co,size={DISK_BYTES},read-zeroes=on,latency-ns=0")),
+        ),
     ];
     for (label, aio) in [
         ("daemon", ""),
@@ -96,8 +113,10 @@ pub(super) fn data(options: &Options) -> io::Result<(Value, Bars)> {
         };
         recipes.push(("tmpfs", label, recipe));
     }
-    let servers =
-        recipes.iter().map(|(.., recipe)| recipe.start(None)).collect::<io::Result<Vec<Server>>>()?;
+    let servers = recipes
+        .iter()
+        .map(|(.., recipe)| recipe.start(None))
+        .collect::<io::Result<Vec<Server>>>()?;
     let guest = boot(servers.iter().map(|server| server.socket().to_owned()).collect(), None)?;
     println!(
         "fio in a guest that was up after {:.1} s; {} rounds",
@@ -144,7 +163,10 @@ fn report(name: &str, labels: &[&str], runs: &[Vec<Felt>]) -> (Value, Spread) {
     for (index, label) in labels.iter().enumerate() {
         let spread = |of: fn(&Felt) -> f64| time(Spread::of(runs[index].iter().map(of)).median);
         let (p50, p99) = (spread(|felt| felt.p50_ns), spread(|felt| felt.p99_ns));
-        println!("  {label:<16} {:>26}/s   p50 {p50:>8}  p99 {p99:>8}", Spread::of(iops(index)).show(rate));
+        println!(
+            "  {label:<16} {:>26}/s   p50 {p50:>8}  p99 {p99:>8}",
+            Spread::of(iops(index)).show(rate)
+        );
     }
     let best = (1..labels.len()).max_by(|&a, &b| median(a).total_cmp(&median(b))).unwrap_or(0);
     let ratio = Spread::of(ratios(&iops(0), &iops(best)));
@@ -161,7 +183,8 @@ fn report(name: &str, labels: &[&str], runs: &[Vec<Felt>]) -> (Value, Spread) {
     (row, ratio)
 }
 
-/// `fio`'s longest latency: with upgrades over without, and with a restart of the peer, in guests that reconnect after 1 s.
+/// `fio`'s longest latency: with upgrades over without, and with a restart of the peer, in guests
+/// that reconnect after 1 s.
 pub(super) fn upgrades(options: &Options) -> io::Result<Value> {
     let seconds = 6;
     println!(
@@ -172,7 +195,8 @@ pub(super) fn upgrades(options: &Options) -> io::Result<Value> {
     let (_more_images, peers_path) = image("/dev/shm".as_ref(), DISK_BYTES)?;
     let file = Daemon::start(&["--blk-file", &path.to_string_lossy()]);
     let memory = Daemon::start(&["--domain", "ramdisk"]);
-    let mut peer = Peer::start(&format!("driver=file,filename={},aio=threads", peers_path.display()), false)?;
+    let mut peer =
+        Peer::start(&format!("driver=file,filename={},aio=threads", peers_path.display()), false)?;
     let sockets = vec![file.socket().to_owned(), memory.socket().to_owned(), peer.socket.clone()];
     let guest = boot(sockets, Some(1))?;
     let mut swaps = Operator::new(&file, &["file"], "swap");
@@ -214,8 +238,14 @@ pub(super) fn upgrades(options: &Options) -> io::Result<Value> {
         rows.push(json!({ "name": name, "runs": runs.iter().map(Felt::json).collect::<Vec<_>>() }));
     }
     for (quiet, with) in [(0, 1), (2, 3), (4, 5)] {
-        let longest = |index: usize| Spread::of(found[index].iter().map(|felt| felt.longest_ns)).median;
-        println!("  {} over {}: x {:.2}", names[with], names[quiet], longest(with) / longest(quiet));
+        let longest =
+            |index: usize| Spread::of(found[index].iter().map(|felt| felt.longest_ns)).median;
+        println!(
+            "  {} over {}: x {:.2}",
+            names[with],
+            names[quiet],
+            longest(with) / longest(quiet)
+        );
     }
     Ok(Value::Array(rows))
 }

@@ -45,7 +45,8 @@ impl Machine {
 
     /// The share of the machine's time that the hypervisor kept.
     fn stolen_share(&self) -> f64 {
-        (cpu::stolen_seconds() - self.stolen_before) / (self.began.elapsed().as_secs_f64() * cpus() as f64)
+        (cpu::stolen_seconds() - self.stolen_before)
+            / (self.began.elapsed().as_secs_f64() * cpus() as f64)
     }
 
     /// A few lines.

@@ -1,11 +1,13 @@
-//! The benchmarks: what our daemon does beside QEMU's own, and what an upgrade costs those who do I/O meanwhile.
+//! The benchmarks: what our daemon does beside QEMU's own, and what an upgrade costs those who do
+//! I/O meanwhile.
 //!
-//! Everything is measured from outside, through the same client for both sides, in turn and more than once; what is printed are
-//! medians, spreads, and ratios of neighbours. What a row is compared with stands in the row. All single numbers go
-//! to a JSON file, pictures to an SVG file.
+//! Everything is measured from outside, through the same client for both sides, in turn and more
+//! than once; what is printed are medians, spreads, and ratios of neighbours. What a row is
+//! compared with stands in the row. All single numbers go to a JSON file, pictures to an SVG file.
 //!
 //! - `cells`, `data`, `idle`: throughput, latency and CPU time of the data path.
-//! - `swap`, `handover`, `restart`: upgrades under load; `rendezvous` is the least that a handover can take.
+//! - `swap`, `handover`, `restart`: upgrades under load; `rendezvous` is the least that a handover
+//!   can take.
 //! - `in_guest`: both again, felt by `fio` in a real guest.
 //! - `drive`, `server`, `cpu`, `machine`: load, both sides, CPUs, and what all of it ran on.
 //! - `histogram`, `stats`, `svg`: numbers and pictures.
@@ -43,7 +45,8 @@ use serde_json::Value;
 
 /// Runs the benchmark that the arguments, without the program's name, ask for.
 ///
-/// Exits with 0 if everything could be measured, 1 if something failed, 2 if the arguments make no sense.
+/// Exits with 0 if everything could be measured, 1 if something failed, 2 if the arguments make no
+/// sense.
 pub fn main(args: &[String]) -> ExitCode {
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
         println!("{USAGE}");
@@ -83,7 +86,8 @@ fn attempt<T>(name: &str, failures: &mut usize, act: impl FnOnce() -> io::Result
 
 /// Writes a result file and its directory.
 fn save(path: &Path, content: &str) {
-    let written = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, content));
+    let written =
+        path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, content));
     if let Err(error) = written {
         println!("cannot write {}: {error}", path.display());
     }

@@ -54,7 +54,8 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// Reads the arguments after the program's name. `target` is where files go if nobody says anything.
+    /// Reads the arguments after the program's name. `target` is where files go if nobody says
+    /// anything.
     pub(super) fn parse(args: &[String], target: &std::path::Path) -> Result<Options, String> {
         let (kind, name) = match args.first().map(String::as_str) {
             Some("data") => (Kind::Data, "data"),
@@ -87,7 +88,9 @@ impl Options {
                 "--no-pin" => options.pin = false,
                 "--cells" => options.cells = Some(value()?.clone()),
                 "--idle-seconds" if data => options.idle_seconds = positive(option, value()?)?,
-                "--upgrades" if !data => options.upgrades = positive(option, value()?)?.ceil() as usize,
+                "--upgrades" if !data => {
+                    options.upgrades = positive(option, value()?)?.ceil() as usize
+                }
                 "--pairs" => options.pairs = positive(option, value()?)?.ceil() as usize,
                 "--seconds" => options.seconds = positive(option, value()?)?,
                 "--disk-dir" => options.disk_dir = value()?.into(),

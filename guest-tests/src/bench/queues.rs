@@ -1,7 +1,9 @@
-//! More queues: what a second and a fourth one bring, each with a client's thread and a worker of its own.
+//! More queues: what a second and a fourth one bring, each with a client's thread and a worker of
+//! its own.
 //!
-//! On few CPUs a load that keeps them all busy cannot grow. So these clients wait most of the time, for a wake-up or for a disk, one request each:
-//! if workers got into each other's way, or took turns, it would show as less than proportional growth.
+//! On few CPUs a load that keeps them all busy cannot grow. So these clients wait most of the time,
+//! for a wake-up or for a disk, one request each: if workers got into each other's way, or took
+//! turns, it would show as less than proportional growth.
 
 use std::io;
 use std::thread;
@@ -48,7 +50,9 @@ fn row(label: &str, args: &[&str], options: &Options) -> io::Result<Value> {
             runs[index].push(once(args, COUNTS[index], Duration::from_secs_f64(options.seconds))?);
         }
     }
-    let of = |index: usize, what: fn(&(f64, f64)) -> f64| runs[index].iter().map(what).collect::<Vec<f64>>();
+    let of = |index: usize, what: fn(&(f64, f64)) -> f64| {
+        runs[index].iter().map(what).collect::<Vec<f64>>()
+    };
     let mut counts = Vec::new();
     for (index, count) in COUNTS.into_iter().enumerate() {
         let iops = Spread::of(of(index, |run| run.0));
@@ -65,17 +69,21 @@ fn row(label: &str, args: &[&str], options: &Options) -> io::Result<Value> {
     Ok(json!({ "label": label, "counts": counts }))
 }
 
-/// Requests per second of all queues together, and the server's CPU time per request in microseconds.
+/// Requests per second of all queues together, and the server's CPU time per request in
+/// microseconds.
 fn once(args: &[&str], queues: usize, time: Duration) -> io::Result<(f64, f64)> {
-    let args = args.iter().chain(&["--queues", &queues.to_string()]).map(|&arg| arg.to_owned()).collect();
+    let args =
+        args.iter().chain(&["--queues", &queues.to_string()]).map(|&arg| arg.to_owned()).collect();
     let server = Recipe::Ours(args).start(None)?;
     let load = Load { depth: 1, wait: Wait::Sleeping, bytes: 4096, mix: Mix::Read };
     let mut drivers = Driver::connect_queues(server.socket(), load, queues)?;
     drivers.iter_mut().try_for_each(|driver| driver.warm_up(None))?;
     let before = cpu::process_seconds(server.pid());
     let measured: Vec<io::Result<Measured>> = thread::scope(|scope| {
-        let threads: Vec<_> =
-            drivers.iter_mut().map(|driver| scope.spawn(move || driver.run_for(time, None))).collect();
+        let threads: Vec<_> = drivers
+            .iter_mut()
+            .map(|driver| scope.spawn(move || driver.run_for(time, None)))
+            .collect();
         threads.into_iter().map(|thread| thread.join().expect("a client does not panic")).collect()
     });
     let used = cpu::process_seconds(server.pid()) - before;

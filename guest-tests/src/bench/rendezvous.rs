@@ -1,15 +1,17 @@
 //! The least that a handover can take: threads that meet at a gate, and nothing else.
 //!
-//! As in a handover the gate is shut by one more thread, which then sleeps; the last thread to arrive opens it again, and the time is
-//! from shut to open. Between two looks at the gate a thread does nothing, or as much as a worker that serves a batch from
-//! memory. Nobody can be quicker than whoever does only this, on this machine, at that hour.
+//! As in a handover the gate is shut by one more thread, which then sleeps; the last thread to
+//! arrive opens it again, and the time is from shut to open. Between two looks at the gate a thread
+//! does nothing, or as much as a worker that serves a batch from memory. Nobody can be quicker than
+//! whoever does only this, on this machine, at that hour.
 
 use std::hint::{black_box, spin_loop};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a thread that has arrived looks whether the gate is open before it sleeps, and for how long it sleeps.
+/// How often a thread that has arrived looks whether the gate is open before it sleeps, and for how
+/// long it sleeps.
 const LOOKS: u32 = 100;
 const NAP: Duration = Duration::from_micros(50);
 
@@ -28,8 +30,8 @@ struct Gate {
     epoch: AtomicU64,
 }
 
-/// Shut-to-open times in nanoseconds, `rounds` of them, one every `interval`. Bystanders are threads that are busy too, but
-/// not with the gate.
+/// Shut-to-open times in nanoseconds, `rounds` of them, one every `interval`. Bystanders are
+/// threads that are busy too, but not with the gate.
 pub(super) fn measure(
     threads: usize,
     bystanders: usize,
@@ -71,7 +73,8 @@ pub(super) fn measure(
                         gate.epoch.store(epoch + 1, Ordering::Release);
                         closer.unpark();
                     }
-                    // Whoever has to wait gives its CPU to those who are not there yet. It does not count when it comes back.
+                    // Whoever has to wait gives its CPU to those who are not there yet. It does not
+                    // count when it comes back.
                     let mut looks = 0;
                     while gate.epoch.load(Ordering::Acquire) == epoch {
                         looks += 1;

@@ -1,10 +1,11 @@
-//! The latency of every request around one upgrade, and around one restart of the peer, which is the other way to replace
-//! the code behind a disk.
+//! The latency of every request around one upgrade, and around one restart of the peer, which is
+//! the other way to replace the code behind a disk.
 //!
-//! A native client at depth 1 does the I/O. When the peer goes away, the client does what QEMU does with `reconnect=1`: it
-//! tries again after a second, and then every second. It learns of the break at once, and what it had in flight it submits
-//! again; its latency counts from the first time. Because a second is QEMU's choice and not the peer's fault, the same is
-//! measured with a client that tries every millisecond, which is the best that restarting could ever be.
+//! A native client at depth 1 does the I/O. When the peer goes away, the client does what QEMU does
+//! with `reconnect=1`: it tries again after a second, and then every second. It learns of the break
+//! at once, and what it had in flight it submits again; its latency counts from the first time.
+//! Because a second is QEMU's choice and not the peer's fault, the same is measured with a client
+//! that tries every millisecond, which is the best that restarting could ever be.
 
 use std::io;
 use std::thread;
@@ -38,7 +39,8 @@ struct Trace {
 impl Trace {
     /// `event_ns` and the entries count from the same epoch.
     fn new(entries: &[(u64, u64)], event_ns: u64) -> Trace {
-        let point = |&(end, latency): &(u64, u64)| ((end as f64 - event_ns as f64) / 1e6, latency as f64);
+        let point =
+            |&(end, latency): &(u64, u64)| ((end as f64 - event_ns as f64) / 1e6, latency as f64);
         Trace { points: entries.iter().map(point).collect() }
     }
 
@@ -99,7 +101,11 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<(Value, Strin
 }
 
 /// I/O around an upgrade to a module with a protocol, or around nothing.
-fn upgrade(args: &[&str], to: Option<(&'static str, &'static str)>, places: Places) -> io::Result<Trace> {
+fn upgrade(
+    args: &[&str],
+    to: Option<(&'static str, &'static str)>,
+    places: Places,
+) -> io::Result<Trace> {
     let daemon = Daemon::start(args);
     let epoch = Instant::now();
     let mut driver = Driver::connect_at(daemon.socket(), LOAD, epoch)?;

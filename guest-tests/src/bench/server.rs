@@ -1,7 +1,7 @@
 //! The two sides: our daemon, and `qemu-storage-daemon` as the peer.
 //!
-//! Both are started anew for every run, so that no run lives on another one's luck with memory, and the one that is not
-//! measured is not there.
+//! Both are started anew for every run, so that no run lives on another one's luck with memory, and
+//! the one that is not measured is not there.
 
 use std::fs::{self, File};
 use std::io;
@@ -24,7 +24,8 @@ pub(super) const PEER: &str = "qemu-storage-daemon";
 pub(super) enum Recipe {
     /// `vhost-hotswap` with these arguments.
     Ours(Vec<String>),
-    /// The peer with this `--blockdev` (without its node name), in its main loop or in an I/O thread.
+    /// The peer with this `--blockdev` (without its node name), in its main loop or in an I/O
+    /// thread.
     Peer {
         /// The block device.
         blockdev: String,
@@ -56,7 +57,9 @@ impl Recipe {
                 let args: Vec<&str> = args.iter().map(String::as_str).collect();
                 Ok(Server::Ours(Daemon::start(&args)))
             }
-            Recipe::Peer { blockdev, iothread } => Peer::start(blockdev, *iothread).map(Server::Peer),
+            Recipe::Peer { blockdev, iothread } => {
+                Peer::start(blockdev, *iothread).map(Server::Peer)
+            }
         })
     }
 }

@@ -19,8 +19,11 @@ impl Spread {
             return Spread { median: 0.0, min: 0.0, max: 0.0 };
         };
         let half = values.len() / 2;
-        let median =
-            if values.len() % 2 == 1 { values[half] } else { f64::midpoint(values[half - 1], values[half]) };
+        let median = if values.len() % 2 == 1 {
+            values[half]
+        } else {
+            f64::midpoint(values[half - 1], values[half])
+        };
         Spread { median, min, max }
     }
 
@@ -36,7 +39,11 @@ impl Spread {
 
 /// Pair by pair; a missing or zero denominator leaves its pair out.
 pub(super) fn ratios(over: &[f64], under: &[f64]) -> Vec<f64> {
-    over.iter().zip(under).filter(|&(_, &under)| under > 0.0).map(|(over, under)| over / under).collect()
+    over.iter()
+        .zip(under)
+        .filter(|&(_, &under)| under > 0.0)
+        .map(|(over, under)| over / under)
+        .collect()
 }
 
 /// The value that this share of `sorted` does not exceed.
@@ -96,7 +103,10 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        assert_eq!([rate(1_234_567.0), rate(123_456.0), rate(12_345.0)], ["1.23M", "123k", "12.3k"]);
+        assert_eq!(
+            [rate(1_234_567.0), rate(123_456.0), rate(12_345.0)],
+            ["1.23M", "123k", "12.3k"]
+        );
         assert_eq!(
             [time(850.0), time(1500.0), time(2.5e7), time(3e9)],
             ["850 ns", "1.50 us", "25.0 ms", "3.00 s"]

@@ -1,4 +1,5 @@
-//! Pictures as SVG text: ratios in rows, and latencies over time. Both axes of numbers are logarithmic.
+//! Pictures as SVG text: ratios in rows, and latencies over time. Both axes of numbers are
+//! logarithmic.
 //!
 //! Colours go with light and dark backgrounds alike; text takes the page's own colour.
 
@@ -21,7 +22,12 @@ pub(super) struct Bar {
 }
 
 /// Rows of ratios on one logarithmic axis, with a line at 1.
-pub(super) fn ratios(title: &str, axis: &str, series: &[String], rows: &[(String, Vec<Bar>)]) -> String {
+pub(super) fn ratios(
+    title: &str,
+    axis: &str,
+    series: &[String],
+    rows: &[(String, Vec<Bar>)],
+) -> String {
     const LEFT: f64 = 330.0;
     const WIDTH: f64 = 520.0;
     const ROW: f64 = 20.0;
@@ -84,7 +90,8 @@ pub(super) struct Cloud {
     pub points: Vec<(f64, f64)>,
 }
 
-/// A panel per cloud, above each other with common axes: time in milliseconds from the event, and latency.
+/// A panel per cloud, above each other with common axes: time in milliseconds from the event, and
+/// latency.
 pub(super) fn latencies(title: &str, from_ms: f64, to_ms: f64, clouds: &[Cloud]) -> String {
     const LEFT: f64 = 70.0;
     const WIDTH: f64 = 880.0;
@@ -111,7 +118,8 @@ pub(super) fn latencies(title: &str, from_ms: f64, to_ms: f64, clouds: &[Cloud])
         }
         let bottom = top + PANEL;
         let step = ((to_ms - from_ms) / 8.0).max(1.0);
-        let step = 10f64.powf(step.log10().floor()) * if step.log10().fract() > 0.5 { 5.0 } else { 2.0 };
+        let step =
+            10f64.powf(step.log10().floor()) * if step.log10().fract() > 0.5 { 5.0 } else { 2.0 };
         let mut tick = (from_ms / step).ceil() * step;
         while tick <= to_ms {
             let class = if tick == 0.0 { "one" } else { "grid" };
@@ -196,10 +204,12 @@ mod tests {
     #[test]
     fn pictures_are_balanced_and_escaped() {
         let bars = vec![Bar { series: 0, median: 1.5, min: 1.0, max: 3.0 }];
-        let picture = ratios("a < b", "ratio", &["x".to_owned()], &[("row & more".to_owned(), bars)]);
+        let picture =
+            ratios("a < b", "ratio", &["x".to_owned()], &[("row & more".to_owned(), bars)]);
         assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"));
         assert!(picture.contains("a &lt; b") && picture.contains("row &amp; more"));
-        let cloud = Cloud { name: "c".to_owned(), points: vec![(-1.0, 5e4), (2.0, 1e9), (500.0, 1.0)] };
+        let cloud =
+            Cloud { name: "c".to_owned(), points: vec![(-1.0, 5e4), (2.0, 1e9), (500.0, 1.0)] };
         let picture = latencies("t", -10.0, 100.0, &[cloud]);
         assert!(picture.contains("slowest: 1.00 s"), "{picture}");
         assert!(!picture.contains("NaN"));

@@ -1,7 +1,9 @@
-//! Swaps under load: runs with twenty upgrades a second, and runs without, in turn on one connection.
+//! Swaps under load: runs with twenty upgrades a second, and runs without, in turn on one
+//! connection.
 //!
-//! Two runs without upgrades differ, too, by several per cent at best. So there are many short ones, how they differ among themselves is said, and what an upgrade
-//! displaces is also measured within the runs: against the requests that were served in the milliseconds before it.
+//! Two runs without upgrades differ, too, by several per cent at best. So there are many short
+//! ones, how they differ among themselves is said, and what an upgrade displaces is also measured
+//! within the runs: against the requests that were served in the milliseconds before it.
 
 use std::io;
 use std::time::Duration;
@@ -61,12 +63,23 @@ pub(super) fn run(options: &Options, places: Places) -> io::Result<Value> {
     let (_directory, path) = image("/dev/shm".as_ref(), 256 << 20)?;
     let path = path.to_string_lossy().into_owned();
     let mut rows = Vec::new();
-    for (domain, args) in [("empty", vec!["--domain", "empty"]), ("file", vec!["--blk-file", &path])] {
-        for &depth in depths.iter().filter(|depth| options.wants(&format!("swap/{domain}/d{depth}"))) {
+    for (domain, args) in
+        [("empty", vec!["--domain", "empty"]), ("file", vec!["--blk-file", &path])]
+    {
+        for &depth in
+            depths.iter().filter(|depth| options.wants(&format!("swap/{domain}/d{depth}")))
+        {
             let modules = tempfile::tempdir_in("/dev/shm")?;
             // Each is a new one whenever its turn comes.
             let new = copies(domain, NEW_ONES, modules.path())?;
-            rows.push(cell((domain, "a new module each time"), &new, &args, depth, options, places)?);
+            rows.push(cell(
+                (domain, "a new module each time"),
+                &new,
+                &args,
+                depth,
+                options,
+                places,
+            )?);
             rows.push(cell((domain, "the same again"), &[domain], &args, depth, options, places)?);
         }
     }
@@ -99,8 +112,9 @@ fn cell(
                 let (measured, done) = driver.run_beside(length, true, places.client, beside)?;
                 sane(&measured)?;
                 let done = done?;
-                let begins =
-                    done.iter().map(|done| done.begin.duration_since(driver.epoch()).as_nanos() as u64);
+                let begins = done
+                    .iter()
+                    .map(|done| done.begin.duration_since(driver.epoch()).as_nanos() as u64);
                 displaced.extend(begins.filter_map(|begin| displaced_by(begin, &measured.trace)));
                 upgrades.extend(done);
                 busy.push(Run::new(&measured));
@@ -109,8 +123,8 @@ fn cell(
                 let (measured, ()) = driver.run_beside(length, true, places.client, || {})?;
                 sane(&measured)?;
                 let (first, last) = (measured.trace.first(), measured.trace.last());
-                let begins =
-                    (first.map_or(0, |r| r.0)..last.map_or(0, |r| r.0)).step_by(INTERVAL.as_nanos() as usize);
+                let begins = (first.map_or(0, |r| r.0)..last.map_or(0, |r| r.0))
+                    .step_by(INTERVAL.as_nanos() as usize);
                 nothing.extend(begins.filter_map(|begin| displaced_by(begin, &measured.trace)));
                 quiet.push(Run::new(&measured));
             }
@@ -172,25 +186,32 @@ fn cell(
     }))
 }
 
-/// The time, in nanoseconds, in which as many requests are served as are missing around the upgrade that began at `begin`. The measure is how many were served just
-/// before; what the machine does otherwise in this time makes it more or less, so only the median of many says something.
+/// The time, in nanoseconds, in which as many requests are served as are missing around the upgrade
+/// that began at `begin`. The measure is how many were served just before; what the machine does
+/// otherwise in this time makes it more or less, so only the median of many says something.
 fn displaced_by(begin: u64, trace: &[(u64, u64)]) -> Option<f64> {
     let served = |from: u64, to: u64| {
-        (trace.partition_point(|&(at, _)| at < to) - trace.partition_point(|&(at, _)| at < from)) as f64
+        (trace.partition_point(|&(at, _)| at < to) - trace.partition_point(|&(at, _)| at < from))
+            as f64
     };
     const MS: u64 = 1_000_000;
-    // The operator is awake a little earlier than its command. An upgrade rarely takes longer than this.
+    // The operator is awake a little earlier than its command. An upgrade rarely takes longer than
+    // this.
     let (from, to) = (begin.checked_sub(MS / 2)?, begin + 12 * MS);
     let before = served(from.checked_sub(6 * MS)?, from);
     let in_time = trace.first()?.0 < from - 6 * MS && trace.last()?.0 > to;
-    (in_time && before > 0.0).then(|| (to - from) as f64 - served(from, to) / before * (6 * MS) as f64)
+    (in_time && before > 0.0)
+        .then(|| (to - from) as f64 - served(from, to) / before * (6 * MS) as f64)
 }
 
 /// Nothing failed and nothing was left.
 pub(super) fn sane(measured: &Measured) -> io::Result<()> {
     if measured.failed > 0 || measured.aborted {
         let failed = measured.failed;
-        return Err(io::Error::other(format!("{failed} requests failed; stuck: {}", measured.aborted)));
+        return Err(io::Error::other(format!(
+            "{failed} requests failed; stuck: {}",
+            measured.aborted
+        )));
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Upgrades: what they cost those who do I/O. The parts are elsewhere; here are the operator and the order of things.
+//! Upgrades: what they cost those who do I/O. The parts are elsewhere; here are the operator and
+//! the order of things.
 
 use std::io;
 use std::thread;
@@ -90,12 +91,17 @@ impl Operator {
         let begin = Instant::now();
         let reply = self.control.request("upgrade", json!({ "name": name, "mode": self.mode }));
         let total_ns = begin.elapsed().as_nanos() as f64;
-        let reply = reply.map_err(|e| io::Error::other(format!("upgrade to {name}: {}", e.message)))?;
+        let reply =
+            reply.map_err(|e| io::Error::other(format!("upgrade to {name}: {}", e.message)))?;
         Ok(Done { begin, total_ns, pause_ns: pause_ns(&reply), phases: reply["phases_us"].clone() })
     }
 
     /// Upgrades every so often, for a time.
-    pub(super) fn upgrade_every(&mut self, interval: Duration, time: Duration) -> io::Result<Vec<Done>> {
+    pub(super) fn upgrade_every(
+        &mut self,
+        interval: Duration,
+        time: Duration,
+    ) -> io::Result<Vec<Done>> {
         let begin = Instant::now();
         let mut done = Vec::new();
         let mut next = begin + interval / 2;
@@ -126,14 +132,16 @@ pub(super) fn print_total(label: &str, done: &[Done]) -> Value {
         (name.to_owned(), Spread::of(us).median)
     };
     let phases =
-        ["verify", "load", "prepare", "drain", "quiesce", "activate", "pause", "grace", "retire"].map(phase);
+        ["verify", "load", "prepare", "drain", "quiesce", "activate", "pause", "grace", "retire"]
+            .map(phase);
     let shown: Vec<String> = phases
         .iter()
         .filter(|(_, us)| *us >= 1.0)
         .map(|(name, us)| format!("{name} {}", time(us * 1e3)))
         .collect();
     println!("  {label}, command to reply: {}; medians: {}", total.show(time), shown.join(", "));
-    let phases: serde_json::Map<_, _> = phases.into_iter().map(|(name, us)| (name, json!(us))).collect();
+    let phases: serde_json::Map<_, _> =
+        phases.into_iter().map(|(name, us)| (name, json!(us))).collect();
     json!({
         "label": label,
         "total_ns": total.json(),

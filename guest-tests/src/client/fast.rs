@@ -1,11 +1,12 @@
-//! The same ring without the checking: for benchmarks, in which the client must not be what is measured.
+//! The same ring without the checking: for benchmarks, in which the client must not be what is
+//! measured.
 //!
-//! A [`FastQueue`] allocates nothing per request, touches no data, and reads no clock. Its user names each request by the
-//! slot whose buffer it uses and keeps to one request per slot. Requests have one buffer in one piece, as a guest's
-//! page-sized ones mostly do.
+//! A [`FastQueue`] allocates nothing per request, touches no data, and reads no clock. Its user
+//! names each request by the slot whose buffer it uses and keeps to one request per slot. Requests
+//! have one buffer in one piece, as a guest's page-sized ones mostly do.
 //!
-//! While it polls, the device is told once that nobody wants to be woken. Before it sleeps it asks to be woken
-//! for the next completion, and looks once more.
+//! While it polls, the device is told once that nobody wants to be woken. Before it sleeps it asks
+//! to be woken for the next completion, and looks once more.
 
 use std::io;
 use std::sync::Arc;
@@ -58,10 +59,15 @@ impl FastQueue {
     /// If requests are in flight, or the queue has fewer buffers.
     pub fn new(queue: Queue, slots: usize) -> io::Result<FastQueue> {
         assert_eq!(queue.in_flight, 0, "the queue must be idle");
-        assert!(slots <= queue.free_slots.len(), "the queue has only {} slots", queue.free_slots.len());
+        assert!(
+            slots <= queue.free_slots.len(),
+            "the queue has only {} slots",
+            queue.free_slots.len()
+        );
         let mut ring = queue.ring;
         ring.set_used_notif_enabled(false);
-        // QEMU's side makes the descriptor, which is shared, non-blocking. Here a read is the sleep.
+        // QEMU's side makes the descriptor, which is shared, non-blocking. Here a read is the
+        // sleep.
         fcntl_setfl(&queue.call, OFlags::empty())?;
         Ok(FastQueue {
             slot_of: vec![NONE; usize::from(ring.queue_size())].into(),
@@ -118,7 +124,8 @@ impl FastQueue {
         if self.ring.avail_notif_needed() { self.kick.notify() } else { Ok(()) }
     }
 
-    /// Appends the slots of all answered requests to `done`, and says how many of them failed. Never waits.
+    /// Appends the slots of all answered requests to `done`, and says how many of them failed.
+    /// Never waits.
     #[inline]
     pub fn reap(&mut self, done: &mut Vec<u16>) -> u64 {
         let mut failed = 0;
@@ -136,7 +143,8 @@ impl FastQueue {
         failed
     }
 
-    /// Sleeps until the device signals a completion, or a [`Waker`] calls. Returns at once if there is one already.
+    /// Sleeps until the device signals a completion, or a [`Waker`] calls. Returns at once if there
+    /// is one already.
     pub fn sleep(&mut self) -> io::Result<()> {
         self.ring.set_used_notif_enabled(true);
         // As in `Queue::wait`.
@@ -148,8 +156,8 @@ impl FastQueue {
         Ok(())
     }
 
-    /// Answers everything that was submitted, in place of the device, which must not have been kicked: what is left of
-    /// the time is the client's own.
+    /// Answers everything that was submitted, in place of the device, which must not have been
+    /// kicked: what is left of the time is the client's own.
     pub fn answer_ourselves(&mut self) {
         self.answered = answer_all(&self.ring, self.answered);
     }

@@ -1,8 +1,9 @@
 //! A ring written by hand: a guest that may break every rule.
 //!
-//! The rings and buffers live in a memfd that is shared with the backend and reached with `pread` and
-//! `pwrite`, so any bytes can go anywhere at any time, and nothing here checks them. The guest-physical
-//! and the frontend's addresses differ on purpose: a backend that mixes them up fails at once.
+//! The rings and buffers live in a memfd that is shared with the backend and reached with `pread`
+//! and `pwrite`, so any bytes can go anywhere at any time, and nothing here checks them. The
+//! guest-physical and the frontend's addresses differ on purpose: a backend that mixes them up
+//! fails at once.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +17,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -27,7 +30,8 @@ pub const GUEST_BASE: u64 = 0x4000_0000;
 const USER_BASE: u64 = 0x7000_0000_0000;
 /// Size of the region.
 pub const MEMORY_BYTES: u64 = 1 << 20;
-/// Where memory starts, as the guest sees it, that is plugged in and out later ([`RawSession::plug`]).
+/// Where memory starts, as the guest sees it, that is plugged in and out later
+/// ([`RawSession::plug`]).
 pub const PLUGGED_BASE: u64 = 0x8000_0000;
 
 const DESCRIPTORS: u64 = 0;
@@ -92,7 +96,8 @@ impl RawSession {
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.set_write_timeout(Some(Duration::from_secs(10)))?;
         let socket = stream.try_clone()?;
-        // The queue number is checked on this side as well; a large maximum lets wrong ones through.
+        // The queue number is checked on this side as well; a large maximum lets wrong ones
+        // through.
         let mut frontend = Frontend::from_stream(stream, 64);
         frontend.set_owner().map_err(other)?;
         let offered = frontend.get_features().map_err(other)?;
@@ -148,7 +153,8 @@ impl RawSession {
         self.frontend.set_mem_table(&[region]).map(drop).map_err(other)
     }
 
-    /// Plugs a second region in, at [`PLUGGED_BASE`] plus `offset` (ADD_MEM_REG). Each such region shows the same memory.
+    /// Plugs a second region in, at [`PLUGGED_BASE`] plus `offset` (ADD_MEM_REG). Each such region
+    /// shows the same memory.
     pub fn plug(&mut self, offset: u64) -> io::Result<()> {
         let region = self.plugged_region(offset);
         self.frontend.add_mem_region(&region).map(drop).map_err(other)
@@ -190,7 +196,8 @@ impl RawSession {
     pub fn wait_for_end(&self, limit: Duration) -> io::Result<bool> {
         // Nothing is expected from there, so whatever comes is the end.
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+        let limit =
+            Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
         Ok(poll(&mut fds, Some(&limit))? > 0)
     }
 

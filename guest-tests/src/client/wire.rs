@@ -99,5 +99,9 @@ pub(super) fn range(offset: u64, len: u64, unmap: bool) -> io::Result<[u8; 16]> 
 }
 
 pub(super) fn sector(bytes: u64) -> io::Result<u64> {
-    if bytes.is_multiple_of(512) { Ok(bytes / 512) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    if bytes.is_multiple_of(512) {
+        Ok(bytes / 512)
+    } else {
+        Err(io::ErrorKind::InvalidInput.into())
+    }
 }

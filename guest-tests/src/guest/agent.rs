@@ -1,10 +1,12 @@
-//! The host's end of the command channel; `initramfs/init` is the other end and documents the protocol.
+//! The host's end of the command channel; `initramfs/init` is the other end and documents the
+//! protocol.
 //!
-//! A thread reads replies as they come and files them by id, so that a long job and short commands run side by
-//! side. Ids never repeat, not even across reboots of the guest: a late reply finds nobody waiting and is kept
-//! from being taken for another one's.
+//! A thread reads replies as they come and files them by id, so that a long job and short commands
+//! run side by side. Ids never repeat, not even across reboots of the guest: a late reply finds
+//! nobody waiting and is kept from being taken for another one's.
 //!
-//! This file does not know why a reply fails to come; the caller of [`Agent::wait`] says how to find out.
+//! This file does not know why a reply fails to come; the caller of [`Agent::wait`] says how to
+//! find out.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -50,7 +52,8 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A test that panicked while holding the lock has failed already; the others may still finish.
+        // A test that panicked while holding the lock has failed already; the others may still
+        // finish.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -62,7 +65,8 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// Takes the connection that QEMU made to us and starts to read it; the thread ends with the connection.
+    /// Takes the connection that QEMU made to us and starts to read it; the thread ends with the
+    /// connection.
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let reader = BufReader::new(stream.try_clone()?);
@@ -107,7 +111,8 @@ impl Agent {
         Ok(ticket)
     }
 
-    /// Waits for the reply to a command. `trouble` is asked now and then for a reason to stop waiting.
+    /// Waits for the reply to a command. `trouble` is asked now and then for a reason to stop
+    /// waiting.
     pub(super) fn wait(
         &self,
         ticket: Ticket,
@@ -172,7 +177,8 @@ fn read_replies(mut reader: impl BufRead, sink: &Shared) -> io::Result<()> {
         if reader.read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        // A reset can cut a reply short; what then follows on the same line is the new boot's greeting.
+        // A reset can cut a reply short; what then follows on the same line is the new boot's
+        // greeting.
         if line.ends_with(b"ready\n") {
             sink.lock().boots += 1;
         } else if let Some((id, status, length)) = parse_reply(&line) {
@@ -182,7 +188,10 @@ fn read_replies(mut reader: impl BufRead, sink: &Shared) -> io::Result<()> {
             sink.lock().replies.insert(id, output);
         } else {
             let text = String::from_utf8_lossy(&line);
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("not a reply: {text:?}")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("not a reply: {text:?}"),
+            ));
         }
         sink.changed.notify_all();
     }
@@ -191,7 +200,8 @@ fn read_replies(mut reader: impl BufRead, sink: &Shared) -> io::Result<()> {
 /// `ID STATUS LENGTH`, the line before the output itself.
 fn parse_reply(line: &[u8]) -> Option<(u64, i32, usize)> {
     let mut words = std::str::from_utf8(line).ok()?.split_whitespace();
-    let reply = (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let reply =
+        (words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?);
     words.next().is_none().then_some(reply)
 }
 

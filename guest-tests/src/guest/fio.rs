@@ -1,7 +1,8 @@
 //! `fio` in the guest, as the witness: it stamps what it writes and checks what it reads.
 //!
-//! Every block carries a checksum and its own offset, so a lost, torn, misplaced or stale write is found, and the first
-//! one ends the run with an error. Checking goes on all the while (`verify_backlog`) and again at the end.
+//! Every block carries a checksum and its own offset, so a lost, torn, misplaced or stale write is
+//! found, and the first one ends the run with an error. Checking goes on all the while
+//! (`verify_backlog`) and again at the end.
 
 use std::time::Duration;
 
@@ -27,8 +28,8 @@ pub struct FioReport {
 }
 
 impl<'guest> Fio<'guest> {
-    /// Starts two jobs of mixed random 4 KiB requests, 16 deep each, on the two halves of the first 32 MiB of `/dev/vda`,
-    /// and comes back when they have done I/O.
+    /// Starts two jobs of mixed random 4 KiB requests, 16 deep each, on the two halves of the first
+    /// 32 MiB of `/dev/vda`, and comes back when they have done I/O.
     #[track_caller]
     pub fn start(guest: &'guest Guest, seconds: u32) -> Self {
         let before = requests(guest);
@@ -69,15 +70,20 @@ impl<'guest> Fio<'guest> {
         let report: Value = serde_json::from_str(report).expect("a JSON report");
         let job = &report["jobs"][0];
         assert_eq!(job["error"], 0, "{report}");
-        let number =
-            |value: &Value| value.as_u64().unwrap_or_else(|| panic!("a number is missing: {report}"));
-        let longest_ns = number(&job["read"]["clat_ns"]["max"]).max(number(&job["write"]["clat_ns"]["max"]));
+        let number = |value: &Value| {
+            value.as_u64().unwrap_or_else(|| panic!("a number is missing: {report}"))
+        };
+        let longest_ns =
+            number(&job["read"]["clat_ns"]["max"]).max(number(&job["write"]["clat_ns"]["max"]));
         let report = FioReport {
             reads: number(&job["read"]["total_ios"]),
             writes: number(&job["write"]["total_ios"]),
             longest: Duration::from_nanos(longest_ns),
         };
-        assert!(report.reads > 100 && report.writes > 100, "hardly anything was tested: {report:?}");
+        assert!(
+            report.reads > 100 && report.writes > 100,
+            "hardly anything was tested: {report:?}"
+        );
         report
     }
 }
@@ -85,8 +91,9 @@ impl<'guest> Fio<'guest> {
 /// Requests that the guest has completed on its first disk since the driver was bound.
 fn requests(guest: &Guest) -> u64 {
     let statistics = guest.sh("cat /sys/block/vda/stat");
-    let field =
-        |index| statistics.split_whitespace().nth(index).and_then(|word: &str| word.parse::<u64>().ok());
+    let field = |index| {
+        statistics.split_whitespace().nth(index).and_then(|word: &str| word.parse::<u64>().ok())
+    };
     // Documentation/block/stat.rst in the kernel's sources: reads, ..., writes in the fifth.
     field(0)
         .zip(field(4))

@@ -35,8 +35,9 @@ impl LoadOptions {
     /// `queues` queues with `depth` requests in flight on each, 8 MiB of disk per queue.
     pub fn new(queues: usize, depth: usize) -> LoadOptions {
         let queue_size = (depth * 4).next_power_of_two().max(16) as u16;
-        let clock =
-            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
+        let clock = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(1, |d| d.as_nanos() as u64);
         let given = std::env::var("HOTSWAP_SEED").ok().and_then(|seed| seed.parse().ok());
         LoadOptions {
             client: Options { queues, queue_size, ..Options::default() },
@@ -80,7 +81,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Connects and starts one thread per queue on a disk that reads as zeros, or on one of unknown content.
+    /// Connects and starts one thread per queue on a disk that reads as zeros, or on one of unknown
+    /// content.
     pub fn start(socket: &Path, options: &LoadOptions) -> Load {
         let count = options.blocks_per_queue;
         let make = if options.unknown_content { Ledger::unknown } else { Ledger::fresh };
@@ -92,7 +94,8 @@ impl Load {
     pub fn resume(socket: &Path, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
         println!("load: HOTSWAP_SEED={}", options.seed);
         assert_eq!(ledgers.len(), options.client.queues, "one ledger per queue");
-        let client = Client::connect(socket, &options.client).unwrap_or_else(|e| panic!("connecting: {e}"));
+        let client =
+            Client::connect(socket, &options.client).unwrap_or_else(|e| panic!("connecting: {e}"));
         let needed = options.client.queues as u64 * options.blocks_per_queue * BLOCK as u64;
         assert!(client.capacity() >= needed, "the disk is too small: {}", client.capacity());
         let offered = client.features();
@@ -124,7 +127,11 @@ impl Load {
         let goal = self.ios() + count;
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.ios() < goal {
-            assert!(Instant::now() < deadline, "the load stands still at {} of {goal} I/Os", self.ios());
+            assert!(
+                Instant::now() < deadline,
+                "the load stands still at {} of {goal} I/Os",
+                self.ios()
+            );
             thread::sleep(Duration::from_millis(1));
         }
     }
@@ -168,7 +175,8 @@ pub fn damage(socket: &Path, ledgers: &[Ledger]) -> Vec<String> {
             let read = Request::Read { offset, len: BLOCK };
             match client.queue(0).execute(read, Duration::from_secs(20)) {
                 Ok((Status::Ok, data)) => wrong.extend(ledger.check(index, &data).err()),
-                other => wrong.push(format!("reading at {offset}: {:?}", other.map(|(status, _)| status))),
+                other => wrong
+                    .push(format!("reading at {offset}: {:?}", other.map(|(status, _)| status))),
             }
         }
     }

@@ -69,7 +69,14 @@ impl fmt::Debug for LoadReport {
             "{errors} errors, {mismatches} mismatches, {unanswered} unanswered, {spurious} spurious; "
         )?;
         let at = |share| self.latency.quantile(share);
-        write!(f, "latency p50 {:?} p99 {:?} p99.9 {:?} max {:?}", at(0.5), at(0.99), at(0.999), at(1.0))?;
+        write!(
+            f,
+            "latency p50 {:?} p99 {:?} p99.9 {:?} max {:?}",
+            at(0.5),
+            at(0.99),
+            at(0.999),
+            at(1.0)
+        )?;
         self.notes.iter().try_for_each(|note| write!(f, "\n  {note}"))
     }
 }
@@ -96,7 +103,8 @@ impl Histogram {
         self.max = self.max.max(ns);
     }
 
-    /// The latency that `share` of all requests stayed below; exact for the maximum, else within 1/16.
+    /// The latency that `share` of all requests stayed below; exact for the maximum, else within
+    /// 1/16.
     pub fn quantile(&self, share: f64) -> Duration {
         let total: u64 = self.buckets.iter().sum();
         let wanted = (total as f64 * share).ceil() as u64;

@@ -140,14 +140,19 @@ impl Verifier {
             Kind::Read => Request::Read { offset, len },
             Kind::Flush => Request::Flush,
             Kind::Discard => Request::Discard { offset, len: len as u64 },
-            Kind::Zero => {
-                Request::WriteZeroes { offset, len: len as u64, unmap: op.sequence.is_multiple_of(2) }
-            }
+            Kind::Zero => Request::WriteZeroes {
+                offset,
+                len: len as u64,
+                unmap: op.sequence.is_multiple_of(2),
+            },
             Kind::Write => {
                 for (index, block) in self.data[..len].chunks_exact_mut(BLOCK).enumerate() {
                     let block_number = self.ledger.first + (op.first + index) as u64;
-                    let stamp =
-                        Stamp { block: block_number, sequence: op.sequence, writer: self.ledger.writer };
+                    let stamp = Stamp {
+                        block: block_number,
+                        sequence: op.sequence,
+                        writer: self.ledger.writer,
+                    };
                     stamp.write(block);
                 }
                 Request::Write { offset, data: &self.data[..len] }
@@ -188,7 +193,10 @@ impl Verifier {
         let late = self.queue.overdue(self.options.patience);
         for slot in &late {
             self.report.note(|| {
-                format!("unanswered after {:?}: {:?}", self.options.patience, self.ops[*slot as usize])
+                format!(
+                    "unanswered after {:?}: {:?}",
+                    self.options.patience, self.ops[*slot as usize]
+                )
             });
         }
         self.report.unanswered += late.len() as u64;

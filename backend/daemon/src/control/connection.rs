@@ -1,10 +1,12 @@
 //! One client of the control socket: its lines in, its replies and events out.
 //!
-//! Requests are answered one after the other, in the order in which they came. A client that watches goes on
-//! being answered: between two events there is always room for a request, and between two requests for an event.
+//! Requests are answered one after the other, in the order in which they came. A client that
+//! watches goes on being answered: between two events there is always room for a request, and
+//! between two requests for an event.
 //!
-//! Invariants: at most one line and one read are kept in memory; a line that has no end is never acted on, because
-//! half a command may be another command; whoever does not fetch its replies is cut off, not waited for.
+//! Invariants: at most one line and one read are kept in memory; a line that has no end is never
+//! acted on, because half a command may be another command; whoever does not fetch its replies is
+//! cut off, not waited for.
 //!
 //! It does not know how many other clients there are, nor who may be one.
 
@@ -42,7 +44,8 @@ impl<O: Operations> Connection<O> {
         Self { stream, operations, limits, lines: Lines::new(limits.line), watching: None }
     }
 
-    /// Serves the client until it leaves, is cut off, or `stopping` is set and its socket shut down.
+    /// Serves the client until it leaves, is cut off, or `stopping` is set and its socket shut
+    /// down.
     ///
     /// Says in `idle` when it waits for the client to say something.
     pub(super) fn run(mut self, stopping: &AtomicBool, idle: &Idle) {
@@ -53,7 +56,9 @@ impl<O: Operations> Connection<O> {
         match ended {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-                log::warn!("a client of the control socket does not read what it asked for; it is cut off");
+                log::warn!(
+                    "a client of the control socket does not read what it asked for; it is cut off"
+                );
             }
             Err(e) => log::debug!("a client of the control socket is gone: {e}"),
         }
@@ -85,8 +90,12 @@ impl<O: Operations> Connection<O> {
             match self.watching {
                 None if ended && idle => return Ok(()),
                 None => {}
-                Some(_) if stopping.load(Ordering::Relaxed) || (ended && self.hung_up()?) => return Ok(()),
-                Some(after) => self.pass_event_on(after, if idle { WATCH_STEP } else { Duration::ZERO })?,
+                Some(_) if stopping.load(Ordering::Relaxed) || (ended && self.hung_up()?) => {
+                    return Ok(());
+                }
+                Some(after) => {
+                    self.pass_event_on(after, if idle { WATCH_STEP } else { Duration::ZERO })?
+                }
             }
         }
     }
@@ -109,7 +118,8 @@ impl<O: Operations> Connection<O> {
             Ok(call) => call,
             Err((id, error)) => return self.send(&rpc::reply(id, Err(error))),
         };
-        // The daemon ends its connections when it is told to end, so the reply has to be out before.
+        // The daemon ends its connections when it is told to end, so the reply has to be out
+        // before.
         let shutdown = matches!(call.method, Ok(Method::Shutdown));
         let result = call.method.and_then(|method| self.perform(method));
         let sent = call.id.map_or(Ok(()), |id| self.send(&rpc::reply(id, result)));
@@ -123,7 +133,8 @@ impl<O: Operations> Connection<O> {
     fn perform(&mut self, method: Method) -> Result<Value, RpcError> {
         let operations = &*self.operations;
         let watching = &mut self.watching;
-        // Unwind safety: all that a panic can leave half done is behind `operations`, whose own affair it is.
+        // Unwind safety: all that a panic can leave half done is behind `operations`, whose own
+        // affair it is.
         let done = catch_unwind(AssertUnwindSafe(|| match method {
             Method::Status => Ok(operations.status()),
             Method::History => Ok(operations.history()),
@@ -161,7 +172,9 @@ impl<O: Operations> Connection<O> {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => rest = &rest[written..],
                 // This is how a write says that its time is over.
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -197,7 +210,8 @@ impl<O: Operations> Connection<O> {
 enum Line {
     /// A line, without its end.
     Whole(Vec<u8>),
-    /// A line of more than the allowed bytes. Said once, as soon as that is clear; its rest is dropped.
+    /// A line of more than the allowed bytes. Said once, as soon as that is clear; its rest is
+    /// dropped.
     TooLong,
     /// Bytes without an end of line at the end of the connection.
     Half,
@@ -303,7 +317,11 @@ mod tests {
     fn lines_are_cut_however_they_arrive() {
         let whole = |text: &str| Line::Whole(text.into());
         for step in 1..40 {
-            assert_eq!(lines(b"ab\n\n1234\n", step), [whole("ab"), whole(""), whole("1234")], "{step}");
+            assert_eq!(
+                lines(b"ab\n\n1234\n", step),
+                [whole("ab"), whole(""), whole("1234")],
+                "{step}"
+            );
             assert_eq!(lines(b"12345\nab\n", step), [Line::TooLong, whole("ab")], "{step}");
             assert_eq!(
                 lines(b"1234567890\n123456789012\nab", step),

@@ -1,21 +1,24 @@
 //! The control socket: how an operator commands a running daemon.
 //!
-//! JSON-RPC 2.0 over a Unix stream socket, one object per line in both directions; the methods are `status`,
-//! `upgrade`, `rollback`, `history`, `watch` and `shutdown`. This module knows the protocol and the socket; what
-//! the methods *do* is behind [`Operations`], so that all of it can be tested without a device.
+//! JSON-RPC 2.0 over a Unix stream socket, one object per line in both directions; the methods are
+//! `status`, `upgrade`, `rollback`, `history`, `watch` and `shutdown`. This module knows the
+//! protocol and the socket; what the methods *do* is behind [`Operations`], so that all of it can
+//! be tested without a device.
 //!
-//! The parts: `rpc` turns one line into a call and a result into one line, `connection` is the life of one client,
-//! [`Server`] accepts clients and ends them, [`SocketFile`] is the path that they connect to.
+//! The parts: `rpc` turns one line into a call and a result into one line, `connection` is the life
+//! of one client, [`Server`] accepts clients and ends them, [`SocketFile`] is the path that they
+//! connect to.
 //!
 //! Invariants:
-//! * Only root and the daemon's own user are served: mode 0600 before the name is visible, and the peer's uid.
-//! * Every request that carries an id is answered exactly once, in the order of arrival. Every refusal says a
-//!   stable code string (`data.code`) and a sentence.
-//! * No client can hold up the daemon, or another client: lines, connections and the time that a reply may take
-//!   have limits ([`Limits`]), and a client's thread is only its own.
+//! * Only root and the daemon's own user are served: mode 0600 before the name is visible, and the
+//!   peer's uid.
+//! * Every request that carries an id is answered exactly once, in the order of arrival. Every
+//!   refusal says a stable code string (`data.code`) and a sentence.
+//! * No client can hold up the daemon, or another client: lines, connections and the time that a
+//!   reply may take have limits ([`Limits`]), and a client's thread is only its own.
 //!
-//! Deliberately absent: batches, authentication beyond the peer's uid, any transport but this one, and any
-//! knowledge of domains, queues or generations.
+//! Deliberately absent: batches, authentication beyond the peer's uid, any transport but this one,
+//! and any knowledge of domains, queues or generations.
 
 use std::time::Duration;
 
@@ -37,10 +40,12 @@ pub use socket::{SocketError, SocketFile, SocketName};
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 /// How much longer workers are waited for that are not given a CPU, if a request does not say.
 pub const DEFAULT_STARVED_TIMEOUT: Duration = Duration::from_secs(10);
-/// The longest drain that can be asked for, and the longest wait for a CPU. The guest waits as long.
+/// The longest drain that can be asked for, and the longest wait for a CPU. The guest waits as
+/// long.
 pub const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// What the methods do. Calls come from many threads at once; each blocks only the client that made it.
+/// What the methods do. Calls come from many threads at once; each blocks only the client that made
+/// it.
 pub trait Operations: Send + Sync + 'static {
     /// The state of the device. It must not wait for a running upgrade.
     fn status(&self) -> Value;
@@ -62,8 +67,8 @@ pub trait Operations: Send + Sync + 'static {
 
     /// Blocks until the next event after number `after`, or until `timeout` has passed.
     ///
-    /// Numbers grow; the first event has number 1. Events that were dropped because nobody fetched them in time
-    /// are skipped: the watcher sees the gap in the numbers.
+    /// Numbers grow; the first event has number 1. Events that were dropped because nobody fetched
+    /// them in time are skipped: the watcher sees the gap in the numbers.
     fn next_event(&self, after: u64, timeout: Duration) -> Option<(u64, Value)>;
 
     /// The number of the latest event, 0 before the first: a `watch` begins after it.
@@ -73,8 +78,8 @@ pub trait Operations: Send + Sync + 'static {
         0
     }
 
-    /// Asks the daemon to end, and returns at once. It must not wait for the [`Server`]: the caller is one of
-    /// its threads.
+    /// Asks the daemon to end, and returns at once. It must not wait for the [`Server`]: the caller
+    /// is one of its threads.
     fn shutdown(&self);
 }
 
@@ -116,7 +121,8 @@ pub struct UpgradeRequest {
     pub mode: UpgradeMode,
     /// How long the guest may wait for the drain, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
-    /// How much longer workers are waited for that are not given a CPU, at most [`MAX_DRAIN_TIMEOUT`].
+    /// How much longer workers are waited for that are not given a CPU, at most
+    /// [`MAX_DRAIN_TIMEOUT`].
     pub starved_timeout: Duration,
     /// What to do if another upgrade is running.
     pub when_busy: WhenBusy,
@@ -127,7 +133,8 @@ pub struct UpgradeRequest {
 pub struct RollbackRequest {
     /// How long the guest may wait for the drain, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
-    /// How much longer workers are waited for that are not given a CPU, at most [`MAX_DRAIN_TIMEOUT`].
+    /// How much longer workers are waited for that are not given a CPU, at most
+    /// [`MAX_DRAIN_TIMEOUT`].
     pub starved_timeout: Duration,
     /// What to do if an upgrade is running.
     pub when_busy: WhenBusy,
@@ -141,6 +148,7 @@ pub struct OperationError {
     pub code: &'static str,
     /// A sentence for people: what happened, and what to do.
     pub message: String,
-    /// More for programs: an object's members are sent beside `data.code`, another value as `data.detail`.
+    /// More for programs: an object's members are sent beside `data.code`, another value as
+    /// `data.detail`.
     pub data: Option<Value>,
 }

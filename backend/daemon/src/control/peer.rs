@@ -56,8 +56,10 @@ impl Commanders {
         if self.include(uid) {
             return Ok(());
         }
-        let who = pid
-            .map_or_else(|| "a process of another PID namespace".to_owned(), |pid| format!("process {pid}"));
+        let who = pid.map_or_else(
+            || "a process of another PID namespace".to_owned(),
+            |pid| format!("process {pid}"),
+        );
         log::warn!("{who}, of user {uid}, may not command this daemon");
         refused(if Some(uid) == self.nobody {
             "the daemon cannot tell who you are: you have no number in its user namespace; be the user that it runs as"
@@ -85,7 +87,10 @@ mod tests {
     #[test]
     fn only_root_and_the_own_user_are_included() {
         let first = Commanders { own: 1000, nobody: None };
-        assert_eq!([0, 1000, 1001, 65534].map(|uid| first.include(uid)), [true, true, false, false]);
+        assert_eq!(
+            [0, 1000, 1001, 65534].map(|uid| first.include(uid)),
+            [true, true, false, false]
+        );
         let nobody_itself = Commanders { own: 65534, nobody: None };
         assert_eq!([0, 65534, 1].map(|uid| nobody_itself.include(uid)), [true, true, false]);
     }

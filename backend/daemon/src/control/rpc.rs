@@ -1,8 +1,9 @@
 //! JSON-RPC 2.0, one line at a time: bytes to a call, a result to bytes. Pure; no socket is near.
 //!
-//! It is stricter than the specification asks, because what comes in commands a device. Unknown members are refused and
-//! named, so that a misspelled option cannot silently mean its default; so are members that come twice, of
-//! which one reader would believe the first and another the last, and ids that could not be returned exactly.
+//! It is stricter than the specification asks, because what comes in commands a device. Unknown
+//! members are refused and named, so that a misspelled option cannot silently mean its default; so
+//! are members that come twice, of which one reader would believe the first and another the last,
+//! and ids that could not be returned exactly.
 //!
 //! The depth of a line is bounded by `serde_json`'s recursion limit, which stays on.
 
@@ -16,14 +17,15 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess
 use serde_json::{Map, Value, json};
 
 use super::{
-    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError, RollbackRequest,
-    UpgradeMode, UpgradeRequest, WhenBusy,
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError,
+    RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy,
 };
 
 /// A line that is a request: whether and how to answer it, and what it wants.
 #[derive(Debug)]
 pub(super) struct Call {
-    /// What the reply carries; `None` is a notification, which is not answered, whatever becomes of it.
+    /// What the reply carries; `None` is a notification, which is not answered, whatever becomes of
+    /// it.
     pub id: Option<Value>,
     /// What to do, or why not.
     pub method: Result<Method, RpcError>,
@@ -115,7 +117,8 @@ pub(super) fn event(number: u64, event: Value) -> Value {
 /// Reads one line.
 ///
 /// # Errors
-/// What is no request at all; it is answered even without an id, with the id if there is a good one, else null.
+/// What is no request at all; it is answered even without an id, with the id if there is a good
+/// one, else null.
 pub(super) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
     let members = match parse_strictly(line) {
         Ok(Value::Object(members)) => members,
@@ -125,13 +128,16 @@ pub(super) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
                 RpcError::invalid_request("batches are not supported; send one object per line"),
             ));
         }
-        Ok(_) => return Err((Value::Null, RpcError::invalid_request("a request must be a JSON object"))),
+        Ok(_) => {
+            return Err((Value::Null, RpcError::invalid_request("a request must be a JSON object")));
+        }
         Err(error) => return Err((Value::Null, error)),
     };
     let id = members.get("id").cloned();
     if !id.as_ref().is_none_or(is_good_id) {
-        let error =
-            RpcError::invalid_request("`id` must be a string, an integer of at most 64 bits, or null");
+        let error = RpcError::invalid_request(
+            "`id` must be a string, an integer of at most 64 bits, or null",
+        );
         return Err((Value::Null, error));
     }
     match check_envelope(members) {
@@ -234,7 +240,10 @@ fn default_starved_timeout_ms() -> u64 {
 
 impl UpgradeParams {
     fn check(self) -> Result<UpgradeRequest, RpcError> {
-        if self.name.is_empty() || self.name.len() > NAME_LIMIT || self.name.contains(char::is_control) {
+        if self.name.is_empty()
+            || self.name.len() > NAME_LIMIT
+            || self.name.contains(char::is_control)
+        {
             return Err(RpcError::invalid_params(format!(
                 "`name` must be a domain's name or a module's path, of at most {NAME_LIMIT} bytes and without control characters"
             )));
@@ -282,10 +291,12 @@ fn check_timeout(name: &str, milliseconds: u64) -> Result<Duration, RpcError> {
 
 /// Reads a JSON text in which no object has a member twice.
 fn parse_strictly(line: &[u8]) -> Result<Value, RpcError> {
-    serde_json::from_slice::<Unique>(line).map(|Unique(value)| value).map_err(|e| match e.classify() {
-        // Good JSON, but `Unique` refused it.
-        serde_json::error::Category::Data => RpcError::invalid_request(e.to_string()),
-        _ => RpcError::parse_error(format!("this is not JSON: {e}")),
+    serde_json::from_slice::<Unique>(line).map(|Unique(value)| value).map_err(|e| {
+        match e.classify() {
+            // Good JSON, but `Unique` refused it.
+            serde_json::error::Category::Data => RpcError::invalid_request(e.to_string()),
+            _ => RpcError::parse_error(format!("this is not JSON: {e}")),
+        }
     })
 }
 
@@ -389,21 +400,31 @@ mod tests {
         assert_eq!(upgrade.drain_timeout, Duration::from_millis(500));
         assert_eq!(upgrade.starved_timeout, Duration::from_secs(10));
         let (drain_timeout, starved_timeout) = (upgrade.drain_timeout, upgrade.starved_timeout);
-        let rollback = RollbackRequest { drain_timeout, starved_timeout, when_busy: WhenBusy::Queue };
+        let rollback =
+            RollbackRequest { drain_timeout, starved_timeout, when_busy: WhenBusy::Queue };
         assert_eq!(method(r#"{"jsonrpc":"2.0","method":"rollback"}"#), Method::Rollback(rollback));
     }
 
     #[test]
     fn strict_reading_gives_what_serde_json_gives() {
         let text = r#"{"a":[1,-2,3.5,null,true,"\u00e9\n"],"b":{"c":{}},"d":18446744073709551615,"e":1e300}"#;
-        assert_eq!(parse_strictly(text.as_bytes()).unwrap(), serde_json::from_str::<Value>(text).unwrap());
+        assert_eq!(
+            parse_strictly(text.as_bytes()).unwrap(),
+            serde_json::from_str::<Value>(text).unwrap()
+        );
     }
 
     #[test]
     fn the_code_of_an_error_cannot_be_overwritten_by_its_data() {
-        let error =
-            OperationError { code: "busy", message: "x".into(), data: Some(json!({"code": 1, "queue": 2})) };
-        assert_eq!(reply(1.into(), Err(error.into()))["error"]["data"], json!({"code": "busy", "queue": 2}));
+        let error = OperationError {
+            code: "busy",
+            message: "x".into(),
+            data: Some(json!({"code": 1, "queue": 2})),
+        };
+        assert_eq!(
+            reply(1.into(), Err(error.into()))["error"]["data"],
+            json!({"code": "busy", "queue": 2})
+        );
         let error = OperationError { code: "busy", message: "x".into(), data: Some(json!([1])) };
         assert_eq!(
             reply(1.into(), Err(error.into()))["error"]["data"],

@@ -1,12 +1,13 @@
 //! The control socket's server: one thread accepts, and each client gets a thread of its own.
 //!
-//! The accepting thread never waits for a client: whom it refuses it tells in one write that does not block. Clients
-//! that say nothing and watch nothing keep nobody out: they make room. It
-//! owns the [`SocketFile`], so that the name is gone as soon as nobody would accept any more.
+//! The accepting thread never waits for a client: whom it refuses it tells in one write that does
+//! not block. Clients that say nothing and watch nothing keep nobody out: they make room. It owns
+//! the [`SocketFile`], so that the name is gone as soon as nobody would accept any more.
 //!
-//! Ending takes a bounded time whatever clients and operations do. First nobody is accepted and nothing more is
-//! read, so that idle clients leave at once and replies under way still arrive; then the connections are cut; then
-//! the threads that are left, each inside an operation that does not come back, are counted and left alone.
+//! Ending takes a bounded time whatever clients and operations do. First nobody is accepted and
+//! nothing more is read, so that idle clients leave at once and replies under way still arrive;
+//! then the connections are cut; then the threads that are left, each inside an operation that does
+//! not come back, are counted and left alone.
 //!
 //! It does not know what is said on a connection.
 
@@ -37,7 +38,8 @@ const EXHAUSTED: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// What a client may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Clients at a time. One more takes the place of the one that has been idle longest, or is refused with a sentence.
+    /// Clients at a time. One more takes the place of the one that has been idle longest, or is
+    /// refused with a sentence.
     pub connections: usize,
     /// How long a client must have had nothing to say before it has to make room for another one.
     pub idle: Duration,
@@ -91,7 +93,8 @@ impl Server {
         let system = |source: io::Error| SocketError::System { path: path.to_owned(), source };
         let socket = SocketFile::listen(path, 0o600)?;
         socket.listener().set_nonblocking(true).map_err(system)?;
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| system(e.into()))?;
+        let wake =
+            rustix::event::eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| system(e.into()))?;
         let wake = Arc::new(wake);
         let clients = Arc::new(Clients::default());
         let name = Arc::clone(socket.name());
@@ -107,7 +110,12 @@ impl Server {
             .name("control".to_owned())
             .spawn(move || acceptor.run())
             .map_err(system)?;
-        Ok(Server { name, clients, stop_patience: limits.stop_patience, acceptor: Some((thread, wake)) })
+        Ok(Server {
+            name,
+            clients,
+            stop_patience: limits.stop_patience,
+            acceptor: Some((thread, wake)),
+        })
     }
 
     /// Where it listens.
@@ -122,9 +130,11 @@ impl Server {
         &self.name
     }
 
-    /// Removes the socket and ends all connections, in a bounded time ([`Limits::stop_patience`], twice).
+    /// Removes the socket and ends all connections, in a bounded time ([`Limits::stop_patience`],
+    /// twice).
     ///
-    /// Returns the number of clients whose operation did not come back; their threads are left behind.
+    /// Returns the number of clients whose operation did not come back; their threads are left
+    /// behind.
     pub fn stop(mut self) -> usize {
         self.end()
     }
@@ -170,10 +180,15 @@ impl<O: Operations> Acceptor<O> {
                         refuse(&stream, error);
                     }
                 }
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(e) => {
-                    // Descriptors or memory have run out; the client stays in the backlog meanwhile.
+                    // Descriptors or memory have run out; the client stays in the backlog
+                    // meanwhile.
                     log_limit::say(
                         Level::Warn,
                         "control client",
@@ -205,7 +220,8 @@ impl<O: Operations> Acceptor<O> {
     /// Gives a client a thread, or says why not.
     fn serve(&self, stream: UnixStream) -> Result<(), (Arc<UnixStream>, RpcError)> {
         let stream = Arc::new(stream);
-        let refused = |name, message: String| Err((Arc::clone(&stream), RpcError::refused(name, message)));
+        let refused =
+            |name, message: String| Err((Arc::clone(&stream), RpcError::refused(name, message)));
         if let Err(error) = self.commanders.check(&stream) {
             return Err((stream, error));
         }
@@ -213,10 +229,13 @@ impl<O: Operations> Acceptor<O> {
         let Some(seat) = Seat::take(&self.clients, &stream, &self.limits) else {
             return refused(
                 "too_many_connections",
-                format!("there are {most} connections to the control socket, the most it serves; close one"),
+                format!(
+                    "there are {most} connections to the control socket, the most it serves; close one"
+                ),
             );
         };
-        let connection = Connection::new(Arc::clone(&stream), Arc::clone(&self.operations), self.limits);
+        let connection =
+            Connection::new(Arc::clone(&stream), Arc::clone(&self.operations), self.limits);
         let served = thread::Builder::new().name("control-client".to_owned()).spawn(move || {
             let seat = seat;
             connection.run(&seat.clients.stopping, &seat.idle);
@@ -225,7 +244,10 @@ impl<O: Operations> Acceptor<O> {
             log::warn!("cannot serve a client of the control socket: {e}");
             (
                 stream,
-                RpcError::refused("no_resources", format!("the daemon cannot start a thread for you: {e}")),
+                RpcError::refused(
+                    "no_resources",
+                    format!("the daemon cannot start a thread for you: {e}"),
+                ),
             )
         })?;
         Ok(())
@@ -236,7 +258,9 @@ impl<O: Operations> Acceptor<O> {
 fn refuse(stream: &UnixStream, error: RpcError) {
     let line = format!("{}\n", rpc::reply(Value::Null, Err(error)));
     // A fresh connection has room for it. If it cannot be told, it sees the end of the connection.
-    if let Err(e) = stream.set_nonblocking(true).and_then(|()| (&*stream).write_all(line.as_bytes())) {
+    if let Err(e) =
+        stream.set_nonblocking(true).and_then(|()| (&*stream).write_all(line.as_bytes()))
+    {
         log::debug!("a client was refused without a word: {e}");
     }
 }
@@ -308,7 +332,8 @@ struct Seats {
 impl Seats {
     /// Cuts off who has been idle longest, and for `least` at least. Whether there was one.
     fn make_room(&mut self, least: Duration) -> bool {
-        let idle = self.taken.iter().filter_map(|(&number, (_, idle))| idle.since().zip(Some(number)));
+        let idle =
+            self.taken.iter().filter_map(|(&number, (_, idle))| idle.since().zip(Some(number)));
         let Some((since, number)) = idle.min().filter(|(since, _)| since.elapsed() >= least) else {
             return false;
         };
@@ -316,7 +341,8 @@ impl Seats {
             return false;
         }
         if let Some((stream, _)) = self.taken.remove(&number) {
-            let message = "this connection was idle, and another client needed its place; connect again";
+            let message =
+                "this connection was idle, and another client needed its place; connect again";
             refuse(&stream, RpcError::refused("too_many_connections", message.to_owned()));
             // It fails if the client is gone already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -354,7 +380,8 @@ impl Clients {
             if seats.taken.is_empty() || rest.is_zero() {
                 return seats.taken.len();
             }
-            (seats, _) = self.left.wait_timeout(seats, rest).unwrap_or_else(PoisonError::into_inner);
+            (seats, _) =
+                self.left.wait_timeout(seats, rest).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

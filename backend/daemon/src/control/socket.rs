@@ -1,24 +1,27 @@
 //! A listening Unix socket at a path that is ours alone.
 //!
-//! A path outlives the process that bound it, so whoever starts finds one of three things: nothing, the remains of
-//! a dead daemon, or a living one. Only the remains may be replaced, and at the end only our own may be removed.
+//! A path outlives the process that bound it, so whoever starts finds one of three things: nothing,
+//! the remains of a dead daemon, or a living one. Only the remains may be replaced, and at the end
+//! only our own may be removed.
 //!
 //! Invariants:
 //! * Whoever can see the name can connect. The socket is bound under another name beside it, a
 //!   draft, and gets its own when it listens.
 //! * The mode is set on the socket *before* it is bound, so neither name ever exists with a wider
 //!   one. (On Linux `bind` makes the inode with the mode of the socket, less the umask.)
-//! * A path is taken from another only if a connection to it was refused, and both happen under a lock on the
-//!   directory, so that of two daemons that start at once one wins and the other is told.
-//!   Where the directory cannot be locked, what is replaced comes out under the draft's name and is
-//!   probed once more there: if it lives, it is put back.
-//! * A name is removed only if it still leads to the inode that was bound. The kernel keeps that inode as long as
-//!   the socket is open, so its number cannot come back as somebody else's while we compare.
+//! * A path is taken from another only if a connection to it was refused, and both happen under a
+//!   lock on the directory, so that of two daemons that start at once one wins and the other is
+//!   told. Where the directory cannot be locked, what is replaced comes out under the draft's name
+//!   and is probed once more there: if it lives, it is put back.
+//! * A name is removed only if it still leads to the inode that was bound. The kernel keeps that
+//!   inode as long as the socket is open, so its number cannot come back as somebody else's while
+//!   we compare.
 //!
 //! A daemon that is killed between the two names leaves a draft. Drafts of a name are recognized by
 //! their form, and those that refuse a connection are removed by the next daemon that wants it.
 //!
-//! Deliberately absent: abstract names, which have no mode, and waiting for the other daemon to end.
+//! Deliberately absent: abstract names, which have no mode, and waiting for the other daemon to
+//! end.
 
 use std::ffi::{OsStr, OsString};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -86,7 +89,9 @@ impl SocketName {
 
     /// Removes the name, once, if it is still ours.
     pub fn remove(&self) {
-        let Some(ours) = self.identity.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let Some(ours) = self.identity.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
         let _lock = lock_directory(&self.path);
         if rustix::fs::lstat(&self.path).is_ok_and(|stat| identity(&stat) == ours)
             && let Err(e) = rustix::fs::unlink(&self.path)
@@ -247,7 +252,8 @@ impl DraftForm {
         })
     }
 
-    /// Removes what daemons of this user have left that were killed. What cannot be looked at stays.
+    /// Removes what daemons of this user have left that were killed. What cannot be looked at
+    /// stays.
     fn remove_remains(&self) {
         let directory = if self.directory.is_empty() { b"." } else { self.directory.as_slice() };
         let Ok(entries) = std::fs::read_dir(OsStr::from_bytes(directory)) else { return };
@@ -256,7 +262,8 @@ impl DraftForm {
                 continue;
             }
             let path = self.path(name.as_bytes());
-            let is_ours = rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
+            let is_ours =
+                rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
             if is_ours && is_remains(&path) {
                 log::debug!("{} is what a daemon that was killed has left", path.display());
                 drop(DraftName(path));
@@ -344,19 +351,21 @@ impl Draft {
     /// Puts back what was exchanged for this one and may not go.
     ///
     /// Others may do the same at the same time, and then each finds another's under its draft's
-    /// name. So everybody goes on until he has his own: when all have, the path has the first one's.
-    /// Who finds his own at the path is done with one exchange more. If nobody does, somebody's has
-    /// to get there first.
+    /// name. So everybody goes on until he has his own: when all have, the path has the first
+    /// one's. Who finds his own at the path is done with one exchange more. If nobody does,
+    /// somebody's has to get there first.
     fn undo(mut self, path: &Path) {
-        let is_ours =
-            |path: &Path| rustix::fs::lstat(path).is_ok_and(|stat| identity(&stat) == self.identity);
+        let is_ours = |path: &Path| {
+            rustix::fs::lstat(path).is_ok_and(|stat| identity(&stat) == self.identity)
+        };
         let deadline = Instant::now() + LOCK_PATIENCE;
         while !is_ours(&self.name.0) {
             let soon = Instant::now() + OTHERS_TURN;
             while !is_ours(path) && Instant::now() < soon {
                 thread::sleep(Duration::from_micros(100));
             }
-            let exchanged = rustix::fs::renameat_with(CWD, &self.name.0, CWD, path, RenameFlags::EXCHANGE);
+            let exchanged =
+                rustix::fs::renameat_with(CWD, &self.name.0, CWD, path, RenameFlags::EXCHANGE);
             if (exchanged.is_err() || Instant::now() > deadline) && !is_ours(&self.name.0) {
                 // It is not ours to remove.
                 self.name.0 = PathBuf::new();
@@ -388,10 +397,12 @@ fn is_remains(path: &Path) -> bool {
 
 /// Locks the directory of `path` among daemons, for as long as the descriptor is open.
 ///
-/// It guards against accidents only, so it is given up rather than waited for: in a directory like `/tmp` anybody
-/// can hold such a lock, and must not be able to keep a daemon from starting or ending.
+/// It guards against accidents only, so it is given up rather than waited for: in a directory like
+/// `/tmp` anybody can hold such a lock, and must not be able to keep a daemon from starting or
+/// ending.
 fn lock_directory(path: &Path) -> Option<OwnedFd> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::openat(CWD, parent, flags, Mode::empty()).ok()?;
     let deadline = Instant::now() + LOCK_PATIENCE;
@@ -432,7 +443,8 @@ mod tests {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("socket");
             let form = DraftForm::of(&path).unwrap();
-            let publish = |replaces| way(Draft::listen(&form, 0o600).unwrap(), &form, &path, replaces);
+            let publish =
+                |replaces| way(Draft::listen(&form, 0o600).unwrap(), &form, &path, replaces);
             let names = || fs::read_dir(directory.path()).unwrap().count();
             fs::write(&path, "precious").unwrap();
             for replaces in [false, true] {

@@ -1,10 +1,10 @@
 //! The client's side of the control socket: connect, call, wait for events.
 //!
-//! Invariants: nothing waits for ever for an answer, and a daemon that answers nonsense, or too much, is an error
-//! with a sentence, never a panic.
+//! Invariants: nothing waits for ever for an answer, and a daemon that answers nonsense, or too
+//! much, is an error with a sentence, never a panic.
 //!
-//! Deliberately absent: more than one call at a time, and reconnecting. A command that may have been carried out
-//! must not be sent twice by a program; the sentence says how to find out.
+//! Deliberately absent: more than one call at a time, and reconnecting. A command that may have
+//! been carried out must not be sent twice by a program; the sentence says how to find out.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -40,8 +40,10 @@ impl Failure {
 
     /// The daemon's, from the `error` member of its reply.
     fn from_reply(error: &Value) -> Self {
-        let message =
-            error["message"].as_str().unwrap_or("the daemon refused, and did not say why").to_owned();
+        let message = error["message"]
+            .as_str()
+            .unwrap_or("the daemon refused, and did not say why")
+            .to_owned();
         let code = match error["data"]["code"].as_str() {
             Some(code) => code.to_owned(),
             None => format!("json_rpc {}", error["code"]),
@@ -69,12 +71,18 @@ impl Client {
                 "unreachable",
                 match e {
                     Errno::NOENT | Errno::CONNREFUSED | Errno::NOTDIR => {
-                        format!("no daemon listens on {path}; start one, or give its --control-path")
+                        format!(
+                            "no daemon listens on {path}; start one, or give its --control-path"
+                        )
                     }
                     Errno::ACCESS | Errno::PERM => {
-                        format!("you may not use {path}; be root or the user that the daemon runs as")
+                        format!(
+                            "you may not use {path}; be root or the user that the daemon runs as"
+                        )
                     }
-                    Errno::AGAIN => format!("the daemon at {path} does not take connections; see its log"),
+                    Errno::AGAIN => {
+                        format!("the daemon at {path} does not take connections; see its log")
+                    }
                     e => format!("cannot connect to {path}: {}", io::Error::from(e)),
                 },
             )
@@ -109,7 +117,9 @@ impl Client {
         match reply.get("error") {
             Some(error) => Err(Failure::from_reply(error)),
             None if reply["id"] == 1 => Ok(reply["result"].clone()),
-            None => Err(Failure::new("bad_reply", "the daemon answered something that was not asked")),
+            None => {
+                Err(Failure::new("bad_reply", "the daemon answered something that was not asked"))
+            }
         }
     }
 
@@ -133,8 +143,8 @@ impl Client {
         let mut line = Vec::new();
         while !line.ends_with(b"\n") {
             // Zero would mean no limit at all.
-            let rest =
-                deadline.map(|d| d.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
+            let rest = deadline
+                .map(|d| d.saturating_duration_since(Instant::now()).max(Duration::from_millis(1)));
             let stream = self.stream.get_ref();
             let room = ANSWER_MAX - line.len() as u64;
             let read = stream
@@ -150,7 +160,9 @@ impl Client {
                     return Err(Failure::new("timeout", too_late()));
                 }
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up()),
-                Err(e) => return Err(Failure::new("unreachable", format!("cannot read the answer: {e}"))),
+                Err(e) => {
+                    return Err(Failure::new("unreachable", format!("cannot read the answer: {e}")));
+                }
             }
         }
         match serde_json::from_slice(&line) {
@@ -161,14 +173,21 @@ impl Client {
 }
 
 fn hung_up() -> Failure {
-    Failure::new("disconnected", "the daemon has ended the connection; if it still runs, its log says why")
+    Failure::new(
+        "disconnected",
+        "the daemon has ended the connection; if it still runs, its log says why",
+    )
 }
 
 /// Like `UnixStream::connect`, but not waiting for ever for a place in the backlog.
 fn connect(path: &Path) -> Result<UnixStream, Errno> {
     let address = SocketAddrUnix::new(path)?;
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     set_socket_timeout(&socket, Timeout::Send, Some(TAKE_TIMEOUT))?;
     rustix::net::connect(&socket, &address)?;
     Ok(socket.into())

@@ -1,12 +1,14 @@
 //! `hotswapctl`: commands a running daemon through its control socket.
 //!
-//! One command, one request, one answer for people or, with `--json`, for programs. Exit status 0 is done, 1 is refused,
-//! failed or nobody there, 2 is a command line that makes no sense.
+//! One command, one request, one answer for people or, with `--json`, for programs. Exit status 0
+//! is done, 1 is refused, failed or nobody there, 2 is a command line that makes no sense.
 //!
-//! Invariant: a refusal is always a sentence on standard error, `error: MESSAGE (CODE)`, with and without `--json`.
+//! Invariant: a refusal is always a sentence on standard error, `error: MESSAGE (CODE)`, with and
+//! without `--json`.
 //!
-//! It deliberately uses nothing of the daemon's library: what it knows of the daemon is what goes over the socket, so
-//! that it can command a daemon of another version. Nor does it know which domains or parameters exist.
+//! It deliberately uses nothing of the daemon's library: what it knows of the daemon is what goes
+//! over the socket, so that it can command a daemon of another version. Nor does it know which
+//! domains or parameters exist.
 
 mod client;
 mod print;
@@ -24,7 +26,8 @@ use client::{Client, Failure};
 
 /// How long a question may take to be answered.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an upgrade may take beyond its drain: it may have to wait for another, and for slow storage.
+/// How long an upgrade may take beyond its drain: it may have to wait for another, and for slow
+/// storage.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The drain that the daemon allows if nothing is said.
 const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 500;
@@ -130,7 +133,10 @@ impl From<io::Error> for Stop {
     fn from(e: io::Error) -> Self {
         match e.kind() {
             io::ErrorKind::BrokenPipe => Stop::NobodyReads,
-            _ => Stop::Failed(Failure::new("output_failed", format!("cannot write to standard output: {e}"))),
+            _ => Stop::Failed(Failure::new(
+                "output_failed",
+                format!("cannot write to standard output: {e}"),
+            )),
         }
     }
 }
@@ -193,8 +199,11 @@ fn absolute(name: &str) -> Result<String, String> {
     if !name.contains('/') {
         return Ok(name.to_owned());
     }
-    let path = std::path::absolute(name).map_err(|e| format!("cannot make {name} absolute: {e}"))?;
-    path.into_os_string().into_string().map_err(|_| "the current directory's path is not UTF-8".to_owned())
+    let path =
+        std::path::absolute(name).map_err(|e| format!("cannot make {name} absolute: {e}"))?;
+    path.into_os_string()
+        .into_string()
+        .map_err(|_| "the current directory's path is not UTF-8".to_owned())
 }
 
 fn pairs_to_object(pairs: &[String]) -> Result<Map<String, Value>, String> {
@@ -230,8 +239,12 @@ fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
 
 /// Says what went wrong. Nothing can be done if that cannot be said either.
 fn complain(failure: &Failure, json: bool) {
-    let _ =
-        writeln!(io::stderr(), "error: {} ({})", print::clean(&failure.message), print::clean(&failure.code));
+    let _ = writeln!(
+        io::stderr(),
+        "error: {} ({})",
+        print::clean(&failure.message),
+        print::clean(&failure.code)
+    );
     if json {
         let mut error = json!({"code": failure.code, "message": failure.message});
         if let Some(data) = &failure.data {

@@ -1,8 +1,9 @@
 //! The daemon's answers for people.
 //!
-//! Everything here takes any JSON whatever: a member that is missing or of another type is left out or shown as it is,
-//! because the daemon may be of another version, and an answer that came must never be lost on the way to the screen.
-//! What modules and files are called comes from outside, so control characters never reach the terminal.
+//! Everything here takes any JSON whatever: a member that is missing or of another type is left out
+//! or shown as it is, because the daemon may be of another version, and an answer that came must
+//! never be lost on the way to the screen. What modules and files are called comes from outside, so
+//! control characters never reach the terminal.
 //!
 //! Deliberately absent: colours, and any number that the daemon did not send.
 
@@ -11,18 +12,22 @@ use std::fmt::Write;
 use serde_json::{Map, Value};
 
 /// The phases of an upgrade in their order.
-const PHASES: [&str; 8] = ["verify", "load", "prepare", "drain", "quiesce", "activate", "grace", "retire"];
+const PHASES: [&str; 8] =
+    ["verify", "load", "prepare", "drain", "quiesce", "activate", "grace", "retire"];
 /// Members of `status` that are shown first, in this order; the others follow by name.
 const STATUS_FIRST: [&str; 8] =
     ["state", "generation", "domain", "standby", "connected", "capacity", "features", "upgrades"];
 /// What a queue's columns are, in this order; others follow by name.
-const QUEUE_FIRST: [&str; 6] = ["index", "in_flight", "oldest_age_us", "requests", "errors", "parks"];
+const QUEUE_FIRST: [&str; 6] =
+    ["index", "in_flight", "oldest_age_us", "requests", "errors", "parks"];
 
 /// An upgrade's or a rollback's reply: what happened, and below it how long each phase took.
 pub fn upgrade(reply: &Value) -> String {
     let phases = &reply["phases_us"];
-    let times: Vec<String> =
-        PHASES.iter().filter_map(|phase| Some(format!("{phase} {}", number(phases.get(*phase)?)))).collect();
+    let times: Vec<String> = PHASES
+        .iter()
+        .filter_map(|phase| Some(format!("{phase} {}", number(phases.get(*phase)?))))
+        .collect();
     let mut text = sentence(reply);
     if !times.is_empty() {
         let _ = write!(text, "\n  in us: {}", times.join(", "));
@@ -61,13 +66,14 @@ pub fn status(status: &Value) -> String {
             ("domain" | "standby", Value::Object(of)) => {
                 rows.push((key, domain(value)));
                 rows.extend(
-                    ["sha256", "path", "params"].iter().filter_map(|key| Some((*key, of.get(*key)?))).map(
-                        |(key, value)| match key {
+                    ["sha256", "path", "params"]
+                        .iter()
+                        .filter_map(|key| Some((*key, of.get(*key)?)))
+                        .map(|(key, value)| match key {
                             "sha256" => ("  sha256", shown(value)),
                             "path" => ("  path", shown(value)),
                             _ => ("  params", shown(value)),
-                        },
-                    ),
+                        }),
                 );
             }
             ("capacity", Value::Number(_)) => rows.push((key, format!("{} bytes", number(value)))),
@@ -95,13 +101,12 @@ fn table(queues: &[Value]) -> Vec<String> {
             }
         }
     }
-    let heads = columns.iter().map(|key| clean(if *key == "index" { "queue" } else { key })).collect();
+    let heads =
+        columns.iter().map(|key| clean(if *key == "index" { "queue" } else { key })).collect();
     let mut rows: Vec<Vec<String>> = vec![heads];
-    rows.extend(
-        queues
-            .iter()
-            .map(|queue| columns.iter().map(|key| queue.get(*key).map_or("-".into(), shown)).collect()),
-    );
+    rows.extend(queues.iter().map(|queue| {
+        columns.iter().map(|key| queue.get(*key).map_or("-".into(), shown)).collect()
+    }));
     let widths: Vec<usize> = (0..columns.len())
         .map(|at| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0))
         .collect();
@@ -134,7 +139,8 @@ pub fn event(event: &Value) -> String {
     let Some(members) = event.as_object() else { return shown(event) };
     let mut told = vec!["sequence", "time_ms", "error", "pause_ns"];
     let sequence = members.get("sequence").map(|value| format!("#{}", number(value)));
-    let mut words: Vec<String> = sequence.into_iter().chain(members.get("time_ms").map(time)).collect();
+    let mut words: Vec<String> =
+        sequence.into_iter().chain(members.get("time_ms").map(time)).collect();
     for key in ["event", "change", "target", "outcome"] {
         if let Some(value) = members.get(key) {
             told.push(key);
@@ -149,7 +155,9 @@ pub fn event(event: &Value) -> String {
     }
     if let Some(error) = members.get("error") {
         words.push(match (&error["message"], &error["code"]) {
-            (Value::String(message), Value::String(code)) => format!("{} ({})", clean(message), clean(code)),
+            (Value::String(message), Value::String(code)) => {
+                format!("{} ({})", clean(message), clean(code))
+            }
             _ => shown(error),
         });
     }
@@ -196,8 +204,10 @@ fn shown(value: &Value) -> String {
         Value::Array(items) => items.iter().map(shown).collect::<Vec<_>>().join(", "),
         Value::Object(of) if of.contains_key("name") => domain(value),
         Value::Object(members) => {
-            let members: Vec<_> =
-                members.iter().map(|(key, value)| format!("{}={}", clean(key), shown(value))).collect();
+            let members: Vec<_> = members
+                .iter()
+                .map(|(key, value)| format!("{}={}", clean(key), shown(value)))
+                .collect();
             members.join(" ")
         }
     }
@@ -217,7 +227,9 @@ fn number(value: &Value) -> String {
 
 /// A text without what a terminal would obey.
 pub fn clean(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect()
 }
 
 #[cfg(test)]
@@ -299,11 +311,13 @@ mod tests {
 
     #[test]
     fn an_event_is_one_line() {
-        let told =
-            event(&json!({"sequence": 7, "event": "refused", "code": "busy", "message": "later\nplease"}));
+        let told = event(
+            &json!({"sequence": 7, "event": "refused", "code": "busy", "message": "later\nplease"}),
+        );
         assert_eq!(told, "#7 refused code=busy message=later\\nplease");
-        let told =
-            event(&json!({"at": "12:00", "generation": 2, "from": {"name": "a"}, "to": {"name": "b"}}));
+        let told = event(
+            &json!({"at": "12:00", "generation": 2, "from": {"name": "a"}, "to": {"name": "b"}}),
+        );
         assert_eq!(told, "generation 2: a -> b at=12:00");
     }
 

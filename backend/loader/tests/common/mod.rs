@@ -1,6 +1,7 @@
 //! Small modules in C, good and bad ones, made to measure.
 //!
-//! C because it is compiled in 50 ms, and because each fault can be put in on purpose, which no Rust build would let us do.
+//! C because it is compiled in 50 ms, and because each fault can be put in on purpose, which no
+//! Rust build would let us do.
 
 // Each test program uses its own part of this.
 #![allow(dead_code)]
@@ -55,10 +56,13 @@ impl Default for Recipe {
 
 /// The bytes of a good descriptor.
 pub fn descriptor() -> Vec<u8> {
-    let descriptor = Descriptor::new("testling", "1.2.3", "testling", 4, &[3, 4], &["size"], &["size"]);
-    // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4: no padding.
+    let descriptor =
+        Descriptor::new("testling", "1.2.3", "testling", 4, &[3, 4], &["size"], &["size"]);
+    // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4:
+    // no padding.
     unsafe {
-        std::slice::from_raw_parts((&raw const descriptor).cast::<u8>(), size_of::<Descriptor>()).to_vec()
+        std::slice::from_raw_parts((&raw const descriptor).cast::<u8>(), size_of::<Descriptor>())
+            .to_vec()
     }
 }
 
@@ -112,7 +116,15 @@ struct table {{ uint32_t size, abi_version; void *functions[{functions}]; }};
         let source = path.with_extension("c");
         std::fs::write(&source, self.source()).unwrap();
         let output = Command::new("cc")
-            .args([self.kind, "-fPIC", "-O1", "-w", "-Wl,--build-id=sha1", "-Wl,-z,noexecstack", "-o"])
+            .args([
+                self.kind,
+                "-fPIC",
+                "-O1",
+                "-w",
+                "-Wl,--build-id=sha1",
+                "-Wl,-z,noexecstack",
+                "-o",
+            ])
             .arg(path)
             .arg(&source)
             .args(&self.args)
@@ -176,7 +188,8 @@ impl Bench {
 
 /// The module's own number, by running its code.
 pub fn value(module: &dyn LoadedModule) -> u32 {
-    // SAFETY: the module is mapped, and its function (`value` in the C source) takes what it is given and looks at none of it.
+    // SAFETY: the module is mapped, and its function (`value` in the C source) takes what it is
+    // given and looks at none of it.
     unsafe { ((*module.vtable()).set_write_cache)(std::ptr::null_mut(), 0, std::ptr::null_mut()) }
 }
 

@@ -1,7 +1,8 @@
 //! The two arms: the same rounds of the same requests, through the proxy or straight to the domain.
 //!
-//! Each arm does what a queue's worker has to do with it and nothing else: no ring is read, no status written. Rounds are alike, so that two runs
-//! that differ in their number differ in nothing but instructions of rounds.
+//! Each arm does what a queue's worker has to do with it and nothing else: no ring is read, no
+//! status written. Rounds are alike, so that two runs that differ in their number differ in nothing
+//! but instructions of rounds.
 
 use domain_api::abi::{self, RawCompletion, RawRequest};
 use domain_api::conformance::{TestHost, TestStorage};
@@ -53,8 +54,8 @@ impl Cell {
 
 /// What the completions said, so that looking at them is not optimised away.
 ///
-/// In memory in both arms, as a worker's own books are, and atomic so that it stays there: in one of them the compiler could keep all this in registers,
-/// which no worker can.
+/// In memory in both arms, as a worker's own books are, and atomic so that it stays there: in one
+/// of them the compiler could keep all this in registers, which no worker can.
 #[derive(Debug, Default)]
 struct Tally {
     ended: AtomicU64,
@@ -190,7 +191,8 @@ impl<D: BlockDomain> ModuleLoader for Linked<D> {
     }
 }
 
-/// Whoever waits looks again by himself. The descriptor is there because a file without one does not use io_uring.
+/// Whoever waits looks again by himself. The descriptor is there because a file without one does
+/// not use io_uring.
 struct Silent(OwnedFd);
 
 impl Silent {
@@ -231,8 +233,14 @@ fn with_file(arm: &str, cell: &Cell, rounds: usize, directory: &str, direct: &st
     let mut image = tempfile::NamedTempFile::new_in(directory).expect("an image");
     image.write_all(&vec![0xa5; CAPACITY as usize]).expect("its content");
     image.as_file().sync_all().expect("on the disk");
-    std::io::copy(&mut File::open(image.path()).expect("just made"), &mut std::io::sink()).expect("cached");
-    with::<FileDisk>(arm, cell, rounds, &["path", image.path().to_str().expect("UTF-8"), "direct", direct]);
+    std::io::copy(&mut File::open(image.path()).expect("just made"), &mut std::io::sink())
+        .expect("cached");
+    with::<FileDisk>(
+        arm,
+        cell,
+        rounds,
+        &["path", image.path().to_str().expect("UTF-8"), "direct", direct],
+    );
 }
 
 fn with<D: BlockDomain>(arm: &str, cell: &Cell, rounds: usize, pairs: &[&str]) {
@@ -248,11 +256,17 @@ fn with<D: BlockDomain>(arm: &str, cell: &Cell, rounds: usize, pairs: &[&str]) {
             host.own_storage();
             let domain = Direct::<D>::activated(host, &params).expect("a domain");
             let completions = CompletionBuffer::new(POOL);
-            drive(&mut Straight { domain, completions, generation: black_box(1) }, cell, rounds, &mut pool);
+            drive(
+                &mut Straight { domain, completions, generation: black_box(1) },
+                cell,
+                rounds,
+                &mut pool,
+            );
         }
         "proxy" => {
             let loader = Box::new(Linked::<D>(std::marker::PhantomData));
-            let proxy: Arc<DomainProxy> = DomainProxy::start(loader, D::NAME, params, 1).expect("a device");
+            let proxy: Arc<DomainProxy> =
+                DomainProxy::start(loader, D::NAME, params, 1).expect("a device");
             let mut worker = proxy.worker(0, POOL, Box::new(Silent::new())).expect("a worker");
             drive(&mut worker, cell, rounds, &mut pool);
         }

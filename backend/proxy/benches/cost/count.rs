@@ -67,7 +67,10 @@ fn count(arm: &str, cell: &str, rounds: u64) -> Result<Count, String> {
     let counted = || {
         let instructions = sum("I   refs")?;
         let first = sum("I1  misses")? + sum("D1  misses")?;
-        Some(Count { instructions, cycles: instructions + 10.0 * first + 100.0 * sum("LL misses")? })
+        Some(Count {
+            instructions,
+            cycles: instructions + 10.0 * first + 100.0 * sum("LL misses")?,
+        })
     };
     counted().ok_or_else(|| format!("callgrind counted nothing:\n{said}"))
 }
@@ -92,11 +95,14 @@ fn kernel_ratio(cell: &str) -> Result<f64, String> {
     Ok(number(both.1)? / number(both.0)?.max(1.0))
 }
 
-/// Tells the caller how much CPU time this process took, in ticks: in user space, and in the kernel.
+/// Tells the caller how much CPU time this process took, in ticks: in user space, and in the
+/// kernel.
 pub fn print_ticks() {
     let about = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // After the name in parentheses the third field comes first; times are fields 14 and 15 (proc(5)).
-    let fields: Vec<&str> = about.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    // After the name in parentheses the third field comes first; times are fields 14 and 15
+    // (proc(5)).
+    let fields: Vec<&str> =
+        about.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     if let (Some(user), Some(system)) = (fields.get(11), fields.get(12)) {
         println!("ticks {user} {system}");
     }
@@ -123,7 +129,10 @@ fn line(name: &str) -> Result<String, String> {
 
 /// Prints the cells whose names begin with `prefix`.
 pub fn table(prefix: &str) -> ExitCode {
-    println!("per request      {:^34} | {:^34} | with the kernel,", "instructions", "estimated cycles");
+    println!(
+        "per request      {:^34} | {:^34} | with the kernel,",
+        "instructions", "estimated cycles"
+    );
     let pair = format!("{:>9} {:>9} {:>7} {:>6}", "direct", "proxy", "added", "%");
     println!("{:16} {pair} | {pair} | ESTIMATED      %", "cell");
     let mut failed = false;

@@ -1,13 +1,18 @@
-//! What the proxy costs, in instructions per request: the same domain through gate, flight table and C ABI, and called as a library.
+//! What the proxy costs, in instructions per request: the same domain through gate, flight table
+//! and C ABI, and called as a library.
 //!
-//! `scripts/bench cost` runs it. The program runs itself under callgrind, once for `N` rounds and once for `2N` of each cell, and takes the difference,
-//! so that starting and stopping cancel out. Counts do not depend on what else the machine does; no time is taken.
+//! `scripts/bench cost` runs it. The program runs itself under callgrind, once for `N` rounds and
+//! once for `2N` of each cell, and takes the difference, so that starting and stopping cancel out.
+//! Counts do not depend on what else the machine does; no time is taken.
 //!
-//! What is counted are the instructions that this process executes under callgrind: Ir. Not counted is what the kernel does for it, and the coarse clock,
-//! which outside of valgrind is read without the kernel: some 50 instructions, once in eight batches. A copy of 4 KiB counts as the 32-byte loads and
-//! stores that do it, about 410. The second pair of numbers weighs what the cache simulation says: Ir + 10 for each first-level miss + 100 for each
-//! last-level miss, callgrind's own estimate of cycles; it knows that copying waits for memory. For `file`, whose work is the kernel's, there is an
-//! *estimate* of the kernel's instructions too: those of user space times the ratio of system to user CPU time of a run without valgrind.
+//! What is counted are the instructions that this process executes under callgrind: Ir. Not counted
+//! is what the kernel does for it, and the coarse clock, which outside of valgrind is read without
+//! the kernel: some 50 instructions, once in eight batches. A copy of 4 KiB counts as the 32-byte
+//! loads and stores that do it, about 410. The second pair of numbers weighs what the cache
+//! simulation says: Ir + 10 for each first-level miss + 100 for each last-level miss, callgrind's
+//! own estimate of cycles; it knows that copying waits for memory. For `file`, whose work is the
+//! kernel's, there is an *estimate* of the kernel's instructions too: those of user space times the
+//! ratio of system to user CPU time of a run without valgrind.
 
 mod arms;
 mod count;

@@ -1,7 +1,9 @@
-//! Puppets: domains whose every step is a parameter, a loader that knows them by name, and a worker with its books.
+//! Puppets: domains whose every step is a parameter, a loader that knows them by name, and a worker
+//! with its books.
 //!
-//! The puppets are linked statically, so they share statics with the test: what they did is written to a [`Stage`], which also tells those that
-//! wait when to go on. Each test has a stage of its own, named in the parameters, so that tests can run side by side.
+//! The puppets are linked statically, so they share statics with the test: what they did is written
+//! to a [`Stage`], which also tells those that wait when to go on. Each test has a stage of its
+//! own, named in the parameters, so that tests can run side by side.
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
@@ -29,7 +31,10 @@ impl ModuleLoader for Theatre {
             "wide" => Ok(StaticModule::verified::<Puppet<Wide>>()),
             "narrow" => Ok(StaticModule::verified::<Puppet<Narrow>>()),
             "other" => Ok(StaticModule::verified::<Puppet<Other>>()),
-            _ => Err(LoadError { code: "module_not_found", message: format!("there is no module `{name}`") }),
+            _ => Err(LoadError {
+                code: "module_not_found",
+                message: format!("there is no module `{name}`"),
+            }),
         }
     }
 }
@@ -48,11 +53,13 @@ pub struct Device {
 }
 
 impl Device {
-    /// Starts with a `plain` puppet that is called `a` and does as `script` (`key=value` pairs) says.
+    /// Starts with a `plain` puppet that is called `a` and does as `script` (`key=value` pairs)
+    /// says.
     pub fn start(queues: usize, script: &[&str]) -> Device {
         let stage = Stage::new();
         let params = stage.params("a", script);
-        let proxy = DomainProxy::start(Box::new(Theatre), "plain", params, queues).expect("a puppet starts");
+        let proxy = DomainProxy::start(Box::new(Theatre), "plain", params, queues)
+            .expect("a puppet starts");
         Device { proxy, stage }
     }
 

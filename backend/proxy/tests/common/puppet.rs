@@ -1,24 +1,29 @@
 //! The domain that does what it is told.
 //!
-//! Parameters besides `size`, `serial`, `cache`, `backing`, `swap`, `caps`, `block` and `physical`, which it announces:
+//! Parameters besides `size`, `serial`, `cache`, `backing`, `swap`, `caps`, `block` and `physical`,
+//! which it announces:
 //!
 //! * `stage`, `label`: where it writes down what it did, and under what name;
-//! * `break=STEP[,STEP...]`: panics there, each time (`cacheN`: the N-th time that it is told of the write cache); `fail=STEP,...`: says no there;
+//! * `break=STEP[,STEP...]`: panics there, each time (`cacheN`: the N-th time that it is told of
+//!   the write cache); `fail=STEP,...`: says no there;
 //! * `die_at=N`: panics at the N-th request of the instance;
 //! * `hold=true`: requests stay in flight until the stage lets them go;
 //! * `take=N`: takes at most N requests of a batch;
 //! * `bad_at=N`: ends the N-th request of the instance with an I/O error;
 //! * `backwards=true`: ends the requests of a batch from the last to the first;
-//! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's completions, at its next reap;
+//! * `cross=true`: keeps the first request of each queue, and ends it in the other queue's
+//!   completions, at its next reap;
 //! * `cross=submit`: the same, but at its next submit;
 //! * `wait=prepare`, `wait=activate`, `wait=drop`: does that only when the stage lets it;
-//! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go of what is held;
-//! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is activated; what it finds there first, it writes down;
+//! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go
+//!   of what is held;
+//! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is
+//!   activated; what it finds there first, it writes down;
 //! * `thread=true`: starts a thread that ends when the stage says so.
 
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
-    Request, Status, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
+    QueueContext, Request, Status, Swap,
 };
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -29,7 +34,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Does not come back before `flag` is set; or, for a test that has failed and cannot set it any more, much too late.
+/// Does not come back before `flag` is set; or, for a test that has failed and cannot set it any
+/// more, much too late.
 fn wait_for(flag: &AtomicBool) {
     let started = std::time::Instant::now();
     while !flag.load(Ordering::Acquire) && started.elapsed() < std::time::Duration::from_secs(30) {
@@ -249,16 +255,19 @@ impl<K: Kind> BlockDomain for Puppet<K> {
         // First, as a domain would that changes things and then finds out that it cannot go on.
         let storage = self.host.storage();
         if let Some(len) = self.number("make") {
-            let note = storage.bytes("note").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+            let note =
+                storage.bytes("note").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
             let file = storage.file("file").map(|file| file.metadata().expect("a file").is_dir());
-            let found = format!("{} found {} {note:?} {file:?}", self.label, storage.region_len("made"));
+            let found =
+                format!("{} found {} {note:?} {file:?}", self.label, storage.region_len("made"));
             self.stage.write(found);
             storage.region("made", len)?;
             // More than once, as a domain does that writes down how far it has come.
             storage.set_bytes("note", b"half of it")?;
             storage.set_bytes("note", self.label.as_bytes())?;
             let path = if self.label == "a" { "/dev/null" } else { "/" };
-            storage.set_file("file", &std::fs::File::open(path).expect("a file of every system"))?;
+            storage
+                .set_file("file", &std::fs::File::open(path).expect("a file of every system"))?;
         }
         storage.set_schema(K::SCHEMA)?;
         self.step("activate")
@@ -291,7 +300,10 @@ impl<K: Kind> BlockDomain for Puppet<K> {
             let slot = proxy::slot_of(request.id().tag);
             self.stage.write(format!("{} got {}:{slot}", self.label, queue.index));
             let number = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
-            assert!(!self.is("break", "submit") && self.number("die_at") != Some(number), "request {number}");
+            assert!(
+                !self.is("break", "submit") && self.number("die_at") != Some(number),
+                "request {number}"
+            );
             if self.number("hang_at") == Some(number) {
                 wait_for(&self.stage.release);
             }
@@ -316,7 +328,10 @@ impl<K: Kind> BlockDomain for Puppet<K> {
     }
 
     fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
-        assert!(!self.is("break", "reap") || !self.stage.release.load(Ordering::Acquire), "break=reap");
+        assert!(
+            !self.is("break", "reap") || !self.stage.release.load(Ordering::Acquire),
+            "break=reap"
+        );
         if self.is("cross", "true") {
             self.end_others(queue.index, completions);
         }

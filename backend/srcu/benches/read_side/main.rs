@@ -1,8 +1,10 @@
-//! What a read section costs over the call that it is around: ours, and what one would take otherwise.
+//! What a read section costs over the call that it is around: ours, and what one would take
+//! otherwise.
 //!
-//! `cargo bench -p srcu`. A section is an indirect call of an empty function. *Bare* is a pointer load and that call, which no upgrade
-//! could wait for. Rounds of all schemes are interleaved, so that a drifting clock meets all alike; the table has
-//! medians over the rounds. With two readers, the slower one counts.
+//! `cargo bench -p srcu`. A section is an indirect call of an empty function. *Bare* is a pointer
+//! load and that call, which no upgrade could wait for. Rounds of all schemes are interleaved, so
+//! that a drifting clock meets all alike; the table has medians over the rounds. With two readers,
+//! the slower one counts.
 #![cfg(not(loom))]
 
 mod urcu;
@@ -134,13 +136,20 @@ fn sections(urcu: Option<&Urcu>) {
         let medians: Vec<f64> = times.into_iter().map(|times| sorted(times)[ROUNDS / 2]).collect();
         println!("\n{readers} reader(s)               ns/section     added  times bare");
         let in_c = urcu.map(|_| ("liburcu-memb, in C", sorted(in_c)[ROUNDS / 2]));
-        for (name, median) in schemes.iter().map(|(name, _)| *name).zip(medians.iter().copied()).chain(in_c) {
-            println!("{name:<26}{median:>10.2}{:>10.2}{:>12.2}", median - medians[0], median / medians[0]);
+        for (name, median) in
+            schemes.iter().map(|(name, _)| *name).zip(medians.iter().copied()).chain(in_c)
+        {
+            println!(
+                "{name:<26}{median:>10.2}{:>10.2}{:>12.2}",
+                median - medians[0],
+                median / medians[0]
+            );
         }
     }
 }
 
-/// Gate shut to gate open, with an exchange that swaps an empty device, and readers that never sleep.
+/// Gate shut to gate open, with an exchange that swaps an empty device, and readers that never
+/// sleep.
 fn rendezvous(readers: usize) {
     let cell = Cell::new(Device::new(), readers.max(1));
     let stop = std::sync::atomic::AtomicBool::new(false);
@@ -161,7 +170,8 @@ fn rendezvous(readers: usize) {
         let mut pauses = Vec::new();
         for _ in 0..handovers {
             let exchange = Box::new(|_: &Device| Some(Device::new()));
-            let Ok(Handover::Done { pause, .. }) = cell.handover(exchange, || {}, Duration::from_secs(5))
+            let Ok(Handover::Done { pause, .. }) =
+                cell.handover(exchange, || {}, Duration::from_secs(5))
             else {
                 panic!("it timed out")
             };

@@ -1,4 +1,5 @@
-//! liburcu-memb, if Debian's `liburcu-dev` and a C compiler are there: a C program of its own, which is how it is fastest.
+//! liburcu-memb, if Debian's `liburcu-dev` and a C compiler are there: a C program of its own,
+//! which is how it is fastest.
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -3,7 +3,9 @@
 #![allow(dead_code)]
 
 use domain_api::abi::RawSegment;
-use virtio_blk::{DescriptorTable, Limits, Parsed, StatusSlot, Translator, WireStatus, features, parse};
+use virtio_blk::{
+    DescriptorTable, Limits, Parsed, StatusSlot, Translator, WireStatus, features, parse,
+};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -146,7 +148,10 @@ impl Guest {
 
     /// The segments as guest addresses and lengths.
     pub fn segments(&self) -> Vec<(u64, usize)> {
-        self.segments.iter().map(|s| (guest_address(&self.memory, s.base(), s.len()), s.len())).collect()
+        self.segments
+            .iter()
+            .map(|s| (guest_address(&self.memory, s.base(), s.len()), s.len()))
+            .collect()
     }
 
     pub fn memory_fill(&self, at: u64, len: usize) {

@@ -22,9 +22,15 @@ impl Stage {
         let bench = prepare::<D>(&storage, options)?;
         bench.activate().map_err(|error| Violation::new(format!("activate failed: {error}")))?;
         let info = info(&bench)?;
-        ensure(info.capacity <= LARGEST && info.capacity >= 256 * u64::from(info.block_size), || {
-            format!("not tested: a disk of {} bytes; give it 256 blocks to {LARGEST} bytes", info.capacity)
-        })?;
+        ensure(
+            info.capacity <= LARGEST && info.capacity >= 256 * u64::from(info.block_size),
+            || {
+                format!(
+                    "not tested: a disk of {} bytes; give it 256 blocks to {LARGEST} bytes",
+                    info.capacity
+                )
+            },
+        )?;
         Ok(Self { storage, bench, info })
     }
 
@@ -84,7 +90,9 @@ impl Shadow {
     fn read_all(&self, lane: &mut Lane) -> Result<Vec<u8>, Violation> {
         let piece = self.block * 256;
         let len = self.bytes.len() as u64;
-        let jobs = (0..len).step_by(piece as usize).map(|at| Job::read(self.base + at, piece.min(len - at)));
+        let jobs = (0..len)
+            .step_by(piece as usize)
+            .map(|at| Job::read(self.base + at, piece.min(len - at)));
         let mut bytes = Vec::with_capacity(self.bytes.len());
         for done in lane.run(jobs.collect())? {
             bytes.append(&mut done.ok()?);
@@ -119,7 +127,12 @@ impl Shadow {
     }
 
     /// Writes, and remembers what.
-    pub(super) fn write(&mut self, lane: &mut Lane, offset: u64, data: Vec<u8>) -> Result<(), Violation> {
+    pub(super) fn write(
+        &mut self,
+        lane: &mut Lane,
+        offset: u64,
+        data: Vec<u8>,
+    ) -> Result<(), Violation> {
         lane.one(Job::write(offset, data.clone()))?.ok()?;
         self.wrote(offset, &data);
         Ok(())
@@ -131,7 +144,8 @@ impl Shadow {
     }
 }
 
-/// A kind of request that nobody knows yet is answered, not dropped. A write to a read-only disk fails.
+/// A kind of request that nobody knows yet is answered, not dropped. A write to a read-only disk
+/// fails.
 pub(super) fn unknown_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let stage = Stage::set::<D>(options)?;
     let mut lane = stage.bench.lane(0)?;
@@ -163,7 +177,8 @@ pub(super) fn reads<D: BlockDomain>(options: &Options) -> Result<(), Violation> 
     stage.bench.retire()
 }
 
-/// Data survives any way of cutting it into pieces, at both ends of the disk, and nothing beside it changes.
+/// Data survives any way of cutting it into pieces, at both ends of the disk, and nothing beside it
+/// changes.
 pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let stage = Stage::set::<D>(options)?;
     let mut lane = stage.bench.lane(0)?;
@@ -171,16 +186,19 @@ pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violatio
     if stage.writable() {
         let mut random = Random::new(options.seed);
         let (block, end) = (u64::from(stage.info.block_size), stage.info.capacity);
-        // Long enough in pieces of one byte for more than the 1024 iovecs that the kernel takes at a time.
+        // Long enough in pieces of one byte for more than the 1024 iovecs that the kernel takes at
+        // a time.
         let long = (4096 / block).max(1) * block * 3;
-        let cuts: [&[usize]; 6] = [&[1 << 30], &[512], &[1], &[511, 1, 513], &[0, 700, 0], &[4095, 4097, 3]];
+        let cuts: [&[usize]; 6] =
+            [&[1 << 30], &[512], &[1], &[511, 1, 513], &[0, 700, 0], &[4095, 4097, 3]];
         for (offset, len) in [(0, block), (end - block, block), (block, long), (end - long, long)] {
             for cut in cuts {
                 let data = random.bytes(len as usize);
                 lane.one(Job::write(offset, data.clone()).in_pieces(cut))?.ok()?;
                 shadow.wrote(offset, &data);
                 for cut in [cuts[0], cuts[3], cut] {
-                    shadow.check(offset, &lane.one(Job::read(offset, len).in_pieces(cut))?.ok()?)?;
+                    shadow
+                        .check(offset, &lane.one(Job::read(offset, len).in_pieces(cut))?.ok()?)?;
                 }
             }
         }
@@ -190,7 +208,8 @@ pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violatio
     stage.bench.retire()
 }
 
-/// What is neither read nor write, on ranges that are no whole pages; nothing beside the range changes.
+/// What is neither read nor write, on ranges that are no whole pages; nothing beside the range
+/// changes.
 pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let stage = Stage::set::<D>(options)?;
     let mut lane = stage.bench.lane(0)?;
@@ -207,7 +226,8 @@ pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Vi
             shadow.write(&mut lane, offset, random.bytes(len as usize))?;
         }
     }
-    let ranges = [(0, block), (end - block, block), (block, 3 * block), (3 * block, 100 * block), (0, end)];
+    let ranges =
+        [(0, block), (end - block, block), (block, 3 * block), (3 * block, 100 * block), (0, end)];
     for (offset, len) in ranges {
         if !stage.writable() {
             break;
@@ -313,7 +333,8 @@ fn random_requests(stage: &Stage, options: &Options, queue: u32) -> Result<(), V
                 }
             }
         }
-        let mut results = lane.run(jobs)?.into_iter().map(super::Done::ok).collect::<Result<Vec<_>, _>>()?;
+        let mut results =
+            lane.run(jobs)?.into_iter().map(super::Done::ok).collect::<Result<Vec<_>, _>>()?;
         for (number, offset) in reads {
             shadow.check(offset, &std::mem::take(&mut results[number]))?;
         }

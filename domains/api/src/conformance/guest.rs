@@ -1,7 +1,7 @@
 //! Guest memory of our own: the pieces of one request, with marked bytes between them.
 //!
-//! The marks show whether a domain wrote outside of the pieces that it was given. The memory is only ever accessed through raw pointers while a
-//! domain may have it, as real guest memory is.
+//! The marks show whether a domain wrote outside of the pieces that it was given. The memory is
+//! only ever accessed through raw pointers while a domain may have it, as real guest memory is.
 
 use super::Violation;
 use crate::abi::RawSegment;
@@ -19,7 +19,8 @@ pub(super) struct GuestMemory {
     layout: Layout,
     /// Where each piece starts in the memory, and how long it is.
     pieces: Vec<(usize, usize)>,
-    /// A `Vec`, because requests point into it while this is moved: a `Box` that is moved says that nobody else points into it.
+    /// A `Vec`, because requests point into it while this is moved: a `Box` that is moved says that
+    /// nobody else points into it.
     segments: Vec<RawSegment>,
 }
 
@@ -45,8 +46,8 @@ impl GuestMemory {
         unsafe { base.write_bytes(MARK, at) };
         let segments = pieces
             .iter()
-            // SAFETY: inside the allocation, which lives until the request has completed (Lane keeps or leaks it) and is accessed by
-            // raw pointers only.
+            // SAFETY: inside the allocation, which lives until the request has completed (Lane
+            // keeps or leaks it) and is accessed by raw pointers only.
             .map(|&(start, len)| unsafe { RawSegment::new(base.add(start), len) })
             .collect();
         Self { base, layout, pieces, segments }
@@ -73,7 +74,8 @@ impl GuestMemory {
     /// # Errors
     /// A byte outside of the pieces was changed.
     pub(super) fn take(&self) -> Result<Vec<u8>, Violation> {
-        // SAFETY: the allocation is as long as its layout, initialised in `new`, and nobody else has it now (caller's promise).
+        // SAFETY: the allocation is as long as its layout, initialised in `new`, and nobody else
+        // has it now (caller's promise).
         let all = unsafe { std::slice::from_raw_parts(self.base, self.layout.size()) };
         let mut bytes = Vec::new();
         let mut marked_from = 0;

@@ -1,4 +1,5 @@
-//! One queue, driven as a worker drives it: submit what fits, reap, wait for a notification, count everything.
+//! One queue, driven as a worker drives it: submit what fits, reap, wait for a notification, count
+//! everything.
 
 use super::guest::GuestMemory;
 use super::test_host::TestHost;
@@ -73,7 +74,8 @@ impl Job {
         Self::new(op, 0, 0)
     }
 
-    /// Spreads the data over pieces of these lengths, which repeat until all of it is covered. A piece may have any length.
+    /// Spreads the data over pieces of these lengths, which repeat until all of it is covered. A
+    /// piece may have any length.
     ///
     /// # Panics
     /// If all lengths are 0.
@@ -150,15 +152,16 @@ impl Lane {
         queue: QueueIndex,
         deadline: Duration,
     ) -> Result<Self, Violation> {
-        let handle = instance
-            .attach(queue)
-            .map_err(|error| Violation::new(format!("attaching queue {} failed: {error}", queue.0)))?;
+        let handle = instance.attach(queue).map_err(|error| {
+            Violation::new(format!("attaching queue {} failed: {error}", queue.0))
+        })?;
         Ok(Self {
             handle: Some(handle),
             host: Arc::clone(host),
             queue,
             deadline,
-            // More room than can be in flight: a domain that completes twice shall be seen, not stopped.
+            // More room than can be in flight: a domain that completes twice shall be seen, not
+            // stopped.
             completions: CompletionBuffer::new(2 * DEPTH),
             // Tags that no other queue, and nobody who counts from 0, comes by.
             next_tag: 0x7a60_0000_0000_0000 | u64::from(queue.0) << 32,
@@ -178,8 +181,8 @@ impl Lane {
     /// Makes all requests, up to 128 at a time, and waits for their ends.
     ///
     /// # Errors
-    /// A request that is lost, ends twice or was never made; one that ends without a notification; a failing call; bytes that were changed where the
-    /// domain had no business.
+    /// A request that is lost, ends twice or was never made; one that ends without a notification;
+    /// a failing call; bytes that were changed where the domain had no business.
     pub fn run(&mut self, jobs: Vec<Job>) -> Result<Vec<Done>, Violation> {
         let mut results: Vec<Option<Done>> = jobs.iter().map(|_| None).collect();
         let mut jobs = jobs.into_iter().enumerate();
@@ -205,7 +208,9 @@ impl Lane {
             })?;
             self.wait(seen, &mut results)?;
         }
-        ensure(self.reap(&mut results)? == 0, || "it completed a request that nobody had made".to_owned())?;
+        ensure(self.reap(&mut results)? == 0, || {
+            "it completed a request that nobody had made".to_owned()
+        })?;
         results
             .into_iter()
             .map(|done| done.ok_or_else(|| Violation::new("a request has no result")))
@@ -217,8 +222,10 @@ impl Lane {
         if let Some(data) = &job.data {
             memory.fill(data);
         }
-        // SAFETY: the list is a box of `memory`, which the flight keeps until the request has completed, or leaks (Drop).
-        let mut raw = unsafe { RawRequest::new(job.op, job.flags, job.offset, job.len, memory.segments()) };
+        // SAFETY: the list is a box of `memory`, which the flight keeps until the request has
+        // completed, or leaks (Drop).
+        let mut raw =
+            unsafe { RawRequest::new(job.op, job.flags, job.offset, job.len, memory.segments()) };
         raw.tag = self.next_tag;
         raw.generation = self.handle().instance().generation();
         Flight { job: number, op: job.op, written: job.data, len: job.len, memory, raw }
@@ -235,7 +242,8 @@ impl Lane {
         results: &mut [Option<Done>],
     ) -> Result<usize, Violation> {
         let room = (DEPTH - self.in_flight.len()).min(BATCH);
-        let offered: Vec<RawRequest> = waiting.iter().take(room).map(|(_, flight)| flight.raw).collect();
+        let offered: Vec<RawRequest> =
+            waiting.iter().take(room).map(|(_, flight)| flight.raw).collect();
         if offered.is_empty() {
             return Ok(0);
         }
@@ -272,7 +280,9 @@ impl Lane {
         let late = self.reap(results)?;
         let after = self.deadline;
         Err(Violation::new(if late > 0 {
-            format!("{late} requests ended without a notification; a sleeping worker would not have noticed")
+            format!(
+                "{late} requests ended without a notification; a sleeping worker would not have noticed"
+            )
         } else {
             format!("{} requests were not answered within {after:?}", self.in_flight.len())
         }))
@@ -305,7 +315,9 @@ fn outcome(completion: &RawCompletion, flight: &Flight) -> Result<Done, Violatio
         abi::status::OK => Status::Ok,
         abi::status::IO_ERROR => Status::IoError,
         abi::status::UNSUPPORTED => Status::Unsupported,
-        other => return Err(Violation::new(format!("it completed with the unknown status {other}"))),
+        other => {
+            return Err(Violation::new(format!("it completed with the unknown status {other}")));
+        }
     };
     let read = flight.op == abi::op::READ;
     let expected = if read && status == Status::Ok { flight.len } else { 0 };

@@ -1,4 +1,5 @@
-//! Checks of the calls around the requests: what a domain says about itself, and how the disk passes from instance to instance.
+//! Checks of the calls around the requests: what a domain says about itself, and how the disk
+//! passes from instance to instance.
 
 use super::data::{Shadow, Stage, info, prepare};
 use super::lane::Job;
@@ -10,11 +11,15 @@ use crate::{BlockDomain, Capabilities, DeviceInfo, Exported, Params, Swap};
 /// The constants make a descriptor that a host reads back.
 pub(super) fn constants<D: BlockDomain>(_: &Options) -> Result<(), Violation> {
     let descriptor = Exported::<D>::DESCRIPTOR;
-    // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4: no padding.
-    let bytes =
-        unsafe { std::slice::from_raw_parts((&raw const descriptor).cast::<u8>(), size_of::<Descriptor>()) };
+    // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4:
+    // no padding.
+    let bytes = unsafe {
+        std::slice::from_raw_parts((&raw const descriptor).cast::<u8>(), size_of::<Descriptor>())
+    };
     let read = Description::parse(bytes).map_err(|error| Violation::new(error.to_string()))?;
-    ensure(read.name == D::NAME && read.version == D::VERSION, || "its name or version is cut".to_owned())?;
+    ensure(read.name == D::NAME && read.version == D::VERSION, || {
+        "its name or version is cut".to_owned()
+    })?;
     ensure(read.schema != 0 && read.accepted_schemas.contains(&read.schema), || {
         format!("its schema {} is 0, or not one of those that it accepts", read.schema)
     })?;
@@ -112,11 +117,15 @@ fn sane(info: &DeviceInfo) -> Result<(), Violation> {
     ensure(info.physical_block_size >= info.block_size, || {
         "its physical blocks are smaller than its logical ones".to_owned()
     })?;
-    for (name, size) in
-        [("optimal I/O size", info.optimal_io_size), ("discard granularity", info.discard_granularity)]
-    {
+    for (name, size) in [
+        ("optimal I/O size", info.optimal_io_size),
+        ("discard granularity", info.discard_granularity),
+    ] {
         ensure(size.is_multiple_of(info.block_size), || {
-            format!("its {name} of {size} bytes is no multiple of its block size of {}", info.block_size)
+            format!(
+                "its {name} of {size} bytes is no multiple of its block size of {}",
+                info.block_size
+            )
         })?;
     }
     ensure(!info.backing_kind.is_empty(), || "it does not say what holds the data".to_owned())
@@ -153,9 +162,13 @@ pub(super) fn optional_calls<D: BlockDomain>(options: &Options) -> Result<(), Vi
     let mut random = Random::new(options.seed);
     let (instance, block) = (&stage.bench.instance, u64::from(stage.info.block_size));
     let memory = vec![0u8; 1 << 16];
-    let said =
-        |what: &str, result: Result<(), _>| result.map_err(|e| Violation::new(format!("{what} failed: {e}")));
-    said("memory_changed", instance.memory_changed(memory.as_ptr().expose_provenance(), memory.len(), true))?;
+    let said = |what: &str, result: Result<(), _>| {
+        result.map_err(|e| Violation::new(format!("{what} failed: {e}")))
+    };
+    said(
+        "memory_changed",
+        instance.memory_changed(memory.as_ptr().expose_provenance(), memory.len(), true),
+    )?;
     said("cancel", instance.cancel())?;
     for on in [false, true, false] {
         said("set_write_cache", instance.set_write_cache(on))?;
@@ -228,7 +241,8 @@ pub(super) fn handover<D: BlockDomain>(options: &Options) -> Result<(), Violatio
     stage.bench.retire()
 }
 
-/// An instance that was quiesced and resumed goes on, whether or not a successor has tried to take up the storage.
+/// An instance that was quiesced and resumed goes on, whether or not a successor has tried to take
+/// up the storage.
 pub(super) fn given_up<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let stage = Stage::set::<D>(options)?;
     let mut shadow = stage.load(options, &mut stage.bench.lane(0)?)?;
@@ -249,7 +263,8 @@ pub(super) fn given_up<D: BlockDomain>(options: &Options) -> Result<(), Violatio
     stage.bench.retire()
 }
 
-/// Two instances on the same backing serve at the same time, and each sees what the other has completed.
+/// Two instances on the same backing serve at the same time, and each sees what the other has
+/// completed.
 pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let stage = Stage::set::<D>(options)?;
     if stage.info.swap != Swap::SameBacking {
@@ -257,9 +272,10 @@ pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Viol
     }
     let next = prepare::<D>(&stage.storage, options)?;
     let (mine, theirs) = (&stage.info, info(&next)?);
-    ensure((mine.backing_id, mine.backing_cache) == (theirs.backing_id, theirs.backing_cache), || {
-        "two instances with the same parameters have different backings".to_owned()
-    })?;
+    ensure(
+        (mine.backing_id, mine.backing_cache) == (theirs.backing_id, theirs.backing_cache),
+        || "two instances with the same parameters have different backings".to_owned(),
+    )?;
     let mut random = Random::new(options.seed);
     let block = u64::from(mine.block_size);
     let mut old = stage.bench.lane(0)?;
@@ -308,12 +324,15 @@ pub(super) fn panic<D: BlockDomain>(options: &Options) -> Result<(), Violation> 
     ensure(panicked.is_some() && stage.bench.instance.is_dead(), || {
         "no request made it panic, though that was promised".to_owned()
     })?;
-    ensure(stage.bench.instance.quiesce().is_err(), || "it can be called after a panic".to_owned())?;
+    ensure(stage.bench.instance.quiesce().is_err(), || {
+        "it can be called after a panic".to_owned()
+    })?;
     drop(lane);
     let next = prepare::<D>(&stage.storage, options)?;
     phase("activate", next.activate())?;
     stage.bench.retire()?;
-    let mut shadow = Shadow::load(&mut next.lane(0)?, &stage.info, options, 0, stage.info.capacity)?;
+    let mut shadow =
+        Shadow::load(&mut next.lane(0)?, &stage.info, options, 0, stage.info.capacity)?;
     exercise(&next, &stage.info, &mut shadow, &mut Random::new(options.seed), options.queues)?;
     next.retire()
 }

@@ -1,14 +1,16 @@
 //! The conformance suite: drives a domain through the ABI and checks that it keeps the contract.
 //!
-//! A domain is linked statically and driven by [`host::Instance`](crate::host::Instance), the very code that drives a loaded module, over
-//! storage in memory ([`TestHost`]) and buffers of our own as guest memory ([`Lane`]). What the suite knows about the right answers is a
-//! shadow copy of the disk. Everything that it finds is a [`Violation`]: a sentence that names the call and what was wrong with it.
+//! A domain is linked statically and driven by [`host::Instance`](crate::host::Instance), the very
+//! code that drives a loaded module, over storage in memory ([`TestHost`]) and buffers of our own
+//! as guest memory ([`Lane`]). What the suite knows about the right answers is a shadow copy of the
+//! disk. Everything that it finds is a [`Violation`]: a sentence that names the call and what was
+//! wrong with it.
 //!
-//! A domain that loses a request costs [`Options::deadline`], not a hanging test; the memory of such a request is leaked, because the domain may
-//! still write to it.
+//! A domain that loses a request costs [`Options::deadline`], not a hanging test; the memory of
+//! such a request is leaked, because the domain may still write to it.
 //!
-//! Deliberately absent: modules, upgrades under load, speed. And what only one kind of domain promises; that belongs in its own tests, which
-//! can use [`Bench`], [`Lane`] and [`Job`] for it.
+//! Deliberately absent: modules, upgrades under load, speed. And what only one kind of domain
+//! promises; that belongs in its own tests, which can use [`Bench`], [`Lane`] and [`Job`] for it.
 
 mod data;
 mod guest;
@@ -29,8 +31,8 @@ pub struct Options {
     pub params: Params,
     /// Whether what is written is read back. Without it every read must give zeros.
     pub data: bool,
-    /// Values that it must refuse, besides the ones that the suite knows for `size`, `serial`, `direct` and `readonly`: key and value. The sentence
-    /// must name the key.
+    /// Values that it must refuse, besides the ones that the suite knows for `size`, `serial`,
+    /// `direct` and `readonly`: key and value. The sentence must name the key.
     pub refused: Vec<(String, String)>,
     /// Parameters with which some request soon panics, for a domain that does so on demand.
     pub panics: Option<Params>,

@@ -1,7 +1,8 @@
-//! A host in memory: storage that knows whose it is, a log that can be read, notifications that can be waited for.
+//! A host in memory: storage that knows whose it is, a log that can be read, notifications that can
+//! be waited for.
 //!
-//! It is stricter than a real host has to be: it remembers every attempt to use the storage without owning it, so that a domain that swallows the
-//! error is caught as well.
+//! It is stricter than a real host has to be: it remembers every attempt to use the storage without
+//! owning it, so that a domain that swallows the error is caught as well.
 
 use super::{Lane, Violation};
 use crate::host::{CallError, HostRegion, HostServices, Instance, Residency, StaticModule};
@@ -153,7 +154,8 @@ impl TestHost {
         f(lock(&self.notified).entry(queue.0).or_insert_with(Bell::new))
     }
 
-    /// Waits until `queue` was notified more than `seen` times, or until `deadline`. Returns whether it was.
+    /// Waits until `queue` was notified more than `seen` times, or until `deadline`. Returns
+    /// whether it was.
     #[must_use]
     pub fn wait_notified(&self, queue: QueueIndex, seen: u64, deadline: Instant) -> bool {
         let event = self.bell(queue, |bell| Arc::clone(&bell.event));
@@ -162,7 +164,8 @@ impl TestHost {
             if left.is_zero() {
                 return false;
             }
-            let mut watched = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            let mut watched =
+                libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // Rounded up, so as not to turn in circles in the last millisecond.
             let timeout_ms = left.as_millis().min(1000) as i32 + 1;
             // SAFETY: one valid structure, and the descriptor is open because `event` is held.
@@ -224,8 +227,9 @@ impl HostServices for TestHost {
                 Err(DomainError::new(format!("region `{key}` has {there} bytes, not {len}")))
             };
         }
-        let region = HostRegion::create(key, len)
-            .map_err(|error| DomainError::new(format!("no region `{key}` of {len} bytes: {error}")))?;
+        let region = HostRegion::create(key, len).map_err(|error| {
+            DomainError::new(format!("no region `{key}` of {len} bytes: {error}"))
+        })?;
         let region = Arc::new(region);
         contents.regions.insert(key.to_owned(), Arc::clone(&region));
         Ok(region)
@@ -236,7 +240,9 @@ impl HostServices for TestHost {
     }
 
     fn set_bytes(&self, key: &str, value: &[u8]) -> Result<(), DomainError> {
-        self.owned(&format!("set bytes `{key}`"))?.bytes.insert(key.to_owned(), Arc::new(value.to_vec()));
+        self.owned(&format!("set bytes `{key}`"))?
+            .bytes
+            .insert(key.to_owned(), Arc::new(value.to_vec()));
         Ok(())
     }
 
@@ -278,11 +284,14 @@ impl Bench {
     ///
     /// # Errors
     /// What the domain says.
-    pub fn prepare<D: BlockDomain>(storage: &Arc<TestStorage>, params: &Params) -> Result<Self, CallError> {
+    pub fn prepare<D: BlockDomain>(
+        storage: &Arc<TestStorage>,
+        params: &Params,
+    ) -> Result<Self, CallError> {
         let host = TestHost::new(storage);
         let services: Arc<dyn HostServices> = Arc::<TestHost>::clone(&host);
-        let instance =
-            Instance::prepare(StaticModule::of::<D>(), services, params).map_err(|(error, _)| error)?;
+        let instance = Instance::prepare(StaticModule::of::<D>(), services, params)
+            .map_err(|(error, _)| error)?;
         instance.set_generation(host.number);
         Ok(Self { host, instance: Arc::new(instance), deadline: Duration::from_secs(10) })
     }
@@ -291,7 +300,10 @@ impl Bench {
     ///
     /// # Errors
     /// What the domain says.
-    pub fn activated<D: BlockDomain>(storage: &Arc<TestStorage>, params: &Params) -> Result<Self, CallError> {
+    pub fn activated<D: BlockDomain>(
+        storage: &Arc<TestStorage>,
+        params: &Params,
+    ) -> Result<Self, CallError> {
         let bench = Self::prepare::<D>(storage, params)?;
         bench.activate()?;
         Ok(bench)
@@ -317,7 +329,8 @@ impl Bench {
     /// Ends the instance; nothing of it may be left. All its lanes must be gone.
     ///
     /// # Errors
-    /// A lane that is left, a failing or panicking end, a thread that goes on, or storage used out of turn.
+    /// A lane that is left, a failing or panicking end, a thread that goes on, or storage used out
+    /// of turn.
     pub fn retire(self) -> Result<(), Violation> {
         let Some(instance) = Arc::into_inner(self.instance) else {
             return Err(Violation::new("a queue is still attached"));

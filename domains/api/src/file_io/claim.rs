@@ -1,9 +1,12 @@
 //! Telling other programs that an image is in use, and being told.
 //!
-//! The language is QEMU's (its documentation, "Disk image file locking"; the numbers can be seen in `/proc/locks`), so that QEMU, `qemu-img` and
-//! `qemu-storage-daemon` understand it, too. Whoever uses an image holds a shared lock on a byte for each thing that he does, and on another byte for each thing that nobody else may
-//! do; then he looks whether somebody else has locked the counterpart of one of these. No data is meant by the bytes. The locks are of the open file description
-//! (`F_OFD_SETLK`): a dup has them, too, and the kernel lets go of them when the last one is closed, however the process ends.
+//! The language is QEMU's (its documentation, "Disk image file locking"; the numbers can be seen in
+//! `/proc/locks`), so that QEMU, `qemu-img` and `qemu-storage-daemon` understand it, too. Whoever
+//! uses an image holds a shared lock on a byte for each thing that he does, and on another byte for
+//! each thing that nobody else may do; then he looks whether somebody else has locked the
+//! counterpart of one of these. No data is meant by the bytes. The locks are of the open file
+//! description (`F_OFD_SETLK`): a dup has them, too, and the kernel lets go of them when the last
+//! one is closed, however the process ends.
 
 use std::fs::File;
 use std::io;
@@ -32,24 +35,30 @@ pub enum Claim {
     Impossible(io::Error),
 }
 
-/// Claims the image `file`: to read it while nobody else writes, or, if `writes`, to write it while nobody else does. Does not wait.
+/// Claims the image `file`: to read it while nobody else writes, or, if `writes`, to write it while
+/// nobody else does. Does not wait.
 #[must_use]
 pub fn claim(file: &File, writes: bool) -> Claim {
     let does: &[i64] = if writes { &[READ, WRITE] } else { &[READ] };
     let forbids = &[WRITE, RESIZE];
-    let ours = does.iter().map(|what| DONE + what).chain(forbids.iter().map(|what| FORBIDDEN + what));
-    let counterparts = does.iter().map(|what| FORBIDDEN + what).chain(forbids.iter().map(|what| DONE + what));
+    let ours =
+        does.iter().map(|what| DONE + what).chain(forbids.iter().map(|what| FORBIDDEN + what));
+    let counterparts =
+        does.iter().map(|what| FORBIDDEN + what).chain(forbids.iter().map(|what| DONE + what));
     let claimed = ours.clone().try_for_each(|byte| lock(file, libc::F_RDLCK, byte));
     // First lock, then look: of two who come at once at least one sees the other.
     let is_free = claimed.and_then(|()| {
-        let locked = counterparts.map(|byte| is_locked(file, byte)).collect::<io::Result<Vec<_>>>()?;
+        let locked =
+            counterparts.map(|byte| is_locked(file, byte)).collect::<io::Result<Vec<_>>>()?;
         Ok(!locked.contains(&true))
     });
     let claim = match is_free {
         Ok(true) => return Claim::Ours,
         Ok(false) => Claim::Taken,
         // A lock of another kind that covers one of the bytes (fcntl(2)).
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Claim::Taken,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Claim::Taken
+        }
         Err(error) => Claim::Impossible(error),
     };
     // It cannot fail where it could be locked.
@@ -94,7 +103,10 @@ mod tests {
     fn lock_all(file: &File) {
         let about = libc::flock { l_len: 0, ..flock(libc::F_WRLCK, 0) };
         // SAFETY: as in `lock`.
-        assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const about) }, 0);
+        assert_eq!(
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const about) },
+            0
+        );
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! Opening files for a disk's sake: what a descriptor was opened for, and what direct I/O wants of it.
+//! Opening files for a disk's sake: what a descriptor was opened for, and what direct I/O wants of
+//! it.
 //!
-//! `O_DIRECT` and the access mode belong to the open file description, which a dup shares. So a domain that wants other flags
-//! than the storage's descriptor has cannot change them on a dup (its predecessor would feel it); it opens the same inode
-//! again with [`reopen`], which works whatever happened to the file's name meanwhile.
+//! `O_DIRECT` and the access mode belong to the open file description, which a dup shares. So a
+//! domain that wants other flags than the storage's descriptor has cannot change them on a dup (its
+//! predecessor would feel it); it opens the same inode again with [`reopen`], which works whatever
+//! happened to the file's name meanwhile.
 
 use std::fs::File;
 use std::io;
@@ -60,7 +62,10 @@ pub fn open_mode(file: &File) -> io::Result<OpenMode> {
     if flags < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(OpenMode { write: flags & libc::O_ACCMODE == libc::O_RDWR, direct: flags & libc::O_DIRECT != 0 })
+    Ok(OpenMode {
+        write: flags & libc::O_ACCMODE == libc::O_RDWR,
+        direct: flags & libc::O_DIRECT != 0,
+    })
 }
 
 /// What direct I/O on `file` must be aligned to.
@@ -71,8 +76,8 @@ pub fn direct_alignment(file: &File) -> io::Result<Alignment> {
     if let Some(align) = stated_alignment(file)? {
         return Ok(align);
     }
-    // An older kernel or file system does not say. A read of one such block at the second such offset shows it; reading at the end
-    // of the file gives 0 bytes, which is as good.
+    // An older kernel or file system does not say. A read of one such block at the second such
+    // offset shows it; reading at the end of the file gives 0 bytes, which is as good.
     const LARGEST: usize = 4096;
     let mut memory = vec![0u8; 3 * LARGEST];
     for align in [512, LARGEST] {
@@ -87,8 +92,8 @@ pub fn direct_alignment(file: &File) -> io::Result<Alignment> {
     Err(io::Error::from_raw_os_error(libc::EINVAL))
 }
 
-/// As [`direct_alignment`], as far as `statx` says it (`STATX_DIOALIGN`, Linux 6.1); `None` if it says nothing. It may change
-/// while a file is open.
+/// As [`direct_alignment`], as far as `statx` says it (`STATX_DIOALIGN`, Linux 6.1); `None` if it
+/// says nothing. It may change while a file is open.
 ///
 /// # Errors
 /// `EINVAL` where it says that there is no direct I/O; what `statx` says.
@@ -97,7 +102,13 @@ pub fn stated_alignment(file: &File) -> io::Result<Option<Alignment>> {
     let mut about: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the path is a C string, `about` is valid for the call, the descriptor is open.
     let code = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut about)
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut about,
+        )
     };
     if code < 0 {
         return Err(io::Error::last_os_error());

@@ -1,7 +1,9 @@
-//! A domain without the ABI: its safe trait, called as any library is. What the ABI and everything above it cost is the difference.
+//! A domain without the ABI: its safe trait, called as any library is. What the ABI and everything
+//! above it cost is the difference.
 //!
-//! The calls are generic over the domain, so that the compiler may put it into its caller, which across the ABI it cannot. Nothing is caught and
-//! nothing is checked. For benchmarks only; [`Instance`](super::Instance) is how a domain is used.
+//! The calls are generic over the domain, so that the compiler may put it into its caller, which
+//! across the ABI it cannot. Nothing is caught and nothing is checked. For benchmarks only;
+//! [`Instance`](super::Instance) is how a domain is used.
 
 use super::CompletionBuffer;
 use super::services::{HostServices, HostSide};
@@ -18,13 +20,18 @@ pub struct Direct<D: BlockDomain> {
 }
 
 impl<D: BlockDomain> Direct<D> {
-    /// Prepares and activates a domain, whose storage `services` must let it have, and attaches its queue 0.
+    /// Prepares and activates a domain, whose storage `services` must let it have, and attaches its
+    /// queue 0.
     ///
     /// # Errors
     /// What the domain says.
-    pub fn activated(services: Arc<dyn HostServices>, params: &Params) -> Result<Self, DomainError> {
+    pub fn activated(
+        services: Arc<dyn HostServices>,
+        params: &Params,
+    ) -> Result<Self, DomainError> {
         let side = HostSide::new(services);
-        // SAFETY: the table is leaked below, for a domain may have left copies of `Host` anywhere in this program.
+        // SAFETY: the table is leaked below, for a domain may have left copies of `Host` anywhere
+        // in this program.
         let host = unsafe { Host::from_vtable(side.vtable()) };
         std::mem::forget(side);
         let domain = D::prepare(host, params)?;
@@ -49,8 +56,8 @@ impl<D: BlockDomain> Direct<D> {
     }
 }
 
-/// Requests of one kind all over a disk, each with a piece of memory that starts at a page. Kept until the end of the program, because a domain may
-/// have them.
+/// Requests of one kind all over a disk, each with a piece of memory that starts at a page. Kept
+/// until the end of the program, because a domain may have them.
 #[must_use]
 pub fn requests(op: u32, count: usize, len: usize, capacity: u64) -> Vec<RawRequest> {
     const PAGE: usize = 4096;
@@ -66,7 +73,8 @@ pub fn requests(op: u32, count: usize, len: usize, capacity: u64) -> Vec<RawRequ
         // A prime, so that neighbours in time are none on the disk.
         let offset = (i as u64).wrapping_mul(7919) % (capacity / len as u64) * len as u64;
         // SAFETY: the list is never changed or freed.
-        let mut raw = unsafe { RawRequest::new(op, 0, offset, len as u64, std::slice::from_ref(segment)) };
+        let mut raw =
+            unsafe { RawRequest::new(op, 0, offset, len as u64, std::slice::from_ref(segment)) };
         raw.tag = i as u64;
         raw
     };

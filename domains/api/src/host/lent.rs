@@ -1,7 +1,8 @@
 //! Host memory that a call lends to its callee: room for completions, and for one sentence.
 //!
-//! What the ABI passes is kept filled in from call to call, because some calls are made for every batch. Where the memory is the owner knows for himself, so
-//! that whatever a callee writes into what it was lent, the host looks at nothing but its own.
+//! What the ABI passes is kept filled in from call to call, because some calls are made for every
+//! batch. Where the memory is the owner knows for himself, so that whatever a callee writes into
+//! what it was lent, the host looks at nothing but its own.
 
 use super::CallError;
 use crate::abi::{self, RawCompletion, RawCompletions, RawMessage};
@@ -30,7 +31,8 @@ impl<T: Copy> Kept<T> {
     /// The first `len`, or all if there are not so many.
     #[inline]
     fn first(&self, len: usize) -> &[T] {
-        // SAFETY: ours until we are dropped, and callees write it only in calls for which the owner is borrowed mutably.
+        // SAFETY: ours until we are dropped, and callees write it only in calls for which the owner
+        // is borrowed mutably.
         unsafe { std::slice::from_raw_parts(self.base(), len.min(self.len())) }
     }
 }
@@ -91,7 +93,8 @@ impl CompletionBuffer {
     }
 }
 
-/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not cleared for each call.
+/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not
+/// cleared for each call.
 #[derive(Debug)]
 pub(super) struct MessageBuffer {
     lent: RawMessage,

@@ -1,12 +1,15 @@
-//! Modules that need no file: domains that are linked into this program, for tests and for measuring what the ABI costs.
+//! Modules that need no file: domains that are linked into this program, for tests and for
+//! measuring what the ABI costs.
 //!
-//! They go the same way as those from files, through the same table of functions; only finding, checking and mapping falls away.
+//! They go the same way as those from files, through the same table of functions; only finding,
+//! checking and mapping falls away.
 
 use super::{Identity, LoadError, LoadedModule, Residency, VerifiedModule};
 use crate::abi::ModuleVtable;
 use crate::descriptor::Description;
 
-/// A domain that is linked into this program instead of loaded: for tests and for measuring what the ABI costs.
+/// A domain that is linked into this program instead of loaded: for tests and for measuring what
+/// the ABI costs.
 #[derive(Debug)]
 pub struct StaticModule {
     vtable: &'static ModuleVtable,

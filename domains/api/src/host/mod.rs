@@ -1,9 +1,10 @@
 //! The host's side of the ABI: modules, instances and queues as safe values.
 //!
-//! Ownership does what the ABI demands. An [`Instance`] owns its module, so no code of it can run after the unmapping; a
-//! [`QueueHandle`] is the only way to submit, there is one per queue, and it is used by one thread at a time (`&mut`); it keeps its instance
-//! alive, and dropping it detaches the queue. [`Instance::retire`] is the one way down: destroy, join the tasks, take the panic hook
-//! out, unmap, and look whether the module is really gone.
+//! Ownership does what the ABI demands. An [`Instance`] owns its module, so no code of it can run
+//! after the unmapping; a [`QueueHandle`] is the only way to submit, there is one per queue, and it
+//! is used by one thread at a time (`&mut`); it keeps its instance alive, and dropping it detaches
+//! the queue. [`Instance::retire`] is the one way down: destroy, join the tasks, take the panic
+//! hook out, unmap, and look whether the module is really gone.
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
@@ -98,7 +99,8 @@ pub trait VerifiedModule: Send {
 /// A mapped module.
 ///
 /// # Safety
-/// What `vtable` points to, and the code behind it, stays mapped and unchanged until `unload` is called or the value is dropped.
+/// What `vtable` points to, and the code behind it, stays mapped and unchanged until `unload` is
+/// called or the value is dropped.
 pub unsafe trait LoadedModule: Send + Sync {
     /// Its functions.
     fn vtable(&self) -> *const ModuleVtable;
@@ -133,8 +135,8 @@ pub struct Instance {
     generation: AtomicU64,
 }
 
-// SAFETY: `raw` is a `Sync` domain behind the ABI, whose functions take calls from any thread (abi::ModuleVtable); calls for one queue
-// go through its only `QueueHandle`.
+// SAFETY: `raw` is a `Sync` domain behind the ABI, whose functions take calls from any thread
+// (abi::ModuleVtable); calls for one queue go through its only `QueueHandle`.
 unsafe impl Send for Instance {}
 // SAFETY: as above.
 unsafe impl Sync for Instance {}
@@ -149,13 +151,15 @@ impl Instance {
     /// Prepares an instance of `module` with `params`. Nothing of the predecessor is touched.
     ///
     /// # Errors
-    /// What the domain says; the module is unmapped again, and where that fails, the residency comes with the error.
+    /// What the domain says; the module is unmapped again, and where that fails, the residency
+    /// comes with the error.
     pub fn prepare(
         module: Box<dyn LoadedModule>,
         services: Arc<dyn HostServices>,
         params: &Params,
     ) -> Result<Self, (CallError, Residency)> {
-        // SAFETY: valid until `unload` (LoadedModule's contract), and copied here. The first two fields are in every version.
+        // SAFETY: valid until `unload` (LoadedModule's contract), and copied here. The first two
+        // fields are in every version.
         let (size, version) = unsafe { ((*module.vtable()).size, (*module.vtable()).abi_version) };
         if (size as usize) < size_of::<ModuleVtable>() || version != abi::ABI_VERSION {
             let error = CallError::Failed(format!(
@@ -170,10 +174,13 @@ impl Instance {
         let host = HostSide::new(services);
         // SAFETY: called once, before anything else (abi::ModuleVtable).
         unsafe { (vtable.init)() };
-        let pairs: Vec<_> =
-            params.iter().flat_map(|(k, v)| [raw_bytes(k.as_bytes()), raw_bytes(v.as_bytes())]).collect();
+        let pairs: Vec<_> = params
+            .iter()
+            .flat_map(|(k, v)| [raw_bytes(k.as_bytes()), raw_bytes(v.as_bytes())])
+            .collect();
         let mut raw = std::ptr::null_mut();
-        // SAFETY: all pointers are valid for the call, and the host table until `fini`, because `host` is dropped after it.
+        // SAFETY: all pointers are valid for the call, and the host table until `fini`, because
+        // `host` is dropped after it.
         let created = MessageBuffer::call(|message| unsafe {
             (vtable.create)(host.vtable(), pairs.as_ptr(), pairs.len(), &raw mut raw, message)
         });
@@ -219,7 +226,8 @@ impl Instance {
         self.generation.load(Ordering::Relaxed)
     }
 
-    /// Sets the generation; workers read it when they attach, after the publication that this call precedes.
+    /// Sets the generation; workers read it when they attach, after the publication that this call
+    /// precedes.
     pub fn set_generation(&self, generation: u64) {
         self.generation.store(generation, Ordering::Relaxed);
     }
@@ -276,7 +284,9 @@ impl Instance {
         let mut raw: RawDeviceInfo = unsafe { std::mem::zeroed() };
         raw.size = size_of::<RawDeviceInfo>() as u32;
         // SAFETY: `raw` and the message are valid for the call.
-        self.call(|instance, message| unsafe { (self.vtable.info)(instance, &raw mut raw, message) })?;
+        self.call(|instance, message| unsafe {
+            (self.vtable.info)(instance, &raw mut raw, message)
+        })?;
         let text = |bytes: &[u8]| {
             let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
             String::from_utf8_lossy(&bytes[..end]).into_owned()
@@ -383,13 +393,16 @@ impl Instance {
             .attached
             .get(queue.0 as usize)
             .ok_or_else(|| CallError::Failed(format!("there is no queue {}", queue.0)))?;
-        // Acquire pairs with the Release in QueueHandle::drop: the next thread sees what the last one did to the queue's state.
+        // Acquire pairs with the Release in QueueHandle::drop: the next thread sees what the last
+        // one did to the queue's state.
         if taken.swap(true, Ordering::Acquire) {
             return Err(CallError::Failed(format!("queue {} is attached already", queue.0)));
         }
-        // SAFETY: a live instance and a valid message, and the flag makes us the queue's only thread.
-        let attached =
-            self.call(|instance, message| unsafe { (self.vtable.attach_queue)(instance, queue.0, message) });
+        // SAFETY: a live instance and a valid message, and the flag makes us the queue's only
+        // thread.
+        let attached = self.call(|instance, message| unsafe {
+            (self.vtable.attach_queue)(instance, queue.0, message)
+        });
         if let Err(error) = attached {
             taken.store(false, Ordering::Release);
             return Err(error);
@@ -411,14 +424,17 @@ impl Instance {
         let destroyed = if raw.is_null() {
             Ok(())
         } else {
-            // SAFETY: no queue handle is left (each holds an `Arc` of us), so nobody else is in the instance, and `raw` is forgotten.
+            // SAFETY: no queue handle is left (each holds an `Arc` of us), so nobody else is in the
+            // instance, and `raw` is forgotten.
             MessageBuffer::call(|message| unsafe { (self.vtable.destroy)(raw, message) })
         };
         let host = self.host.take().expect("taken together with the module");
         if let Err(stuck) = host.tasks().join(JOIN_TIMEOUT) {
             // Code of the module still runs: neither it nor what it refers to may go yet.
-            let reason =
-                format!("its {stuck} still runs {} s after the instance ended", JOIN_TIMEOUT.as_secs());
+            let reason = format!(
+                "its {stuck} still runs {} s after the instance ended",
+                JOIN_TIMEOUT.as_secs()
+            );
             let remains = Remains::running(&reason, host, module, self.vtable.fini);
             return Retired { destroyed, residency: Residency::Running(remains) };
         }
@@ -465,13 +481,16 @@ impl QueueHandle {
         &self.instance
     }
 
-    /// Offers requests; returns how many from the front the domain says that it took, which a domain with a fault may say more of than there were. What
-    /// ended at once, even before a panic, is in `completions`.
+    /// Offers requests; returns how many from the front the domain says that it took, which a
+    /// domain with a fault may say more of than there were. What ended at once, even before a
+    /// panic, is in `completions`.
     ///
-    /// The caller has looked whether the instance is [dead](Instance::is_dead), before this batch: it costs a load, so it is done once.
+    /// The caller has looked whether the instance is [dead](Instance::is_dead), before this batch:
+    /// it costs a load, so it is done once.
     ///
     /// # Errors
-    /// A panic, or a failing call; how many were taken is then unknown, and `completions` says what is done.
+    /// A panic, or a failing call; how many were taken is then unknown, and `completions` says what
+    /// is done.
     #[inline(always)]
     pub fn submit(
         &mut self,
@@ -479,8 +498,9 @@ impl QueueHandle {
         completions: &mut CompletionBuffer,
     ) -> Result<usize, CallError> {
         let (instance, mut accepted) = (&*self.instance, 0);
-        // SAFETY: an instance that was not destroyed; we are the queue's only thread (`&mut self`); all pointers are valid for the call, and
-        // whoever made the requests answers for what they point to (RawRequest::new).
+        // SAFETY: an instance that was not destroyed; we are the queue's only thread (`&mut self`);
+        // all pointers are valid for the call, and whoever made the requests answers for what they
+        // point to (RawRequest::new).
         let code = unsafe {
             (instance.vtable.submit)(
                 instance.raw,

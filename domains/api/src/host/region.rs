@@ -1,7 +1,8 @@
 //! Storage regions: memory that outlives every instance.
 //!
-//! A region is a sealed-size memfd, mapped once by the host. It is a memfd so that it could be handed to another process, and so that holes can be
-//! punched into it; it is mapped once so that its address is the same for every instance that ever uses it.
+//! A region is a sealed-size memfd, mapped once by the host. It is a memfd so that it could be
+//! handed to another process, and so that holes can be punched into it; it is mapped once so that
+//! its address is the same for every instance that ever uses it.
 
 use memmap2::{MmapOptions, MmapRaw};
 use std::ffi::CString;
@@ -26,7 +27,9 @@ impl HostRegion {
         let len_usize = usize::try_from(len).ok().filter(|&len| len > 0).ok_or_else(invalid)?;
         let name = CString::new(format!("hotswap-region-{name}")).map_err(|_| invalid())?;
         // SAFETY: `name` is a C string.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        let fd = unsafe {
+            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+        };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -36,7 +39,11 @@ impl HostRegion {
         // A region that shrinks would turn accesses into SIGBUS.
         // SAFETY: no pointers; the descriptor is open.
         if unsafe {
-            libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
+            libc::fcntl(
+                file.as_raw_fd(),
+                libc::F_ADD_SEALS,
+                libc::F_SEAL_SHRINK | libc::F_SEAL_GROW,
+            )
         } < 0
         {
             return Err(io::Error::last_os_error());

@@ -4,10 +4,12 @@
 //!   Running --(its thread ends)--> Mapped --(the linker lets go)--> Gone
 //! ```
 //!
-//! Nobody is told when what keeps a module ends, so it is looked at when somebody wants to know ([`Resident::is_gone`]), and the look does what the end of the
-//! instance could not do then: the module is finished and unmapped.
+//! Nobody is told when what keeps a module ends, so it is looked at when somebody wants to know
+//! ([`Resident::is_gone`]), and the look does what the end of the instance could not do then: the
+//! module is finished and unmapped.
 //!
-//! Invariant: what the module may still use (its host table, the regions that it was lent) goes after the module, or never.
+//! Invariant: what the module may still use (its host table, the regions that it was lent) goes
+//! after the module, or never.
 
 use super::services::HostSide;
 use super::{LoadedModule, Residency};
@@ -22,7 +24,8 @@ pub struct Resident {
 }
 
 impl Resident {
-    /// Stays for `reason`, until `is_gone` says otherwise. Both sides of a look may take a lock, so it is not to be made under one.
+    /// Stays for `reason`, until `is_gone` says otherwise. Both sides of a look may take a lock, so
+    /// it is not to be made under one.
     pub fn new(reason: &str, is_gone: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         Self { reason: reason.into(), look: Arc::new(is_gone) }
     }
@@ -113,7 +116,8 @@ impl Remains {
                 if host.tasks().join(Duration::ZERO).is_err() {
                     Stage::Running { host, module, fini }
                 } else {
-                    // SAFETY: the instance was destroyed before this was made, and no task is left, so no other thread runs code of the module.
+                    // SAFETY: the instance was destroyed before this was made, and no task is left,
+                    // so no other thread runs code of the module.
                     unsafe { fini() };
                     match module.unload() {
                         Residency::Gone => Stage::Gone,

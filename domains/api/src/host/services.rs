@@ -1,4 +1,5 @@
-//! What the host does for an instance: a safe trait for whoever keeps the storage, and the C functions in front of it.
+//! What the host does for an instance: a safe trait for whoever keeps the storage, and the C
+//! functions in front of it.
 
 use super::region::HostRegion;
 use super::tasks::{Task, Tasks};
@@ -12,13 +13,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Storage, log and notifiers, as one instance sees them. Each instance has one of its own, which knows whose it is.
+/// Storage, log and notifiers, as one instance sees them. Each instance has one of its own, which
+/// knows whose it is.
 pub trait HostServices: Send + Sync {
     /// A line for the log.
     fn log(&self, level: Level, line: &str);
     /// Something can be reaped on `queue`.
     fn notify(&self, queue: QueueIndex);
-    /// A dup of the eventfd that [`notify`](Self::notify) writes to; `None` where notifications go another way.
+    /// A dup of the eventfd that [`notify`](Self::notify) writes to; `None` where notifications go
+    /// another way.
     fn notifier_fd(&self, queue: QueueIndex) -> Option<OwnedFd> {
         let _ = queue;
         None
@@ -55,7 +58,8 @@ pub trait HostServices: Send + Sync {
     /// # Errors
     /// The storage is not this instance's.
     fn set_file(&self, key: &str, file: File) -> Result<(), DomainError>;
-    /// Marks the storage as one that may have lost what was written to it; the first sentence stays.
+    /// Marks the storage as one that may have lost what was written to it; the first sentence
+    /// stays.
     fn mark_storage_failed(&self, sentence: &str);
     /// What it was marked with.
     fn storage_failure(&self) -> Option<String>;
@@ -65,7 +69,8 @@ pub trait HostServices: Send + Sync {
     }
 }
 
-/// One instance's host table and what stands behind it. Pinned in its `Arc`: the table's `ctx` points to it.
+/// One instance's host table and what stands behind it. Pinned in its `Arc`: the table's `ctx`
+/// points to it.
 pub(super) struct HostSide {
     table: HostVtable,
     services: Arc<dyn HostServices>,
@@ -75,7 +80,8 @@ pub(super) struct HostSide {
     started: Instant,
 }
 
-// SAFETY: `table` is constant after `new`; `ctx` in it is our own address, everything behind it is Sync.
+// SAFETY: `table` is constant after `new`; `ctx` in it is our own address, everything behind it is
+// Sync.
 unsafe impl Send for HostSide {}
 // SAFETY: as above.
 unsafe impl Sync for HostSide {}
@@ -150,8 +156,9 @@ unsafe fn text<'a>(bytes: RawBytes) -> std::borrow::Cow<'a, str> {
 /// `message` is null or valid, with room for `capacity` bytes.
 unsafe fn answer(message: *mut RawMessage, f: impl FnOnce() -> Result<(), DomainError>) -> u32 {
     // A panic of ours must not unwind into the module either.
-    let result = catch_unwind(AssertUnwindSafe(f))
-        .unwrap_or_else(|_| Err(DomainError::new("the host panicked in a service call; see its log")));
+    let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| {
+        Err(DomainError::new("the host panicked in a service call; see its log"))
+    });
     let Err(error) = result else { return abi::CALL_OK };
     // SAFETY: the caller's contract.
     if let Some(message) = unsafe { message.as_mut() } {
@@ -227,7 +234,12 @@ unsafe extern "C" fn region(
     unsafe { answer(message, work) }
 }
 
-unsafe extern "C" fn bytes_get(ctx: *mut c_void, key: RawBytes, out: *mut u8, capacity: usize) -> u64 {
+unsafe extern "C" fn bytes_get(
+    ctx: *mut c_void,
+    key: RawBytes,
+    out: *mut u8,
+    capacity: usize,
+) -> u64 {
     // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
     let (side, key) = unsafe { (side(ctx), text(key)) };
     let found = catch_unwind(AssertUnwindSafe(|| side.services.bytes(&key))).unwrap_or(None);
@@ -271,11 +283,17 @@ unsafe extern "C" fn fd_dup(ctx: *mut c_void, key: RawBytes) -> i32 {
     file.map_or(-1, |file| OwnedFd::from(file).into_raw_fd())
 }
 
-unsafe extern "C" fn fd_put(ctx: *mut c_void, key: RawBytes, fd: i32, message: *mut RawMessage) -> u32 {
+unsafe extern "C" fn fd_put(
+    ctx: *mut c_void,
+    key: RawBytes,
+    fd: i32,
+    message: *mut RawMessage,
+) -> u32 {
     // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
     let (side, key) = unsafe { (side(ctx), text(key)) };
     let work = || {
-        // SAFETY: `fd` is open for the call (abi::HostVtable) and stays the module's: we only dup it.
+        // SAFETY: `fd` is open for the call (abi::HostVtable) and stays the module's: we only dup
+        // it.
         let theirs = ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
         let ours = theirs.try_clone().map_err(|error| {
             DomainError::new(format!("cannot dup descriptor {}: {error}", theirs.as_raw_fd()))
@@ -293,7 +311,8 @@ unsafe extern "C" fn spawn(
     arg: *mut c_void,
     message: *mut RawMessage,
 ) -> u32 {
-    // SAFETY: abi::HostVtable: `ctx` is ours, `name` valid for the call, `entry` and `arg` a task that we may call once.
+    // SAFETY: abi::HostVtable: `ctx` is ours, `name` valid for the call, `entry` and `arg` a task
+    // that we may call once.
     let (side, name, task) = unsafe { (side(ctx), text(name), Task::new(entry, arg)) };
     // SAFETY: `message` is valid (abi::HostVtable).
     unsafe { answer(message, || side.tasks.spawn(&name, task)) }
@@ -315,7 +334,8 @@ unsafe extern "C" fn timer(
 unsafe extern "C" fn notifier_fd(ctx: *mut c_void, queue: u32) -> i32 {
     // SAFETY: abi::HostVtable: `ctx` is ours.
     let side = unsafe { side(ctx) };
-    let fd = catch_unwind(AssertUnwindSafe(|| side.services.notifier_fd(QueueIndex(queue)))).unwrap_or(None);
+    let fd = catch_unwind(AssertUnwindSafe(|| side.services.notifier_fd(QueueIndex(queue))))
+        .unwrap_or(None);
     fd.map_or(-1, IntoRawFd::into_raw_fd)
 }
 
@@ -358,7 +378,8 @@ mod tests {
         table.size = size as u32;
         // What a host of that age has there is anything.
         let bytes: *mut u8 = (&raw mut table).cast();
-        // SAFETY: inside the table, which is leaked, and nobody reads past its `size` (that is what is tested).
+        // SAFETY: inside the table, which is leaked, and nobody reads past its `size` (that is what
+        // is tested).
         unsafe { std::ptr::write_bytes(bytes.add(size), 0xa5, size_of::<HostVtable>() - size) };
         // SAFETY: never freed, and `side` outlives all calls.
         unsafe { Host::from_vtable(Box::leak(Box::new(table))) }
@@ -367,7 +388,8 @@ mod tests {
     #[test]
     fn a_module_does_without_what_an_older_host_lacks() {
         let side = HostSide::new(TestHost::new(&TestStorage::new()));
-        let (queue, served) = (QueueIndex(0), |host: Host| host.served_queues().collect::<Vec<_>>());
+        let (queue, served) =
+            (QueueIndex(0), |host: Host| host.served_queues().collect::<Vec<_>>());
         let new = cut(&side, size_of::<HostVtable>());
         assert!(new.notifier_fd(queue).is_some() && served(new) == [queue]);
         let unmarked = cut(&side, offset_of!(HostVtable, storage_failed));

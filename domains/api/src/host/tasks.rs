@@ -1,6 +1,7 @@
 //! Threads and timers that the host runs for one instance, and joins before its module is unmapped.
 //!
-//! A thread that a module makes with its own `std` cannot be found again; one that comes from here can be waited for, and blamed by name.
+//! A thread that a module makes with its own `std` cannot be found again; one that comes from here
+//! can be waited for, and blamed by name.
 
 use crate::abi::TaskEntry;
 use crate::author::DomainError;
@@ -69,17 +70,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Tasks {
     pub(super) fn spawn(&self, name: &str, task: Task) -> Result<(), DomainError> {
-        // The slot is shared with the thread, so that a task comes back to us if there is no thread.
+        // The slot is shared with the thread, so that a task comes back to us if there is no
+        // thread.
         let slot = Arc::new(Mutex::new(Some(task)));
         let theirs = Arc::clone(&slot);
-        let spawned = std::thread::Builder::new().name(name.chars().filter(|&c| c != '\0').collect()).spawn(
-            move || {
+        let spawned = std::thread::Builder::new()
+            .name(name.chars().filter(|&c| c != '\0').collect())
+            .spawn(move || {
                 let task = lock(&theirs).take();
                 if let Some(task) = task {
                     task.run();
                 }
-            },
-        );
+            });
         match spawned {
             Ok(thread) => {
                 lock(&self.threads).push(thread);
@@ -104,11 +106,16 @@ impl Tasks {
         }
         if timers.armed == 0 {
             let shared = Arc::clone(&self.timers);
-            match std::thread::Builder::new().name("domain-timer".to_owned()).spawn(move || serve(&shared)) {
+            match std::thread::Builder::new()
+                .name("domain-timer".to_owned())
+                .spawn(move || serve(&shared))
+            {
                 Ok(thread) => lock(&self.threads).push(thread),
                 Err(error) => {
                     task.give_back();
-                    return Err(DomainError::new(format!("cannot start the timer thread: {error}")));
+                    return Err(DomainError::new(format!(
+                        "cannot start the timer thread: {error}"
+                    )));
                 }
             }
         }

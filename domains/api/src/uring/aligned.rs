@@ -1,4 +1,5 @@
-//! Memory for data that the kernel does not take from where the guest has it, or not in these pieces.
+//! Memory for data that the kernel does not take from where the guest has it, or not in these
+//! pieces.
 //!
 //! Direct I/O wants offsets, lengths and addresses to be multiples of what the storage asks for. A
 //! request that does not fit is carried out on the aligned range around it, in memory of our own.

@@ -1,12 +1,15 @@
 //! When the kernel is really done with a ring that was closed.
 //!
-//! Closing a ring cancels what can be cancelled and waits for the rest, but not in `close`: a kernel thread does it, later. There is no call that
-//! waits for it, and with deferred completions no other thread than the ring's may even reap. But the kernel lets go of a ring's registered files
-//! at the very end, when no request is left. So one of these files is the writing end of a pipe of which nobody else has one: when the reading
-//! end sees a hang-up, no request of this ring exists any more, whichever thread looks.
+//! Closing a ring cancels what can be cancelled and waits for the rest, but not in `close`: a
+//! kernel thread does it, later. There is no call that waits for it, and with deferred completions
+//! no other thread than the ring's may even reap. But the kernel lets go of a ring's registered
+//! files at the very end, when no request is left. So one of these files is the writing end of a
+//! pipe of which nobody else has one: when the reading end sees a hang-up, no request of this ring
+//! exists any more, whichever thread looks.
 //!
-//! "The very end" is after each thread that made or used the ring has run a task of the kernel's on its next return to user space: one that is stuck in the kernel
-//! holds the hang-up up, and a wait that is in vain is taken for requests that are still there. That errs on the safe side.
+//! "The very end" is after each thread that made or used the ring has run a task of the kernel's on
+//! its next return to user space: one that is stuck in the kernel holds the hang-up up, and a wait
+//! that is in vain is taken for requests that are still there. That errs on the safe side.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -28,14 +31,17 @@ impl EndWatch {
         Ok((Self(reading), writing))
     }
 
-    /// Waits until the kernel has let go of the ring. Returns `false` if it has not within `timeout`.
+    /// Waits until the kernel has let go of the ring. Returns `false` if it has not within
+    /// `timeout`.
     pub(super) fn wait(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         loop {
             let left_ms = deadline.saturating_duration_since(Instant::now()).as_millis();
             let mut watched = libc::pollfd { fd: self.0.as_raw_fd(), events: 0, revents: 0 };
-            // SAFETY: one valid structure. Signals are no reason to give up: the kernel uses one to have this thread let go of the ring.
-            let ready = unsafe { libc::poll(&raw mut watched, 1, left_ms.min(i32::MAX as u128) as i32) };
+            // SAFETY: one valid structure. Signals are no reason to give up: the kernel uses one to
+            // have this thread let go of the ring.
+            let ready =
+                unsafe { libc::poll(&raw mut watched, 1, left_ms.min(i32::MAX as u128) as i32) };
             if ready > 0 {
                 return watched.revents & libc::POLLHUP != 0;
             }

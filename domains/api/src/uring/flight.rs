@@ -1,4 +1,5 @@
-//! One request in a ring: what is to be done, how far it has come, and the entry that asks the kernel for the rest.
+//! One request in a ring: what is to be done, how far it has come, and the entry that asks the
+//! kernel for the rest.
 
 use super::Aligned;
 use crate::Request;
@@ -15,7 +16,8 @@ const SYNC: types::Fixed = types::Fixed(1);
 const WITNESS: types::Fixed = types::Fixed(2);
 /// The kernel's limit of iovecs in one entry (`IOV_MAX` in limits.h).
 const IOV_MAX: usize = 1024;
-/// Zeros that are written at a time, and what they are aligned to: the most that direct I/O asks for.
+/// Zeros that are written at a time, and what they are aligned to: the most that direct I/O asks
+/// for.
 const ZEROS_LEN: usize = 256 << 10;
 const ZEROS_ALIGN: usize = 4096;
 /// How often an entry that the kernel had no time or memory for is submitted again.
@@ -32,7 +34,8 @@ pub enum Work {
         durable: bool,
     },
     /// Make durable whatever was written to the file before (`fdatasync`), through
-    /// [`Files::sync`](super::Files::sync). Linux reports a failed write-back once to each open file description.
+    /// [`Files::sync`](super::Files::sync). Linux reports a failed write-back once to each open
+    /// file description.
     SyncData,
     /// The same through [`Files::witness`](super::Files::witness).
     SyncWitness,
@@ -65,7 +68,8 @@ pub(super) struct Flight {
     pub(super) work: Work,
     /// Bytes that are done.
     done: u64,
-    /// The segments that are left, where these are not the request's own. Replaced only while the kernel has no entry for this flight.
+    /// The segments that are left, where these are not the request's own. Replaced only while the
+    /// kernel has no entry for this flight.
     rest: Vec<RawSegment>,
     /// How often the kernel may still be asked again.
     retries: u32,
@@ -74,7 +78,12 @@ pub(super) struct Flight {
 }
 
 impl Flight {
-    pub(super) const fn new(request: Request, work: Work, done: u64, aligned: Option<Box<Aligned>>) -> Self {
+    pub(super) const fn new(
+        request: Request,
+        work: Work,
+        done: u64,
+        aligned: Option<Box<Aligned>>,
+    ) -> Self {
         Self { request, work, done, rest: Vec::new(), retries: RETRIES, aligned }
     }
 
@@ -133,7 +142,9 @@ impl Flight {
                 [one] if let Ok(len) = u32::try_from(one.len) => {
                     opcode::Read::new(IMAGE, one.base, len).offset(at).build()
                 }
-                many => opcode::Readv::new(IMAGE, many.as_ptr().cast(), many.len() as u32).offset(at).build(),
+                many => opcode::Readv::new(IMAGE, many.as_ptr().cast(), many.len() as u32)
+                    .offset(at)
+                    .build(),
             },
             Work::Write { durable } => {
                 let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -157,7 +168,9 @@ impl Flight {
                 opcode::Write::new(IMAGE, base.cast_const(), len).offset(at).rw_flags(flags).build()
             }
             Work::SyncData => opcode::Fsync::new(SYNC).flags(types::FsyncFlags::DATASYNC).build(),
-            Work::SyncWitness => opcode::Fsync::new(WITNESS).flags(types::FsyncFlags::DATASYNC).build(),
+            Work::SyncWitness => {
+                opcode::Fsync::new(WITNESS).flags(types::FsyncFlags::DATASYNC).build()
+            }
             Work::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE, offset, len),
             Work::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE, offset, len),
             Work::WriteZeros => {
@@ -219,7 +232,8 @@ impl Zeros {
 impl Drop for Zeros {
     fn drop(&mut self) {
         if let Some(memory) = self.0 {
-            // SAFETY: allocated in `get` with this layout; the ring is dropped only when the kernel reads it no more.
+            // SAFETY: allocated in `get` with this layout; the ring is dropped only when the kernel
+            // reads it no more.
             unsafe { dealloc(memory.as_ptr(), Self::LAYOUT) };
         }
     }

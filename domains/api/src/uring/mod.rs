@@ -1,28 +1,40 @@
 //! io_uring for requests: the kernel does the I/O while the worker goes on.
 //!
-//! The rule of io_uring is that memory which a submission names stays where it is until its completion has come. Here ownership says so: a
-//! [`Request`] is moved into the [`Ring`] by [`push`](Ring::push) and comes out of [`advance`](Ring::advance) with its result, so safe code can neither complete it nor
-//! touch its buffer while the kernel has it. A ring that is dropped too early waits until the kernel is done (`end`); one that is
-//! forgotten leaks, with all that the kernel may still use.
+//! The rule of io_uring is that memory which a submission names stays where it is until its
+//! completion has come. Here ownership says so: a [`Request`] is moved into the [`Ring`] by
+//! [`push`](Ring::push) and comes out of [`advance`](Ring::advance) with its result, so safe code
+//! can neither complete it nor touch its buffer while the kernel has it. A ring that is dropped too
+//! early waits until the kernel is done (`end`); one that is forgotten leaks, with all that the
+//! kernel may still use.
 //!
-//! **Waking.** The worker's own eventfd is registered with the ring, so a completion wakes the worker without a thread or a system call of ours. While the owner is
-//! awake and looking, these writes would only make it wake once more for nothing; where it is safe they are off from the moment that it enters the kernel
-//! until `advance` returns `None`. No wake is lost, because `advance` looks again *after* it has turned them on:
+//! **Waking.** The worker's own eventfd is registered with the ring, so a completion wakes the
+//! worker without a thread or a system call of ours. While the owner is awake and looking, these
+//! writes would only make it wake once more for nothing; where it is safe they are off from the
+//! moment that it enters the kernel until `advance` returns `None`. No wake is lost, because
+//! `advance` looks again *after* it has turned them on:
 //!
-//! 1. the kernel puts the completion on its list (`llist` cmpxchg) and, if the list was empty, sets `IORING_SQ_TASKRUN` (locked or), then looks whether wake-ups
-//!    are off;
+//! 1. the kernel puts the completion on its list (`llist` cmpxchg) and, if the list was empty, sets
+//!    `IORING_SQ_TASKRUN` (locked or), then looks whether wake-ups are off;
 //! 2. we turn wake-ups on, then a full fence, then look at `IORING_SQ_TASKRUN`.
 //!
-//! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The argument needs a full barrier in the middle of 1, which a locked
-//! instruction is on x86-64, and that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN` means. Elsewhere the wake-ups stay on.
+//! If the kernel still sees "off" in 1, its flag was set before our fence, and 2 sees it. The
+//! argument needs a full barrier in the middle of 1, which a locked instruction is on x86-64, and
+//! that completions are posted by our own calls only, which is what `IORING_SETUP_DEFER_TASKRUN`
+//! means. Elsewhere the wake-ups stay on.
 //!
-//! The flag may be set although there is nothing: a call hands over 20 completions at a time, and clears the flag before it begins with what an earlier one has left; a
-//! completion that comes meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel until the flag is gone. If a call has brought
-//! nothing it turns wake-ups on and then asks with `poll`, which looks at the kernel's lists themselves: what is not there yet finds them empty, and wakes us.
+//! The flag may be set although there is nothing: a call hands over 20 completions at a time, and
+//! clears the flag before it begins with what an earlier one has left; a completion that comes
+//! meanwhile sets it, and is handed over by the same call. So `advance` does not call the kernel
+//! until the flag is gone. If a call has brought nothing it turns wake-ups on and then asks with
+//! `poll`, which looks at the kernel's lists themselves: what is not there yet finds them empty,
+//! and wakes us.
 //!
-//! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses others, and we panic then; dropping is allowed anywhere.
-//! Making one takes 20 times as long as beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who does not keep a guest waiting: [`PreparedRing`].
-//! On older kernels any thread may use a ring, so it is not made disabled. Before 5.18 beginning takes milliseconds: registering the eventfd waits for a grace period there.
+//! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses
+//! others, and we panic then; dropping is allowed anywhere. Making one takes 20 times as long as
+//! beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who
+//! does not keep a guest waiting: [`PreparedRing`]. On older kernels any thread may use a ring, so
+//! it is not made disabled. Before 5.18 beginning takes milliseconds: registering the eventfd waits
+//! for a grace period there.
 //!
 //! Deliberately unknown: what a failed request means, and what is tried next. That is the domain's.
 
@@ -48,8 +60,10 @@ use std::time::Duration;
 
 /// Most entries of the submission queue.
 const MAX_SUBMISSIONS: usize = 256;
-/// How many requests wait for each other before they are submitted: enough to share a system call, few enough that a slow device starts on the first
-/// of a deep queue while the rest is being prepared. What answers within the call gains nothing from that: once completions wait to be taken, the rest is submitted together.
+/// How many requests wait for each other before they are submitted: enough to share a system call,
+/// few enough that a slow device starts on the first of a deep queue while the rest is being
+/// prepared. What answers within the call gains nothing from that: once completions wait to be
+/// taken, the rest is submitted together.
 const AT_ONCE: usize = 4;
 /// What the completion of a cancellation is called; requests are called by their slots.
 const CANCELLATION: u64 = u64::MAX;
@@ -66,7 +80,8 @@ pub struct Ended {
     pub work: Work,
     /// The memory that the work was about, where that was not the request's own.
     pub aligned: Option<Box<Aligned>>,
-    /// How that went. [`io::ErrorKind::UnexpectedEof`] and [`io::ErrorKind::WriteZero`] say that there was less of the file than of the buffer.
+    /// How that went. [`io::ErrorKind::UnexpectedEof`] and [`io::ErrorKind::WriteZero`] say that
+    /// there was less of the file than of the buffer.
     pub result: io::Result<()>,
 }
 
@@ -75,7 +90,8 @@ pub struct Ended {
 pub struct Files<'a> {
     /// For data.
     pub image: &'a File,
-    /// For [`Work::SyncData`]: best another open file description, because each is told once of a write-back that failed.
+    /// For [`Work::SyncData`]: best another open file description, because each is told once of a
+    /// write-back that failed.
     pub sync: &'a File,
     /// For [`Work::SyncWitness`]: one that is told of what others were told of.
     pub witness: &'a File,
@@ -99,7 +115,8 @@ impl PreparedRing {
     /// A ring for a file with room for `depth` requests.
     ///
     /// # Errors
-    /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there is no memory or descriptor left.
+    /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.11); or there
+    /// is no memory or descriptor left.
     ///
     /// # Panics
     /// If `depth` is 0 or more than 16384.
@@ -158,8 +175,8 @@ pub struct Ring {
     io: ManuallyDrop<IoUring>,
     /// Requests that it has room for.
     depth: usize,
-    /// By slot. As many as there have been at a time, because memory that nobody has touched costs nothing, and at most `depth`. What the kernel is told of is
-    /// behind pointers.
+    /// By slot. As many as there have been at a time, because memory that nobody has touched costs
+    /// nothing, and at most `depth`. What the kernel is told of is behind pointers.
     flights: Vec<Option<Flight>>,
     /// Slots that are empty.
     free: Vec<u32>,
@@ -182,7 +199,8 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for a file with room for `depth` requests, whose completions are written to the eventfd `wake`. The calling thread's.
+    /// A ring for a file with room for `depth` requests, whose completions are written to the
+    /// eventfd `wake`. The calling thread's.
     ///
     /// # Errors
     /// As for [`PreparedRing::new`].
@@ -226,8 +244,9 @@ impl Ring {
         !self.free.is_empty() || self.flights.len() < self.depth
     }
 
-    /// Puts a request into the ring, to have `work` done from its byte `done` on. It is submitted with a few others, by [`advance`](Self::advance) at the latest,
-    /// which must be called before the worker sleeps: wake-ups may be off until then.
+    /// Puts a request into the ring, to have `work` done from its byte `done` on. It is submitted
+    /// with a few others, by [`advance`](Self::advance) at the latest, which must be called before
+    /// the worker sleeps: wake-ups may be off until then.
     ///
     /// # Panics
     /// If there is no room.
@@ -263,8 +282,9 @@ impl Ring {
         }
     }
 
-    /// Asks the kernel to give up what is in flight, as far as it can: what waits for a thread or a condition, not what a disk is doing. Requests end as ever,
-    /// and those that were given up end with `ECANCELED`.
+    /// Asks the kernel to give up what is in flight, as far as it can: what waits for a thread or a
+    /// condition, not what a disk is doing. Requests end as ever, and those that were given up end
+    /// with `ECANCELED`.
     pub fn cancel(&mut self) {
         if self.in_flight() == 0 || self.cancelling {
             return;
@@ -318,12 +338,14 @@ impl Ring {
         loop {
             let entry = self.io.completion().next()?;
             if entry.user_data() == CANCELLATION {
-                // How many it found, or that this kernel cannot; either way the requests end by themselves.
+                // How many it found, or that this kernel cannot; either way the requests end by
+                // themselves.
                 self.cancelling = false;
                 continue;
             }
             let slot = entry.user_data() as usize;
-            let flight = self.flights[slot].as_mut().expect("the kernel completes what is in flight");
+            let flight =
+                self.flights[slot].as_mut().expect("the kernel completes what is in flight");
             match flight.progress(entry.result()) {
                 Progress::More => self.queue(slot as u32),
                 Progress::Ended(result) => {
@@ -339,29 +361,35 @@ impl Ring {
     /// Queues what is left to do of a flight.
     #[inline]
     fn queue(&mut self, slot: u32) {
-        let flight = self.flights[slot as usize].as_mut().expect("a flight that was just put there, or kept");
+        let flight = self.flights[slot as usize]
+            .as_mut()
+            .expect("a flight that was just put there, or kept");
         let entry = flight.entry(&mut self.zeros).user_data(u64::from(slot));
-        // SAFETY: what the entry names is guest memory that stays until the request has been completed (RawSegment::new), which its owner can do only
-        // after `take` has given it back; lists of segments of the host's, which stay as long (RawRequest::new), or of the flight's own, which is freed
-        // by `take`, as its `Aligned` memory is given away only there; and the zeros. `drop` frees none of the latter before the kernel is done with all of it.
+        // SAFETY: what the entry names is guest memory that stays until the request has been
+        // completed (RawSegment::new), which its owner can do only after `take` has given it back;
+        // lists of segments of the host's, which stay as long (RawRequest::new), or of the flight's
+        // own, which is freed by `take`, as its `Aligned` memory is given away only there; and the
+        // zeros. `drop` frees none of the latter before the kernel is done with all of it.
         unsafe { self.enqueue(&entry) };
     }
 
     /// # Safety
-    /// The memory that `entry` names is valid until it has completed or the kernel is done with this ring.
+    /// The memory that `entry` names is valid until it has completed or the kernel is done with
+    /// this ring.
     unsafe fn enqueue(&mut self, entry: &squeue::Entry) {
         // SAFETY: the caller's contract.
         while unsafe { self.io.submission().push(entry) }.is_err() {
             self.be_quiet();
             if !self.enter() {
-                // The kernel is out of memory and the queue is full. There is room in the table for what cannot be queued, but nowhere to
-                // remember it; the kernel's shortage passes.
+                // The kernel is out of memory and the queue is full. There is room in the table for
+                // what cannot be queued, but nowhere to remember it; the kernel's shortage passes.
                 std::thread::yield_now();
             }
         }
     }
 
-    /// Whether the kernel has said that it has completions, which it hands over only when it is called.
+    /// Whether the kernel has said that it has completions, which it hands over only when it is
+    /// called.
     #[inline]
     fn kernel_announces(&mut self) -> bool {
         let submissions = self.io.submission();
@@ -371,7 +399,8 @@ impl Ring {
     /// Whether it has any.
     #[cold]
     fn kernel_has_some(&self) -> bool {
-        let mut watched = libc::pollfd { fd: self.io.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut watched =
+            libc::pollfd { fd: self.io.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid structure. An error, which there is no reason for, is taken for a yes.
         (unsafe { libc::poll(&raw mut watched, 1, 0) }) != 0
     }
@@ -398,7 +427,8 @@ impl Ring {
         }
     }
 
-    /// Turns wake-ups on. Returns whether something has come meanwhile that may not have caused one.
+    /// Turns wake-ups on. Returns whether something has come meanwhile that may not have caused
+    /// one.
     #[inline]
     fn be_loud(&mut self) -> bool {
         if !self.quiet {
@@ -406,7 +436,8 @@ impl Ring {
         }
         self.quiet = false;
         self.io.completion().enable_eventfd();
-        // Pairs with the kernel's barrier between setting IORING_SQ_TASKRUN and looking at what was just turned on.
+        // Pairs with the kernel's barrier between setting IORING_SQ_TASKRUN and looking at what was
+        // just turned on.
         fence(Ordering::SeqCst);
         self.io.submission().taskrun() || !self.io.completion().is_empty()
     }
@@ -414,7 +445,8 @@ impl Ring {
     /// Wakes the worker ourselves.
     fn nudge(&self) {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: eight readable bytes and an open descriptor. It fails only if the counter is full, and then the worker is awake.
+        // SAFETY: eight readable bytes and an open descriptor. It fails only if the counter is
+        // full, and then the worker is awake.
         let _ = unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
     }
 }
@@ -427,7 +459,8 @@ impl Drop for Ring {
         if in_flight == 0 {
             return;
         }
-        // A host that destroys an instance whose requests have not ended relies on this: afterwards nobody writes to guest memory any more.
+        // A host that destroys an instance whose requests have not ended relies on this: afterwards
+        // nobody writes to guest memory any more.
         if self.end.wait(END_TIMEOUT) {
             return;
         }
@@ -465,7 +498,10 @@ fn build(depth: usize) -> io::Result<IoUring> {
     };
     let params = io.params();
     // With these came everything else that is used here, but for cancelling.
-    if params.is_feature_submit_stable() && params.is_feature_nodrop() && params.is_feature_ext_arg() {
+    if params.is_feature_submit_stable()
+        && params.is_feature_nodrop()
+        && params.is_feature_ext_arg()
+    {
         Ok(io)
     } else {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring is too old"))

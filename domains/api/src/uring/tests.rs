@@ -1,6 +1,7 @@
 //! The ring, on pipes and files.
 //!
-//! A read of an empty pipe stays in flight until somebody writes, which makes everything that is about time a matter of the test's own choice.
+//! A read of an empty pipe stays in flight until somebody writes, which makes everything that is
+//! about time a matter of the test's own choice.
 
 use super::*;
 use crate::abi::{RawRequest, RawSegment, op};
@@ -19,8 +20,9 @@ impl Guest {
     fn new(lengths: &[usize], fill: u8) -> Self {
         let mut memory: Vec<Vec<u8>> = lengths.iter().map(|&len| vec![fill; len]).collect();
         // SAFETY: the vectors do not move, and are looked at only when the request has ended.
-        let segments =
-            memory.iter_mut().map(|piece| unsafe { RawSegment::new(piece.as_mut_ptr(), piece.len()) });
+        let segments = memory
+            .iter_mut()
+            .map(|piece| unsafe { RawSegment::new(piece.as_mut_ptr(), piece.len()) });
         let segments = segments.collect();
         Self { memory, segments }
     }
@@ -84,7 +86,8 @@ fn next(ring: &mut Ring, wake: &File) -> Ended {
 
 fn scratch(name: &str) -> File {
     let path = std::env::temp_dir().join(format!("hotswap-uring-{name}-{}", std::process::id()));
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    let file =
+        File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
     std::fs::remove_file(path).unwrap();
     file
 }
@@ -113,8 +116,9 @@ fn each_completion_wakes_a_sleeper_however_it_races_with_him() {
     assert_eq!(guest.memory[0], [7]);
 }
 
-/// Linux hands over 20 completions at a time. One that comes while the rest is being handed over goes with it, and is announced all the same: a few times in
-/// these rounds. Whoever believes it waits for what does not exist; whoever does not look again misses what comes next.
+/// Linux hands over 20 completions at a time. One that comes while the rest is being handed over
+/// goes with it, and is announced all the same: a few times in these rounds. Whoever believes it
+/// waits for what does not exist; whoever does not look again misses what comes next.
 #[test]
 fn an_announcement_of_nothing_is_not_waited_for() {
     const ROUNDS: u32 = 10_000;
@@ -182,7 +186,8 @@ fn a_full_ring_has_no_room_and_loses_nothing() {
     assert!(ring.advance().is_none() && ring.in_flight() == 0);
 }
 
-/// Pushes eight reads of a pipe that has so many bytes. Returns how many waited to be submitted after each, and whether any was answered in the call.
+/// Pushes eight reads of a pipe that has so many bytes. Returns how many waited to be submitted
+/// after each, and whether any was answered in the call.
 fn pushes(bytes: &[u8]) -> Option<(Vec<usize>, bool)> {
     let (reading, writing) = pipe();
     let (mut ring, wake) = ring(&reading, 16)?;
@@ -257,7 +262,10 @@ fn more_segments_than_one_call_takes_go_by_several() {
     ring.push(rest.request(op::READ, 512, 3), Work::Read, 1500);
     next(&mut ring, &wake).result.unwrap();
     let rest = rest.memory.concat();
-    assert!(rest[..1500].iter().all(|&byte| byte == 0xee) && rest[1500..] == out.memory.concat()[1500..]);
+    assert!(
+        rest[..1500].iter().all(|&byte| byte == 0xee)
+            && rest[1500..] == out.memory.concat()[1500..]
+    );
 }
 
 #[test]
@@ -305,7 +313,10 @@ fn cancelling_ends_what_waits_and_nothing_that_comes_later() {
     ring.cancel();
     ring.cancel();
     for _ in 0..8 {
-        assert_eq!(next(&mut ring, &wake).result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+        assert_eq!(
+            next(&mut ring, &wake).result.unwrap_err().raw_os_error(),
+            Some(libc::ECANCELED)
+        );
     }
     assert!(ring.advance().is_none());
     ring.push(guests[0].request(op::READ, 0, 9), Work::Read, 0);
@@ -361,7 +372,9 @@ fn it_may_be_dropped_by_a_thread_that_it_does_not_belong_to() {
 fn one_thread_prepares_a_ring_and_another_uses_it() {
     let (reading, writing) = pipe();
     let prepare = || PreparedRing::new(files(&reading), 4);
-    let Ok(prepared) = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap()) else { return };
+    let Ok(prepared) = std::thread::scope(|scope| scope.spawn(prepare).join().unwrap()) else {
+        return;
+    };
     let wake = eventfd();
     let mut ring = prepared.begin(wake.try_clone().unwrap().into()).unwrap();
     let guest = Guest::new(&[1], 0);
@@ -412,7 +425,12 @@ fn memory_of_its_own_is_read_and_written_in_parts_and_up_to_the_end_of_the_file(
     let mut found = vec![0; 6000];
     file.read_exact_at(&mut found, 0).unwrap();
     let written = 4096 + 1024..4096 + 2048;
-    assert!(found.iter().enumerate().all(|(at, &byte)| byte == if written.contains(&at) { 9 } else { 7 }));
+    assert!(
+        found
+            .iter()
+            .enumerate()
+            .all(|(at, &byte)| byte == if written.contains(&at) { 9 } else { 7 })
+    );
 }
 
 /// Whether nobody else has the file open for writing (`F_SETLEASE`, fcntl(2)).
@@ -429,7 +447,8 @@ fn is_open_once(file: &File) -> bool {
 #[test]
 fn released_files_are_closed_at_once() {
     let path = std::env::temp_dir().join(format!("hotswap-release-{}", std::process::id()));
-    let make = || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+    let make =
+        || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
     let ours = make();
     for prepared in [true, false] {
         let theirs = make();

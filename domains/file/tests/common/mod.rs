@@ -22,7 +22,8 @@ pub fn image_in(dir: &Path, len: u64) -> NamedTempFile {
     image
 }
 
-/// Parameters with this path, and more `KEY=VALUE` pairs. Without a lock, if nothing else is said: many a test has the same image twice.
+/// Parameters with this path, and more `KEY=VALUE` pairs. Without a lock, if nothing else is said:
+/// many a test has the same image twice.
 pub fn params(path: &Path, more: &[&str]) -> Params {
     let mut params = Params::from_pairs(more).unwrap();
     if params.get("locking").is_none() {
@@ -35,7 +36,8 @@ pub fn params(path: &Path, more: &[&str]) -> Params {
 /// Mounts a new tmpfs on `dir`, for this thread only. Returns whether that is allowed here.
 pub fn mount_tmpfs(dir: &Path, options: &std::ffi::CStr) -> bool {
     let dir = CString::new(dir.as_os_str().as_bytes()).unwrap();
-    // SAFETY: the strings are valid for the calls. Only this thread gets a namespace of its own, and it is made private before the mount.
+    // SAFETY: the strings are valid for the calls. Only this thread gets a namespace of its own,
+    // and it is made private before the mount.
     unsafe {
         libc::unshare(libc::CLONE_NEWNS) == 0
             && libc::mount(
@@ -45,8 +47,13 @@ pub fn mount_tmpfs(dir: &Path, options: &std::ffi::CStr) -> bool {
                 libc::MS_REC | libc::MS_PRIVATE,
                 std::ptr::null(),
             ) == 0
-            && libc::mount(c"tmpfs".as_ptr(), dir.as_ptr(), c"tmpfs".as_ptr(), 0, options.as_ptr().cast())
-                == 0
+            && libc::mount(
+                c"tmpfs".as_ptr(),
+                dir.as_ptr(),
+                c"tmpfs".as_ptr(),
+                0,
+                options.as_ptr().cast(),
+            ) == 0
     }
 }
 
@@ -58,7 +65,8 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// `count` requests of `len` bytes all over a disk of `size` bytes, tagged from 0. Their memory is aligned for direct I/O.
+    /// `count` requests of `len` bytes all over a disk of `size` bytes, tagged from 0. Their memory
+    /// is aligned for direct I/O.
     pub fn reads(count: usize, len: usize, size: u64) -> Self {
         Self::new(abi::op::READ, count, len, size)
     }
@@ -69,14 +77,16 @@ impl Raw {
         let start = memory.as_ptr().align_offset(4096);
         let base = memory.as_mut_ptr();
         let segments: Vec<RawSegment> = (0..count)
-            // SAFETY: inside the memory, which the tests keep until the requests have ended, and access through `mark` and `is_marked` only then.
+            // SAFETY: inside the memory, which the tests keep until the requests have ended, and
+            // access through `mark` and `is_marked` only then.
             .map(|i| unsafe { RawSegment::new(base.add(start + i * len), len) })
             .collect();
         let request = |(i, segment): (usize, &RawSegment)| {
             let offset = (i as u64).wrapping_mul(7919) % (size / len as u64) * len as u64;
             // SAFETY: the list is not touched again, and kept as long as the memory.
-            let mut raw =
-                unsafe { RawRequest::new(op, 0, offset, len as u64, std::slice::from_ref(segment)) };
+            let mut raw = unsafe {
+                RawRequest::new(op, 0, offset, len as u64, std::slice::from_ref(segment))
+            };
             raw.tag = i as u64;
             raw
         };
@@ -99,33 +109,43 @@ impl Raw {
     }
 }
 
-/// How many pages of `file` are in the page cache and not on the disk (`cachestat`, Linux 6.5); `None` if the kernel does not say.
+/// How many pages of `file` are in the page cache and not on the disk (`cachestat`, Linux 6.5);
+/// `None` if the kernel does not say.
 pub fn dirty_pages(file: &std::fs::File) -> Option<u64> {
     const SYS_CACHESTAT: libc::c_long = 451;
     let range = [0u64, 0];
     // nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted
     let mut counts = [0u64; 5];
     // SAFETY: two numbers to read, five to write, and an open descriptor.
-    let code =
-        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0) };
+    let code = unsafe {
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), counts.as_mut_ptr(), 0)
+    };
     (code == 0).then_some(counts[1] + counts[2])
 }
 
-/// Runs `f` on a thread where `io_uring_setup` fails with EPERM, as under many a seccomp profile. Returns whether such a thread could be had.
+/// Runs `f` on a thread where `io_uring_setup` fails with EPERM, as under many a seccomp profile.
+/// Returns whether such a thread could be had.
 pub fn without_io_uring(f: impl FnOnce() + Send) -> bool {
     let forbidden = || {
         let code = |code: u32, k: u32, jt, jf| libc::sock_filter { code: code as u16, jt, jf, k };
         let program = [
             code(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-            code(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_io_uring_setup as u32, 0, 1),
+            code(
+                libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+                libc::SYS_io_uring_setup as u32,
+                0,
+                1,
+            ),
             code(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0, 0),
             code(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
         ];
-        let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+        let filter =
+            libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
         // SAFETY: the filter is valid for the call, and holds for this thread only.
         unsafe {
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) == 0
+                && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter)
+                    == 0
         }
     };
     std::thread::scope(|scope| {

@@ -1,11 +1,14 @@
-//! The domain `file`, and a panic at the first flush: what a fault in a file's domain leaves to its successor.
+//! The domain `file`, and a panic at the first flush: what a fault in a file's domain leaves to its
+//! successor.
 //!
-//! The flush has been given to the kernel by then. `panics=reap` waits for the kernel's answer first and keeps it to itself;
-//! `panics=submit` does not wait.
+//! The flush has been given to the kernel by then. `panics=reap` waits for the kernel's answer
+//! first and keeps it to itself; `panics=submit` does not wait.
 
 #![forbid(unsafe_code)]
 
-use domain_api::{Batch, BlockDomain, Completions, DeviceInfo, DomainError, Host, Params, QueueContext};
+use domain_api::{
+    Batch, BlockDomain, Completions, DeviceInfo, DomainError, Host, Params, QueueContext,
+};
 use domain_file::FileDisk;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -24,8 +27,17 @@ impl BlockDomain for Fragile {
     const SCHEMA_NAME: &'static str = FileDisk::SCHEMA_NAME;
     const SCHEMA: u32 = FileDisk::SCHEMA;
     const ACCEPTED_SCHEMAS: &'static [u32] = FileDisk::ACCEPTED_SCHEMAS;
-    const PARAMS: &'static [&'static str] =
-        &["path", "direct", "readonly", "locking", "block_size", "serial", "aio", "panics", "calls"];
+    const PARAMS: &'static [&'static str] = &[
+        "path",
+        "direct",
+        "readonly",
+        "locking",
+        "block_size",
+        "serial",
+        "aio",
+        "panics",
+        "calls",
+    ];
     const INHERITED: &'static [&'static str] = FileDisk::INHERITED;
 
     type Queue = <FileDisk as BlockDomain>::Queue;
@@ -61,10 +73,16 @@ impl BlockDomain for Fragile {
         self.file.detach_queue(queue);
     }
 
-    fn submit(&self, queue: &mut Self::Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
+    fn submit(
+        &self,
+        queue: &mut Self::Queue,
+        batch: &mut Batch<'_>,
+        completions: &mut Completions<'_>,
+    ) {
         self.file.submit(queue, batch, completions);
-        let left =
-            self.calls.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |calls| calls.checked_sub(1));
+        let left = self
+            .calls
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |calls| calls.checked_sub(1));
         if left.is_err() {
             assert!(self.in_reap, "as it was told to");
             self.is_due.store(true, Ordering::Relaxed);

@@ -1,16 +1,20 @@
-//! A ramdisk that does what a domain should not: it leaves something behind that keeps its module mapped.
+//! A ramdisk that does what a domain should not: it leaves something behind that keeps its module
+//! mapped.
 //!
-//! `keeps=tls` a thread-local with a destructor, on a worker's thread; `keeps=thread` a thread of its own; `keeps=host-thread` a thread of the host's that
-//! does not end; `keeps=timer` a timer that is not due for an hour, which is harmless, because the host frees it. A thread ends after `seconds`, if they are given.
+//! `keeps=tls` a thread-local with a destructor, on a worker's thread; `keeps=thread` a thread of
+//! its own; `keeps=host-thread` a thread of the host's that does not end; `keeps=timer` a timer
+//! that is not due for an hour, which is harmless, because the host frees it. A thread ends after
+//! `seconds`, if they are given.
 //!
-//! `keeps=request` its first request, for three seconds, while it goes on with others; `keeps=nothing` is for what follows it. These two serve side by side, which a
-//! ramdisk can because the region is the host's and nothing of it is kept anywhere else.
+//! `keeps=request` its first request, for three seconds, while it goes on with others;
+//! `keeps=nothing` is for what follows it. These two serve side by side, which a ramdisk can
+//! because the region is the host's and nothing of it is kept anywhere else.
 
 #![forbid(unsafe_code)]
 
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Level, Op, Params,
-    QueueContext, QueueIndex, Region, Request, Status, Swap,
+    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Level, Op,
+    Params, QueueContext, QueueIndex, Region, Request, Status, Swap,
 };
 use std::cell::RefCell;
 use std::sync::OnceLock;
@@ -18,7 +22,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 thread_local! {
-    /// A `Vec` has a destructor, which is registered with the thread at its first use and points into this module.
+    /// A `Vec` has a destructor, which is registered with the thread at its first use and points
+    /// into this module.
     static KEPT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -55,7 +60,8 @@ impl BlockDomain for Stubborn {
     type Queue = Queue;
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let left = params.get("seconds").and_then(|text| text.parse::<u64>().ok()).unwrap_or(u64::MAX);
+        let left =
+            params.get("seconds").and_then(|text| text.parse::<u64>().ok()).unwrap_or(u64::MAX);
         let forever = move || (0..left).for_each(|_| std::thread::sleep(Duration::from_secs(1)));
         match params.get("keeps") {
             Some("tls" | "request" | "nothing") => {}
@@ -89,7 +95,9 @@ impl BlockDomain for Stubborn {
             physical_block_size: 4096,
             optimal_io_size: 0,
             discard_granularity: 4096,
-            capabilities: Capabilities::FLUSH.with(Capabilities::DISCARD).with(Capabilities::WRITE_ZEROES),
+            capabilities: Capabilities::FLUSH
+                .with(Capabilities::DISCARD)
+                .with(Capabilities::WRITE_ZEROES),
             swap: self.swaps,
             backing_kind: "memory".to_owned(),
             backing_id: (0, 0),

@@ -1,8 +1,10 @@
-//! What the guest felt: `fio` with a log of every request, put side by side with what was done to the device.
+//! What the guest felt: `fio` with a log of every request, put side by side with what was done to
+//! the device.
 //!
-//! The log's times are the guest's monotonic clock. How far that is from ours is measured through the command channel, before
-//! and after; what cannot be known better than the round trip took goes into the verdict on each second: a second counts as
-//! quiet only if no change touched it or came within that uncertainty.
+//! The log's times are the guest's monotonic clock. How far that is from ours is measured through
+//! the command channel, before and after; what cannot be known better than the round trip took goes
+//! into the verdict on each second: a second counts as quiet only if no change touched it or came
+//! within that uncertainty.
 
 use std::time::{Duration, Instant};
 
@@ -68,7 +70,8 @@ impl Clock {
             let before = Instant::now();
             let uptime = guest.sh("cat /proc/uptime");
             let round_trip = before.elapsed();
-            let seconds: f64 = uptime.split(' ').next().and_then(|word| word.parse().ok()).expect("a number");
+            let seconds: f64 =
+                uptime.split(' ').next().and_then(|word| word.parse().ok()).expect("a number");
             // It was read somewhere between, and it has two decimals.
             Clock {
                 ours: before + round_trip / 2,
@@ -90,10 +93,11 @@ impl Clock {
 }
 
 impl<'guest> Run<'guest> {
-    /// Starts `fio` on a disk. Two jobs do mixed random 4 KiB requests, 16 deep each, on 32 MiB; every block carries a
-    /// checksum and its own offset, and reads check both. A third job, on 16 MiB of its own, has one request at a time, and logs how
-    /// long each took: a job that checks lets its requests lie completed while it checks others, so that its latencies say
-    /// more about `fio` than about the disk.
+    /// Starts `fio` on a disk. Two jobs do mixed random 4 KiB requests, 16 deep each, on 32 MiB;
+    /// every block carries a checksum and its own offset, and reads check both. A third job, on 16
+    /// MiB of its own, has one request at a time, and logs how long each took: a job that checks
+    /// lets its requests lie completed while it checks others, so that its latencies say more about
+    /// `fio` than about the disk.
     pub fn start(guest: &'guest Guest, disk: &str, seconds: u64) -> Self {
         let clock = Clock::read(guest);
         let job = guest.spawn(&format!(
@@ -136,14 +140,14 @@ impl<'guest> Run<'guest> {
             felt.requests += count("read") + count("write");
         }
         // `fio` ends with the first of either, and says so in words.
-        let said = output
-            .stdout
-            .lines()
-            .filter(|line| !line.contains("\" : ") && (line.contains("fio:") || line.contains("verify")));
+        let said = output.stdout.lines().filter(|line| {
+            !line.contains("\" : ") && (line.contains("fio:") || line.contains("verify"))
+        });
         let said: Vec<&str> = said.filter(|line| !line.contains("multiple writers")).collect();
-        felt.mismatches =
-            said.iter().filter(|line| line.contains("verify:") || line.contains("verify failed")).count()
-                as u64;
+        felt.mismatches = said
+            .iter()
+            .filter(|line| line.contains("verify:") || line.contains("verify failed"))
+            .count() as u64;
         felt.errors = said.iter().filter(|line| line.contains("io_u error")).count() as u64;
         if output.status != 0 {
             felt.complaint = format!("fio exited with {}: {}", output.status, said.join("; "));
@@ -176,7 +180,9 @@ impl Felt {
             .map(|index| {
                 let from = (first_ms + 1000 * index as u64) as f64 - uncertain;
                 let to = (first_ms + 1000 * (index as u64 + 1)) as f64 + uncertain;
-                changes.iter().any(|&(start, end)| clock.guest_ms(end) >= from && clock.guest_ms(start) <= to)
+                changes
+                    .iter()
+                    .any(|&(start, end)| clock.guest_ms(end) >= from && clock.guest_ms(start) <= to)
             })
             .collect();
         for (ms, latency_ns) in entries {
@@ -201,5 +207,7 @@ fn jobs(output: &str) -> Vec<Value> {
         let mut stream = serde_json::Deserializer::from_str(&output[start..]).into_iter::<Value>();
         stream.next()?.ok()
     });
-    report.and_then(|mut report| report["jobs"].as_array_mut().map(std::mem::take)).unwrap_or_default()
+    report
+        .and_then(|mut report| report["jobs"].as_array_mut().map(std::mem::take))
+        .unwrap_or_default()
 }

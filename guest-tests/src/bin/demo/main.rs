@@ -1,8 +1,10 @@
-//! The demo: a Linux guest does checked I/O on two vhost-user disks while the code behind them is replaced again and again.
+//! The demo: a Linux guest does checked I/O on two vhost-user disks while the code behind them is
+//! replaced again and again.
 //!
-//! It tells what it does while it does it, and in the end what the guest felt. Everything that is shown happened: upgrades are
-//! done by `hotswapctl`, latencies come from the guest's own log of every request, and the exit status is 0 only if no
-//! request failed, no block was wrong, and no upgrade ended otherwise than announced.
+//! It tells what it does while it does it, and in the end what the guest felt. Everything that is
+//! shown happened: upgrades are done by `hotswapctl`, latencies come from the guest's own log of
+//! every request, and the exit status is 0 only if no request failed, no block was wrong, and no
+//! upgrade ended otherwise than announced.
 //!
 //! `--sabotage` lets one request fail on purpose, to see that the demo notices.
 
@@ -53,7 +55,8 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // The harness says what went wrong by panicking, with the ends of the guest's console and of the daemon's log.
+    // The harness says what went wrong by panicking, with the ends of the guest's console and of
+    // the daemon's log.
     match catch_unwind(AssertUnwindSafe(|| Demo::new(sabotage).run())) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -168,7 +171,9 @@ impl Demo {
         self.rollback(daemon);
         next.next();
         at(18.2);
-        self.burst(daemon, &run, 22.0, began, || (next.next().expect("endless").to_owned(), Vec::new()));
+        self.burst(daemon, &run, 22.0, began, || {
+            (next.next().expect("endless").to_owned(), Vec::new())
+        });
         let felt = run.finish(&self.touched());
         self.after(&felt);
         felt
@@ -218,7 +223,9 @@ impl Demo {
         at(6.3);
         self.rollback(daemon);
         at(11.2);
-        self.burst(daemon, &run, FILE_SECONDS as f64 - 1.2, began, || ("file".to_owned(), Vec::new()));
+        self.burst(daemon, &run, FILE_SECONDS as f64 - 1.2, began, || {
+            ("file".to_owned(), Vec::new())
+        });
         let felt = run.finish(&self.touched());
         self.after(&felt);
         felt
@@ -245,17 +252,23 @@ impl Demo {
             }
             let these = &self.changes[first..];
             let pauses: Vec<u64> = these.iter().map(Change::pause_us).collect();
-            let (Some(&shortest), Some(&longest)) = (pauses.iter().min(), pauses.iter().max()) else { break };
+            let (Some(&shortest), Some(&longest)) = (pauses.iter().min(), pauses.iter().max())
+            else {
+                break;
+            };
             let mode = these[0].mode().to_owned();
             let generation = these.last().and_then(|change| change.reply.as_ref());
-            let generation = generation.map_or(0, |reply| reply["generation"].as_u64().unwrap_or(0));
+            let generation =
+                generation.map_or(0, |reply| reply["generation"].as_u64().unwrap_or(0));
             let pauses = if mode == "swap" {
                 "nobody paused".to_owned()
             } else {
                 format!("paused {} to {}", micros(shortest), micros(longest))
             };
-            self.screen
-                .say(&format!("{:>3} by {mode:<8}  now generation {generation:<4} {pauses}", these.len()));
+            self.screen.say(&format!(
+                "{:>3} by {mode:<8}  now generation {generation:<4} {pauses}",
+                these.len()
+            ));
         }
     }
 
@@ -280,7 +293,9 @@ impl Demo {
             };
             let pause = match reply["mode"].as_str() {
                 Some("swap") => "nobody paused".to_owned(),
-                _ => format!("paused {}", micros(reply["phases_us"]["pause"].as_u64().unwrap_or(0))),
+                _ => {
+                    format!("paused {}", micros(reply["phases_us"]["pause"].as_u64().unwrap_or(0)))
+                }
             };
             let mode = reply["mode"].as_str().unwrap_or("?");
             self.screen.say(&format!(
@@ -301,10 +316,14 @@ impl Demo {
         let to = Instant::now();
         let after = daemon.status();
         // The path is that of a temporary directory, and says nothing.
-        let sentence = sentence
-            .replace(&format!("{}/", Path::new(name).parent().unwrap_or(Path::new("")).display()), "");
+        let sentence = sentence.replace(
+            &format!("{}/", Path::new(name).parent().unwrap_or(Path::new("")).display()),
+            "",
+        );
         self.screen.tell(Tone::Odd, &sentence);
-        if (&before["generation"], &after["state"]) != (&after["generation"], &Value::from("serving")) {
+        if (&before["generation"], &after["state"])
+            != (&after["generation"], &Value::from("serving"))
+        {
             self.trouble(format!("the refusal has left its mark: {after}"));
         }
         thread::sleep(Duration::from_millis(200));
@@ -330,7 +349,10 @@ impl Demo {
         if felt.complaint.is_empty() {
             self.screen.tell(
                 Tone::Good,
-                &format!("fio has ended: {} requests, no error, no wrong block", grouped(felt.requests)),
+                &format!(
+                    "fio has ended: {} requests, no error, no wrong block",
+                    grouped(felt.requests)
+                ),
             );
         } else {
             self.trouble(felt.complaint.clone());
@@ -362,8 +384,8 @@ impl Demo {
             self.trouble("a module that was replaced is still in memory".to_owned());
         }
         let kernel = guest.sh("dmesg");
-        let complaints =
-            ["I/O error", "EXT4-fs error", "hung", "reset"].map(|word| kernel.matches(word).count());
+        let complaints = ["I/O error", "EXT4-fs error", "hung", "reset"]
+            .map(|word| kernel.matches(word).count());
         if complaints.iter().sum::<usize>() > 0 {
             self.trouble("the guest's kernel has complained about its disks".to_owned());
         }
@@ -389,28 +411,50 @@ impl Demo {
     fn verdict(&self, felt: &[Felt; 2], daemon_errors: u64, files_ok: bool) -> bool {
         let screen = &self.screen;
         let sum = |of: fn(&Felt) -> u64| felt.iter().map(of).sum::<u64>();
-        let (errors, mismatches) = (sum(|run| run.errors).max(daemon_errors), sum(|run| run.mismatches));
+        let (errors, mismatches) =
+            (sum(|run| run.errors).max(daemon_errors), sum(|run| run.mismatches));
         screen.heading("What the guest felt");
         let row = |bad: bool, name: &str, value: String| {
-            screen.row(if bad { Tone::Bad } else { Tone::Plain }, &format!("{name:<28}{value:>10}"));
+            screen
+                .row(if bad { Tone::Bad } else { Tone::Plain }, &format!("{name:<28}{value:>10}"));
         };
         row(false, "requests done by fio", grouped(sum(|run| run.requests)));
         row(errors > 0, "failed", errors.to_string());
         row(mismatches > 0, "blocks with wrong content", mismatches.to_string());
-        row(!files_ok, "files with wrong content", if files_ok { "0 of 8".into() } else { "some".into() });
+        row(
+            !files_ok,
+            "files with wrong content",
+            if files_ok { "0 of 8".into() } else { "some".into() },
+        );
 
-        let count = |of: &dyn Fn(&Change) -> bool| self.changes.iter().filter(|change| of(change)).count();
+        let count =
+            |of: &dyn Fn(&Change) -> bool| self.changes.iter().filter(|change| of(change)).count();
         println!();
-        row(false, "upgrades", count(&|change| change.reply.is_some() && !change.rollback).to_string());
+        row(
+            false,
+            "upgrades",
+            count(&|change| change.reply.is_some() && !change.rollback).to_string(),
+        );
         row(false, "rollbacks", count(&|change| change.rollback).to_string());
-        row(false, "refused, device as before", count(&|change| change.reply.is_none()).to_string());
+        row(
+            false,
+            "refused, device as before",
+            count(&|change| change.reply.is_none()).to_string(),
+        );
 
         for mode in ["handover", "swap"] {
-            let mut pauses: Vec<u64> =
-                self.changes.iter().filter(|change| change.mode() == mode).map(Change::pause_us).collect();
+            let mut pauses: Vec<u64> = self
+                .changes
+                .iter()
+                .filter(|change| change.mode() == mode)
+                .map(Change::pause_us)
+                .collect();
             println!();
             if pauses.iter().all(|&pause| pause == 0) {
-                screen.row(Tone::Plain, &format!("{} by {mode}: none of them paused anybody", pauses.len()));
+                screen.row(
+                    Tone::Plain,
+                    &format!("{} by {mode}: none of them paused anybody", pauses.len()),
+                );
                 continue;
             }
             let each = pauses.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
@@ -428,8 +472,12 @@ impl Demo {
         }
 
         println!();
-        screen.row(Tone::Plain, "latency in the guest, in seconds without and with changes, in ms:");
-        screen.row(Tone::Plain, "                       seconds   requests    50 %    99 %  99.9 %  longest");
+        screen
+            .row(Tone::Plain, "latency in the guest, in seconds without and with changes, in ms:");
+        screen.row(
+            Tone::Plain,
+            "                       seconds   requests    50 %    99 %  99.9 %  longest",
+        );
         for (name, run) in ["memory", "image"].iter().zip(felt) {
             latencies(screen, &format!("{name}, without"), &run.quiet);
             latencies(screen, &format!("{name}, with"), &run.busy);
@@ -437,7 +485,9 @@ impl Demo {
         let uncertain = felt.iter().map(|run| run.uncertain.as_millis()).max().unwrap_or(0);
         screen.row(
             Tone::Plain,
-            &format!("(clocks matched to {uncertain} ms; fio's first second, warming up, is left out)"),
+            &format!(
+                "(clocks matched to {uncertain} ms; fio's first second, warming up, is left out)"
+            ),
         );
 
         let well = self.troubles.is_empty() && errors == 0 && mismatches == 0;
