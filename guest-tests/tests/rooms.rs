@@ -14,11 +14,11 @@ use serde_json::Value;
 /// Who may depend on whom, in the product.
 const ARROWS: &[(&str, &[&str])] = &[
     ("srcu", &[]),
-    ("shared-heap", &[]),
+    ("storage", &[]),
     ("domain-api", &[]),
     ("virtio-blk", &["domain-api"]),
     ("loader", &["domain-api"]),
-    ("proxy", &["srcu", "shared-heap", "domain-api"]),
+    ("proxy", &["srcu", "storage", "domain-api"]),
     ("vhost-hotswap", &["proxy", "loader", "virtio-blk", "domain-api"]),
     ("domain-empty", &["domain-api"]),
     ("domain-ramdisk", &["domain-api"]),
@@ -44,18 +44,18 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("domains/api", "the C ABI below the safe traits"),
     ("backend/virtio-blk", "guest memory is handed to the kernel as iovecs"),
     (
-        "backend/daemon/src/guest_memory.rs",
+        "backend/server/src/guest_memory.rs",
         "what a worker promises to those who get guest addresses",
     ),
     (
-        "backend/daemon/src/raw_fd.rs",
+        "backend/server/src/raw_fd.rs",
         "descriptors that come or go as numbers, and who is behind one",
     ),
-    ("backend/daemon/src/signals.rs", "a system call that sets what a signal does"),
+    ("backend/server/src/signals.rs", "a system call that sets what a signal does"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),
     ("domains/file/tests", "limits and mounts of the test's own process"),
     ("domains/file/benches", "reads its own CPU time"),
-    ("guest-tests/src/client.rs", "rings and buffers that another process shares"),
+    ("guest-tests/harness/client.rs", "rings and buffers that another process shares"),
 ];
 
 /// One dependency, as a manifest has it.

@@ -38,6 +38,7 @@ pub use report::{
 };
 pub use worker::{Ended, Gate, Worker};
 
+use ::storage::DomainId;
 use domain_api::host::{CallError, Instance, ModuleLoader, QUEUE_LIMIT, Resident};
 use domain_api::{Capabilities, DeviceInfo, Params};
 use environment::Environment;
@@ -45,7 +46,6 @@ use events::Events;
 use fence::Fence;
 use queue::Queues;
 use retire::Leaving;
-use shared_heap::DomainId;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};

@@ -11,9 +11,9 @@
 //!
 //! Deliberately absent: what the bytes mean. The schema number says which domains know.
 
+use ::storage::{DomainId, RRef, RRefVec, SharedHeap};
 use domain_api::host::{HostRegion, HostServices};
 use domain_api::{DomainError, Level, QueueIndex};
-use shared_heap::{DomainId, RRef, RRefVec, SharedHeap};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -79,7 +79,7 @@ impl Storage {
     pub(crate) fn move_to(&self, to: DomainId) {
         let mut inner = self.lock();
         if let Some(from) = inner.owner {
-            let moved = |result: Result<(), shared_heap::HeapError>| {
+            let moved = |result: Result<(), ::storage::HeapError>| {
                 result.expect("the storage's objects belong to the storage's owner");
             };
             inner.regions.values().for_each(|&object| moved(self.heap.move_to(object, from, to)));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::cells;
+use crate::cells;
 
 pub(super) const USAGE: &str = "\
 usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--idle-seconds S] [--guest] [--awake] [--no-pin]

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::cells::image;
-use super::options::Options;
-use super::server::{Peer, Recipe, Server};
-use super::stats::{Spread, rate, ratios, time, times};
-use super::upgrade::Operator;
-use crate::daemon::Daemon;
-use crate::guest::{Guest, GuestOptions, Job};
+use crate::cells::image;
+use crate::options::Options;
+use crate::server::{Peer, Recipe, Server};
+use crate::stats::{Spread, rate, ratios, time, times};
+use crate::upgrade::Operator;
+use guest_tests::daemon::Daemon;
+use guest_tests::guest::{Guest, GuestOptions, Job};
 
 /// Upgrades while `fio` runs come this often.
 const INTERVAL: Duration = Duration::from_millis(500);

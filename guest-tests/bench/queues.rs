@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::awake::Awake;
-use super::cells::image;
-use super::cpu;
-use super::drive::{Driver, Load, Measured, Mix, Wait};
-use super::options::Options;
-use super::server::Recipe;
-use super::stats::{Spread, rate, ratios, times};
+use crate::awake::Awake;
+use crate::cells::image;
+use crate::cpu;
+use crate::drive::{Driver, Load, Measured, Mix, Wait};
+use crate::options::Options;
+use crate::server::Recipe;
+use crate::stats::{Spread, rate, ratios, times};
 
 const COUNTS: [usize; 3] = [1, 2, 4];
 

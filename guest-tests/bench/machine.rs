@@ -5,9 +5,9 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::cpu;
-use super::server::PEER;
-use crate::daemon::binary;
+use crate::cpu;
+use crate::server::PEER;
+use guest_tests::daemon::binary;
 
 /// A look at the machine at the beginning, to be compared with its end.
 pub(super) struct Machine {

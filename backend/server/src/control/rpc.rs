@@ -129,7 +129,10 @@ pub(super) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
             ));
         }
         Ok(_) => {
-            return Err((Value::Null, RpcError::invalid_request("a request must be a JSON object")));
+            return Err((
+                Value::Null,
+                RpcError::invalid_request("a request must be a JSON object"),
+            ));
         }
         Err(error) => return Err((Value::Null, error)),
     };

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cpu;
-use super::drive::{Driver, Load, Mix, Wait};
-use super::server::Recipe;
+use crate::cpu;
+use crate::drive::{Driver, Load, Mix, Wait};
+use crate::server::Recipe;
 
 /// Watches the daemon, and the peer beside it, at the same time: neither should do anything.
 pub(super) fn run(seconds: f64) -> io::Result<Value> {

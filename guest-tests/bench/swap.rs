@@ -10,15 +10,15 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::awake::Awake;
-use super::cells::image;
-use super::cpu::{self, Places};
-use super::drive::{Driver, Load, Measured, Mix, Wait};
-use super::options::Options;
-use super::stats::{Spread, ratios, time, times};
-use super::upgrade::{Done, Operator, print_total};
-use crate::daemon::Daemon;
-use crate::modules::copies;
+use crate::awake::Awake;
+use crate::cells::image;
+use crate::cpu::{self, Places};
+use crate::drive::{Driver, Load, Measured, Mix, Wait};
+use crate::options::Options;
+use crate::stats::{Spread, ratios, time, times};
+use crate::upgrade::{Done, Operator, print_total};
+use guest_tests::daemon::Daemon;
+use guest_tests::modules::copies;
 
 /// Twenty in a second.
 const INTERVAL: Duration = Duration::from_millis(50);

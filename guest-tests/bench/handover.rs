@@ -10,16 +10,16 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::cpu::{self, Places};
-use super::drive::{Driver, Load, Mix, Wait};
-use super::machine::memory_kib;
-use super::options::Options;
-use super::rendezvous::{self, Work};
-use super::stats::{quantile, sorted};
-use super::swap::sane;
-use super::upgrade::{Done, Operator, print_pauses, print_total};
-use crate::client::{self, Client, Request, Status};
-use crate::daemon::Daemon;
+use crate::cpu::{self, Places};
+use crate::drive::{Driver, Load, Mix, Wait};
+use crate::machine::memory_kib;
+use crate::options::Options;
+use crate::rendezvous::{self, Work};
+use crate::stats::{quantile, sorted};
+use crate::swap::sane;
+use crate::upgrade::{Done, Operator, print_pauses, print_total};
+use guest_tests::client::{self, Client, Request, Status};
+use guest_tests::daemon::Daemon;
 
 const SMALL_MIB: u64 = 64;
 const LARGE_MIB: u64 = 8 << 10;

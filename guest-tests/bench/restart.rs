@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::cells::image;
-use super::cpu::{self, Places};
-use super::drive::{Driver, Load, Mix, Wait};
-use super::options::Options;
-use super::server::Peer;
-use super::stats::{Spread, time};
-use super::svg::{self, Cloud};
-use super::upgrade::Operator;
-use crate::daemon::Daemon;
+use crate::cells::image;
+use crate::cpu::{self, Places};
+use crate::drive::{Driver, Load, Mix, Wait};
+use crate::options::Options;
+use crate::server::Peer;
+use crate::stats::{Spread, time};
+use crate::svg::{self, Cloud};
+use crate::upgrade::Operator;
+use guest_tests::daemon::Daemon;
 
 /// How long I/O runs before the event, and in all.
 const BEFORE: Duration = Duration::from_millis(1000);
@@ -120,7 +120,7 @@ fn upgrade(
         io::Result::Ok(event)
     };
     let (measured, event) = driver.run_beside(BEFORE + AFTER, true, places.client, beside)?;
-    super::swap::sane(&measured)?;
+    crate::swap::sane(&measured)?;
     Ok(Trace::new(&measured.trace, event?.as_nanos() as u64))
 }
 
@@ -161,7 +161,7 @@ fn restart(blockdev: &str, retry: Duration, places: Places) -> io::Result<Trace>
     })?;
     let left = (event + AFTER).saturating_sub(epoch.elapsed()).max(Duration::from_millis(200));
     let (second, ()) = driver.run_beside(left, true, places.client, || {})?;
-    super::swap::sane(&second)?;
+    crate::swap::sane(&second)?;
     drop(peer);
 
     let mut entries = first.trace;

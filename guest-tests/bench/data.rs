@@ -11,16 +11,16 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::awake::Awake;
-use super::cells::{self, Cell, Contender, Images, Selection};
-use super::cpu::{self, Places};
-use super::drive::{Driver, Load, Mix, Wait};
-use super::machine::Machine;
-use super::options::Options;
-use super::server::Recipe;
-use super::stats::{Spread, rate, ratios, time, times};
-use super::svg::{self, Bar};
-use super::{attempt, idle, in_guest, queues, save, save_json};
+use crate::awake::Awake;
+use crate::cells::{self, Cell, Contender, Images, Selection};
+use crate::cpu::{self, Places};
+use crate::drive::{Driver, Load, Mix, Wait};
+use crate::machine::Machine;
+use crate::options::Options;
+use crate::server::Recipe;
+use crate::stats::{Spread, rate, ratios, time, times};
+use crate::svg::{self, Bar};
+use crate::{attempt, idle, in_guest, queues, save, save_json};
 
 /// One run of one contender.
 struct Run {
@@ -138,7 +138,7 @@ fn announce(cells: usize, options: &Options) {
 
 /// What the daemon says about itself.
 fn default_poll() -> String {
-    let help = crate::daemon::run_daemon(&["--help"]).stdout;
+    let help = guest_tests::daemon::run_daemon(&["--help"]).stdout;
     let after = help.split_once("--poll-us").and_then(|(_, rest)| rest.split_once("[default: "));
     after
         .and_then(|(_, rest)| rest.split_once(']'))

@@ -15,10 +15,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::cpu;
-use super::histogram::Histogram;
-use crate::client::fast::{FastQueue, Waker};
-use crate::client::{Client, Options};
+use crate::cpu;
+use crate::histogram::Histogram;
+use guest_tests::client::fast::{FastQueue, Waker};
+use guest_tests::client::{Client, Options};
 
 /// How much longer than planned a run may take.
 const PATIENCE: Duration = Duration::from_secs(10);

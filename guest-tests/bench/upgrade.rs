@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::cpu::Places;
-use super::machine::Machine;
-use super::options::Options;
-use super::stats::{Spread, quantile, sorted, time};
-use super::{attempt, handover, in_guest, restart, save, save_json, swap};
-use crate::daemon::{Control, Daemon};
+use crate::cpu::Places;
+use crate::machine::Machine;
+use crate::options::Options;
+use crate::stats::{Spread, quantile, sorted, time};
+use crate::{attempt, handover, in_guest, restart, save, save_json, swap};
+use guest_tests::daemon::{Control, Daemon};
 
 /// Runs everything; says how much of it failed.
 pub(super) fn run(options: &Options) -> usize {

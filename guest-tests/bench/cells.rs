@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::drive::{Load, Mix, Wait};
-use super::server::Recipe;
-use crate::loopback::LoopDevice;
+use crate::drive::{Load, Mix, Wait};
+use crate::server::Recipe;
+use guest_tests::loopback::LoopDevice;
 
 /// Size of all disks but the direct one.
 const DISK_BYTES: u64 = 256 << 20;

@@ -161,7 +161,10 @@ impl Client {
                 }
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up()),
                 Err(e) => {
-                    return Err(Failure::new("unreachable", format!("cannot read the answer: {e}")));
+                    return Err(Failure::new(
+                        "unreachable",
+                        format!("cannot read the answer: {e}"),
+                    ));
                 }
             }
         }

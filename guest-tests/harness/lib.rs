@@ -13,10 +13,8 @@
 //! - [`modules`]: modules that only tests have.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
 //! - [`power`]: a disk that forgets what was not synced when its power is cut.
-//! - [`mod@bench`]: what it costs and what is felt, beside QEMU's own daemon.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
-pub mod bench;
 pub mod client;
 pub mod daemon;
 pub mod guest;

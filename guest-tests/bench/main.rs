@@ -12,7 +12,7 @@
 //! - `drive`, `server`, `cpu`, `machine`: load, both sides, CPUs, and what all of it ran on.
 //! - `histogram`, `stats`, `svg`: numbers and pictures.
 //!
-//! The entrance is [`main`]; nothing here knows what is behind the daemon's sockets.
+//! Nothing here knows what is behind the daemon's sockets.
 
 mod awake;
 mod cells;
@@ -43,16 +43,17 @@ use std::process::ExitCode;
 use options::{Kind, Options, USAGE};
 use serde_json::Value;
 
-/// Runs the benchmark that the arguments, without the program's name, ask for.
+/// Runs the benchmark that the arguments ask for.
 ///
 /// Exits with 0 if everything could be measured, 1 if something failed, 2 if the arguments make no
 /// sense.
-pub fn main(args: &[String]) -> ExitCode {
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
-    let options = match Options::parse(args, &target_dir()) {
+    let options = match Options::parse(&args, &target_dir()) {
         Ok(options) => options,
         Err(sentence) => {
             eprintln!("bench: {sentence}\n\n{USAGE}");

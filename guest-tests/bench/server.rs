@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use super::cpu;
-use crate::daemon::Daemon;
+use crate::cpu;
+use guest_tests::daemon::Daemon;
 
 /// The peer's program.
 pub(super) const PEER: &str = "qemu-storage-daemon";
