@@ -6,8 +6,8 @@
 //!
 //! Text that comes out of a module is cut and escaped: it ends in logs and terminals.
 
-use domain_api::descriptor::DescriptorError;
-use domain_api::host::LoadError;
+use domain_abi::descriptor::DescriptorError;
+use domain_host::LoadError;
 use std::io;
 
 /// Why there is no module to be had.
@@ -42,17 +42,17 @@ pub(crate) enum Error {
     Malformed(&'static str),
     #[error(
         "it has no section {}, so it is no domain; build it with export_domain! and the feature `module`",
-        domain_api::descriptor::SECTION
+        domain_abi::descriptor::SECTION
     )]
     NoDescriptor,
     // The sentence is the descriptor's own and complete, so it is not a source.
     #[error("{why}{}", remedy(.why))]
     Descriptor { why: DescriptorError },
-    #[error("its table of functions {0}; rebuild it against this host's domain-api")]
+    #[error("its table of functions {0}; rebuild it against this host's domain-abi")]
     WrongTable(&'static str),
     #[error(
         "it does not export `{}` as an object; build it with export_domain! and the feature `module`",
-        domain_api::abi::ENTRY_SYMBOL
+        domain_abi::ENTRY_SYMBOL
     )]
     NoEntry,
     #[error("it has a library search path ({0}); link it without -rpath")]

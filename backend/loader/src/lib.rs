@@ -58,8 +58,8 @@ mod verify;
 
 pub use map::resident_modules;
 
-use domain_api::descriptor::Description;
-use domain_api::host::{Identity, LoadError, LoadedModule, ModuleLoader, VerifiedModule};
+use domain_abi::descriptor::Description;
+use domain_host::{Identity, LoadError, LoadedModule, ModuleLoader, VerifiedModule};
 use error::printable;
 use map::{Loaded, Mapped};
 use sealed::Sealed;

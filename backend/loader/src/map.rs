@@ -23,9 +23,9 @@
 use crate::error::{Error, printable};
 use crate::sealed::Sealed;
 use crate::{Checked, kept};
-use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
-use domain_api::descriptor::Description;
-use domain_api::host::{Identity, LoadedModule, Residency, Resident};
+use domain_abi::descriptor::Description;
+use domain_abi::{ENTRY_SYMBOL, ModuleVtable};
+use domain_host::{Identity, LoadedModule, Residency, Resident};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

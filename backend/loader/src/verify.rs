@@ -9,8 +9,8 @@
 
 use crate::elf::{Dynamic, Image, Symbol};
 use crate::error::{Error, printable};
-use domain_api::abi::{ABI_VERSION, ENTRY_SYMBOL, ModuleVtable};
-use domain_api::descriptor::{Description, SECTION};
+use domain_abi::descriptor::{Description, SECTION};
+use domain_abi::{ABI_VERSION, ENTRY_SYMBOL, ModuleVtable};
 use object::LittleEndian as LE;
 use object::elf;
 use object::read::elf::ProgramHeader;

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Bench, Recipe, init, mappings, open_fds, value};
-use domain_api::host::{LoadedModule, Residency};
+use domain_host::{LoadedModule, Residency};
 use loader::resident_modules;
 use std::collections::HashSet;
 use std::fs::File;

@@ -3,9 +3,9 @@
 mod common;
 
 use common::{Bench, Recipe, descriptor_with};
-use domain_api::abi::{ENTRY_SYMBOL, ModuleVtable};
-use domain_api::descriptor::PANIC_ABORT;
-use domain_api::host::ModuleLoader;
+use domain_abi::descriptor::PANIC_ABORT;
+use domain_abi::{ENTRY_SYMBOL, ModuleVtable};
+use domain_host::ModuleLoader;
 use object::{Object, ObjectSection, ObjectSymbol};
 use std::collections::BTreeMap;
 use std::fs::File;

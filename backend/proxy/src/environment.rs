@@ -2,7 +2,7 @@
 //! and the write cache.
 
 use crate::upgrade::lock;
-use domain_api::host::{CallError, Instance};
+use domain_host::{CallError, Instance};
 use std::sync::{Arc, Mutex, Weak};
 
 #[derive(Default)]

@@ -10,8 +10,8 @@
 
 use crate::Ended;
 use crate::queue::{QueueLine, add};
-use domain_api::Status;
-use domain_api::abi::{self, RawCompletion, RawRequest};
+use domain_abi::Status;
+use domain_abi::{self as abi, RawCompletion, RawRequest};
 use std::fmt;
 
 /// A slot; a cache line.

@@ -5,14 +5,14 @@
 //! read path); operators through [`DomainProxy::upgrade`] and [`DomainProxy::rollback`].
 //!
 //! The ways by file name: `worker.rs` is the way of a request, `upgrade.rs` the way of an upgrade;
-//! `storage.rs` is what both leave behind.
+//! the crate `storage` keeps what both leave behind.
 //!
 //! Invariants: a request is completed by the instance that took it; the storage has one owner;
 //! generations grow by one with every committed change; nothing of an instance is used after it was
 //! retired.
 //!
 //! Deliberately absent: virtio, vhost-user, guest memory, JSON, files with modules in them
-//! ([`domain_api::host::ModuleLoader`] finds those).
+//! ([`domain_host::ModuleLoader`] finds those).
 
 #![forbid(unsafe_code)]
 
@@ -23,9 +23,9 @@ mod flights;
 mod queue;
 mod report;
 mod retire;
+mod services;
 mod starved;
 mod stop;
-mod storage;
 mod takeover;
 mod upgrade;
 mod worker;
@@ -38,9 +38,8 @@ pub use report::{
 };
 pub use worker::{Ended, Gate, Worker};
 
-use ::storage::DomainId;
-use domain_api::host::{CallError, Instance, ModuleLoader, QUEUE_LIMIT, Resident};
-use domain_api::{Capabilities, DeviceInfo, Params};
+use domain_abi::{Capabilities, DeviceInfo, Params};
+use domain_host::{CallError, Instance, ModuleLoader, QUEUE_LIMIT, Resident};
 use environment::Environment;
 use events::Events;
 use fence::Fence;
@@ -50,7 +49,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
-use storage::Storage;
+use storage::{DomainId, Storage};
 use upgrade::lock;
 
 /// How many entries the history keeps.

@@ -1,8 +1,8 @@
 //! What an upgrade says about itself: phases, result, history, events.
 
 use crate::queue::QueueStatus;
-use domain_api::DeviceInfo;
-use domain_api::Params;
+use domain_abi::DeviceInfo;
+use domain_abi::Params;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 

@@ -20,7 +20,7 @@ use crate::report::{Options, Phases, Refusal, Report};
 use crate::starved::{Late, Watch};
 use crate::upgrade::{lock, preempted, starved_refusal, timed};
 use crate::{DomainProxy, Member, Service, Upgrades};
-use domain_api::host::{Instance, Residency, Resident};
+use domain_host::{Instance, Residency, Resident};
 use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 

@@ -17,7 +17,7 @@ use crate::report::{Change, Phases, Protocol, Refusal, Report};
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
 use crate::{DomainProxy, Member, Service, Upgrades};
-use domain_api::host::{CallError, Instance};
+use domain_host::{CallError, Instance};
 use std::sync::{Arc, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
@@ -195,7 +195,7 @@ impl DomainProxy {
         });
         let taken = next.and_then(|next| {
             let fits = self.check_compatible(&from.info, &next).and_then(|()| {
-                self.storage.lend(next.id);
+                self.storage.begin(next.id);
                 let activate = || next.instance.activate().and_then(|()| self.catch_up(&next));
                 timed(&mut phases.activate, activate).map_err(|error| {
                     Refusal::new(
@@ -206,11 +206,11 @@ impl DomainProxy {
             });
             match fits {
                 Ok(()) => {
-                    self.storage.keep();
+                    self.storage.commit();
                     Ok(next)
                 }
                 Err(refusal) => {
-                    self.storage.take_back();
+                    self.storage.rollback();
                     if Arc::strong_count(&next.instance) > 1 {
                         self.leave_again(upgrades, next);
                     } else {

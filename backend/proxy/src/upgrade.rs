@@ -20,11 +20,11 @@
 use crate::report::{
     Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
 };
+use crate::services::Services;
 use crate::starved::{Late, Watch, say};
-use crate::storage::Services;
 use crate::{DomainProxy, Member, Upgrades};
-use domain_api::host::{CallError, Instance};
-use domain_api::{Capabilities, DeviceInfo, Params, Swap};
+use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
+use domain_host::{CallError, Instance};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -202,7 +202,7 @@ impl DomainProxy {
         given: Params,
         phases: &mut Phases,
     ) -> Result<Member, Refusal> {
-        let loading = |error: domain_api::host::LoadError| Refusal::new(error.code, error.message);
+        let loading = |error: domain_host::LoadError| Refusal::new(error.code, error.message);
         let verified = timed(&mut phases.verify, || self.loader.verify(name)).map_err(loading)?;
         let description = verified.description().clone();
         let identity = verified.identity().clone();
@@ -324,14 +324,14 @@ impl DomainProxy {
 
     /// Brings the device back whose live domain has died.
     fn revive(&self, next: &Member, phases: &mut Phases) -> Result<(), Refusal> {
-        self.storage.lend(next.id);
+        self.storage.begin(next.id);
         // It was told of the write cache while the dead one may still have served.
         let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
         if let Err(error) = timed(&mut phases.activate, activate) {
-            self.storage.take_back();
+            self.storage.rollback();
             return Err(phase_refusal("activate", &next.record, &error));
         }
-        self.storage.keep();
+        self.storage.commit();
         next.instance.set_generation(self.next_generation());
         self.publish(next.clone());
         Ok(())
@@ -342,17 +342,17 @@ impl DomainProxy {
         next: &Member,
         phases: &mut Phases,
     ) -> Result<srcu::Grace<Option<Member>>, Refusal> {
-        self.storage.lend(next.id);
+        self.storage.begin(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
-            self.storage.take_back();
+            self.storage.rollback();
             return Err(phase_refusal("activate", &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
         let grace = self.cell().swap(Some(next.clone())).map_err(|error| {
-            self.storage.take_back();
+            self.storage.rollback();
             Refusal::new("busy", format!("the domain was not published: {error}"))
         })?;
-        self.storage.keep();
+        self.storage.commit();
         Ok(grace)
     }
 
@@ -622,14 +622,14 @@ fn exchange(
             notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
             return None;
         }
-        storage.lend(next.id);
+        storage.begin(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
-            storage.take_back();
+            storage.rollback();
             resume(&mut notes);
             notes.refusal = Some(phase_refusal("activate", &next.record, &error));
             return None;
         }
-        storage.keep();
+        storage.commit();
         next.instance.set_generation(generation);
         Some(Some(next))
     })

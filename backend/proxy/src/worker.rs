@@ -22,9 +22,9 @@ use crate::flights::{Flights, Naming, SLOT_LIMIT, slot_of};
 use crate::queue::{QueueLine, Seat, add, coarse_now_ns};
 use crate::starved::Thread;
 use crate::{DomainProxy, Member, Service};
-use domain_api::abi::{self, RawRequest};
-use domain_api::host::{CallError, CompletionBuffer, QueueHandle};
-use domain_api::{QueueIndex, Status};
+use domain_abi::{self as abi, RawRequest};
+use domain_abi::{QueueIndex, Status};
+use domain_host::{CallError, CompletionBuffer, QueueHandle};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 

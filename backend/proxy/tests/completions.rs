@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Device, well};
-use domain_api::Status;
+use domain_abi::Status;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 

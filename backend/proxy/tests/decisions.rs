@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Device, well};
-use domain_api::Capabilities;
+use domain_abi::Capabilities;
 use proxy::{Mode, Options, Protocol, State, WhenBusy};
 
 #[test]

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{Device, Hand, PATIENCE, well};
-use domain_api::{Capabilities, Status};
+use domain_abi::{Capabilities, Status};
 use proxy::{Mode, Options, State};
 use std::sync::atomic::{AtomicUsize, Ordering};
 

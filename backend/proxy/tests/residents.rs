@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Device, Hand, well};
-use domain_api::Status;
+use domain_abi::Status;
 use proxy::{Protocol, State};
 use std::sync::atomic::{AtomicBool, Ordering};
 

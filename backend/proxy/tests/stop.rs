@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Device, well};
-use domain_api::Capabilities;
+use domain_abi::Capabilities;
 use proxy::State;
 use std::sync::atomic::Ordering;
 use std::time::Duration;

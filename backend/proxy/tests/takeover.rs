@@ -6,7 +6,7 @@
 mod common;
 
 use common::{Device, Hand, well};
-use domain_api::Status;
+use domain_abi::Status;
 use proxy::{State, Worker};
 use std::sync::atomic::{AtomicUsize, Ordering};
 

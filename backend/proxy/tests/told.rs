@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Device, PATIENCE};
-use domain_api::abi::RawRequest;
+use domain_abi::RawRequest;
 use proxy::{Gate, Mode, Notifier, Options};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use domain_api::Params;
+use domain_abi::Params;
 
 use crate::control::SOCKET_PATH_MAX;
 

@@ -14,7 +14,7 @@
 //! (`ring.rs`).
 
 use crate::ring::Used;
-use domain_api::abi::{RawRequest, RawSegment};
+use domain_abi::{RawRequest, RawSegment};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use virtio_blk::Translator;

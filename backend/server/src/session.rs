@@ -24,7 +24,7 @@ use crate::log_limit::{self, how_to_have_more};
 use crate::raw_fd::{self, ExitEvents};
 use crate::vring::{Event, Vring};
 use crate::worker::{Orders, QueueWorker};
-use domain_api::DeviceInfo;
+use domain_abi::DeviceInfo;
 use log::Level;
 use proxy::{DomainProxy, Notifier};
 use std::cell::RefCell;

@@ -16,7 +16,7 @@
 //! The walk knows nothing of request types.
 
 use crate::memory::{Gather, StatusSlot, Translator, split_status};
-use domain_api::abi::RawSegment;
+use domain_abi::RawSegment;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::GuestMemoryBackend;
 

@@ -11,7 +11,7 @@
 use crate::SECTOR_SIZE;
 use crate::features::{self, CONFIG_WCE, FLUSH};
 use crate::write_cache::WriteCache;
-use domain_api::{Capabilities, DeviceInfo};
+use domain_abi::{Capabilities, DeviceInfo};
 
 /// Size of `struct virtio_blk_config` (5.2.4).
 pub const CONFIG_SIZE: usize = 72;
@@ -254,7 +254,7 @@ impl ConfigSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use domain_api::Swap;
+    use domain_abi::Swap;
 
     const ALL: Capabilities = Capabilities(0b11110);
 

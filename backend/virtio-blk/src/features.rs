@@ -5,7 +5,7 @@
 //! device, and everything that the device does not do (geometry, secure erase, lifetime, zones,
 //! packed rings).
 
-use domain_api::{Capabilities, DeviceInfo};
+use domain_abi::{Capabilities, DeviceInfo};
 use virtio_bindings::{virtio_blk, virtio_config, virtio_ring};
 
 /// Largest segment in `size_max` (5.2.3).
@@ -101,7 +101,7 @@ pub const fn forbidden_capabilities(offered: u64) -> Capabilities {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use domain_api::Swap;
+    use domain_abi::Swap;
 
     fn info(capabilities: Capabilities) -> DeviceInfo {
         DeviceInfo {

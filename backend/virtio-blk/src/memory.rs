@@ -10,7 +10,7 @@
 //! the search through the memory map is left out when they are hit.
 
 use crate::status::WireStatus;
-use domain_api::abi::RawSegment;
+use domain_abi::RawSegment;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// Translates guest addresses within one snapshot of the memory map.

@@ -13,8 +13,8 @@ use crate::config::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE
 use crate::features::{DISCARD, FLUSH, RO, WRITE_ZEROES};
 use crate::memory::{Gather, StatusSlot, Translator, copy_to_segments};
 use crate::status::WireStatus;
-use domain_api::abi::{REQUEST_MAY_UNMAP, RawSegment, op};
-use domain_api::{Capabilities, DeviceInfo};
+use domain_abi::{Capabilities, DeviceInfo};
+use domain_abi::{REQUEST_MAY_UNMAP, RawSegment, op};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,

@@ -3,7 +3,7 @@
 //! A type of its own, so that neither a domain's number nor a host error can end up in guest memory
 //! by accident.
 
-use domain_api::abi::status;
+use domain_abi::status;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 
 /// Values of the `status` byte of `struct virtio_blk_req` (5.2.6).

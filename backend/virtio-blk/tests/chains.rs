@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use domain_api::abi::op;
+use domain_abi::op;
 use virtio_blk::{
     DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain, Parsed, Translator, WireStatus,
     parse,

@@ -8,7 +8,7 @@
 mod common;
 
 use common::*;
-use domain_api::abi::{RawSegment, op};
+use domain_abi::{RawSegment, op};
 use std::collections::BTreeMap;
 use virtio_blk::{
     Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MalformedChain, Parsed, WireStatus, features,

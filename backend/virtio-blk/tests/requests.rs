@@ -3,8 +3,8 @@
 mod common;
 
 use common::*;
-use domain_api::abi::{REQUEST_MAY_UNMAP, op};
-use domain_api::{Capabilities, DeviceInfo, Swap};
+use domain_abi::{Capabilities, DeviceInfo, Swap};
+use domain_abi::{REQUEST_MAY_UNMAP, op};
 use virtio_blk::{
     Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Parsed, WireStatus, features, used_len,
 };

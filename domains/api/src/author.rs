@@ -4,10 +4,11 @@
 //! consumes it; so safe code can neither answer a request twice nor touch its buffer after the
 //! guest was told that it is done.
 
-use crate::abi::{
-    self, HostVtable, RawBytes, RawCompletion, RawCompletions, RawMessage, RawRequest,
+use crate::{Buffer, Storage};
+use domain_abi::{
+    self as abi, DeviceInfo, DomainError, HostVtable, Level, Params, QueueIndex, RawBytes,
+    RawCompletion, RawCompletions, RawMessage, RawRequest, Status, raw_bytes,
 };
-use crate::{Buffer, Params, Storage};
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
@@ -123,29 +124,6 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     }
 }
 
-/// Why a domain cannot do what it was asked: a sentence for the operator.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct DomainError(String);
-
-impl DomainError {
-    /// Wraps a sentence.
-    #[must_use]
-    pub fn new(sentence: impl Into<String>) -> Self {
-        Self(sentence.into())
-    }
-}
-
-impl From<crate::ParamsError> for DomainError {
-    fn from(error: crate::ParamsError) -> Self {
-        Self(error.to_string())
-    }
-}
-
-/// Number of a virtqueue, from 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct QueueIndex(pub u32);
-
 /// What a domain learns about a queue that it is attached to.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueContext {
@@ -169,18 +147,6 @@ pub enum Op {
         /// The space may be given back.
         may_unmap: bool,
     },
-}
-
-/// How a request ended, as far as the guest may know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Status {
-    /// Done.
-    Ok = abi::status::OK,
-    /// Not done; the data may be lost.
-    IoError = abi::status::IO_ERROR,
-    /// This device does not do that.
-    Unsupported = abi::status::UNSUPPORTED,
 }
 
 /// The host's name for a request, for a domain's own tables and logs.
@@ -213,13 +179,13 @@ impl Request {
     #[must_use]
     #[inline]
     pub const fn op(&self) -> Option<Op> {
-        Some(match self.0.op {
+        Some(match self.0.op() {
             abi::op::READ => Op::Read,
             abi::op::WRITE => Op::Write,
             abi::op::FLUSH => Op::Flush,
             abi::op::DISCARD => Op::Discard,
             abi::op::WRITE_ZEROES => {
-                Op::WriteZeroes { may_unmap: self.0.flags & abi::REQUEST_MAY_UNMAP != 0 }
+                Op::WriteZeroes { may_unmap: self.0.flags() & abi::REQUEST_MAY_UNMAP != 0 }
             }
             _ => return None,
         })
@@ -228,34 +194,33 @@ impl Request {
     /// First byte on the disk.
     #[must_use]
     pub const fn offset(&self) -> u64 {
-        self.0.offset
+        self.0.offset()
     }
 
     /// Length in bytes.
     #[must_use]
     pub const fn len(&self) -> u64 {
-        self.0.len
+        self.0.len()
     }
 
     /// Whether it is about no bytes, like a flush.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
-        self.0.len == 0
+        self.0.is_empty()
     }
 
     /// The guest's memory for it.
     #[must_use]
     #[inline]
     pub fn buffer(&self) -> Buffer<'_> {
-        if self.0.segment_count == 0 {
+        let (segments, count) = self.0.segments();
+        if count == 0 {
             // SAFETY: no segment, nothing to uphold.
             return unsafe { Buffer::from_segments(&[]) };
         }
         // SAFETY: the host keeps the segment list and the memory behind it until the request has
         // completed (abi::RawRequest), and completing consumes `self`, which the buffer borrows.
-        unsafe {
-            Buffer::from_segments(std::slice::from_raw_parts(self.0.segments, self.0.segment_count))
-        }
+        unsafe { Buffer::from_segments(std::slice::from_raw_parts(segments, count)) }
     }
 }
 
@@ -267,7 +232,10 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    pub(crate) const fn new(requests: &'a [RawRequest], accepted: &'a mut usize) -> Self {
+    /// Offers `requests`; `accepted` counts those that are taken. Meant for what calls a domain: each
+    /// request may be offered until it is taken once.
+    #[doc(hidden)]
+    pub const fn new(requests: &'a [RawRequest], accepted: &'a mut usize) -> Self {
         Self { requests, accepted }
     }
 
@@ -301,7 +269,12 @@ pub struct Completions<'a> {
 }
 
 impl<'a> Completions<'a> {
-    pub(crate) const fn new(raw: &'a mut RawCompletions) -> Self {
+    /// Wraps the host's list. Meant for what calls a domain.
+    ///
+    /// # Safety
+    /// `entries` has room for `capacity` completions, and `len` of them are valid.
+    #[doc(hidden)]
+    pub const unsafe fn new(raw: &'a mut RawCompletions) -> Self {
         Self { raw }
     }
 
@@ -326,95 +299,13 @@ impl<'a> Completions<'a> {
             tag: request.0.tag,
             generation: request.0.generation,
             status: status as u32,
-            written: if read { request.0.len as u32 } else { 0 },
+            written: if read { request.0.len() as u32 } else { 0 },
         };
         // SAFETY: `entries` has room for `capacity` completions (host's contract), and `len` is
         // below it.
         unsafe { self.raw.entries.add(self.raw.len).write(completion) };
         self.raw.len += 1;
     }
-}
-
-/// What a device can do and is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Capabilities(pub u64);
-
-impl Capabilities {
-    /// Cannot be written.
-    pub const READ_ONLY: Self = Self(1);
-    /// Has a volatile cache, and `Flush` to empty it.
-    pub const FLUSH: Self = Self(1 << 1);
-    /// Takes `Discard`.
-    pub const DISCARD: Self = Self(1 << 2);
-    /// Takes `WriteZeroes`.
-    pub const WRITE_ZEROES: Self = Self(1 << 3);
-    /// Its write cache can be turned off ([`BlockDomain::set_write_cache`]).
-    pub const WRITE_CACHE: Self = Self(1 << 4);
-
-    /// Both.
-    #[must_use]
-    pub const fn with(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-
-    /// Whether all of `other` is in here.
-    #[must_use]
-    pub const fn contains(self, other: Self) -> bool {
-        self.0 & other.0 == other.0
-    }
-}
-
-/// Whether an instance may serve beside another one on the same backing, so that an upgrade pauses
-/// nobody.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Swap {
-    /// It holds state of its own: it needs a handover.
-    #[default]
-    No,
-    /// It does no read-modify-write, works on a dup of the storage's descriptor, and a write
-    /// completed by either instance is seen by reads and covered by flushes of both.
-    SameBacking,
-}
-
-/// What a device announces.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// Bytes, a multiple of `block_size`.
-    pub capacity: u64,
-    /// Logical block size in bytes: 512 or another power of two.
-    pub block_size: u32,
-    /// Physical block size in bytes, at least `block_size`.
-    pub physical_block_size: u32,
-    /// Preferred size of an I/O in bytes, or 0.
-    pub optimal_io_size: u32,
-    /// Granularity of `Discard` in bytes, or 0.
-    pub discard_granularity: u32,
-    /// What it can do.
-    pub capabilities: Capabilities,
-    /// Whether it may serve beside another.
-    pub swap: Swap,
-    /// Kind of thing that holds the data, at most 15 bytes, e.g. `file`.
-    pub backing_kind: String,
-    /// Device and inode of what holds the data, 0 where there is none.
-    pub backing_id: (u64, u64),
-    /// How the backing is cached; instances swap only where this is equal.
-    pub backing_cache: u64,
-    /// Serial number, at most 20 bytes.
-    pub serial: String,
-}
-
-/// Urgency of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u32)]
-pub enum Level {
-    /// Something is lost or will not work.
-    Error = 1,
-    /// Something is not as it should be.
-    Warn = 2,
-    /// Something that an operator wants to know.
-    Info = 3,
-    /// Something that an author wants to know.
-    Debug = 4,
 }
 
 /// What the host does for an instance. Copies are all the same; each call can be made from any
@@ -436,8 +327,9 @@ impl Host {
     /// # Safety
     /// `vtable` and what it points to stay valid until the module's `fini` has returned, and its
     /// functions do as [`abi::HostVtable`] says.
+    #[doc(hidden)]
     #[must_use]
-    pub(crate) unsafe fn from_vtable(vtable: *const HostVtable) -> Self {
+    pub unsafe fn from_vtable(vtable: *const HostVtable) -> Self {
         // SAFETY: the first field is in every version (caller's contract).
         let size = unsafe { (*vtable).size } as usize;
         if size >= size_of::<HostVtable>() {
@@ -607,10 +499,6 @@ unsafe extern "C" fn run_task(arg: *mut std::ffi::c_void, run: u32) {
             drop(task);
         }
     }));
-}
-
-pub(crate) const fn raw_bytes(bytes: &[u8]) -> RawBytes {
-    RawBytes { bytes: bytes.as_ptr(), len: bytes.len() }
 }
 
 /// Makes a call that may leave a sentence, and turns it into a result.

@@ -5,7 +5,7 @@
 //! private value, and the bytes of a racing write may come out in any mixture, as they do for a
 //! real disk's DMA.
 
-use crate::abi::RawSegment;
+use domain_abi::RawSegment;
 
 /// The segments of one request, in order: `len` bytes of guest memory.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ impl<'r> Buffer<'r> {
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.segments.iter().map(|s| s.len).sum()
+        self.segments.iter().map(|s| s.len()).sum()
     }
 
     /// Whether there are no bytes at all.
@@ -44,11 +44,12 @@ impl<'r> Buffer<'r> {
     #[must_use]
     pub fn is_aligned(&self, align: usize) -> bool {
         assert!(align.is_power_of_two(), "an alignment of {align}");
-        self.segments.iter().all(|s| (s.base.addr() | s.len) & (align - 1) == 0)
+        self.segments.iter().all(|s| (s.base().addr() | s.len()) & (align - 1) == 0)
     }
 
-    /// The pieces, for code in this crate that hands them to the kernel or copies them.
-    pub(crate) const fn segments(&self) -> &'r [RawSegment] {
+    /// The pieces, to be handed to the kernel or copied from.
+    #[must_use]
+    pub const fn segments(&self) -> &'r [RawSegment] {
         self.segments
     }
 
@@ -83,25 +84,25 @@ impl<'r> Buffer<'r> {
     pub fn zero(&self) {
         for segment in self.segments {
             // SAFETY: the segment is mapped writable for `len` bytes (constructor's contract).
-            unsafe { std::ptr::write_bytes(segment.base, 0, segment.len) };
+            unsafe { std::ptr::write_bytes(segment.base(), 0, segment.len()) };
         }
     }
 
-    /// Calls `f` with each contiguous piece of the `len` bytes from `at` on; less where the buffer
+    /// Calls `f` with address and length of each contiguous piece of the `len` bytes from `at` on; less where the buffer
     /// ends.
-    pub(crate) fn for_range(&self, at: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
+    pub fn for_range(&self, at: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
         let mut skip = at;
         let mut left = len;
         for segment in self.segments {
             if left == 0 {
                 return;
             }
-            if skip >= segment.len {
-                skip -= segment.len;
+            if skip >= segment.len() {
+                skip -= segment.len();
                 continue;
             }
-            let piece = (segment.len - skip).min(left);
-            f(segment.base.wrapping_add(skip), piece);
+            let piece = (segment.len() - skip).min(left);
+            f(segment.base().wrapping_add(skip), piece);
             left -= piece;
             skip = 0;
         }
@@ -115,7 +116,8 @@ mod tests {
     #[test]
     fn alignment_is_of_every_address_and_length() {
         let at =
-            |base: usize, len| RawSegment { base: std::ptr::without_provenance_mut(base), len };
+            // SAFETY: only looked at, never accessed.
+            |base: usize, len| unsafe { RawSegment::new(std::ptr::without_provenance_mut(base), len) };
         let aligned = |segments: &[RawSegment]| {
             // SAFETY: the segments are only looked at, never followed.
             unsafe { Buffer::from_segments(segments) }.is_aligned(512)
@@ -131,8 +133,10 @@ mod tests {
         let mut a = [0u8; 3];
         let mut b = [0u8; 5];
         let segments = [
-            RawSegment { base: a.as_mut_ptr(), len: a.len() },
-            RawSegment { base: b.as_mut_ptr(), len: b.len() },
+            // SAFETY: the vectors outlive the buffer and are not touched meanwhile.
+            unsafe { RawSegment::new(a.as_mut_ptr(), a.len()) },
+            // SAFETY: as above.
+            unsafe { RawSegment::new(b.as_mut_ptr(), b.len()) },
         ];
         // SAFETY: both arrays outlive the buffer and are not touched through their names meanwhile.
         let buffer = unsafe { Buffer::from_segments(&segments) };

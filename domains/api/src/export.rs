@@ -5,22 +5,18 @@
 //! take [`Exported::MODULE`] directly. Each entry point catches what unwinds; nothing that was
 //! allocated here is freed by the host.
 
-use crate::abi::{
-    self, HostVtable, ModuleVtable, RawBytes, RawCompletions, RawDeviceInfo, RawMessage, RawRequest,
+use crate::author::{Batch, BlockDomain, Completions, Host, QueueContext};
+use domain_abi::descriptor::Descriptor;
+use domain_abi::{
+    self as abi, HostVtable, ModuleVtable, RawBytes, RawCompletions, RawDeviceInfo, RawMessage,
+    RawRequest,
 };
-use crate::author::{
-    Batch, BlockDomain, Completions, DomainError, Host, QueueContext, QueueIndex, Swap,
-};
-use crate::descriptor::Descriptor;
-use crate::params::Params;
+use domain_abi::{DomainError, MAX_QUEUES, Params, QueueIndex, Swap};
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-
-/// Most queues that a device can have: the width of the mask that maps them to threads.
-pub const MAX_QUEUES: usize = 64;
 
 /// Exports a type that implements [`BlockDomain`] from a `cdylib` that is built with the crate's
 /// feature `module`.
@@ -33,7 +29,7 @@ macro_rules! export_domain {
         const _: () = {
             #[used]
             #[unsafe(link_section = ".hotswap.domain")]
-            static DESCRIPTOR: $crate::descriptor::Descriptor =
+            static DESCRIPTOR: $crate::abi::descriptor::Descriptor =
                 $crate::Exported::<$domain>::DESCRIPTOR;
 
             #[unsafe(no_mangle)]
@@ -372,11 +368,9 @@ pub mod shim {
             let (requests, accepted, completions) = unsafe {
                 (std::slice::from_raw_parts(requests, count), &mut *accepted, &mut *completions)
             };
-            slot.domain.submit(
-                state,
-                &mut Batch::new(requests, accepted),
-                &mut Completions::new(completions),
-            );
+            // SAFETY: the host's list has room for `capacity` entries (abi::RawCompletions).
+            let mut completions = unsafe { Completions::new(completions) };
+            slot.domain.submit(state, &mut Batch::new(requests, accepted), &mut completions);
             Ok(())
         })
     }
@@ -396,8 +390,10 @@ pub mod shim {
             return not_attached(message, queue);
         };
         guarded(message, || {
-            // SAFETY: `completions` is host memory that nobody else uses during the call.
-            slot.domain.reap(state, &mut Completions::new(unsafe { &mut *completions }));
+            // SAFETY: `completions` is host memory that nothing else uses during the call, with
+            // room for `capacity` entries.
+            let mut completions = unsafe { Completions::new(&mut *completions) };
+            slot.domain.reap(state, &mut completions);
             Ok(())
         })
     }

@@ -4,13 +4,13 @@
 //! after `quiesce`: the instance may die in the middle of a request, and its successor takes up
 //! what is there.
 
-use crate::abi::RawRegion;
-use crate::author::{DomainError, Host, raw_bytes, with_message};
-use crate::{Buffer, file_io};
+use crate::Buffer;
+use crate::author::{Host, with_message};
+use domain_abi::{DomainError, RawRegion, raw_bytes};
+use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
-use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// The storage of the device.
 ///
@@ -191,11 +191,11 @@ impl Region {
     pub fn read(&self, offset: u64, buffer: &Buffer<'_>) {
         let mut at = offset;
         for segment in buffer.segments() {
-            let from = self.at(at, segment.len);
+            let from = self.at(at, segment.len());
             // SAFETY: source checked by `at`, destination is a mapped segment; `copy`, because a
             // hostile frontend could have us map one file as both.
-            unsafe { std::ptr::copy(from.cast_const(), segment.base, segment.len) };
-            at += segment.len as u64;
+            unsafe { std::ptr::copy(from.cast_const(), segment.base(), segment.len()) };
+            at += segment.len() as u64;
         }
     }
 
@@ -204,10 +204,10 @@ impl Region {
     pub fn write(&self, offset: u64, buffer: &Buffer<'_>) {
         let mut at = offset;
         for segment in buffer.segments() {
-            let to = self.at(at, segment.len);
+            let to = self.at(at, segment.len());
             // SAFETY: as in `read`, in the other direction.
-            unsafe { std::ptr::copy(segment.base.cast_const(), to, segment.len) };
-            at += segment.len as u64;
+            unsafe { std::ptr::copy(segment.base().cast_const(), to, segment.len()) };
+            at += segment.len() as u64;
         }
     }
 
@@ -227,10 +227,13 @@ impl Region {
     /// What `fallocate` says.
     pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let _ = self.at(offset, usize::try_from(len).unwrap_or(usize::MAX));
-        // SAFETY: the host keeps the descriptor open as long as the mapping; `ManuallyDrop` leaves
-        // it open here too.
-        let file = ManuallyDrop::new(unsafe { File::from_raw_fd(self.raw.fd) });
-        file_io::punch_hole(&file, offset, len)
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the host keeps the descriptor open as long as the mapping.
+        let file = unsafe { BorrowedFd::borrow_raw(self.raw.fd) };
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(file, how, offset, len)?)
     }
 
     /// Copies bytes out, for a domain's own records.

@@ -1,7 +1,7 @@
 //! The null disk keeps the contract.
 
-use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
 use domain_api::{Params, Status};
+use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_empty::Empty;
 
 fn params(pairs: &[&str]) -> Params {

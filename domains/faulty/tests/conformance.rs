@@ -1,10 +1,10 @@
 //! Without a fault it is a disk that keeps the contract; with one it breaks as asked, once, and
 //! nothing else does.
 
-use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
-use domain_api::host::CallError;
 use domain_api::{Params, Status};
+use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_faulty::Faulty;
+use domain_host::CallError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -4,11 +4,11 @@
 mod common;
 
 use common::{Raw, image_in, params, real_dir};
+use domain_abi::op;
 use domain_api::QueueIndex;
-use domain_api::abi::op;
-use domain_api::conformance::{Bench, TestStorage};
-use domain_api::host::CompletionBuffer;
+use domain_conformance::{Bench, TestStorage};
 use domain_file::FileDisk;
+use domain_host::CompletionBuffer;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};

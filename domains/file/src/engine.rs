@@ -5,8 +5,8 @@
 //! a queue makes one for the first request that is not a copy; many never have one.
 
 use crate::image::Image;
-use domain_api::uring::{PreparedRing, Ring};
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
+use domain_io::uring::{PreparedRing, Ring};
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -30,9 +30,9 @@
 //! in storage as well: it is the disk's, whoever serves it, and ends with the process.
 
 use crate::announced::Announced;
-use domain_api::file_io::{self, Alignment, Claim, OpenMode};
-use domain_api::uring::Files;
 use domain_api::{DomainError, Host, Level};
+use domain_io::file_io::{self, Alignment, ImageLock, OpenMode};
+use domain_io::uring::Files;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -424,20 +424,20 @@ fn claim(host: Host, file: &File, path: &str, mode: OpenMode) -> Result<Option<F
     let own = file_io::reopen(file, OpenMode { write: false, direct: false });
     loop {
         let outcome = match &own {
-            Ok(own) => file_io::claim(own, mode.write),
-            Err(error) => Claim::Impossible(error.kind().into()),
+            Ok(own) => file_io::lock_image(own, mode.write),
+            Err(error) => ImageLock::Impossible(error.kind().into()),
         };
         match outcome {
-            Claim::Ours => return Ok(own.ok()),
-            Claim::Taken if Instant::now() < deadline => {
+            ImageLock::Ours => return Ok(own.ok()),
+            ImageLock::Taken if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10))
             }
-            Claim::Taken => {
+            ImageLock::Taken => {
                 return Err(DomainError::new(format!(
                     "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), or give locking=false if you know better"
                 )));
             }
-            Claim::Impossible(error) => {
+            ImageLock::Impossible(error) => {
                 host.log(
                     Level::Warn,
                     &format!("`{path}` cannot be locked ({error}): see to it that nobody else writes to it"),

@@ -27,11 +27,11 @@ mod trouble;
 mod turn;
 
 use disk::Disk;
-use domain_api::file_io::OpenMode;
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
     QueueContext, QueueIndex, Swap,
 };
+use domain_io::file_io::OpenMode;
 use engine::Engine;
 use image::{Image, Wanted};
 use queue::{Queue, Remains};

@@ -3,7 +3,8 @@
 //! It is an ioctl, which may take as long as the device likes, and a worker has a guest to serve.
 //! So a thread of the host's does it, made when the first one comes.
 
-use domain_api::{Host, QueueIndex, Request, file_io};
+use domain_api::{Host, QueueIndex, Request};
+use domain_io::file_io;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;

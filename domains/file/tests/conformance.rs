@@ -4,8 +4,8 @@
 mod common;
 
 use common::{image_in, params, real_dir};
-use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
 use domain_api::{Capabilities, Level, Status};
+use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_file::FileDisk;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;

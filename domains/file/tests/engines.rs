@@ -4,11 +4,11 @@
 mod common;
 
 use common::{Raw, dirty_pages, image_in, params, real_dir, without_io_uring};
-use domain_api::abi::op;
-use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
-use domain_api::host::CompletionBuffer;
+use domain_abi::op;
 use domain_api::{Level, QueueIndex};
+use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_file::FileDisk;
+use domain_host::CompletionBuffer;
 use std::path::Path;
 use std::time::{Duration, Instant};
 

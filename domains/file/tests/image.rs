@@ -4,10 +4,10 @@
 mod common;
 
 use common::{image_in, params, real_dir};
-use domain_api::conformance::{Bench, Job, TestStorage};
-use domain_api::file_io::{OpenMode, open_mode};
 use domain_api::{Level, Params};
+use domain_conformance::{Bench, Job, TestStorage};
 use domain_file::FileDisk;
+use domain_io::file_io::{OpenMode, open_mode};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 

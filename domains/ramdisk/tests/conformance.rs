@@ -1,7 +1,7 @@
 //! Both versions of the disk in memory keep the contract, and its storage passes between them.
 
-use domain_api::conformance::{Bench, Job, Options, TestStorage, run};
 use domain_api::{BlockDomain, Params};
+use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_ramdisk::{GiveBack, Keep, Ramdisk};
 use std::fs::File;
 use std::mem::ManuallyDrop;

@@ -6,9 +6,9 @@
 // Each test program uses its own part of this.
 #![allow(dead_code)]
 
-use domain_api::abi::{ABI_VERSION, ModuleVtable};
-use domain_api::descriptor::Descriptor;
-use domain_api::host::{LoadError, LoadedModule, ModuleLoader, VerifiedModule};
+use domain_abi::descriptor::Descriptor;
+use domain_abi::{ABI_VERSION, ModuleVtable};
+use domain_host::{LoadError, LoadedModule, ModuleLoader, VerifiedModule};
 use loader::FileLoader;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -4,13 +4,14 @@
 //! status written. Rounds are alike, so that two runs that differ in their number differ in nothing
 //! but instructions of rounds.
 
-use domain_api::abi::{self, RawCompletion, RawRequest};
-use domain_api::conformance::{TestHost, TestStorage};
-use domain_api::host::direct::{Direct, requests};
-use domain_api::host::{CompletionBuffer, LoadError, ModuleLoader, StaticModule, VerifiedModule};
+use domain_abi::{self as abi, RawCompletion, RawRequest};
 use domain_api::{BlockDomain, Params, Status};
+use domain_conformance::StaticModule;
+use domain_conformance::direct::{Direct, requests};
+use domain_conformance::{TestHost, TestStorage};
 use domain_empty::Empty;
 use domain_file::FileDisk;
+use domain_host::{CompletionBuffer, LoadError, ModuleLoader, VerifiedModule};
 use domain_ramdisk::Ramdisk;
 use proxy::{DomainProxy, Gate, Notifier, Worker};
 use rustix::event::{EventfdFlags, eventfd};

@@ -11,9 +11,10 @@ mod puppet;
 
 pub use puppet::{Narrow, Other, Plain, Puppet, Stage, Wide};
 
-use domain_api::abi::RawRequest;
-use domain_api::host::{LoadError, ModuleLoader, StaticModule, VerifiedModule};
-use domain_api::{Params, Status};
+use domain_abi::RawRequest;
+use domain_abi::{Params, Status};
+use domain_conformance::StaticModule;
+use domain_host::{LoadError, ModuleLoader, VerifiedModule};
 use proxy::{DomainProxy, Ended, Gate, Notifier, Options, Refusal, Report, Worker};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -22,7 +22,7 @@
 
 use std::time::Duration;
 
-use domain_api::Params;
+use domain_abi::Params;
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -207,7 +207,7 @@ fn absolute(name: &str) -> Result<String, String> {
 }
 
 fn pairs_to_object(pairs: &[String]) -> Result<Map<String, Value>, String> {
-    let params = domain_api::Params::from_pairs(pairs).map_err(|e| e.to_string())?;
+    let params = domain_abi::Params::from_pairs(pairs).map_err(|e| e.to_string())?;
     Ok(params.iter().map(|(key, value)| (key.to_owned(), value.into())).collect())
 }
 

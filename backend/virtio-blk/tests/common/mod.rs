@@ -2,7 +2,7 @@
 
 #![allow(dead_code)]
 
-use domain_api::abi::RawSegment;
+use domain_abi::RawSegment;
 use virtio_blk::{
     DescriptorTable, Limits, Parsed, StatusSlot, Translator, WireStatus, features, parse,
 };

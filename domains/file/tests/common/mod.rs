@@ -2,8 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses some of it")]
 
+use domain_abi::{self as abi, RawRequest, RawSegment};
 use domain_api::Params;
-use domain_api::abi::{self, RawRequest, RawSegment};
 use std::ffi::CString;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;

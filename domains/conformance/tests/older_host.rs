@@ -1,0 +1,40 @@
+//! A module that is newer than its host does without what the host lacks.
+
+use domain_abi::{HostVtable, QueueIndex};
+use domain_api::Host;
+use domain_conformance::{TestHost, TestStorage};
+use domain_host::leaked_table;
+use std::mem::offset_of;
+
+/// What a module makes of a table of which it is told that it ends after `size` bytes.
+fn cut(host: &HostVtable, size: usize) -> Host {
+    let mut table = *host;
+    table.size = size as u32;
+    // What a host of that age has there is anything.
+    let bytes: *mut u8 = (&raw mut table).cast();
+    // SAFETY: inside the table, which is leaked, and nobody reads past its `size` (that is what
+    // is tested).
+    unsafe { std::ptr::write_bytes(bytes.add(size), 0xa5, size_of::<HostVtable>() - size) };
+    // SAFETY: never freed, and the host behind it neither.
+    unsafe { Host::from_vtable(Box::leak(Box::new(table))) }
+}
+
+#[test]
+fn a_module_does_without_what_an_older_host_lacks() {
+    let side = leaked_table(TestHost::new(&TestStorage::new()));
+    let (queue, served) = (QueueIndex(0), |host: Host| host.served_queues().collect::<Vec<_>>());
+    let new = cut(side, size_of::<HostVtable>());
+    assert!(new.notifier_fd(queue).is_some() && served(new) == [queue]);
+    let unmarked = cut(side, offset_of!(HostVtable, storage_failed));
+    unmarked.storage().mark_failed("not kept");
+    unmarked.count("not kept", 1);
+    assert_eq!((unmarked.storage().failure(), served(unmarked)), (None, vec![queue]));
+    new.storage().mark_failed("the first");
+    new.storage().mark_failed("another");
+    assert_eq!(new.storage().failure().as_deref(), Some("the first"));
+    let older = cut(side, offset_of!(HostVtable, served_queues));
+    assert!(older.notifier_fd(queue).is_some() && served(older).is_empty());
+    let oldest = cut(side, offset_of!(HostVtable, notifier_fd));
+    assert!(oldest.notifier_fd(queue).is_none() && served(oldest).is_empty());
+    assert_eq!(oldest.storage().schema(), 0);
+}

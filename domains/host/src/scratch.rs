@@ -1,0 +1,144 @@
+//! Host memory that a call lends to its callee: room for completions, and for one sentence.
+//!
+//! What the ABI passes is kept filled in from call to call, because some calls are made for every
+//! batch. Where the memory is the owner knows for himself, so that whatever a callee writes into
+//! what it was lent, the host looks at nothing but its own.
+
+use crate::CallError;
+use domain_abi::{self as abi, RawCompletion, RawCompletions, RawMessage};
+use std::ptr::NonNull;
+
+/// Memory on the heap, for as long as its owner lives, that raw pointers may be kept to.
+#[derive(Debug)]
+struct Kept<T>(NonNull<[T]>);
+
+// SAFETY: it owns its content, as a box does.
+unsafe impl<T: Send> Send for Kept<T> {}
+
+impl<T: Copy> Kept<T> {
+    fn of(content: T, count: usize) -> Self {
+        Self(NonNull::from(Box::leak(vec![content; count].into_boxed_slice())))
+    }
+
+    const fn base(&self) -> *mut T {
+        self.0.as_ptr().cast()
+    }
+
+    const fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The first `len`, or all if there are not so many.
+    #[inline]
+    fn first(&self, len: usize) -> &[T] {
+        // SAFETY: ours until we are dropped, and callees write it only in calls for which the owner
+        // is borrowed mutably.
+        unsafe { std::slice::from_raw_parts(self.base(), len.min(self.len())) }
+    }
+}
+
+impl<T> Drop for Kept<T> {
+    fn drop(&mut self) {
+        // SAFETY: it was a box (`of`), and nobody else frees it.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
+
+/// Host memory for completions.
+#[derive(Debug)]
+pub struct CompletionBuffer {
+    lent: RawCompletions,
+    entries: Kept<RawCompletion>,
+}
+
+// SAFETY: what is lent points to entries, which are ours.
+unsafe impl Send for CompletionBuffer {}
+
+impl CompletionBuffer {
+    /// Room for `capacity` completions: as many as can be in flight on the queue.
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        let entries = Kept::of(RawCompletion::default(), capacity);
+        Self { lent: Self::all_of(&entries), entries }
+    }
+
+    fn all_of(entries: &Kept<RawCompletion>) -> RawCompletions {
+        RawCompletions { entries: entries.base(), capacity: entries.len(), len: 0 }
+    }
+
+    /// Fills in afresh what is lent, for another instance: this one may have left anything there.
+    pub fn renew(&mut self) {
+        self.lent = Self::all_of(&self.entries);
+    }
+
+    /// What the last call completed.
+    #[must_use]
+    #[inline]
+    pub fn completed(&self) -> &[RawCompletion] {
+        self.entries.first(self.lent.len)
+    }
+
+    /// What the last call completed, if it completed `count` requests.
+    #[must_use]
+    #[inline]
+    pub fn all(&self, count: usize) -> Option<&[RawCompletion]> {
+        (self.lent.len == count && count <= self.entries.len()).then(|| self.entries.first(count))
+    }
+
+    /// For one call. Nothing is completed yet.
+    #[inline(always)]
+    pub(crate) const fn lend(&mut self) -> &mut RawCompletions {
+        self.lent.len = 0;
+        &mut self.lent
+    }
+
+    /// What a module is given for one call, for a benchmark that calls a domain directly.
+    ///
+    /// # Safety
+    /// The caller leaves `entries` and `capacity` as they are, and `len` covers valid entries only.
+    #[inline]
+    pub const unsafe fn raw(&mut self) -> &mut RawCompletions {
+        self.lend()
+    }
+}
+
+/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not
+/// cleared for each call.
+#[derive(Debug)]
+pub(crate) struct MessageBuffer {
+    lent: RawMessage,
+    text: Kept<u8>,
+}
+
+// SAFETY: what is lent points to the text, which is ours.
+unsafe impl Send for MessageBuffer {}
+
+impl MessageBuffer {
+    pub(crate) fn new() -> Self {
+        let text = Kept::of(0, 512);
+        Self { lent: RawMessage { bytes: text.base(), capacity: text.len(), len: 0 }, text }
+    }
+
+    /// Makes one call with a buffer of its own.
+    pub(crate) fn call(f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
+        let mut buffer = Self::new();
+        let code = f(buffer.lend());
+        if code == abi::CALL_OK { Ok(()) } else { Err(buffer.error(code)) }
+    }
+
+    /// For one call.
+    #[inline(always)]
+    pub(crate) const fn lend(&mut self) -> &mut RawMessage {
+        &mut self.lent
+    }
+
+    /// Why the last call did not do what it should.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn error(&mut self, code: u32) -> CallError {
+        // A callee that says nothing leaves the length alone.
+        let len = std::mem::take(&mut self.lent.len);
+        let text = String::from_utf8_lossy(self.text.first(len)).into_owned();
+        if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) }
+    }
+}

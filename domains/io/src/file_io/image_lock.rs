@@ -1,0 +1,141 @@
+//! Telling other programs that an image is in use, and being told.
+//!
+//! The language is QEMU's (its documentation, "Disk image file locking"; the numbers can be seen in
+//! `/proc/locks`), so that QEMU, `qemu-img` and `qemu-storage-daemon` understand it, too. Whoever
+//! uses an image holds a shared lock on a byte for each thing that he does, and on another byte for
+//! each thing that nobody else may do; then he looks whether somebody else has locked the
+//! counterpart of one of these. No data is meant by the bytes. The locks are of the open file
+//! description (`F_OFD_SETLK`): a dup has them, too, and the kernel lets go of them when the last
+//! one is closed, however the process ends.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Byte for the first thing that is done.
+const DONE: i64 = 100;
+/// Byte for the first thing that nobody else may do.
+const FORBIDDEN: i64 = 200;
+
+/// To read and rely on it.
+const READ: i64 = 0;
+/// To write.
+const WRITE: i64 = 1;
+/// To change the size.
+const RESIZE: i64 = 3;
+
+/// Whether an image may be used.
+#[derive(Debug)]
+pub enum ImageLock {
+    /// Others can see that it is in use, as long as this open file description lives.
+    Ours,
+    /// Somebody else uses it in a way that does not go together with ours. Nothing is claimed.
+    Taken,
+    /// Its file system has no such locks.
+    Impossible(io::Error),
+}
+
+/// Claims the image `file`: to read it while nobody else writes, or, if `writes`, to write it while
+/// nobody else does. Does not wait.
+#[must_use]
+pub fn lock_image(file: &File, writes: bool) -> ImageLock {
+    let does: &[i64] = if writes { &[READ, WRITE] } else { &[READ] };
+    let forbids = &[WRITE, RESIZE];
+    let ours =
+        does.iter().map(|what| DONE + what).chain(forbids.iter().map(|what| FORBIDDEN + what));
+    let counterparts =
+        does.iter().map(|what| FORBIDDEN + what).chain(forbids.iter().map(|what| DONE + what));
+    let claimed = ours.clone().try_for_each(|byte| lock(file, libc::F_RDLCK, byte));
+    // First lock, then look: of two who come at once at least one sees the other.
+    let is_free = claimed.and_then(|()| {
+        let locked =
+            counterparts.map(|byte| is_locked(file, byte)).collect::<io::Result<Vec<_>>>()?;
+        Ok(!locked.contains(&true))
+    });
+    let claim = match is_free {
+        Ok(true) => return ImageLock::Ours,
+        Ok(false) => ImageLock::Taken,
+        // A lock of another kind that covers one of the bytes (fcntl(2)).
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            ImageLock::Taken
+        }
+        Err(error) => ImageLock::Impossible(error),
+    };
+    // It cannot fail where it could be locked.
+    ours.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
+    claim
+}
+
+fn flock(kind: libc::c_int, byte: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+fn lock(file: &File, kind: libc::c_int, byte: i64) -> io::Result<()> {
+    let about = flock(kind, byte);
+    // SAFETY: the structure is valid for the call, and only read; the descriptor is open.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const about) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether another open file description has a lock on `byte`.
+fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+    let mut about = flock(libc::F_WRLCK, byte);
+    // SAFETY: the structure is valid for the call, which writes to it; the descriptor is open.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut about) } {
+        0 => Ok(libc::c_int::from(about.l_type) != libc::F_UNLCK),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `lockf` does, but of the open file description.
+    fn lock_all(file: &File) {
+        let about = libc::flock { l_len: 0, ..flock(libc::F_WRLCK, 0) };
+        // SAFETY: as in `lock`.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const about) };
+        assert_eq!(result, 0);
+    }
+
+    #[test]
+    fn one_may_write_or_many_may_read() {
+        let path = std::env::temp_dir().join(format!("hotswap-claim-{}", std::process::id()));
+        std::fs::write(&path, b"image").unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let [first, second, third] = [open(), open(), open()];
+        let is_ours = |file: &File, writes| match lock_image(file, writes) {
+            ImageLock::Ours => true,
+            ImageLock::Taken => false,
+            ImageLock::Impossible(error) => panic!("{error}"),
+        };
+        assert!(is_ours(&first, true));
+        assert!(is_ours(&first, true), "claimed twice is claimed");
+        assert!(!is_ours(&second, true));
+        assert!(!is_ours(&second, false));
+        let dup = first.try_clone().unwrap();
+        drop(first);
+        assert!(!is_ours(&second, true), "a dup holds it, too");
+        drop(dup);
+        assert!(is_ours(&second, false), "nothing is left of one that was refused");
+        assert!(is_ours(&third, false));
+        let writer = open();
+        assert!(!is_ours(&writer, true));
+        drop((second, third));
+        assert!(is_ours(&writer, true));
+        drop(writer);
+        let other = open();
+        lock_all(&other);
+        assert!(!is_ours(&open(), false), "a lock of another kind is a lock");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
