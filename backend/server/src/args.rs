@@ -19,7 +19,7 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use domain_abi::Params;
 
-use crate::control::SOCKET_PATH_MAX;
+use control::SOCKET_PATH_MAX;
 
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;

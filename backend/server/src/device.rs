@@ -1,11 +1,13 @@
 //! What the commands of the control socket do to the device.
 
-use crate::control::{
-    OperationError, Operations, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy,
-};
 use crate::json;
+use crate::log_limit::{self, how_to_have_more};
+use control::messages::{RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
+use control::{OperationError, Operations};
+use log::Level;
 use proxy::{DomainProxy, Mode, Options, Refusal, Report};
 use serde_json::Value;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -81,6 +83,17 @@ impl Operations for Device {
 
     fn last_event(&self) -> u64 {
         self.proxy.last_event()
+    }
+
+    fn accept_failed(&self, error: &io::Error) {
+        log_limit::say(
+            Level::Warn,
+            "control client",
+            format_args!(
+                "cannot accept a client on the control socket, which has to wait: {}",
+                how_to_have_more(error)
+            ),
+        );
     }
 
     fn shutdown(&self) {

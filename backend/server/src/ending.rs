@@ -8,9 +8,9 @@
 //! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed
 //! once, by whoever comes first, and only while it is ours.
 
-use crate::control::{SocketError, SocketFile, SocketName};
 use crate::session::lock;
 use crate::signals;
+use control::{SocketError, SocketFile, SocketName};
 use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::iterator::Signals;
 use std::io;
@@ -82,7 +82,7 @@ impl Ending {
     ///
     /// # Errors
     /// Signals cannot be handled, or there is no thread left.
-    pub fn heed_signals(self: &Arc<Self>) -> io::Result<()> {
+    pub fn install_signals(self: &Arc<Self>) -> io::Result<()> {
         let mut signals = Signals::new(signals::ending())?;
         signals::unblock();
         let ending = Arc::clone(self);

@@ -2,7 +2,7 @@
 //!
 //! The way of a request: `session` (a frontend connects, rings start) -> `worker` (kick to call) ->
 //! `ring` and `guest_memory` (what the guest wrote) -> the proxy and its domain. The way of an
-//! upgrade: `ctl` (`hotswapctl`) -> `control` (the socket) -> `device` (what a command does) -> the
+//! upgrade: the crate `control` (`hotswapctl`, the socket) -> `device` (what a command does) -> the
 //! proxy.
 //!
 //! Invariants: only this crate knows vhost-user; one device per process, one session at a time;
@@ -12,7 +12,6 @@
 //! module is (`loader`).
 
 pub mod args;
-pub mod control;
 pub mod cpus;
 pub mod device;
 pub mod ending;

@@ -1,4 +1,4 @@
-//! Lines of the log that would repeat themselves: each kind is said once, and again after ten
+//! Lines of the log that would repeat themselves: each kind is logged once, and again after ten
 //! seconds at the earliest, with how many like it there were.
 //!
 //! That holds as long as there are no more kinds than are remembered. So the kinds are constants of
@@ -6,7 +6,7 @@
 //! and each would take the place of another. What differs from line to line is in the line only.
 //!
 //! What a frontend or a guest does can be done ten thousand times a second, and what is missing (a
-//! descriptor, say) is missing until somebody does something. One line says so; more of them hide
+//! descriptor, say) is missing until an operator does something. One line says so; more of them hide
 //! it. The lines that are left out are there at `debug`.
 
 use log::Level;
@@ -23,7 +23,7 @@ const APART: Duration = Duration::from_secs(10);
 /// So many kinds are remembered. One more takes the place of the one that was said longest ago.
 const KINDS: usize = 64;
 
-/// Who says it, as far as `RUST_LOG` is concerned.
+/// The name that `RUST_LOG` selects these lines by.
 const TARGET: &str = "vhost_hotswap";
 
 /// What was said, and when.

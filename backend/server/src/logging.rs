@@ -1,7 +1,7 @@
 //! The log: lines on standard error, of which none ever waits for its reader.
 //!
 //! What is said is often said under a lock: an upgrade's, a worker's. If standard error is a pipe
-//! that nobody reads any more, or a terminal that somebody has stopped, a plain write would wait
+//! without a reader that reads, or a terminal that was stopped, a plain write would wait
 //! there, and with it the upgrade, the next frontend and the daemon's end. So it is asked first
 //! whether there is room. A line without room is lost, and how many were is said as soon as there
 //! is some.
@@ -20,20 +20,20 @@ const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// Starts logging, as `RUST_LOG` says, by default from `info` on. Panics are logged, too.
 pub fn start() {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .target(env_logger::Target::Pipe(Box::new(Unwaiting::new(io::stderr()))))
+        .target(env_logger::Target::Pipe(Box::new(NonBlockingWriter::new(io::stderr()))))
         .init();
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
 }
 
 /// Writes what there is room for, and counts what there was none for. Takes whole lines.
-struct Unwaiting<W> {
+struct NonBlockingWriter<W> {
     out: W,
     lost: u64,
     /// The last line was cut off.
     torn: bool,
 }
 
-impl<W: Write + AsFd> Unwaiting<W> {
+impl<W: Write + AsFd> NonBlockingWriter<W> {
     const fn new(out: W) -> Self {
         Self { out, lost: 0, torn: false }
     }
@@ -41,7 +41,7 @@ impl<W: Write + AsFd> Unwaiting<W> {
     /// Writes all of it, or says `false`.
     fn put(&mut self, bytes: &[u8]) -> bool {
         for (index, piece) in bytes.chunks(ROOM).enumerate() {
-            // Whoever did not read the last line is not waited for again.
+            // A reader that did not take the last line is not waited for again.
             let patience =
                 if self.lost == 0 { PATIENCE } else { Timespec { tv_sec: 0, tv_nsec: 0 } };
             let mut fds = [PollFd::new(&self.out, PollFlags::OUT)];
@@ -55,7 +55,7 @@ impl<W: Write + AsFd> Unwaiting<W> {
     }
 }
 
-impl<W: Write + AsFd> Write for Unwaiting<W> {
+impl<W: Write + AsFd> Write for NonBlockingWriter<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lost > 0 {
             let end = if self.torn { "\n" } else { "" };
@@ -84,12 +84,12 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::time::{Duration, Instant};
 
-    fn pipe() -> (File, Unwaiting<File>) {
+    fn pipe() -> (File, NonBlockingWriter<File>) {
         let (reader, writer): (OwnedFd, OwnedFd) = {
             let (reader, writer) = io::pipe().unwrap();
             (reader.into(), writer.into())
         };
-        (File::from(reader), Unwaiting::new(File::from(writer)))
+        (File::from(reader), NonBlockingWriter::new(File::from(writer)))
     }
 
     fn read(reader: &mut File, len: usize) -> String {
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_reads_are_counted_and_not_waited_for() {
+    fn lines_that_are_not_read_are_counted_and_not_waited_for() {
         let (mut reader, mut log) = pipe();
         let line = [b'x'; 99].iter().copied().chain([b'\n']).collect::<Vec<_>>();
         let started = Instant::now();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_is_gone_disturbs_nobody() {
+    fn a_reader_that_is_gone_disturbs_nothing() {
         let (reader, mut log) = pipe();
         drop(reader);
         (0..3).for_each(|_| log.write_all(b"hello\n").unwrap());

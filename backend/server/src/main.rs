@@ -5,6 +5,7 @@
 //! `hotswapctl shutdown` (`ending.rs`). End: the session's workers leave, the sockets are removed,
 //! the domain writes down what it has.
 
+use control::{Server, SocketFile};
 use loader::FileLoader;
 use log::Level;
 use proxy::DomainProxy;
@@ -17,7 +18,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use vhost_hotswap::args::{Args, Config, Listen};
-use vhost_hotswap::control::{Server, SocketFile};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::ending::Ending;
@@ -100,7 +100,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         Listen::Path(path) => Given::Path(path),
     };
     let ending = Ending::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
-    ending.heed_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
+    ending.install_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
     // Whoever sees a socket of ours may end us, so signals are heeded by then.
     let front = match given {
         Given::Path(path) => {

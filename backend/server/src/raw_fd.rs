@@ -1,6 +1,5 @@
 //! Descriptors that come or go as bare numbers: the listening socket of `--fd`, and the events that
-//! end a session's threads. And what a system call says of a descriptor that no crate passes on as
-//! it is: who has connected.
+//! end a session's threads.
 //!
 //! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is
 //! over: one descriptor lost per queue and session. So we keep the numbers and close them, once the
@@ -9,7 +8,7 @@
 use crate::session::lock;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Mutex;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
@@ -41,44 +40,6 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
         Ok(false) => Err(wrong("is a socket that does not listen")),
         Err(error) => Err(wrong(&format!("is no socket ({error})"))),
     }
-}
-
-/// Who is at the other end of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Peer {
-    /// The process, if it has a number in our PID namespace.
-    pub(crate) pid: Option<u32>,
-    /// Its user, as our user namespace calls him.
-    pub(crate) uid: u32,
-}
-
-/// Asks the kernel who has connected. By a bare call, because `rustix` takes a process for
-/// something that always has a number.
-///
-/// # Errors
-/// The system call failed.
-pub(crate) fn peer(stream: &UnixStream) -> io::Result<Peer> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut size = size_of_val(&peer) as libc::socklen_t;
-    // SAFETY: the kernel writes at most `size` bytes to `peer`, which has that size and is made of
-    // integers only, and the length to `size`; both live until it returns.
-    let result = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            std::ptr::from_mut(&mut peer).cast(),
-            &raw mut size,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // Less than all of it would leave us with a user of 0.
-    if size as usize != size_of_val(&peer) {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    Ok(Peer { pid: u32::try_from(peer.pid).ok().filter(|&pid| pid != 0), uid: peer.uid })
 }
 
 /// A dup of an event's descriptor.
@@ -135,13 +96,6 @@ impl ExitEvents {
 mod tests {
     use super::*;
     use std::net::TcpListener;
-
-    #[test]
-    fn the_other_end_of_a_pair_is_this_process() {
-        let (one, _other) = UnixStream::pair().unwrap();
-        let uid = rustix::process::geteuid().as_raw();
-        assert_eq!(peer(&one).unwrap(), Peer { pid: Some(std::process::id()), uid });
-    }
 
     #[test]
     fn only_a_listening_unix_socket_is_taken_over() {

@@ -14,7 +14,10 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::code::Code;
 
 /// How long to wait for the daemon to take a connection or a request.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,8 +37,8 @@ pub struct Failure {
 
 impl Failure {
     /// A failure of our own.
-    pub fn new(code: &str, message: impl Into<String>) -> Self {
-        Self { code: code.to_owned(), message: message.into(), data: None }
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code: code.as_str().to_owned(), message: message.into(), data: None }
     }
 
     /// The daemon's, from the `error` member of its reply.
@@ -55,6 +58,7 @@ impl Failure {
 }
 
 /// A connection to a daemon.
+#[derive(Debug)]
 pub struct Client {
     stream: BufReader<UnixStream>,
 }
@@ -63,12 +67,12 @@ impl Client {
     /// Connects.
     ///
     /// # Errors
-    /// Nobody listens there, or nobody may.
+    /// No daemon listens there, or it may not be used.
     pub fn connect(path: &Path) -> Result<Client, Failure> {
         connect(path).map(|stream| Client { stream: BufReader::new(stream) }).map_err(|e| {
             let path = path.display();
             Failure::new(
-                "unreachable",
+                Code::Unreachable,
                 match e {
                     Errno::NOENT | Errno::CONNREFUSED | Errno::NOTDIR => {
                         format!(
@@ -96,7 +100,7 @@ impl Client {
     pub fn call(
         &mut self,
         method: &str,
-        params: &Map<String, Value>,
+        params: &impl Serialize,
         timeout: Duration,
     ) -> Result<Value, Failure> {
         let request = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
@@ -105,7 +109,7 @@ impl Client {
         if let Err(e) = sent
             && !matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
         {
-            return Err(Failure::new("unreachable", format!("cannot send the request: {e}")));
+            return Err(Failure::new(Code::Unreachable, format!("cannot send the request: {e}")));
         }
         let deadline = Instant::now() + timeout;
         let reply = self.receive(Some(deadline), || {
@@ -117,9 +121,10 @@ impl Client {
         match reply.get("error") {
             Some(error) => Err(Failure::from_reply(error)),
             None if reply["id"] == 1 => Ok(reply["result"].clone()),
-            None => {
-                Err(Failure::new("bad_reply", "the daemon answered something that was not asked"))
-            }
+            None => Err(Failure::new(
+                Code::BadReply,
+                "the daemon answered something that was not asked",
+            )),
         }
     }
 
@@ -152,17 +157,17 @@ impl Client {
                 .and_then(|()| (&mut self.stream).take(room).read_until(b'\n', &mut line));
             match read {
                 Ok(0) if room == 0 => {
-                    return Err(Failure::new("bad_reply", "the daemon's answer has no end"));
+                    return Err(Failure::new(Code::BadReply, "the daemon's answer has no end"));
                 }
                 Ok(0) => return Err(hung_up()),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(Failure::new("timeout", too_late()));
+                    return Err(Failure::new(Code::Timeout, too_late()));
                 }
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up()),
                 Err(e) => {
                     return Err(Failure::new(
-                        "unreachable",
+                        Code::Unreachable,
                         format!("cannot read the answer: {e}"),
                     ));
                 }
@@ -170,14 +175,16 @@ impl Client {
         }
         match serde_json::from_slice(&line) {
             Ok(reply @ Value::Object(_)) => Ok(reply),
-            _ => Err(Failure::new("bad_reply", "what listens there does not answer in JSON-RPC")),
+            _ => {
+                Err(Failure::new(Code::BadReply, "what listens there does not answer in JSON-RPC"))
+            }
         }
     }
 }
 
 fn hung_up() -> Failure {
     Failure::new(
-        "disconnected",
+        Code::Disconnected,
         "the daemon has ended the connection; if it still runs, its log says why",
     )
 }

@@ -1,11 +1,11 @@
 //! A listening Unix socket at a path that is ours alone.
 //!
-//! A path outlives the process that bound it, so whoever starts finds one of three things: nothing,
+//! A path outlives the process that bound it, so a daemon that starts finds one of three things: nothing,
 //! the remains of a dead daemon, or a living one. Only the remains may be replaced, and at the end
 //! only our own may be removed.
 //!
 //! Invariants:
-//! * Whoever can see the name can connect. The socket is bound under another name beside it, a
+//! * A client that can see the name can connect. The socket is bound under another name beside it, a
 //!   draft, and gets its own when it listens.
 //! * The mode is set on the socket *before* it is bound, so neither name ever exists with a wider
 //!   one. (On Linux `bind` makes the inode with the mode of the socket, less the umask.)
@@ -14,8 +14,8 @@
 //!   told. Where the directory cannot be locked, what is replaced comes out under the draft's name
 //!   and is probed once more there: if it lives, it is put back.
 //! * A name is removed only if it still leads to the inode that was bound. The kernel keeps that
-//!   inode as long as the socket is open, so its number cannot come back as somebody else's while
-//!   we compare.
+//!   inode as long as the socket is open, so its number cannot come back as another socket's while
+//!   it is compared.
 //!
 //! A daemon that is killed between the two names leaves a draft. Drafts of a name are recognized by
 //! their form, and those that refuse a connection are removed by the next daemon that wants it.
@@ -44,19 +44,19 @@ const BACKLOG: i32 = 128;
 /// How long another process may keep the directory locked before we go on without the lock.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
-/// How long somebody who has come between may take, before we do.
+/// How long another process that has come between is given first.
 const OTHERS_TURN: Duration = Duration::from_millis(2);
 
 /// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
-pub(crate) const SOCKET_PATH_MAX: usize = 107;
-/// How often somebody who does not take the lock may come between.
+pub const SOCKET_PATH_MAX: usize = 107;
+/// How often a process that does not take the lock may come between.
 const ATTEMPTS: usize = 10;
 
 /// Why a path cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SocketError {
-    /// Somebody answers there.
+    /// A daemon answers there.
     #[error("another daemon listens on {0}; stop it, or choose another path")]
     InUse(PathBuf),
     /// Something is there that no daemon has left.
@@ -72,7 +72,7 @@ pub enum SocketError {
     },
 }
 
-/// The name of a [`SocketFile`], for whoever has to remove it from elsewhere.
+/// The name of a [`SocketFile`], for what has to remove it from elsewhere.
 #[derive(Debug)]
 pub struct SocketName {
     path: PathBuf,
@@ -125,7 +125,7 @@ impl SocketFile {
         if lock.is_some() {
             form.remove_remains();
         }
-        // What goes wrong here is done by somebody who does not take the lock: no daemon of ours.
+        // What goes wrong here is done by a process that does not take the lock: no daemon of ours.
         for _ in 0..ATTEMPTS {
             let replaces = match look(path, &address).map_err(system)? {
                 Found::Nothing => false,
@@ -158,7 +158,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Before the socket is closed: after that its inode's number may be somebody else's.
+        // Before the socket is closed: after that its inode's number may be another's.
         self.name.remove();
     }
 }
@@ -175,9 +175,9 @@ fn stream_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
 #[derive(Debug, PartialEq, Eq)]
 enum Found {
     Nothing,
-    /// A socket that nobody listens on.
+    /// A socket that refuses connections.
     Remains,
-    /// A socket that somebody listens on.
+    /// A socket that takes connections.
     Living,
     SomethingElse,
 }
@@ -196,7 +196,7 @@ fn look(path: &Path, address: &SocketAddrUnix) -> Result<Found, Errno> {
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => Ok(Found::Remains),
         Err(Errno::NOENT) => Ok(Found::Nothing),
-        // Somebody is there: with a full backlog, or with a socket of another type.
+        // A process listens there: with a full backlog, or with a socket of another type.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Ok(Found::Living),
         Err(e) => Err(e),
     }
@@ -278,14 +278,14 @@ struct DraftName(PathBuf);
 
 impl Drop for DraftName {
     fn drop(&mut self) {
-        // Empty if it has become another's. Whoever wants the name next tries again.
+        // Empty if it has become another's. The next one that wants the name tries again.
         if !self.0.as_os_str().is_empty() {
             let _ = rustix::fs::unlink(&self.0);
         }
     }
 }
 
-/// A listening socket that nobody knows yet.
+/// A listening socket that has no public name yet.
 struct Draft {
     socket: OwnedFd,
     name: DraftName,
@@ -319,8 +319,8 @@ impl Draft {
         }
     }
 
-    /// Gives it its name. `replaces`: remains are there, which may go. [`Errno::EXIST`] if somebody
-    /// else has come.
+    /// Gives it its name. `replaces`: remains are there, which may go. [`Errno::EXIST`] if another
+    /// process has come.
     fn publish(self, form: &DraftForm, path: &Path, replaces: bool) -> Result<SocketFile, Errno> {
         let flags = if replaces { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
         let is_left = match rustix::fs::renameat_with(CWD, &self.name.0, CWD, path, flags) {
@@ -351,9 +351,9 @@ impl Draft {
     /// Puts back what was exchanged for this one and may not go.
     ///
     /// Others may do the same at the same time, and then each finds another's under its draft's
-    /// name. So everybody goes on until he has his own: when all have, the path has the first
-    /// one's. Who finds his own at the path is done with one exchange more. If nobody does,
-    /// somebody's has to get there first.
+    /// name. So each goes on until it has its own: when all have, the path has the first one's. The
+    /// process that finds its own at the path is done with one exchange more. If none does, one of
+    /// theirs has to get there first.
     fn undo(mut self, path: &Path) {
         let is_ours = |path: &Path| {
             rustix::fs::lstat(path).is_ok_and(|stat| identity(&stat) == self.identity)
@@ -390,7 +390,7 @@ impl Draft {
     }
 }
 
-/// Whether nobody listens at `path`, which is a socket.
+/// Whether `path`, which is a socket, refuses connections.
 fn is_remains(path: &Path) -> bool {
     SocketAddrUnix::new(path).and_then(|address| look(path, &address)) == Ok(Found::Remains)
 }
@@ -398,7 +398,7 @@ fn is_remains(path: &Path) -> bool {
 /// Locks the directory of `path` among daemons, for as long as the descriptor is open.
 ///
 /// It guards against accidents only, so it is given up rather than waited for: in a directory like
-/// `/tmp` anybody can hold such a lock, and must not be able to keep a daemon from starting or
+/// `/tmp` any user can hold such a lock, and must not be able to keep a daemon from starting or
 /// ending.
 fn lock_directory(path: &Path) -> Option<OwnedFd> {
     let parent =
@@ -438,7 +438,7 @@ mod tests {
     ];
 
     #[test]
-    fn what_has_come_since_somebody_looked_is_spared() {
+    fn what_has_come_since_the_look_is_spared() {
         for (how, way) in WAYS {
             let directory = tempfile::tempdir().unwrap();
             let path = directory.path().join("socket");

@@ -1,38 +1,40 @@
 //! `hotswapctl`: commands a running daemon through its control socket.
 //!
 //! One command, one request, one answer for people or, with `--json`, for programs. Exit status 0
-//! is done, 1 is refused, failed or nobody there, 2 is a command line that makes no sense.
+//! is done, 1 is refused, failed or no daemon there, 2 is a command line that makes no sense.
 //!
 //! Invariant: a refusal is always a sentence on standard error, `error: MESSAGE (CODE)`, with and
 //! without `--json`.
 //!
-//! It deliberately uses nothing of the daemon's library: what it knows of the daemon is what goes
-//! over the socket, so that it can command a daemon of another version. Nor does it know which
-//! domains or parameters exist.
+//! It deliberately uses nothing of the daemon but its messages, and reads answers as whatever JSON
+//! they are, so that it can command a daemon of another version. Nor does it know which domains or
+//! parameters exist.
 
-mod client;
 mod print;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use serde_json::{Map, Value, json};
-
-use client::{Client, Failure};
+use control::Code;
+use control::client::{Client, Failure};
+use control::messages::{
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, RollbackParams, UpgradeMode,
+    UpgradeParams, WhenBusy,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
 
 /// How long a question may take to be answered.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an upgrade may take beyond its drain: it may have to wait for another, and for slow
 /// storage.
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(120);
-/// The drain that the daemon allows if nothing is said.
-const DEFAULT_DRAIN_TIMEOUT_MS: u64 = 500;
-/// How much longer it waits for workers that are not given a CPU, if nothing is said.
-const DEFAULT_STARVED_TIMEOUT_MS: u64 = 10_000;
 
 /// Commands a running vhost-hotswap.
 #[derive(Debug, Parser)]
@@ -63,8 +65,8 @@ enum Command {
         #[arg(long = "param", value_name = "KEY=VALUE")]
         params: Vec<String>,
         /// Which protocol to use
-        #[arg(long, default_value = "auto", value_parser = ["auto", "swap", "handover"])]
-        mode: String,
+        #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "swap", "handover"]).try_map(|word| mode(&word)))]
+        mode: UpgradeMode,
         #[command(flatten)]
         limits: UpgradeLimits,
     },
@@ -95,32 +97,27 @@ struct UpgradeLimits {
 }
 
 impl UpgradeLimits {
-    /// Says only what was asked for, so that the defaults are the daemon's.
-    fn add_to(&self, params: &mut Map<String, Value>) {
-        if let Some(milliseconds) = self.drain_timeout_ms {
-            params.insert("drain_timeout_ms".to_owned(), milliseconds.into());
-        }
-        if let Some(milliseconds) = self.starved_timeout_ms {
-            params.insert("starved_timeout_ms".to_owned(), milliseconds.into());
-        }
-        if self.no_queue {
-            params.insert("when_busy".to_owned(), "refuse".into());
-        }
+    /// Says only what was asked for, so that the default is the daemon's.
+    fn when_busy(&self) -> Option<WhenBusy> {
+        self.no_queue.then_some(WhenBusy::Refuse)
     }
 
     fn answer_timeout(&self) -> Duration {
-        let drain = self.drain_timeout_ms.unwrap_or(DEFAULT_DRAIN_TIMEOUT_MS);
-        let starved = self.starved_timeout_ms.unwrap_or(DEFAULT_STARVED_TIMEOUT_MS);
+        let or = |milliseconds: Option<u64>, default| {
+            milliseconds.map_or(default, Duration::from_millis)
+        };
+        let drain = or(self.drain_timeout_ms, DEFAULT_DRAIN_TIMEOUT);
+        let starved = or(self.starved_timeout_ms, DEFAULT_STARVED_TIMEOUT);
         // A takeover may come first, and the one before may have to be let go of.
-        4 * Duration::from_millis(drain + starved) + UPGRADE_TIMEOUT
+        4 * (drain + starved) + UPGRADE_TIMEOUT
     }
 }
 
 /// How an exchange with the daemon, or with standard output, ends early.
 enum Stop {
     Failed(Failure),
-    /// Whoever read our output has had enough: that is no failure.
-    NobodyReads,
+    /// The reader of our output has had enough: that is no failure.
+    OutputClosed,
 }
 
 impl From<Failure> for Stop {
@@ -132,9 +129,9 @@ impl From<Failure> for Stop {
 impl From<io::Error> for Stop {
     fn from(e: io::Error) -> Self {
         match e.kind() {
-            io::ErrorKind::BrokenPipe => Stop::NobodyReads,
+            io::ErrorKind::BrokenPipe => Stop::OutputClosed,
             _ => Stop::Failed(Failure::new(
-                "output_failed",
+                Code::OutputFailed,
                 format!("cannot write to standard output: {e}"),
             )),
         }
@@ -148,7 +145,7 @@ fn main() -> ExitCode {
         Err(sentence) => Cli::command().error(ErrorKind::ValueValidation, sentence).exit(),
     };
     match run(&cli, &request) {
-        Ok(()) | Err(Stop::NobodyReads) => ExitCode::SUCCESS,
+        Ok(()) | Err(Stop::OutputClosed) => ExitCode::SUCCESS,
         Err(Stop::Failed(failure)) => {
             complain(&failure, cli.json);
             ExitCode::from(1)
@@ -159,36 +156,52 @@ fn main() -> ExitCode {
 /// What goes over the socket.
 struct Request {
     method: &'static str,
-    params: Map<String, Value>,
+    params: Value,
     answer_timeout: Duration,
 }
 
 impl Request {
     /// What a command asks of the daemon; a sentence if it cannot be asked.
     fn from_command(command: &Command) -> Result<Request, String> {
-        let mut params = Map::new();
-        let mut answer_timeout = ANSWER_TIMEOUT;
-        let method = match command {
-            Command::Status => "status",
-            Command::History => "history",
-            Command::Watch => "watch",
-            Command::Shutdown => "shutdown",
+        let plain = |method| Request::new(method, &NoParams::default(), ANSWER_TIMEOUT);
+        Ok(match command {
+            Command::Status => plain("status"),
+            Command::History => plain("history"),
+            Command::Watch => plain("watch"),
+            Command::Shutdown => plain("shutdown"),
             Command::Rollback { limits } => {
-                limits.add_to(&mut params);
-                answer_timeout = limits.answer_timeout();
-                "rollback"
+                let params = RollbackParams {
+                    device: None,
+                    drain_timeout_ms: limits.drain_timeout_ms,
+                    starved_timeout_ms: limits.starved_timeout_ms,
+                    when_busy: limits.when_busy(),
+                };
+                Request::new("rollback", &params, limits.answer_timeout())
             }
             Command::Upgrade { name, params: pairs, mode, limits } => {
-                params.insert("name".to_owned(), absolute(name)?.into());
-                params.insert("params".to_owned(), pairs_to_object(pairs)?.into());
-                params.insert("mode".to_owned(), mode.as_str().into());
-                limits.add_to(&mut params);
-                answer_timeout = limits.answer_timeout();
-                "upgrade"
+                let params = UpgradeParams {
+                    device: None,
+                    name: absolute(name)?,
+                    params: pairs_to_map(pairs)?,
+                    mode: *mode,
+                    drain_timeout_ms: limits.drain_timeout_ms,
+                    starved_timeout_ms: limits.starved_timeout_ms,
+                    when_busy: limits.when_busy(),
+                };
+                Request::new("upgrade", &params, limits.answer_timeout())
             }
-        };
-        Ok(Request { method, params, answer_timeout })
+        })
     }
+
+    fn new(method: &'static str, params: &impl Serialize, answer_timeout: Duration) -> Request {
+        let params = serde_json::to_value(params).expect("strings and numbers are JSON");
+        Request { method, params, answer_timeout }
+    }
+}
+
+/// What `--mode` takes.
+fn mode(word: &str) -> Result<UpgradeMode, String> {
+    serde_json::from_value(word.into()).map_err(|e| e.to_string())
 }
 
 /// A name as it is; a path as seen from everywhere, because the daemon lives in another directory.
@@ -206,9 +219,9 @@ fn absolute(name: &str) -> Result<String, String> {
         .map_err(|_| "the current directory's path is not UTF-8".to_owned())
 }
 
-fn pairs_to_object(pairs: &[String]) -> Result<Map<String, Value>, String> {
+fn pairs_to_map(pairs: &[String]) -> Result<BTreeMap<String, String>, String> {
     let params = domain_abi::Params::from_pairs(pairs).map_err(|e| e.to_string())?;
-    Ok(params.iter().map(|(key, value)| (key.to_owned(), value.into())).collect())
+    Ok(params.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
 fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {

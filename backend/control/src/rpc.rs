@@ -7,23 +7,19 @@
 //!
 //! The depth of a line is bounded by `serde_json`'s recursion limit, which stays on.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
-use domain_abi::Params;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value, json};
 
-use super::{
-    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, MAX_DRAIN_TIMEOUT, OperationError,
-    RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy,
-};
+use crate::code::{Code, OPERATION_REFUSED};
+use crate::messages::{NoParams, RollbackParams, RollbackRequest, UpgradeParams, UpgradeRequest};
+use crate::operations::OperationError;
 
 /// A line that is a request: whether and how to answer it, and what it wants.
 #[derive(Debug)]
-pub(super) struct Call {
+pub(crate) struct Call {
     /// What the reply carries; `None` is a notification, which is not answered, whatever becomes of
     /// it.
     pub id: Option<Value>,
@@ -33,7 +29,16 @@ pub(super) struct Call {
 
 /// A method with its parameters, checked.
 #[derive(Debug, PartialEq)]
-pub(super) enum Method {
+pub(crate) struct Method {
+    /// Which device it is for, if that is said.
+    pub device: Option<String>,
+    /// What to do with it.
+    pub action: Action,
+}
+
+/// What a method does.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Action {
     Status,
     Upgrade(UpgradeRequest),
     Rollback(RollbackRequest),
@@ -44,51 +49,38 @@ pub(super) enum Method {
 
 /// An error reply's content.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct RpcError {
-    code: i32,
-    name: &'static str,
+pub(crate) struct RpcError {
+    /// JSON-RPC's number.
+    number: i32,
+    /// The stable word.
+    code: &'static str,
     message: String,
     data: Option<Value>,
 }
 
 impl RpcError {
-    pub fn parse_error(message: impl Into<String>) -> Self {
-        Self { code: -32700, name: "parse_error", message: message.into(), data: None }
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { number: code.number(), code: code.as_str(), message: message.into(), data: None }
     }
 
-    pub fn invalid_request(message: impl Into<String>) -> Self {
-        Self { code: -32600, name: "invalid_request", message: message.into(), data: None }
-    }
-
-    fn method_not_found(method: &str) -> Self {
-        let message = format!(
-            "there is no method `{method}`; there are status, upgrade, rollback, history, watch and shutdown"
-        );
-        Self { code: -32601, name: "method_not_found", message, data: None }
+    pub(crate) fn invalid_request(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidRequest, message)
     }
 
     fn invalid_params(message: impl Into<String>) -> Self {
-        Self { code: -32602, name: "invalid_params", message: message.into(), data: None }
-    }
-
-    pub fn internal(message: impl Into<String>) -> Self {
-        Self { code: -32603, name: "internal_error", message: message.into(), data: None }
-    }
-
-    /// An error of ours or of [`super::Operations`], told apart by its name alone.
-    pub fn refused(name: &'static str, message: impl Into<String>) -> Self {
-        Self { code: -32000, name, message: message.into(), data: None }
+        Self::new(Code::InvalidParams, message)
     }
 }
 
 impl From<OperationError> for RpcError {
     fn from(error: OperationError) -> Self {
-        Self { data: error.data, ..Self::refused(error.code, error.message) }
+        let OperationError { code, message, data } = error;
+        Self { number: OPERATION_REFUSED, code, message, data }
     }
 }
 
 /// The reply to the call with `id`.
-pub(super) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
+pub(crate) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
     match result {
         Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
         Err(error) => {
@@ -97,15 +89,15 @@ pub(super) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
                 Some(Value::Object(members)) => members,
                 Some(other) => Map::from_iter([("detail".to_owned(), other)]),
             };
-            data.insert("code".to_owned(), error.name.into());
-            let error = json!({"code": error.code, "message": error.message, "data": data});
+            data.insert("code".to_owned(), error.code.into());
+            let error = json!({"code": error.number, "message": error.message, "data": data});
             json!({"jsonrpc": "2.0", "id": id, "error": error})
         }
     }
 }
 
 /// The notification of event `number`, which its parameters carry as `sequence`.
-pub(super) fn event(number: u64, event: Value) -> Value {
+pub(crate) fn event(number: u64, event: Value) -> Value {
     let mut params = match event {
         Value::Object(members) => members,
         other => Map::from_iter([("event".to_owned(), other)]),
@@ -119,7 +111,7 @@ pub(super) fn event(number: u64, event: Value) -> Value {
 /// # Errors
 /// What is no request at all; it is answered even without an id, with the id if there is a good
 /// one, else null.
-pub(super) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
+pub(crate) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
     let members = match parse_strictly(line) {
         Ok(Value::Object(members)) => members,
         Ok(Value::Array(_)) => {
@@ -177,15 +169,33 @@ fn check_envelope(mut members: Map<String, Value>) -> Result<(String, Option<Val
 
 impl Method {
     fn read(method: &str, params: Option<Value>) -> Result<Self, RpcError> {
-        Ok(match method {
-            "status" => read_params::<Nothing>(params).map(|Nothing {}| Self::Status)?,
-            "history" => read_params::<Nothing>(params).map(|Nothing {}| Self::History)?,
-            "watch" => read_params::<Nothing>(params).map(|Nothing {}| Self::Watch)?,
-            "shutdown" => read_params::<Nothing>(params).map(|Nothing {}| Self::Shutdown)?,
-            "upgrade" => Self::Upgrade(read_params::<UpgradeParams>(params)?.check()?),
-            "rollback" => Self::Rollback(read_params::<RollbackParams>(params)?.check()?),
-            _ => return Err(RpcError::method_not_found(method)),
-        })
+        let plain = |action: Action, params: Option<Value>| {
+            read_params(params).map(|NoParams { device }| Self { device, action })
+        };
+        match method {
+            "status" => plain(Action::Status, params),
+            "history" => plain(Action::History, params),
+            "watch" => plain(Action::Watch, params),
+            "shutdown" => plain(Action::Shutdown, params),
+            "upgrade" => {
+                let mut params: UpgradeParams = read_params(params)?;
+                let device = params.device.take();
+                let request = params.check().map_err(RpcError::invalid_params)?;
+                Ok(Self { device, action: Action::Upgrade(request) })
+            }
+            "rollback" => {
+                let mut params: RollbackParams = read_params(params)?;
+                let device = params.device.take();
+                let request = params.check().map_err(RpcError::invalid_params)?;
+                Ok(Self { device, action: Action::Rollback(request) })
+            }
+            _ => Err(RpcError::new(
+                Code::MethodNotFound,
+                format!(
+                    "there is no method `{method}`; there are status, upgrade, rollback, history, watch and shutdown"
+                ),
+            )),
+        }
     }
 }
 
@@ -198,107 +208,13 @@ fn read_params<T: DeserializeOwned>(params: Option<Value>) -> Result<T, RpcError
     T::deserialize(params).map_err(|e| RpcError::invalid_params(format!("bad parameters: {e}")))
 }
 
-/// The parameters of a method that takes none.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Nothing {}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct UpgradeParams {
-    name: String,
-    #[serde(default)]
-    params: BTreeMap<String, String>,
-    #[serde(default)]
-    mode: UpgradeMode,
-    #[serde(default = "default_drain_timeout_ms")]
-    drain_timeout_ms: u64,
-    #[serde(default = "default_starved_timeout_ms")]
-    starved_timeout_ms: u64,
-    #[serde(default)]
-    when_busy: WhenBusy,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RollbackParams {
-    #[serde(default = "default_drain_timeout_ms")]
-    drain_timeout_ms: u64,
-    #[serde(default = "default_starved_timeout_ms")]
-    starved_timeout_ms: u64,
-    #[serde(default)]
-    when_busy: WhenBusy,
-}
-
-/// Longest name of a module: no path is longer (Linux's `PATH_MAX`). Names are kept in the history.
-const NAME_LIMIT: usize = 4096;
-
-fn default_drain_timeout_ms() -> u64 {
-    u64::try_from(DEFAULT_DRAIN_TIMEOUT.as_millis()).expect("half a second")
-}
-
-fn default_starved_timeout_ms() -> u64 {
-    u64::try_from(DEFAULT_STARVED_TIMEOUT.as_millis()).expect("some seconds")
-}
-
-impl UpgradeParams {
-    fn check(self) -> Result<UpgradeRequest, RpcError> {
-        if self.name.is_empty()
-            || self.name.len() > NAME_LIMIT
-            || self.name.contains(char::is_control)
-        {
-            return Err(RpcError::invalid_params(format!(
-                "`name` must be a domain's name or a module's path, of at most {NAME_LIMIT} bytes and without control characters"
-            )));
-        }
-        let mut params = Params::default();
-        for (key, value) in self.params {
-            // What the command line could not say either, or would forge lines of the log.
-            let impossible = |text: &str| text.contains(char::is_control);
-            if key.is_empty() || key.contains('=') || impossible(&key) || impossible(&value) {
-                return Err(RpcError::invalid_params(format!(
-                    "`params` has an impossible key or value at {key:?}"
-                )));
-            }
-            params.set(key, value);
-        }
-        let drain_timeout = check_timeout("drain_timeout_ms", self.drain_timeout_ms)?;
-        let starved_timeout = check_timeout("starved_timeout_ms", self.starved_timeout_ms)?;
-        Ok(UpgradeRequest {
-            name: self.name,
-            params,
-            mode: self.mode,
-            drain_timeout,
-            starved_timeout,
-            when_busy: self.when_busy,
-        })
-    }
-}
-
-impl RollbackParams {
-    fn check(self) -> Result<RollbackRequest, RpcError> {
-        let drain_timeout = check_timeout("drain_timeout_ms", self.drain_timeout_ms)?;
-        let starved_timeout = check_timeout("starved_timeout_ms", self.starved_timeout_ms)?;
-        Ok(RollbackRequest { drain_timeout, starved_timeout, when_busy: self.when_busy })
-    }
-}
-
-fn check_timeout(name: &str, milliseconds: u64) -> Result<Duration, RpcError> {
-    let timeout = Duration::from_millis(milliseconds);
-    if timeout > MAX_DRAIN_TIMEOUT {
-        let most = MAX_DRAIN_TIMEOUT.as_millis();
-        return Err(RpcError::invalid_params(format!("`{name}` must be at most {most}")));
-    }
-    Ok(timeout)
-}
-
 /// Reads a JSON text in which no object has a member twice.
 fn parse_strictly(line: &[u8]) -> Result<Value, RpcError> {
     serde_json::from_slice::<Unique>(line).map(|Unique(value)| value).map_err(|e| {
         match e.classify() {
             // Good JSON, but `Unique` refused it.
             serde_json::error::Category::Data => RpcError::invalid_request(e.to_string()),
-            _ => RpcError::parse_error(format!("this is not JSON: {e}")),
+            _ => RpcError::new(Code::ParseError, format!("this is not JSON: {e}")),
         }
     })
 }
@@ -372,9 +288,40 @@ impl<'de> Visitor<'de> for UniqueVisitor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::messages::{UpgradeMode, WhenBusy};
+    use domain_abi::Params;
+    use std::time::Duration;
 
     fn method(line: &str) -> Method {
         parse(line.as_bytes()).unwrap().method.unwrap()
+    }
+
+    #[test]
+    fn each_method_is_read_with_and_without_a_device() {
+        for (method, action) in [
+            ("status", Action::Status),
+            ("history", Action::History),
+            ("watch", Action::Watch),
+            ("shutdown", Action::Shutdown),
+        ] {
+            let line = |rest: &str| format!(r#"{{"jsonrpc":"2.0","method":"{method}"{rest}}}"#);
+            let read = method_of(&line(""));
+            assert_eq!(read, Ok(Method { device: None, action }), "{method}");
+            let read = method_of(&line(r#","params":{"device":"0"}"#)).unwrap();
+            assert_eq!(read.device.as_deref(), Some("0"), "{method}");
+            for bad in [r#"{"device":null}"#, r#"{"device":0}"#, r#"{"devise":"0"}"#, r#"["0"]"#] {
+                let refused = method_of(&line(&format!(r#","params":{bad}"#))).unwrap_err();
+                assert_eq!(refused.code, "invalid_params", "{method} {bad}");
+            }
+        }
+        let upgrade = r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a","device":"b"}}"#;
+        assert_eq!(method(upgrade).device.as_deref(), Some("b"));
+        let rollback = r#"{"jsonrpc":"2.0","method":"rollback","params":{"device":"b"}}"#;
+        assert_eq!(method(rollback).device.as_deref(), Some("b"));
+    }
+
+    fn method_of(line: &str) -> Result<Method, RpcError> {
+        parse(line.as_bytes()).unwrap().method
     }
 
     #[test]
@@ -389,14 +336,13 @@ mod tests {
             starved_timeout: Duration::from_millis(3),
             when_busy: WhenBusy::Refuse,
         };
-        assert_eq!(method(line), Method::Upgrade(expected));
+        assert_eq!(method(line), Method { device: None, action: Action::Upgrade(expected) });
     }
 
     #[test]
     fn defaults() {
-        let Method::Upgrade(upgrade) =
-            method(r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a"}}"#)
-        else {
+        let upgrade = method(r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a"}}"#);
+        let Action::Upgrade(upgrade) = upgrade.action else {
             panic!("not an upgrade");
         };
         assert_eq!((upgrade.mode, upgrade.when_busy), (UpgradeMode::Auto, WhenBusy::Queue));
@@ -405,7 +351,10 @@ mod tests {
         let (drain_timeout, starved_timeout) = (upgrade.drain_timeout, upgrade.starved_timeout);
         let rollback =
             RollbackRequest { drain_timeout, starved_timeout, when_busy: WhenBusy::Queue };
-        assert_eq!(method(r#"{"jsonrpc":"2.0","method":"rollback"}"#), Method::Rollback(rollback));
+        assert_eq!(
+            method(r#"{"jsonrpc":"2.0","method":"rollback"}"#).action,
+            Action::Rollback(rollback)
+        );
     }
 
     #[test]

@@ -5,50 +5,51 @@
 //!
 //! A user namespace has numbers for some users only. All others, and so the host's root as well,
 //! have one number in common: that of `/proc/sys/kernel/overflowuid`, 65534 as a rule. It says
-//! nothing about who somebody is, so nobody may command by it, not even if the daemon's own user
-//! has that number. Who has no number here can become somebody who has: the user that the daemon
+//! nothing about which user it is, so no user may command by it, not even if the daemon's own user
+//! has that number. A user without a number here can become one that has: the user that the daemon
 //! runs as, seen from outside (`setpriv --reuid`), or by entering the namespace (`nsenter --user`).
 
 use rustix::process::geteuid;
 use std::fs;
 use std::os::unix::net::UnixStream;
 
-use super::rpc::RpcError;
-use crate::raw_fd::{Peer, peer};
+use crate::code::Code;
+use crate::credentials::{Peer, peer};
+use crate::rpc::RpcError;
 
 /// How many users there are, each of which has a number in the first namespace.
 const ALL_USERS: u64 = u32::MAX as u64;
 
 /// Who may command.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Commanders {
+pub(crate) struct Commanders {
     /// The daemon's own user.
     own: u32,
     /// The number that stands for all users without one, if there are such.
-    nobody: Option<u32>,
+    overflow: Option<u32>,
 }
 
 impl Commanders {
     /// Those of this process, in its user namespace.
-    pub(super) fn of_this_process() -> Commanders {
-        // Whoever cannot be asked is taken to say that there are users without a number.
+    pub(crate) fn of_this_process() -> Commanders {
+        // A map that cannot be read is taken to say that there are users without a number.
         let all = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| maps_all(&map));
-        let overflow = || {
+        let read_overflow = || {
             let number = fs::read_to_string("/proc/sys/kernel/overflowuid").ok();
             number.and_then(|number| number.trim().parse().ok()).unwrap_or(65534)
         };
-        let (own, nobody) = (geteuid().as_raw(), (!all).then(overflow));
-        if Some(own) == nobody {
+        let (own, overflow) = (geteuid().as_raw(), (!all).then(read_overflow));
+        if Some(own) == overflow {
             log::warn!(
-                "only root may command this daemon: its user, {own}, may be anybody in its user namespace"
+                "only root may command this daemon: its user, {own}, may be any user without a number in its user namespace"
             );
         }
-        Commanders { own, nobody }
+        Commanders { own, overflow }
     }
 
     /// Whether the peer is one of them; if not, why.
-    pub(super) fn check(self, stream: &UnixStream) -> Result<(), RpcError> {
-        let refused = |message: String| Err(RpcError::refused("permission_denied", message));
+    pub(crate) fn check(self, stream: &UnixStream) -> Result<(), RpcError> {
+        let refused = |message: String| Err(RpcError::new(Code::PermissionDenied, message));
         let Peer { pid, uid } = match peer(stream) {
             Ok(peer) => peer,
             Err(e) => return refused(format!("the daemon cannot tell who you are: {e}")),
@@ -61,7 +62,7 @@ impl Commanders {
             |pid| format!("process {pid}"),
         );
         log::warn!("{who}, of user {uid}, may not command this daemon");
-        refused(if Some(uid) == self.nobody {
+        refused(if Some(uid) == self.overflow {
             "the daemon cannot tell who you are: you have no number in its user namespace; be the user that it runs as"
                 .to_owned()
         } else {
@@ -70,7 +71,7 @@ impl Commanders {
     }
 
     fn include(self, uid: u32) -> bool {
-        Some(uid) != self.nobody && (uid == 0 || uid == self.own)
+        Some(uid) != self.overflow && (uid == 0 || uid == self.own)
     }
 }
 
@@ -86,23 +87,23 @@ mod tests {
 
     #[test]
     fn only_root_and_the_own_user_are_included() {
-        let first = Commanders { own: 1000, nobody: None };
+        let first = Commanders { own: 1000, overflow: None };
         assert_eq!(
             [0, 1000, 1001, 65534].map(|uid| first.include(uid)),
             [true, true, false, false]
         );
-        let nobody_itself = Commanders { own: 65534, nobody: None };
-        assert_eq!([0, 65534, 1].map(|uid| nobody_itself.include(uid)), [true, true, false]);
+        let the_overflow_user = Commanders { own: 65534, overflow: None };
+        assert_eq!([0, 65534, 1].map(|uid| the_overflow_user.include(uid)), [true, true, false]);
     }
 
     #[test]
-    fn the_number_of_those_without_one_includes_nobody() {
+    fn the_number_of_users_without_one_is_never_included() {
         for own in [0, 1000, 65534] {
-            let within = Commanders { own, nobody: Some(65534) };
+            let within = Commanders { own, overflow: Some(65534) };
             assert!(within.include(0) && !within.include(65534), "{own}");
         }
         // The kernel lets an administrator choose it.
-        assert!(!Commanders { own: 1000, nobody: Some(0) }.include(0));
+        assert!(!Commanders { own: 1000, overflow: Some(0) }.include(0));
     }
 
     #[test]

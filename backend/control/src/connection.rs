@@ -5,12 +5,12 @@
 //! between two requests for an event.
 //!
 //! Invariants: at most one line and one read are kept in memory; a line that has no end is never
-//! acted on, because half a command may be another command; whoever does not fetch its replies is
-//! cut off, not waited for.
+//! acted on, because half a command may be another command; a client that does not fetch its replies
+//! is cut off, not waited for.
 //!
-//! It does not know how many other clients there are, nor who may be one.
+//! It does not know how many other clients there are, nor which users may be one.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -20,17 +20,18 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::{Value, json};
 
-use super::rpc::{self, Method, RpcError};
-use super::server::Idle;
-use super::{Limits, Operations};
+use crate::clients::Activity;
+use crate::code::Code;
+use crate::limits::Limits;
+use crate::lines::{Line, Lines};
+use crate::operations::Operations;
+use crate::rpc::{self, Action, Method, RpcError};
 
 /// How long a watching client's thread waits for an event before it looks at its socket again.
 const WATCH_STEP: Duration = Duration::from_millis(100);
-/// How much is read at once.
-const CHUNK: usize = 16 << 10;
 
 /// A connected client.
-pub(super) struct Connection<O> {
+pub(crate) struct Connection<O> {
     stream: Arc<UnixStream>,
     operations: Arc<O>,
     limits: Limits,
@@ -40,19 +41,19 @@ pub(super) struct Connection<O> {
 }
 
 impl<O: Operations> Connection<O> {
-    pub(super) fn new(stream: Arc<UnixStream>, operations: Arc<O>, limits: Limits) -> Self {
+    pub(crate) fn new(stream: Arc<UnixStream>, operations: Arc<O>, limits: Limits) -> Self {
         Self { stream, operations, limits, lines: Lines::new(limits.line), watching: None }
     }
 
     /// Serves the client until it leaves, is cut off, or `stopping` is set and its socket shut
     /// down.
     ///
-    /// Says in `idle` when it waits for the client to say something.
-    pub(super) fn run(mut self, stopping: &AtomicBool, idle: &Idle) {
+    /// Says in `activity` when it waits for the client to say something.
+    pub(crate) fn run(mut self, stopping: &AtomicBool, activity: &Activity) {
         let ended = self
             .stream
             .set_write_timeout(Some(self.limits.write_timeout))
-            .and_then(|()| self.talk(stopping, idle));
+            .and_then(|()| self.talk(stopping, activity));
         match ended {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::TimedOut => {
@@ -64,7 +65,7 @@ impl<O: Operations> Connection<O> {
         }
     }
 
-    fn talk(&mut self, stopping: &AtomicBool, silence: &Idle) -> io::Result<()> {
+    fn talk(&mut self, stopping: &AtomicBool, activity: &Activity) -> io::Result<()> {
         // Whether the client has ended its side. One that watches may still be listening.
         let mut ended = false;
         loop {
@@ -76,7 +77,7 @@ impl<O: Operations> Connection<O> {
                 None if ended => {}
                 None if self.watching.is_some() && !self.readable()? => {}
                 None if self.watching.is_some() => ended = !self.lines.fill(&*self.stream)?,
-                None => match silence.during(|| self.lines.fill(&*self.stream)) {
+                None => match activity.idle_during(|| self.lines.fill(&*self.stream)) {
                     Some(more) => ended = !more?,
                     None => return Ok(()),
                 },
@@ -110,9 +111,10 @@ impl<O: Operations> Connection<O> {
                 ));
                 Err((Value::Null, error))
             }
-            Line::Half => {
-                Err((Value::Null, RpcError::parse_error("the last line has no end; it is ignored")))
-            }
+            Line::Half => Err((
+                Value::Null,
+                RpcError::new(Code::ParseError, "the last line has no end; it is ignored"),
+            )),
         };
         let call = match parsed {
             Ok(call) => call,
@@ -120,8 +122,9 @@ impl<O: Operations> Connection<O> {
         };
         // The daemon ends its connections when it is told to end, so the reply has to be out
         // before.
-        let shutdown = matches!(call.method, Ok(Method::Shutdown));
+        let shutdown = matches!(&call.method, Ok(method) if method.action == Action::Shutdown);
         let result = call.method.and_then(|method| self.perform(method));
+        let shutdown = shutdown && result.is_ok();
         let sent = call.id.map_or(Ok(()), |id| self.send(&rpc::reply(id, result)));
         if shutdown {
             self.operations.shutdown();
@@ -132,25 +135,46 @@ impl<O: Operations> Connection<O> {
     /// Does what a method says; a panic in it is the client's to hear of, and not its thread's end.
     fn perform(&mut self, method: Method) -> Result<Value, RpcError> {
         let operations = &*self.operations;
+        self.check_device(method.device.as_deref())?;
         let watching = &mut self.watching;
         // Unwind safety: all that a panic can leave half done is behind `operations`, whose own
         // affair it is.
-        let done = catch_unwind(AssertUnwindSafe(|| match method {
-            Method::Status => Ok(operations.status()),
-            Method::History => Ok(operations.history()),
-            Method::Upgrade(request) => Ok(operations.upgrade(request)?),
-            Method::Rollback(request) => Ok(operations.rollback(request)?),
-            Method::Watch => {
+        let done = catch_unwind(AssertUnwindSafe(|| match method.action {
+            Action::Status => Ok(operations.status()),
+            Action::History => Ok(operations.history()),
+            Action::Upgrade(request) => Ok(operations.upgrade(request)?),
+            Action::Rollback(request) => Ok(operations.rollback(request)?),
+            Action::Watch => {
                 // Watching twice is watching.
                 watching.get_or_insert_with(|| operations.last_event());
                 Ok(json!({"watching": true}))
             }
-            Method::Shutdown => Ok(json!({"shutting_down": true})),
+            Action::Shutdown => Ok(json!({"shutting_down": true})),
         }));
         done.unwrap_or_else(|_| {
             log::error!("an operation of the control socket has panicked");
-            Err(RpcError::internal("the daemon has failed at this; its log says where"))
+            Err(RpcError::new(
+                Code::InternalError,
+                "the daemon has failed at this; its log says where",
+            ))
         })
+    }
+
+    /// A request that names another device than the one that is there is not carried out.
+    fn check_device(&self, asked: Option<&str>) -> Result<(), RpcError> {
+        let device = self.operations.device();
+        match asked {
+            Some(asked) if asked != device => {
+                let asked: String = asked.chars().take(64).flat_map(char::escape_debug).collect();
+                Err(RpcError::new(
+                    Code::UnknownDevice,
+                    format!(
+                        "there is no device `{asked}`; this daemon's is `{device}`, or leave `device` out"
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn pass_event_on(&mut self, after: u64, timeout: Duration) -> io::Result<()> {
@@ -201,143 +225,6 @@ impl<O: Operations> Connection<O> {
             Ok(_) => Ok(fds[0].revents()),
             Err(rustix::io::Errno::INTR) => Ok(PollFlags::empty()),
             Err(e) => Err(e.into()),
-        }
-    }
-}
-
-/// What came in.
-#[derive(Debug, PartialEq)]
-enum Line {
-    /// A line, without its end.
-    Whole(Vec<u8>),
-    /// A line of more than the allowed bytes. Said once, as soon as that is clear; its rest is
-    /// dropped.
-    TooLong,
-    /// Bytes without an end of line at the end of the connection.
-    Half,
-}
-
-/// Cuts a stream of bytes into lines of bounded length.
-struct Lines {
-    most: usize,
-    buffer: Vec<u8>,
-    /// Where in `buffer` the next line begins; before it is what has been taken.
-    begin: usize,
-    /// How far `buffer` has been searched for an end of line.
-    searched: usize,
-    /// Whether the rest of a line that was too long is being dropped.
-    skipping: bool,
-}
-
-impl Lines {
-    fn new(most: usize) -> Self {
-        Self { most, buffer: Vec::new(), begin: 0, searched: 0, skipping: false }
-    }
-
-    /// The next line, if it is here.
-    fn next(&mut self) -> Option<Line> {
-        loop {
-            let end = self.buffer[self.searched..]
-                .iter()
-                .position(|&byte| byte == b'\n')
-                .map(|at| self.searched + at);
-            let length = end.unwrap_or(self.buffer.len()) - self.begin;
-            let line = match end {
-                Some(end) => &self.buffer[self.begin..end],
-                None => {
-                    self.searched = self.buffer.len();
-                    if self.skipping || length > self.most {
-                        self.clear();
-                    }
-                    if self.skipping || length <= self.most {
-                        return None;
-                    }
-                    self.skipping = true;
-                    return Some(Line::TooLong);
-                }
-            };
-            let line = if length > self.most { Line::TooLong } else { Line::Whole(line.to_vec()) };
-            self.begin += length + 1;
-            self.searched = self.begin;
-            if !std::mem::take(&mut self.skipping) {
-                return Some(line);
-            }
-        }
-    }
-
-    /// Reads more; `false` at the end of the stream.
-    fn fill(&mut self, mut stream: impl Read) -> io::Result<bool> {
-        self.buffer.drain(..self.begin);
-        self.searched -= self.begin;
-        self.begin = 0;
-        let mut chunk = [0; CHUNK];
-        loop {
-            match stream.read(&mut chunk) {
-                Ok(read) => {
-                    self.buffer.extend_from_slice(&chunk[..read]);
-                    return Ok(read > 0);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    /// At the end of the stream: what is left without an end, once.
-    fn finish(&mut self) -> Option<Line> {
-        let half = self.buffer.len() > self.begin && !self.skipping;
-        self.clear();
-        half.then_some(Line::Half)
-    }
-
-    fn clear(&mut self) {
-        self.buffer.clear();
-        self.begin = 0;
-        self.searched = 0;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// All lines of a stream that arrives in pieces of `step` bytes.
-    fn lines(bytes: &[u8], step: usize) -> Vec<Line> {
-        let mut lines = Lines::new(4);
-        let mut found = Vec::new();
-        for piece in bytes.chunks(step) {
-            assert!(lines.fill(piece).unwrap());
-            found.extend(std::iter::from_fn(|| lines.next()));
-        }
-        found.extend(lines.finish());
-        found
-    }
-
-    #[test]
-    fn lines_are_cut_however_they_arrive() {
-        let whole = |text: &str| Line::Whole(text.into());
-        for step in 1..40 {
-            assert_eq!(
-                lines(b"ab\n\n1234\n", step),
-                [whole("ab"), whole(""), whole("1234")],
-                "{step}"
-            );
-            assert_eq!(lines(b"12345\nab\n", step), [Line::TooLong, whole("ab")], "{step}");
-            assert_eq!(
-                lines(b"1234567890\n123456789012\nab", step),
-                [Line::TooLong, Line::TooLong, Line::Half]
-            );
-            assert_eq!(lines(b"ab\n123456789", step), [whole("ab"), Line::TooLong], "{step}");
-        }
-    }
-
-    #[test]
-    fn a_line_without_end_is_not_collected() {
-        let mut lines = Lines::new(4);
-        for _ in 0..1000 {
-            lines.fill(&[b'x'; 100][..]).unwrap();
-            while lines.next().is_some() {}
-            assert!(lines.buffer.capacity() < 1000);
         }
     }
 }

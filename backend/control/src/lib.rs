@@ -1,0 +1,42 @@
+//! The control socket: how an operator commands a running daemon.
+//!
+//! JSON-RPC 2.0 over a Unix stream socket, one object per line in both directions; the methods are
+//! `status`, `upgrade`, `rollback`, `history`, `watch` and `shutdown`. This crate knows the
+//! protocol and the socket, on both sides: the server in a daemon, and `hotswapctl`. What the
+//! methods *do* is behind [`Operations`], so that all of it can be tested without a device.
+//!
+//! The parts: [`messages`] are the methods' parameters, [`Code`] the words for what goes wrong,
+//! `rpc` turns one line into a call and a result into one line; `connection` is the life of one
+//! client, [`Server`] accepts clients and ends them, [`SocketFile`] is the path that they connect
+//! to; [`client`] is the other side.
+//!
+//! Invariants:
+//! * Only root and the daemon's own user are served: mode 0600 before the name is visible, and the
+//!   peer's uid.
+//! * Every request that carries an id is answered exactly once, in the order of arrival. Every
+//!   refusal says a stable code string (`data.code`) and a sentence.
+//! * No client can hold up the daemon, or another client: lines, connections and the time that a
+//!   reply may take have limits ([`Limits`]), and a client's thread is only its own.
+//!
+//! Deliberately absent: batches, authentication beyond the peer's uid, any transport but this one,
+//! and any knowledge of domains, queues or generations.
+
+pub mod client;
+mod clients;
+mod code;
+mod connection;
+mod credentials;
+mod limits;
+mod lines;
+pub mod messages;
+mod operations;
+mod peer;
+mod rpc;
+mod server;
+mod socket;
+
+pub use code::Code;
+pub use limits::Limits;
+pub use operations::{OperationError, Operations};
+pub use server::Server;
+pub use socket::{SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};
