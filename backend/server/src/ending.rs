@@ -8,7 +8,7 @@
 //! Invariants: nothing waits before the watch over the end has begun; a socket's name is removed
 //! once, by whoever comes first, and only while it is ours.
 
-use crate::session::lock;
+use crate::sync::lock;
 use crate::signals;
 use control::{SocketError, SocketFile, SocketName};
 use rustix::event::{EventfdFlags, eventfd};

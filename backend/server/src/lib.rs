@@ -1,9 +1,8 @@
 //! The daemon: vhost-user sessions, queue workers, the control socket.
 //!
-//! The way of a request: `session` (a frontend connects, rings start) -> `worker` (kick to call) ->
-//! `ring` and `guest_memory` (what the guest wrote) -> the proxy and its domain. The way of an
-//! upgrade: the crate `control` (`hotswapctl`, the socket) -> `device` (what a command does) -> the
-//! proxy.
+//! The way of a request: `session` (a frontend connects, rings start) -> `queue` (kick to call) ->
+//! the crate `virtqueue` (what the guest wrote) -> the proxy and its domain. The way of an upgrade:
+//! the crate `control` (`hotswapctl`, the socket) -> `device` (what a command does) -> the proxy.
 //!
 //! Invariants: only this crate knows vhost-user; one device per process, one session at a time;
 //! nothing that a frontend, a guest or an operator sends ends the process.
@@ -15,14 +14,12 @@ pub mod args;
 pub mod cpus;
 pub mod device;
 pub mod ending;
-mod guest_memory;
 mod json;
 pub mod log_limit;
 pub mod logging;
-mod poll;
+mod phase;
+mod queue;
 pub mod raw_fd;
-mod ring;
 pub mod session;
 pub mod signals;
-mod vring;
-mod worker;
+mod sync;

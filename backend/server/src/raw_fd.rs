@@ -5,7 +5,7 @@
 //! over: one descriptor lost per queue and session. So we keep the numbers and close them, once the
 //! threads that used them are gone.
 
-use crate::session::lock;
+use crate::sync::lock;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;

@@ -1,9 +1,4 @@
-//! A worker's snapshot of guest memory, where the rings are in it, and what it promises to those
-//! who get addresses in it.
-//!
-//! The frontend may replace the memory map at any time. A worker holds one snapshot, and takes a
-//! new one only when nothing is in flight, so every address that was handed out stays mapped until
-//! the request has ended. The only file of this crate where guest addresses become pointers.
+//! Where a queue's two rings are in guest memory.
 //!
 //! The rings are looked up once per snapshot and layout, not once per access: [`RingView`] checks
 //! both of them whole and then knows their host addresses. Everything in them is read and written
@@ -13,55 +8,19 @@
 //! Deliberately absent: what the numbers mean, and in which order they are to be written
 //! (`ring.rs`).
 
-use crate::ring::Used;
-use domain_abi::{RawRequest, RawSegment};
+use crate::memory::Snapshot;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
-use virtio_blk::Translator;
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, MemoryRegionAddress,
-};
+use vm_memory::GuestMemoryMmap;
 
-/// One snapshot of the memory map.
-pub(crate) struct Snapshot {
-    memory: Arc<GuestMemoryMmap>,
-    /// Which version of the map it is.
-    version: u64,
-}
-
-impl Snapshot {
-    pub(crate) fn take(memory: &GuestMemoryAtomic<GuestMemoryMmap>, version: u64) -> Self {
-        Self { memory: memory.memory().into_inner(), version }
-    }
-
-    pub(crate) const fn version(&self) -> u64 {
-        self.version
-    }
-
-    pub(crate) fn translator(&self) -> Translator<'_, GuestMemoryMmap> {
-        // SAFETY: the worker replaces or drops its snapshot only when everything in flight has
-        // ended, and keeps it mapped for ever if something never will (`QueueWorker::refresh`, and
-        // its `Drop`); regions are mapped read-write by vhost-user-backend; nobody makes references
-        // into them.
-        unsafe { Translator::new(&*self.memory) }
-    }
-
-    /// Keeps the mapping until the process ends, because something in flight may still use it.
-    pub(crate) fn leak(&self) {
-        std::mem::forget(Arc::clone(&self.memory));
-    }
-
-    /// Where `len` bytes at `addr` are mapped, if they are in one region and aligned for a `T`.
-    fn place<T>(&self, addr: u64, len: usize) -> Option<*mut T> {
-        let region = self.memory.find_region(GuestAddress(addr))?;
-        let at = addr - region.start_addr().0;
-        let first = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-        let fits = at.checked_add(len as u64).is_some_and(|end| end <= region.len());
-        let place = first.wrapping_add(at as usize).cast::<T>();
-        (fits && place.is_aligned()).then_some(place)
-    }
+/// A chain that goes back to the driver: an element of the used ring (2.7.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Used {
+    /// The chain's first descriptor.
+    pub head: u16,
+    /// Bytes that the device wrote.
+    pub len: u32,
 }
 
 /// Bytes before the first element of either ring: `flags`, `idx` (virtio 1.2, 2.7.6 and 2.7.8).
@@ -100,18 +59,18 @@ impl Layout {
 /// A ring that is not whole in one region is refused. A frontend names a ring by its own address
 /// for the ring's beginning, so it has it in one piece, and the other backends of this protocol
 /// translate that one address only.
-pub(crate) struct RingView {
+pub struct RingView {
     layout: Layout,
     avail: *const AtomicU16,
     used: *const AtomicU16,
     /// Null if it is not in one region: only a hint is taken from it.
     desc: *const u8,
     /// Keeps both rings mapped, whatever the frontend does to the map.
-    _memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemoryMmap>,
 }
 
 // SAFETY: what the pointers point to belongs to no thread, is only accessed through atomics, and
-// stays mapped (`_memory`).
+// stays mapped (`memory`).
 unsafe impl Send for RingView {}
 
 impl RingView {
@@ -119,7 +78,7 @@ impl RingView {
     ///
     /// # Errors
     /// They are not set, not in guest memory, or not in one piece.
-    pub(crate) fn new(snapshot: &Snapshot, queue: &Queue) -> Result<Self, Error> {
+    pub fn new(snapshot: &Snapshot, queue: &Queue) -> Result<Self, Error> {
         let layout = Layout::of(queue);
         if layout.avail == 0 || layout.size == 0 {
             return Err(Error::QueueNotReady);
@@ -142,37 +101,43 @@ impl RingView {
             avail: avail.cast_const(),
             used: used.cast(),
             desc: desc.map_or(std::ptr::null(), <*mut u8>::cast_const),
-            _memory: Arc::clone(&snapshot.memory),
+            memory: Arc::clone(snapshot.memory()),
         })
     }
 
     /// Whether this is still where the rings of `queue` are.
     #[inline]
-    pub(crate) fn is_of(&self, queue: &Queue) -> bool {
+    pub fn is_of(&self, queue: &Queue) -> bool {
         self.layout == Layout::of(queue)
+    }
+
+    /// Whether it was looked up in `snapshot`.
+    #[inline]
+    fn is_in(&self, snapshot: &Snapshot) -> bool {
+        Arc::ptr_eq(&self.memory, snapshot.memory())
     }
 
     /// Number of elements of either ring.
     #[inline]
-    pub(crate) const fn size(&self) -> u16 {
+    pub const fn size(&self) -> u16 {
         self.layout.size
     }
 
     /// Whether the event indices are there.
     #[inline]
-    pub(crate) const fn event_idx(&self) -> bool {
+    pub const fn event_idx(&self) -> bool {
         self.layout.event_idx
     }
 
     /// `avail.flags`.
     #[inline]
-    pub(crate) fn avail_flags(&self) -> u16 {
+    pub fn avail_flags(&self) -> u16 {
         u16::from_le(self.avail_word(0).load(Ordering::Relaxed))
     }
 
     /// `avail.idx`.
     #[inline]
-    pub(crate) fn avail_idx(&self) -> u16 {
+    pub fn avail_idx(&self) -> u16 {
         // Acquire pairs with the driver's barrier before it stores the index (2.7.13.3): its
         // descriptors and elements are visible.
         u16::from_le(self.avail_word(1).load(Ordering::Acquire))
@@ -180,7 +145,7 @@ impl RingView {
 
     /// `avail.ring[position]`, for any position: it is taken modulo the size.
     #[inline]
-    pub(crate) fn avail_entry(&self, position: u16) -> u16 {
+    pub fn avail_entry(&self, position: u16) -> u16 {
         u16::from_le(
             self.avail_word(2 + usize::from(position % self.layout.size)).load(Ordering::Relaxed),
         )
@@ -188,14 +153,14 @@ impl RingView {
 
     /// `used_event`, behind the available ring; only with event indices.
     #[inline]
-    pub(crate) fn used_event(&self) -> u16 {
+    pub fn used_event(&self) -> u16 {
         assert!(self.layout.event_idx);
         u16::from_le(self.avail_word(2 + usize::from(self.layout.size)).load(Ordering::Relaxed))
     }
 
     /// Writes `used.ring[position]`, for any position: it is taken modulo the size.
     #[inline]
-    pub(crate) fn set_used(&self, position: u16, entry: Used) {
+    pub fn set_used(&self, position: u16, entry: Used) {
         let first = 1 + 2 * usize::from(position % self.layout.size);
         let word = |index: usize| {
             // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from
@@ -208,7 +173,7 @@ impl RingView {
 
     /// Writes `used.idx`.
     #[inline]
-    pub(crate) fn publish_used(&self, idx: u16) {
+    pub fn set_used_idx(&self, idx: u16) {
         // Release: the driver that sees the index sees the elements, the data and the status bytes
         // (2.7.8.2).
         self.used_word(1).store(idx.to_le(), Ordering::Release);
@@ -216,13 +181,13 @@ impl RingView {
 
     /// Writes `used.flags`.
     #[inline]
-    pub(crate) fn set_used_flags(&self, flags: u16) {
+    pub fn set_used_flags(&self, flags: u16) {
         self.used_word(0).store(flags.to_le(), Ordering::Relaxed);
     }
 
     /// Writes `avail_event`, behind the used ring; only with event indices.
     #[inline]
-    pub(crate) fn set_avail_event(&self, idx: u16) {
+    pub fn set_avail_event(&self, idx: u16) {
         assert!(self.layout.event_idx);
         self.used_word(2 + 4 * usize::from(self.layout.size)).store(idx.to_le(), Ordering::Relaxed);
     }
@@ -230,7 +195,7 @@ impl RingView {
     /// Tells the CPU that the chain at `position` will be looked at soon. Says nothing and changes
     /// nothing.
     #[inline]
-    pub(crate) fn prefetch(&self, position: u16) {
+    pub fn prefetch(&self, position: u16) {
         let head = self.avail_entry(position);
         if !self.desc.is_null() && head < self.layout.size {
             prefetch(self.desc.wrapping_add(usize::from(head) * DESCRIPTOR));
@@ -265,24 +230,36 @@ fn prefetch(at: *const u8) {
     let _ = at;
 }
 
-/// Describes a request whose segments lie in a worker's slot.
-pub(crate) fn request(
-    op: u32,
-    flags: u32,
-    offset: u64,
-    len: u64,
-    segments: &[RawSegment],
-) -> RawRequest {
-    // SAFETY: the slot that owns the list is not touched until the request has ended: slots are
-    // taken from `Slots` and come back with the completion, and the table of slots never moves or
-    // shrinks (room for all of them is reserved; the list inside is not pushed to meanwhile).
-    unsafe { RawRequest::new(op, flags, offset, len, segments) }
+/// The view of a queue's rings, looked up when it is first needed, and again when the rings are
+/// elsewhere.
+#[derive(Default)]
+pub struct ViewCache(Option<RingView>);
+
+impl ViewCache {
+    /// The view of `queue` in `snapshot`.
+    ///
+    /// # Errors
+    /// As for [`RingView::new`].
+    #[inline]
+    pub fn view(&mut self, snapshot: &Snapshot, queue: &Queue) -> Result<&RingView, Error> {
+        if !self.0.as_ref().is_some_and(|view| view.is_in(snapshot) && view.is_of(queue)) {
+            self.0 = Some(RingView::new(snapshot, queue)?);
+        }
+        Ok(self.0.as_ref().expect("just put there"))
+    }
+
+    /// The view of the last time. The rings may be elsewhere by now, but its own stay mapped.
+    #[must_use]
+    #[inline]
+    pub const fn last(&self) -> Option<&RingView> {
+        self.0.as_ref()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
     /// Two regions that adjoin at 0x4000.
     fn snapshot() -> Snapshot {
@@ -304,7 +281,7 @@ mod tests {
     fn every_word_is_where_the_specification_puts_it() {
         let snapshot = snapshot();
         let view = RingView::new(&snapshot, &queue(0x1000, 0x5000, true)).unwrap();
-        let memory = &*snapshot.memory;
+        let memory = &**snapshot.memory();
         for (index, value) in (0..11u16).zip(100..) {
             memory.write_obj(value, GuestAddress(0x1000 + 2 * u64::from(index))).unwrap();
         }
@@ -313,7 +290,7 @@ mod tests {
 
         view.set_used(15, Used { head: 3, len: 0x0102_0304 });
         view.set_used_flags(1);
-        view.publish_used(0x1234);
+        view.set_used_idx(0x1234);
         view.set_avail_event(0x5678);
         let used = |at: u64| memory.read_obj::<u16>(GuestAddress(0x5000 + at)).unwrap();
         assert_eq!([used(0), used(2), used(4 + 64)], [1, 0x1234, 0x5678]);
@@ -352,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_view_keeps_its_memory_and_hints_are_harmless() {
+    fn a_view_keeps_itsmemory_and_hints_are_harmless() {
         let snapshot = snapshot();
         let mut lost = queue(0x1000, 0x5000, false);
         lost.set_desc_table_address(Some(0x10_0000), None);

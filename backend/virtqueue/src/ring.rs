@@ -9,40 +9,32 @@
 //! Deliberately absent: what is in a chain (`virtio-blk`), who serves it (`proxy`), and the lock
 //! around the queue (the worker's).
 
-use crate::guest_memory::RingView;
+use crate::view::{RingView, Used};
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use virtio_queue::{Error, Queue, QueueT};
-
-/// A chain that goes back to the driver.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Used {
-    /// The chain's first descriptor.
-    pub(crate) head: u16,
-    /// Bytes that the device wrote.
-    pub(crate) len: u32,
-}
 
 /// How many chains wait to be taken.
 ///
 /// # Errors
 /// More than the ring has room for: the driver's index makes no sense.
 #[inline]
-pub(crate) fn waiting(queue: &Queue, view: &RingView) -> Result<u16, Error> {
+pub fn waiting(queue: &Queue, view: &RingView) -> Result<u16, Error> {
     let waiting = view.avail_idx().wrapping_sub(queue.next_avail());
     if waiting > view.size() { Err(Error::InvalidAvailRingIndex) } else { Ok(waiting) }
 }
 
 /// Writes `used` to the used ring and publishes them together. Returns whether the driver wants to
 /// be told.
-pub(crate) fn publish(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool {
+#[inline]
+pub fn publish_used(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool {
     let old = queue.next_used();
     let mut next = old;
     for &entry in used {
         view.set_used(next, entry);
         next = next.wrapping_add(1);
     }
-    view.publish_used(next);
+    view.set_used_idx(next);
     queue.set_next_used(next);
     // The index is visible before we look whether the driver wants to know; the driver does it the
     // other way round.
@@ -50,6 +42,7 @@ pub(crate) fn publish(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool
     wants_interrupt(view, old, next)
 }
 
+#[inline]
 fn wants_interrupt(view: &RingView, old: u16, new: u16) -> bool {
     if view.event_idx() {
         // Whether `used_event` is among `old..new`, as the reference implementation
@@ -60,8 +53,9 @@ fn wants_interrupt(view: &RingView, old: u16, new: u16) -> bool {
 }
 
 /// Asks the driver not to kick. With event indices that is so without saying it: a kick is due
-/// once, when the index passes what [`ask_for_kicks`] has said.
-pub(crate) fn refuse_kicks(view: &RingView) {
+/// once, when the index passes what [`enable_notification`] has said.
+#[inline]
+pub fn disable_notification(view: &RingView) {
     if !view.event_idx() {
         view.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
     }
@@ -69,7 +63,8 @@ pub(crate) fn refuse_kicks(view: &RingView) {
 
 /// Asks the driver to kick for the next chain. Returns whether one has come already, for which
 /// there may be no kick.
-pub(crate) fn ask_for_kicks(queue: &Queue, view: &RingView) -> bool {
+#[inline]
+pub fn enable_notification(queue: &Queue, view: &RingView) -> bool {
     if view.event_idx() {
         view.set_avail_event(queue.next_avail());
     } else {
@@ -84,7 +79,7 @@ pub(crate) fn ask_for_kicks(queue: &Queue, view: &RingView) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest_memory::Snapshot;
+    use crate::memory::Snapshot;
     use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
     const AVAIL: u64 = 0x1000;
@@ -112,7 +107,7 @@ mod tests {
         fn publish(&mut self, heads: std::ops::Range<u16>) -> bool {
             let used: Vec<_> =
                 heads.map(|head| Used { head, len: u32::from(head) + 100 }).collect();
-            publish(&mut self.queue, &self.view, &used)
+            publish_used(&mut self.queue, &self.view, &used)
         }
 
         fn write(&self, at: u64, value: u16) {
@@ -182,21 +177,21 @@ mod tests {
     #[test]
     fn kicks_are_refused_and_asked_for() {
         let mut ring = Fixture::new(false);
-        refuse_kicks(&ring.view);
+        disable_notification(&ring.view);
         assert_eq!(ring.read(USED), 1);
-        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+        assert!(!enable_notification(&ring.queue, &ring.view));
         assert_eq!(ring.read(USED), 0);
         ring.write(AVAIL + 2, 1);
-        assert!(ask_for_kicks(&ring.queue, &ring.view), "it has come before we asked");
+        assert!(enable_notification(&ring.queue, &ring.view), "it has come before we asked");
         ring.queue.set_next_avail(1);
-        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+        assert!(!enable_notification(&ring.queue, &ring.view));
 
         let mut ring = Fixture::new(true);
         ring.queue.set_next_avail(65535);
         ring.write(AVAIL + 2, 65535);
-        refuse_kicks(&ring.view);
+        disable_notification(&ring.view);
         assert_eq!(ring.read(USED), 0, "the flag means nothing with event indices (2.7.10.1)");
-        assert!(!ask_for_kicks(&ring.queue, &ring.view));
+        assert!(!enable_notification(&ring.queue, &ring.view));
         assert_eq!(ring.read(USED + 4 + 8 * 8), 65535);
     }
 }

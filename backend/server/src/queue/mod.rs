@@ -1,0 +1,14 @@
+//! A virtqueue's worker: the way of a request from kick to call.
+//!
+//! By file: `worker` (the loop), `ring` (what is known of a ring while it is on), `poller` (look
+//! again, or sleep?), `notices` (what the log is told of a guest's mistakes).
+
+mod notices;
+mod poller;
+mod ring;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use worker::{BatchInputs, QueueWorker};

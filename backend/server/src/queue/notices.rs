@@ -1,0 +1,79 @@
+//! What the log is told of a queue.
+
+use crate::log_limit;
+use log::Level;
+use std::io;
+use virtio_blk::MalformedChain;
+use virtio_queue::Error;
+
+/// Says that the ring makes no sense, and is left alone.
+#[cold]
+pub(super) fn broken_ring(queue: usize, error: &Error) {
+    let what_to_do = match error {
+        Error::FindMemoryRegion => {
+            ", nor is it in the memory that the frontend has shared (in QEMU share=on)"
+        }
+        _ => "",
+    };
+    log_limit::say(
+        Level::Error,
+        "ring makes no sense",
+        format_args!(
+            "queue {queue}: the ring makes no sense ({error}){what_to_do}; it is not served until the driver resets it"
+        ),
+    );
+}
+
+/// Says that a request is answered with an error because memory is not shared.
+#[cold]
+pub(super) fn outside_of_memory(queue: usize, addr: u64) {
+    log_limit::say(
+        Level::Warn,
+        "buffer outside",
+        format_args!(
+            "queue {queue}: a request has a buffer at guest address {addr:#x}, which is outside of the memory that the frontend has shared, and is answered with an I/O error. All of the guest's memory has to be shared (in QEMU share=on), that which is plugged in later too"
+        ),
+    );
+}
+
+/// Says why a chain cannot be answered.
+#[cold]
+pub(super) fn malformed_chain(
+    queue: usize,
+    head: u16,
+    reason: MalformedChain,
+    outside: Option<u64>,
+) {
+    let place = outside.map_or_else(String::new, |addr| {
+        format!(
+            " (guest address {addr:#x}; all of the guest's memory has to be shared: in QEMU with share=on, for the firmware of a microvm with aux-ram-share=on)"
+        )
+    });
+    log_limit::say(
+        Level::Warn,
+        "malformed chain",
+        format_args!(
+            "queue {queue}: chain {head} is malformed and cannot be answered: {reason}{place}"
+        ),
+    );
+}
+
+/// Says that the domain breaks its contract.
+#[cold]
+pub(super) fn takes_no_request(queue: usize) {
+    log_limit::say(
+        Level::Error,
+        "takes no request",
+        format_args!("queue {queue}: the domain takes no request although it has none"),
+    );
+}
+
+/// Says that the call descriptor cannot be written.
+#[cold]
+pub(super) fn not_notified(queue: usize, error: &io::Error) {
+    log_limit::say(
+        Level::Warn,
+        "not notified",
+        format_args!("queue {queue}: the frontend was not notified: {error}"),
+    );
+}

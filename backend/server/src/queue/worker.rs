@@ -1,0 +1,447 @@
+//! The loop of a queue's worker.
+//!
+//! ```text
+//!   kick -> [ gate -> pop and parse a batch -> submit -> write status and used ring -> call ] ...
+//!        until the ring is empty -> poll, or sleep
+//!                ^                                                                  |
+//!                +------------------------------------------------------------------+
+//! ```
+//!
+//! The worker stays for the whole session, with what is in flight; what it knows of its ring
+//! ([`RingState`]) goes when the ring is turned off.
+//!
+//! Invariants: the queue's lock is held while chains are taken and while they are given back, never
+//! while the domain works or the gate is shut; a worker with a request in hand does not wait at the
+//! gate; what the domain did not take goes back to the ring, in order; a worker that polls instead
+//! of sleeping passes the gate, asks for its inputs and lets go of the lock each time; a request
+//! that is left unanswered for good holds up nothing but the stop of its ring.
+//!
+//! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end
+//! (`session/`).
+
+use super::notices;
+use super::poller::{Awaited, Poller};
+use super::ring::{RingState, is_on};
+use crate::phase::{Phase, PhaseCell};
+use domain_abi::{RawRequest, Status};
+use proxy::{Ended, Gate, Worker, slot_of};
+use std::sync::Arc;
+use std::time::Duration;
+use vhost_user_backend::{VringState, VringT};
+use virtio_blk::{DescriptorTable, Limits};
+use virtio_queue::{Error, Queue, QueueT};
+use virtqueue::{Chain, RequestTable, Snapshot, Used, ViewCache};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Guest memory, as the frontend's messages replace it.
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
+/// and the control messages never wait long, and that a driver that sleeps is being woken by the
+/// first of a deep queue while the rest is served.
+const BATCH: usize = 16;
+
+/// Most bytes of a batch, but for one request: copying them is what an upgrade's gate waits for.
+const BATCH_BYTES: u64 = 8 << 20;
+
+/// How often a worker that polls looks at the ring before it looks at everything else, with a pause
+/// of the CPU each time: about half a microsecond, which is how long an upgrade's gate or a control
+/// message may wait for it.
+const SPINS: u32 = 16;
+
+/// What the session says to a worker between two batches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchInputs<'a> {
+    /// Take nothing more.
+    pub(crate) stop_popping: bool,
+    /// What requests are held against.
+    pub(crate) limits: &'a Limits,
+    /// Version of the memory map.
+    pub(crate) memory_version: u64,
+    /// The memory map.
+    pub(crate) memory: &'a Memory,
+}
+
+/// How a round went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Requests were taken: there may be more.
+    Took,
+    /// Only what had ended was given back.
+    GaveBack,
+    /// Nothing to do.
+    Idle,
+}
+
+/// One queue's worker.
+pub(crate) struct QueueWorker {
+    /// The queue's side of the device.
+    device: Worker,
+    queue: usize,
+    requests: RequestTable,
+    ring: RingState,
+    /// A chain was taken.
+    has_taken: bool,
+    batch: Vec<RawRequest>,
+    used: Vec<Used>,
+    poller: Poller,
+    phase: Arc<PhaseCell>,
+    /// Generation of the instance that took less than it was offered; it is offered nothing more
+    /// until something has ended.
+    backpressured_by: Option<u64>,
+}
+
+impl QueueWorker {
+    pub(crate) fn new(
+        device: Worker,
+        queue: usize,
+        queue_size: u16,
+        poll: Duration,
+        phase: Arc<PhaseCell>,
+    ) -> Self {
+        Self {
+            device,
+            queue,
+            requests: RequestTable::new(queue_size, BATCH),
+            ring: RingState::default(),
+            has_taken: false,
+            batch: Vec::with_capacity(BATCH),
+            used: Vec::with_capacity(BATCH),
+            poller: Poller::new(poll),
+            phase,
+            backpressured_by: None,
+        }
+    }
+
+    /// How many requests are in flight and will end.
+    pub(crate) fn awaited(&self) -> usize {
+        self.device.awaited()
+    }
+
+    /// How many requests are left unanswered for good.
+    pub(crate) fn unanswerable(&self) -> usize {
+        self.device.in_flight() - self.device.awaited()
+    }
+
+    /// Whether a chain has ever been taken.
+    pub(crate) const fn has_taken(&self) -> bool {
+        self.has_taken
+    }
+
+    /// Whether the ring is on, and its driver has never written to it, as far as can be seen: so it
+    /// looks at first, and for ever if what is mapped here is not the guest's memory.
+    pub(crate) fn is_blank(&self, vring: &impl VringT<Memory>) -> bool {
+        is_on(&vring.get_ref()) && self.ring.is_blank()
+    }
+
+    /// Whether some of what is awaited is owed by instances that do not serve any more.
+    pub(crate) fn is_owed_elsewhere(&self) -> bool {
+        self.device.awaited() > self.device.owing_here()
+    }
+
+    /// Gives up what is in flight: the domain is asked to end it, and how it ends is not published.
+    pub(crate) fn abandon(&mut self) {
+        let _ = self.device.gate();
+        self.device.cancel();
+        let Self { device, requests, .. } = self;
+        device.reap(|ended| requests.discard(ended.slot));
+    }
+
+    /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades
+    /// are concerned.
+    ///
+    /// `inputs` is asked before each batch. Returns with the ring's notifications on, or with the
+    /// ring not to be served.
+    pub(crate) fn serve<'a>(
+        &mut self,
+        vring: &impl VringT<Memory>,
+        inputs: impl Fn() -> BatchInputs<'a>,
+    ) {
+        let mut promised = false;
+        self.poller.begin();
+        loop {
+            if self.device.gate() == Gate::Shut {
+                if self.device.owing() == 0 {
+                    self.device.wait_at_gate();
+                } else if self.collect(vring) == Progress::Idle && self.device.sleep() {
+                    // What is owed comes with a notification, and so does the gate's opening.
+                    return;
+                }
+                continue;
+            }
+            let inputs = inputs();
+            let round = self.round(vring, &inputs);
+            match round {
+                Progress::Took => self.poller.guest_came(),
+                Progress::GaveBack => self.poller.device_came(),
+                Progress::Idle => {}
+            }
+            if round != Progress::Idle {
+                promised = false;
+                continue;
+            }
+            if std::mem::take(&mut promised)
+                && self.may_take(&inputs)
+                && self.serves(vring, &inputs)
+            {
+                // The ring has said that there is more, and there is nothing to be had: without
+                // this a hostile driver keeps us running.
+                self.give_up(&Error::InvalidAvailRingIndex);
+            }
+            // Where the domain takes nothing more, only its answers help.
+            let answers = if self.is_backpressured() { 0 } else { self.ring.answers };
+            let awaited = Awaited::after(answers, self.device.awaited());
+            if !inputs.stop_popping && !self.ring.is_broken && self.poller.idle(awaited) {
+                self.spin_poll();
+                continue;
+            }
+            if !self.device.sleep() {
+                continue;
+            }
+            if !self.more_came(vring, &inputs) {
+                return;
+            }
+            promised = true;
+        }
+    }
+
+    /// Looks at the ring for a moment, without the lock, until something comes.
+    fn spin_poll(&self) {
+        let may_take = !self.is_backpressured();
+        for _ in 0..SPINS {
+            if may_take && self.ring.has_more() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Whether the ring is to be served at all.
+    fn serves(&self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> bool {
+        !self.ring.is_broken && !inputs.stop_popping && is_on(&vring.get_ref())
+    }
+
+    /// Whether the domain is to be offered nothing: what will make it take more is on its way.
+    fn is_backpressured(&self) -> bool {
+        let has_taken_less = || self.backpressured_by == Some(self.device.naming().generation());
+        self.device.has_orphans() || self.device.owing_here() > 0 && has_taken_less()
+    }
+
+    /// Whether the ring can be looked at: not, while the domain is full or something is in flight
+    /// with an older memory map.
+    fn may_take(&self, inputs: &BatchInputs<'_>) -> bool {
+        let is_current = |snapshot: &Snapshot| snapshot.version() == inputs.memory_version;
+        !self.is_backpressured() && self.requests.snapshot().is_some_and(is_current)
+    }
+
+    /// Turns notifications on; whether chains have come meanwhile.
+    fn more_came(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> bool {
+        if !self.serves(vring, inputs) || self.is_backpressured() || self.requests.available() == 0
+        {
+            return false;
+        }
+        let Some(snapshot) = self.requests.snapshot() else { return false };
+        if snapshot.version() != inputs.memory_version {
+            // Something is in flight with the old map: its end brings us back.
+            return self.device.awaited() == 0;
+        }
+        let state = vring.get_ref();
+        match self.ring.views.view(snapshot, state.get_queue()) {
+            Ok(view) => {
+                self.ring.kicks_suppressed = false;
+                virtqueue::enable_notification(state.get_queue(), view)
+            }
+            Err(error) => {
+                drop(state);
+                self.give_up(&error);
+                false
+            }
+        }
+    }
+
+    #[cold]
+    fn give_up(&mut self, error: &Error) {
+        notices::broken_ring(self.queue, error);
+        self.device.count_malformed(1);
+        self.ring.is_broken = true;
+    }
+
+    /// Gives back what has ended since.
+    fn collect(&mut self, vring: &impl VringT<Memory>) -> Progress {
+        let Self { device, requests, used, .. } = self;
+        used.clear();
+        device.reap(|ended| end(requests, used, ended));
+        if self.used.is_empty() {
+            return Progress::Idle;
+        }
+        self.backpressured_by = None;
+        self.publish_used(&mut vring.get_mut());
+        Progress::GaveBack
+    }
+
+    fn round(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> Progress {
+        let collected =
+            if self.device.awaited() > 0 { self.collect(vring) } else { Progress::Idle };
+        if inputs.stop_popping || self.is_backpressured() || !self.refresh(inputs) {
+            return collected;
+        }
+        if !self.pop(vring, inputs.limits) {
+            return collected;
+        }
+        self.used.clear();
+        let Self { device, requests, used, batch, .. } = self;
+        let mut accepted = 0;
+        if !batch.is_empty() {
+            accepted = device.submit(batch, |ended| end(requests, used, ended));
+            if accepted == 0 && used.is_empty() && device.owing_here() == 0 && !device.has_orphans()
+            {
+                // Against the contract; without an answer the guest would wait for ever.
+                notices::takes_no_request(self.queue);
+                let slot = slot_of(batch[0].tag);
+                end(requests, used, Ended { slot, status: Status::IoError, written: 0 });
+                device.count_answered(1, 1);
+                accepted = 1;
+            }
+        }
+        let unpopped = self.end_batch(accepted);
+        self.backpressured_by = (unpopped > 0).then(|| self.device.naming().generation());
+        let mut state = vring.get_mut();
+        if unpopped > 0 {
+            let queue = state.get_queue_mut();
+            queue.set_next_avail(queue.next_avail().wrapping_sub(unpopped));
+            self.ring.next_avail = queue.next_avail();
+        }
+        self.publish_used(&mut state);
+        if self.used.is_empty() && accepted == 0 { collected } else { Progress::Took }
+    }
+
+    /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight
+    /// with the old one.
+    fn refresh(&mut self, inputs: &BatchInputs<'_>) -> bool {
+        let is_current = |snapshot: &Snapshot| snapshot.version() == inputs.memory_version;
+        if self.requests.snapshot().is_some_and(is_current) {
+            return true;
+        }
+        if self.device.awaited() > 0 {
+            return false;
+        }
+        // With the view goes its hold on the old map.
+        self.ring.views = ViewCache::default();
+        self.requests.replace_snapshot(Snapshot::take(inputs.memory, inputs.memory_version));
+        true
+    }
+
+    /// Takes up to a batch of chains and parses them. Returns whether there were any.
+    fn pop(&mut self, vring: &impl VringT<Memory>, limits: &Limits) -> bool {
+        let Some(snapshot) = self.requests.snapshot() else { return false };
+        let mut state = vring.get_mut();
+        if !is_on(&state) {
+            self.ring = RingState::default();
+            return false;
+        }
+        if self.ring.is_broken {
+            return false;
+        }
+        let queue: &mut Queue = state.get_queue_mut();
+        let found = self.ring.views.view(snapshot, queue);
+        let found = found.and_then(|view| Ok((view, virtqueue::waiting(queue, view)?)));
+        let (view, waiting) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                drop(state);
+                self.give_up(&error);
+                return false;
+            }
+        };
+        let first = queue.next_avail();
+        self.ring.next_avail = first;
+        let take = usize::from(waiting).min(BATCH).min(self.requests.available()) as u16;
+        if take == 0 {
+            return false;
+        }
+        if !self.ring.kicks_suppressed {
+            // As long as the worker looks by itself.
+            virtqueue::disable_notification(view);
+            self.ring.kicks_suppressed = true;
+        }
+        if take > 1 {
+            (0..take).for_each(|ahead| view.prefetch(first.wrapping_add(ahead)));
+        }
+        self.ring.answers = 0;
+        self.has_taken = true;
+        let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
+        self.batch.clear();
+        let Some(mut parser) = self.requests.parser() else { return false };
+        let naming = self.device.naming();
+        let mut bytes = 0;
+        while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
+            let chain = view.avail_entry(self.ring.next_avail);
+            self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
+            match parser.next(table, chain, limits) {
+                Chain::Request(slot, mut request) => {
+                    bytes += request.len();
+                    naming.name(&mut request, usize::from(slot));
+                    self.batch.push(request);
+                }
+                Chain::Answer(None) => {}
+                Chain::Answer(Some(addr)) => notices::outside_of_memory(self.queue, addr),
+                Chain::Malformed { head, reason, outside } => {
+                    notices::malformed_chain(self.queue, head, reason, outside);
+                }
+            }
+        }
+        queue.set_next_avail(self.ring.next_avail);
+        true
+    }
+
+    /// Answers the chains of the batch that are not the domain's, up to the first request that the
+    /// domain did not take. Returns how many chains go back to the ring: that request and all after
+    /// it.
+    fn end_batch(&mut self, accepted: usize) -> u16 {
+        let end = self.requests.end_batch(accepted, self.batch.len(), &mut self.used);
+        if end.answered > 0 {
+            self.device.count_answered(end.answered, end.errors);
+        }
+        if end.malformed > 0 {
+            self.device.count_malformed(end.malformed);
+        }
+        for request in &self.batch[accepted..] {
+            self.requests.discard(slot_of(request.tag));
+        }
+        end.returned as u16
+    }
+
+    /// Publishes `self.used`.
+    fn publish_used(&mut self, state: &mut VringState) {
+        let Some(snapshot) = self.requests.snapshot() else { return };
+        // What the frontend finds when it is let go is the last of it.
+        if self.used.is_empty() || self.phase.is_at(Phase::Detached) {
+            return;
+        }
+        self.ring.answers += self.used.len();
+        let queue = state.get_queue_mut();
+        let view = self.ring.views.view(snapshot, queue);
+        match view.map(|view| virtqueue::publish_used(queue, view, &self.used)) {
+            Ok(true) => {
+                if let Err(error) = state.signal_used_queue() {
+                    notices::not_notified(self.queue, &error);
+                }
+            }
+            Ok(false) => {}
+            Err(error) => self.give_up(&error),
+        }
+    }
+
+    /// Leaves the device. Returns how many requests are left unanswered for good.
+    pub(crate) fn detach(self) -> usize {
+        self.unanswerable()
+    }
+}
+
+/// Turns a request that has ended into its element of the used ring.
+#[inline(always)]
+fn end(requests: &mut RequestTable, used: &mut Vec<Used>, ended: Ended) {
+    if let Some(element) = requests.end(ended.slot, ended.status as u32, ended.written) {
+        used.push(element);
+    }
+}

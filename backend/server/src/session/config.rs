@@ -1,0 +1,16 @@
+//! What does not change from session to session.
+
+use std::time::Duration;
+
+/// The daemon's choices about queues.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// Number of queues.
+    pub queues: u16,
+    /// Largest size of a queue.
+    pub queue_size: u16,
+    /// How long a worker polls before it sleeps.
+    pub poll: Duration,
+    /// Which CPU each worker is kept on, in turn; none if empty.
+    pub worker_cpus: Vec<usize>,
+}

@@ -1,0 +1,258 @@
+//! The session as `vhost-user-backend` sees it: what the frontend's messages do.
+
+use super::lookout::SHARE;
+use super::queue_control::QueueControl;
+use super::rings::{Event, Vring};
+use super::session::{NotDrained, Session};
+use crate::args::MAX_QUEUE_SIZE;
+use crate::log_limit;
+use crate::phase::Phase;
+use log::Level;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VhostUserHandlerError};
+use virtio_blk::{ConfigSpace, Error};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
+
+/// What wake-ups are called at the library, and what the look at the first ring is, both behind the
+/// queues.
+const WAKE: u16 = 1;
+const LOOK: u16 = 2;
+
+/// Why there is no session any more.
+#[derive(Debug)]
+pub struct Failure {
+    /// What is alike for the log: nothing that the frontend can choose is in it.
+    pub kind: &'static str,
+    /// What has happened.
+    pub error: io::Error,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self { kind: "no session", error }
+    }
+}
+
+/// What the frontend's messages act on.
+pub(super) struct Frontend {
+    pub(super) session: Session,
+    /// Some ring was given a size that it can have.
+    has_size: AtomicBool,
+}
+
+impl Frontend {
+    pub(super) const fn new(session: Session) -> Self {
+        Self { session, has_size: AtomicBool::new(false) }
+    }
+
+    /// What wake-ups are called at the library.
+    pub(super) fn wake_id(&self) -> u64 {
+        u64::from(self.session.context.config.queues + WAKE)
+    }
+
+    /// What the look at the first ring is called there.
+    pub(super) fn look_id(&self) -> u64 {
+        u64::from(self.session.context.config.queues + LOOK)
+    }
+
+    /// Says what may be behind the error that the session has ended with.
+    pub(super) fn explain(&self, error: &vhost_user_backend::Error) -> Failure {
+        let context = &*self.session.context;
+        let has_size = self.has_size.load(Ordering::Relaxed);
+        let (kind, place) = match error {
+            vhost_user_backend::Error::HandleRequest(
+                vhost::vhost_user::Error::ReqHandlerError(error),
+            ) if error.get_ref().is_some_and(|error| error.is::<VhostUserHandlerError>()) => {
+                ("ring outside", "a ring is outside of the guest's memory that is shared")
+            }
+            // How SET_VRING_ADDR fails without memory. Frontends say the size before.
+            vhost_user_backend::Error::HandleRequest(vhost::vhost_user::Error::InvalidParam)
+                if has_size && !context.memory.was_shared() && !context.connection.is_refused() =>
+            {
+                ("nothing shared", "none of the guest's memory is shared")
+            }
+            _ => return Failure { kind: "session", error: io::Error::other(error.to_string()) },
+        };
+        Failure { kind, error: io::Error::other(format!("{place}: {SHARE} ({error})")) }
+    }
+
+    /// Something happens to the ring of `queue`.
+    fn ring_event(&self, queue: usize, event: Event) {
+        let context = &*self.session.context;
+        if event == Event::HasSize {
+            self.has_size.store(true, Ordering::Relaxed);
+            return;
+        }
+        let is_guarded = context.offer.configure(|space| match event {
+            Event::IsRefused(_) | Event::HasSize => false,
+            Event::ComesFromElsewhere => space.ring_comes_from_elsewhere(),
+            Event::Starts => space.ring_starts(),
+        });
+        if is_guarded {
+            log::info!(
+                "the guest has been running before, with its write cache on or off: each write is made durable until its driver turns the cache on"
+            );
+        }
+        if let Event::IsRefused(size) = event {
+            let cure = how_to_size(size, context.config.queue_size);
+            log_limit::say(
+                Level::Error,
+                "ring refused",
+                format_args!(
+                    "queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"
+                ),
+            );
+            context.connection.end_soon();
+        }
+    }
+
+    fn control(&self, queue: usize) -> &Arc<QueueControl> {
+        &self.session.queues[queue]
+    }
+}
+
+/// What to do about a ring of a size that is refused.
+fn how_to_size(size: u16, largest: u16) -> String {
+    if !size.is_power_of_two() {
+        let other = size.next_power_of_two().min(largest);
+        return format!("which is no power of two: give QEMU queue-size={other}");
+    }
+    let qemu = format!("give QEMU queue-size={largest}");
+    if size > MAX_QUEUE_SIZE {
+        return format!("and {MAX_QUEUE_SIZE} is the most that there can be: {qemu}");
+    }
+    format!("and {largest} is the most: start the daemon with --queue-size {size}, or {qemu}")
+}
+
+/// The type that implements the library's trait.
+#[derive(Clone)]
+pub(super) struct Backend(pub(super) Arc<Frontend>);
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.0.session.context.config.queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(Vring::LARGEST)
+    }
+
+    fn features(&self) -> u64 {
+        self.0.session.context.offer.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, acked: u64) {
+        self.0.session.context.offer.acknowledge(acked);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        for queue in 0..self.num_queues() {
+            if let Err(error) = self.0.session.drain_queue(queue) {
+                log::error!("device reset: {error}");
+            }
+        }
+        self.0.session.context.offer.reset();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The queue itself knows.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let context = &*self.0.session.context;
+        let read = |space: &mut ConfigSpace| space.read(offset, size);
+        context.offer.configure(read).unwrap_or_else(|error| {
+            log_limit::say(
+                Level::Warn,
+                "config read",
+                format_args!("the frontend is refused its read, and let go: {error}"),
+            );
+            context.connection.end_soon();
+            // An answer of another length than was asked for becomes one of no length, which says
+            // that it is an error.
+            Vec::new()
+        })
+    }
+
+    fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        match self.0.session.context.offer.configure(|space| space.write(offset, buf)) {
+            // The frontend's doing, which has let its guest write where there is nothing. There is
+            // no other way to say no than to end the session.
+            Err(error @ Error::OutOfBounds { .. }) => Err(io::Error::other(error)),
+            // The guest's doing, which is to end no session: what cannot be written is not.
+            Err(error) => {
+                log::debug!("the guest writes to the configuration space: {error}");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        let Session { context, queues, .. } = &self.0.session;
+        context.memory.update(&memory, &context.proxy);
+        queues.iter().for_each(|control| control.wake());
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.num_queues()).map(|queue| 1 << queue).collect()
+    }
+
+    fn exit_event(&self, thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        self.0.session.exit_events.take(thread_index)
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        let session = &self.0.session;
+        session.drain_queue(queue_index as usize).map_err(|error| {
+            if matches!(error, NotDrained::TimedOut { .. }) {
+                // The error ends the session, which has waited long enough.
+                session.context.phase.advance_to(Phase::GaveUp);
+            }
+            io::Error::other(error)
+        })
+    }
+
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        thread_id: usize,
+    ) -> io::Result<()> {
+        // One queue per thread: every event is about that queue, be it a kick or a wake-up.
+        let (control, vring) = (self.0.control(thread_id), &vrings[0]);
+        if u64::from(device_event) == self.0.look_id() {
+            control.look(vring);
+        } else if device_event != 0 {
+            control.woken();
+        }
+        // Each thread comes here once before the frontend is heard, see `serve`.
+        control.serve_queue(vring, |vring| {
+            let frontend = Arc::downgrade(&self.0);
+            vring.listen(self.0.session.context.config.queue_size, move |event| {
+                if let Some(frontend) = frontend.upgrade() {
+                    frontend.ring_event(thread_id, event);
+                }
+            });
+        });
+        Ok(())
+    }
+}

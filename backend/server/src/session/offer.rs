@@ -1,0 +1,78 @@
+//! What a session's guest is offered, and what it has made of it: feature bits and the
+//! configuration space.
+
+use super::config::SessionConfig;
+use crate::sync::lock;
+use domain_abi::DeviceInfo;
+use proxy::DomainProxy;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use virtio_blk::{ConfigSpace, Limits, features};
+
+/// The device as one session's guest sees it.
+pub(super) struct Offer {
+    proxy: Arc<DomainProxy>,
+    info: DeviceInfo,
+    space: Mutex<ConfigSpace>,
+    limits: Mutex<Arc<Limits>>,
+    acked: AtomicU64,
+}
+
+impl Offer {
+    /// What the device is now. Returns `None` if an upgrade takes longer than `patience`.
+    pub(super) fn new(
+        proxy: &Arc<DomainProxy>,
+        config: &SessionConfig,
+        patience: Duration,
+    ) -> Option<Self> {
+        let space = |info: &DeviceInfo| ConfigSpace::new(info, config.queues, config.queue_size);
+        let info = proxy.offer(patience, |info| space(info).required_capabilities())?;
+        Some(Self {
+            proxy: Arc::clone(proxy),
+            space: Mutex::new(space(&info)),
+            limits: Mutex::new(Arc::new(Limits::new(&info, 0))),
+            acked: AtomicU64::new(0),
+            info,
+        })
+    }
+
+    /// The feature bits that are offered.
+    pub(super) fn features(&self) -> u64 {
+        features::offered(&self.info)
+    }
+
+    /// The guest has acknowledged `acked` of them.
+    pub(super) fn acknowledge(&self, acked: u64) {
+        self.acked.store(acked, Ordering::Relaxed);
+        *lock(&self.limits) = Arc::new(Limits::new(&self.info, acked));
+        self.configure(|space| space.set_acked_features(acked));
+    }
+
+    /// The guest begins anew.
+    pub(super) fn reset(&self) {
+        self.acked.store(0, Ordering::Relaxed);
+        self.configure(ConfigSpace::reset);
+    }
+
+    /// What requests are held against.
+    pub(super) fn limits(&self) -> Arc<Limits> {
+        Arc::clone(&lock(&self.limits))
+    }
+
+    /// Does something to the configuration space; afterwards the domain's write cache is in the
+    /// mode that it says.
+    pub(super) fn configure<T>(&self, change: impl FnOnce(&mut ConfigSpace) -> T) -> T {
+        let mut space = lock(&self.space);
+        let result = change(&mut space);
+        // Under the lock, so that the last to change it is the last to tell.
+        self.proxy.set_write_cache(space.write_cache());
+        result
+    }
+
+    /// The session is over. A frontend that comes back with the same guest relies on what that
+    /// guest has acknowledged.
+    pub(super) fn close(&self) {
+        self.proxy.require(features::required_capabilities(self.acked.load(Ordering::Relaxed)));
+    }
+}

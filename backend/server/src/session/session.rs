@@ -1,0 +1,95 @@
+//! One session's state, and its end.
+
+use super::config::SessionConfig;
+use super::context::Context;
+use super::drain::Outcome;
+use super::queue_control::{DRAIN_TIMEOUT, QueueControl};
+use crate::phase::Phase;
+use crate::raw_fd::ExitEvents;
+use proxy::DomainProxy;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Why a queue has something in flight still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NotDrained {
+    #[error("queue {queue} was not drained in time")]
+    TimedOut { queue: usize },
+    #[error(
+        "queue {queue} has {requests} requests that can never be answered: the domain that had them could not be ended"
+    )]
+    Unanswerable { queue: usize, requests: usize },
+}
+
+/// A session, from before its frontend is heard until its workers have left.
+pub(super) struct Session {
+    pub(super) context: Arc<Context>,
+    pub(super) queues: Box<[Arc<QueueControl>]>,
+    pub(super) exit_events: ExitEvents,
+}
+
+impl Session {
+    pub(super) fn new(
+        proxy: &Arc<DomainProxy>,
+        config: &SessionConfig,
+        map: GuestMemoryAtomic<GuestMemoryMmap>,
+    ) -> io::Result<Self> {
+        let context = Arc::new(Context::new(proxy, config, map, DRAIN_TIMEOUT)?);
+        let queue = |queue| QueueControl::new(queue, Arc::clone(&context)).map(Arc::new);
+        Ok(Self {
+            queues: (0..usize::from(config.queues)).map(queue).collect::<io::Result<_>>()?,
+            exit_events: ExitEvents::new(usize::from(config.queues))?,
+            context,
+        })
+    }
+
+    /// Waits until nothing of `queue` is in flight, as [`QueueControl::drain_queue`] does.
+    ///
+    /// # Errors
+    /// Something is in flight still: it was given up, or is left unanswered for good.
+    pub(super) fn drain_queue(&self, queue: usize) -> Result<(), NotDrained> {
+        match self.queues[queue].drain_queue() {
+            Outcome::Clean => Ok(()),
+            Outcome::Unanswerable(requests) => Err(NotDrained::Unanswerable { queue, requests }),
+            Outcome::TimedOut => Err(NotDrained::TimedOut { queue }),
+        }
+    }
+
+    /// Answers what is in flight and takes nothing more, before the frontend is let go. What does
+    /// not end in time is given up by [`close`](Self::close).
+    pub(super) fn drain(&self) {
+        self.context.phase.advance_to(Phase::Draining);
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        for (queue, control) in self.queues.iter().enumerate() {
+            if control.wait_drained(deadline) == Outcome::TimedOut {
+                let error = NotDrained::TimedOut { queue };
+                log::error!("{error}; the frontend is let go without");
+                self.context.phase.advance_to(Phase::GaveUp);
+                return;
+            }
+        }
+    }
+
+    /// Ends the session's workers, on their own threads, after the frontend has gone. What never
+    /// ends is left, and stays mapped.
+    pub(super) fn close(&self) {
+        let context = &*self.context;
+        context.phase.advance_to(Phase::Detached);
+        for (queue, control) in self.queues.iter().enumerate() {
+            if control.drain_queue() == Outcome::TimedOut {
+                let error = NotDrained::TimedOut { queue };
+                log::error!("{error}; its requests stay unanswered");
+                context.proxy.leave_behind(&format!(
+                    "requests of queue {queue}, in flight when the session ended"
+                ));
+                // The others have had as long.
+                context.phase.advance_to(Phase::GaveUp);
+                control.abandon();
+            }
+        }
+        context.memory.withdraw(&context.proxy);
+        context.offer.close();
+    }
+}

@@ -1,0 +1,298 @@
+//! Chains that become requests, and the table of requests that are in flight on a queue.
+//!
+//! The table owns what a request points to: the list of its segments, and the snapshot of guest
+//! memory that the segments and the status byte lie in. So it alone decides when either may change:
+//!
+//! * the list of an entry is written between [`Parser::next`] and the moment when the entry is in
+//!   use, and not before the entry is free again;
+//! * the snapshot is replaced by [`RequestTable::replace_snapshot`], which keeps the old one mapped
+//!   for ever if an entry is in use, as dropping the table does.
+//!
+//! What it relies on is that an entry is given back only when its request has ended or was never
+//! taken by a domain. The proxy checks each completion against what is in flight before it says
+//! that something has ended; an entry that is not in use is not given back a second time.
+
+use crate::memory::Snapshot;
+use crate::view::Used;
+use domain_abi::{RawRequest, RawSegment};
+use virtio_blk::{
+    DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator, WireStatus,
+    parse, used_len,
+};
+use vm_memory::GuestMemoryMmap;
+
+/// A request: what is needed to end it.
+struct Entry {
+    head: u16,
+    op: u32,
+    len: u64,
+    /// Set as long as the entry is in use.
+    status_at: Option<StatusSlot>,
+    /// It is, or was when it was used last, of an earlier snapshot, which stays mapped.
+    is_stranded: bool,
+    segments: Vec<RawSegment>,
+}
+
+/// A chain of a batch that is not for the domain.
+struct ImmediateAnswer {
+    /// How many of the batch's requests are before it.
+    after: usize,
+    used: Used,
+    /// Its answer; without one it was no request at all.
+    answer: Option<(StatusSlot, WireStatus)>,
+}
+
+/// What [`RequestTable::end_batch`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BatchEnd {
+    /// Chains that were answered without the domain.
+    pub answered: u64,
+    /// Of these, with an error.
+    pub errors: u64,
+    /// Chains that could not be answered.
+    pub malformed: u64,
+    /// Chains that go back to the ring: those behind the first request that was not taken.
+    pub returned: usize,
+}
+
+/// What became of a chain.
+#[derive(Debug, Clone, Copy)]
+pub enum Chain {
+    /// For the domain, with its entry in the table, which is in use from now on.
+    Request(u16, RawRequest),
+    /// It is answered without the domain when the batch ends. Comes with the first address of it
+    /// that is outside of guest memory.
+    Answer(Option<u64>),
+    /// It cannot be answered, and its descriptors go back to the driver when the batch ends.
+    Malformed {
+        /// Its first descriptor.
+        head: u16,
+        /// What is wrong with it.
+        reason: MalformedChain,
+        /// The first address of it that is outside of guest memory.
+        outside: Option<u64>,
+    },
+}
+
+/// The requests of a queue. There is room for all that there can be, so that none ever moves; an
+/// entry is made when it is first needed, so that a ring costs what of it is used.
+pub struct RequestTable {
+    entries: Vec<Entry>,
+    /// Entries that are not in use.
+    free: Vec<u16>,
+    /// How many entries there can be.
+    limit: usize,
+    /// What addresses are looked up in.
+    snapshot: Option<Snapshot>,
+    /// The chains of the batch that are not for the domain.
+    immediate: Vec<ImmediateAnswer>,
+}
+
+impl RequestTable {
+    /// For `limit` requests in flight, taken in batches of up to `batch` chains, without a map.
+    #[must_use]
+    pub fn new(limit: u16, batch: usize) -> Self {
+        let limit = usize::from(limit);
+        Self {
+            entries: Vec::with_capacity(limit),
+            free: Vec::with_capacity(limit),
+            limit,
+            snapshot: None,
+            immediate: Vec::with_capacity(batch),
+        }
+    }
+
+    /// How many entries are not in use.
+    #[must_use]
+    #[inline]
+    pub fn available(&self) -> usize {
+        self.limit - self.in_use()
+    }
+
+    /// How many entries are in use.
+    #[must_use]
+    #[inline]
+    pub fn in_use(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    /// What addresses are looked up in; none before the first
+    /// [`replace_snapshot`](Self::replace_snapshot).
+    #[must_use]
+    #[inline]
+    pub const fn snapshot(&self) -> Option<&Snapshot> {
+        self.snapshot.as_ref()
+    }
+
+    /// Has addresses looked up in `snapshot` from now on. To be called when nothing is in flight
+    /// but what will never end; for its sake the memory that it may still be written to stays
+    /// mapped.
+    pub fn replace_snapshot(&mut self, snapshot: Snapshot) {
+        let mut is_needed = false;
+        for entry in &mut self.entries {
+            let is_in_use = entry.status_at.is_some();
+            is_needed |= is_in_use && !entry.is_stranded;
+            entry.is_stranded = is_in_use;
+        }
+        if is_needed {
+            self.snapshot.iter().for_each(Snapshot::leak);
+        }
+        self.immediate.clear();
+        self.snapshot = Some(snapshot);
+    }
+
+    /// Begins a batch, which lasts until [`end_batch`](Self::end_batch). Returns `None` without a
+    /// snapshot.
+    #[inline]
+    pub fn parser(&mut self) -> Option<Parser<'_>> {
+        let Self { entries, free, limit, snapshot, immediate, .. } = self;
+        immediate.clear();
+        // SAFETY: what comes out of a parse goes into an entry that is in use, or into `immediate`.
+        // The snapshot leaves this table in `replace_snapshot` and `drop` only: both keep it mapped
+        // for ever if an entry of it is in use, the first empties `immediate`, and after the second
+        // nothing reads it. Regions are mapped read-write by vhost-user-backend, and references
+        // into them are not made.
+        let translator = unsafe { Translator::new(&**snapshot.as_ref()?.memory()) };
+        Some(Parser { entries, free, limit: *limit, immediate, translator, requests: 0 })
+    }
+
+    /// Ends the batch, of which the domain took `accepted` of `requests`: the chains that are not
+    /// for the domain are answered and appended to `used`, up to the first request that it did not
+    /// take. That request and all after it are to go back to the ring; the caller
+    /// [discards](Self::discard) their entries.
+    #[inline]
+    pub fn end_batch(
+        &mut self,
+        accepted: usize,
+        requests: usize,
+        used: &mut Vec<Used>,
+    ) -> BatchEnd {
+        let mut end = BatchEnd { returned: requests - accepted, ..BatchEnd::default() };
+        for chain in self.immediate.drain(..) {
+            if chain.after > accepted {
+                end.returned += 1;
+                continue;
+            }
+            match chain.answer {
+                Some((status_at, status)) => {
+                    status_at.write(status);
+                    end.answered += 1;
+                    end.errors += u64::from(status != WireStatus::Ok);
+                }
+                None => end.malformed += 1,
+            }
+            used.push(chain.used);
+        }
+        end
+    }
+
+    /// Ends a request: tells the guest its `status` (the domain's), and returns its element of the
+    /// used ring. `written` is how much of its buffer was written. Returns `None` for an entry that
+    /// is not in use.
+    #[inline]
+    pub fn end(&mut self, index: usize, status: u32, written: u32) -> Option<Used> {
+        let entry = &mut self.entries[index];
+        entry.status_at.take()?.write(WireStatus::from_completion(status));
+        self.free.push(index as u16);
+        Some(Used { head: entry.head, len: used_len(entry.op, entry.len, written) })
+    }
+
+    /// Gives up the entry of a request that was not taken, or that has ended with nothing to be
+    /// told.
+    pub fn discard(&mut self, index: usize) {
+        if self.entries[index].status_at.take().is_some() {
+            self.free.push(index as u16);
+        }
+    }
+}
+
+impl Drop for RequestTable {
+    fn drop(&mut self) {
+        if self.in_use() > 0 {
+            self.snapshot.iter().for_each(Snapshot::leak);
+            // The lists of segments are still the domain's.
+            std::mem::forget(std::mem::take(&mut self.entries));
+        }
+    }
+}
+
+/// Takes the chains of one batch, one after the other.
+pub struct Parser<'t> {
+    entries: &'t mut Vec<Entry>,
+    free: &'t mut Vec<u16>,
+    limit: usize,
+    immediate: &'t mut Vec<ImmediateAnswer>,
+    translator: Translator<'t, GuestMemoryMmap>,
+    requests: usize,
+}
+
+impl Parser<'_> {
+    /// Takes the chain that begins with descriptor `head` of a queue's `table`.
+    ///
+    /// # Panics
+    /// If no entry is [available](RequestTable::available).
+    #[inline(always)]
+    pub fn next(&mut self, table: DescriptorTable, head: u16, limits: &Limits) -> Chain {
+        let index = match self.free.last() {
+            Some(&index) => index,
+            None => self.make(),
+        };
+        let entry = &mut self.entries[usize::from(index)];
+        match parse(table, head, &mut self.translator, limits, &mut entry.segments) {
+            Parsed::Request { op, flags, offset, len, status_at, head } => {
+                (entry.head, entry.op, entry.len) = (head, op, len);
+                (entry.status_at, entry.is_stranded) = (Some(status_at), false);
+                self.free.pop();
+                self.requests += 1;
+                // SAFETY: the list belongs to an entry that is in use from here on. It is written
+                // above and in `give_up_long` only, for an entry of `free`, where this one is not
+                // before `end` or `discard`, of a request that has ended or was never submitted.
+                // The list's own memory does not move when the table does, and is never given back
+                // while the entry is in use (`drop`).
+                let request = unsafe { RawRequest::new(op, flags, offset, len, &entry.segments) };
+                Chain::Request(index, request)
+            }
+            Parsed::Answer { head, status_at, status, written } => {
+                give_up_long(&mut entry.segments);
+                let used = Used { head, len: written };
+                self.immediate.push(ImmediateAnswer {
+                    after: self.requests,
+                    used,
+                    answer: Some((status_at, status)),
+                });
+                Chain::Answer(self.translator.take_outside())
+            }
+            Parsed::Malformed { head, reason } => {
+                give_up_long(&mut entry.segments);
+                let used = Used { head, len: 0 };
+                self.immediate.push(ImmediateAnswer { after: self.requests, used, answer: None });
+                Chain::Malformed { head, reason, outside: self.translator.take_outside() }
+            }
+        }
+    }
+
+    #[cold]
+    fn make(&mut self) -> u16 {
+        assert!(
+            self.entries.len() < self.limit,
+            "more chains are taken than entries are available"
+        );
+        let index = self.entries.len() as u16;
+        let segments = Vec::with_capacity(8);
+        let (status_at, is_stranded) = (None, false);
+        self.entries.push(Entry { head: 0, op: 0, len: 0, status_at, is_stranded, segments });
+        self.free.push(index);
+        index
+    }
+}
+
+/// Gives up the room of a list that has become longer than a driver's that heeds `seg_max`. It is
+/// that of a chain which is no request for the domain.
+#[inline]
+fn give_up_long(segments: &mut Vec<RawSegment>) {
+    const USUAL: usize = (SEG_MAX as usize).next_power_of_two();
+    if segments.capacity() > USUAL {
+        segments.clear();
+        segments.shrink_to(USUAL);
+    }
+}
