@@ -13,7 +13,6 @@
 pub mod args;
 pub mod cpus;
 pub mod device;
-pub mod ending;
 mod json;
 pub mod log_limit;
 pub mod logging;
@@ -21,5 +20,6 @@ mod phase;
 mod queue;
 pub mod raw_fd;
 pub mod session;
+pub mod shutdown;
 pub mod signals;
 mod sync;

@@ -2,7 +2,7 @@
 //! replaced under it.
 //!
 //! Start: arguments, domain, sockets. Then one session after the other, until a signal or
-//! `hotswapctl shutdown` (`ending.rs`). End: the session's workers leave, the sockets are removed,
+//! `hotswapctl shutdown` (`shutdown.rs`). End: the session's workers leave, the sockets are removed,
 //! the domain writes down what it has.
 
 use control::{Server, SocketFile};
@@ -20,11 +20,11 @@ use std::sync::Arc;
 use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
-use vhost_hotswap::ending::Ending;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
+use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
 
 /// How long frontends are left alone when one could not be served: it may come again at once.
@@ -48,21 +48,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// What there is to listen on, before anybody does.
+/// What there is to listen on, before it is listened on.
 enum Given {
     Path(PathBuf),
     Listener(UnixListener),
 }
 
 /// Where frontends come in.
-enum Front {
-    /// A socket of ours, removed at the end.
+enum ListenSocket {
+    /// A socket of the daemon's own, removed at the end.
     Path(SocketFile),
-    /// A socket that we were given.
+    /// A socket that was given.
     Inherited(UnixListener),
 }
 
-impl Front {
+impl ListenSocket {
     fn listener(&self) -> &UnixListener {
         match self {
             Self::Path(socket) => socket.listener(),
@@ -99,14 +99,14 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         Listen::Fd(fd) => Given::Listener(inherited(fd)?),
         Listen::Path(path) => Given::Path(path),
     };
-    let ending = Ending::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
-    ending.install_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
-    // Whoever sees a socket of ours may end us, so signals are heeded by then.
-    let front = match given {
+    let shutdown = Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
+    shutdown.install_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
+    // A process that sees the socket may end this one, so signals are handled by then.
+    let socket = match given {
         Given::Path(path) => {
-            Front::Path(ending.listen(&path, 0o600).map_err(|error| error.to_string())?)
+            ListenSocket::Path(shutdown.listen(&path, 0o600).map_err(|error| error.to_string())?)
         }
-        Given::Listener(listener) => Front::Inherited(listener),
+        Given::Listener(listener) => ListenSocket::Inherited(listener),
     };
 
     let loader = Box::new(FileLoader::new(config.domain_dirs));
@@ -114,7 +114,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
             .map_err(|refusal| refusal.to_string())?;
     let sessions = Arc::new(SessionHandle::default());
-    ending.serving({
+    shutdown.serving({
         let (proxy, sessions) = (Arc::clone(&proxy), Arc::clone(&sessions));
         move || {
             proxy.begin_stop();
@@ -122,12 +122,12 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         }
     });
     let device = {
-        let ending = Arc::clone(&ending);
-        Arc::new(Device::new(Arc::clone(&proxy), move || ending.begin("shutdown")))
+        let shutdown = Arc::clone(&shutdown);
+        Arc::new(Device::new(Arc::clone(&proxy), move || shutdown.begin("shutdown")))
     };
     let control = Server::start(&config.control_path, Arc::clone(&device))
         .map_err(|error| error.to_string())?;
-    ending.owns(control.name());
+    shutdown.owns(control.name());
 
     let domain = proxy.domain();
     log::info!(
@@ -145,11 +145,11 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         poll: config.poll,
         worker_cpus: config.worker_cpus,
     };
-    while wait_for_frontend(front.listener(), ending.wanted())? {
+    while wait_for_frontend(socket.listener(), shutdown.wanted())? {
         match session::serve(
             &proxy,
             &session_config,
-            front.listener(),
+            socket.listener(),
             &sessions,
             device.connected(),
         ) {
@@ -159,14 +159,14 @@ fn run(config: Config) -> Result<Vec<String>, String> {
                 log_limit::say(Level::Warn, kind, format_args!("the session ended: {error}"));
                 // The next look finds the end, too.
                 let _ = poll(
-                    &mut [PollFd::new(ending.wanted(), PollFlags::IN)],
+                    &mut [PollFd::new(shutdown.wanted(), PollFlags::IN)],
                     Some(&AFTER_A_FAILURE),
                 );
             }
         }
     }
     drop(control);
-    drop(front);
+    drop(socket);
     Ok(proxy.stop())
 }
 

@@ -10,7 +10,7 @@
 //! its own signals, and nobody could end a daemon that has SIGTERM blocked. That a signal is
 //! ignored is respected where a user says so by it (`nohup`), see [`Meaning::EndUnlessIgnored`].
 //!
-//! Deliberately absent: what an end is (`ending.rs`).
+//! Deliberately absent: what an end is (`shutdown.rs`).
 
 use signal_hook::consts as signals;
 use std::ffi::{c_int, c_long, c_ulong};
