@@ -90,14 +90,6 @@ pub const fn required_capabilities(features: u64) -> Capabilities {
     needed
 }
 
-/// What a domain must *not* be if it is to stand behind these features, offered: a disk that was
-/// announced as writable cannot become read-only. Give it the offered bits; a driver need not
-/// acknowledge `RO`.
-#[must_use]
-pub const fn forbidden_capabilities(offered: u64) -> Capabilities {
-    if offered & RO == 0 { Capabilities::READ_ONLY } else { Capabilities(0) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,7 +161,6 @@ mod tests {
             let capabilities = Capabilities(bits);
             let features = offered(&info(capabilities));
             assert!(capabilities.contains(required_capabilities(features)), "{bits:05b}");
-            assert_eq!(capabilities.0 & forbidden_capabilities(features).0, 0, "{bits:05b}");
         }
     }
 
@@ -181,7 +172,5 @@ mod tests {
         assert_eq!(required_capabilities(CONFIG_WCE), Capabilities::WRITE_CACHE);
         assert_eq!(required_capabilities(DISCARD), Capabilities::DISCARD);
         assert_eq!(required_capabilities(WRITE_ZEROES), Capabilities::WRITE_ZEROES);
-        assert_eq!(forbidden_capabilities(ALWAYS), Capabilities::READ_ONLY);
-        assert_eq!(forbidden_capabilities(RO), Capabilities(0));
     }
 }
