@@ -24,6 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("virtqueue", &["domain-abi", "virtio-blk"]),
     ("loader", &["domain-abi", "domain-host"]),
     ("proxy", &["srcu", "storage", "domain-abi", "domain-host"]),
+    ("puppet", &["proxy", "domain-api", "domain-host", "domain-conformance"]),
     ("control", &["domain-abi"]),
     ("vhost-hotswap", &["proxy", "loader", "virtio-blk", "virtqueue", "control", "domain-abi"]),
     ("domain-empty", &["domain-api"]),
@@ -44,8 +45,16 @@ const ARROWS_OF_TESTS: &[(&str, &[&str])] = &[
     // What the proxy costs is measured against domains that are called without it.
     (
         "proxy",
-        &["domain-empty", "domain-ramdisk", "domain-file", "domain-api", "domain-conformance"],
+        &[
+            "domain-empty",
+            "domain-ramdisk",
+            "domain-file",
+            "domain-api",
+            "domain-conformance",
+            "puppet",
+        ],
     ),
+    ("vhost-hotswap", &["puppet"]),
 ];
 
 /// What a domain is checked with.

@@ -1,44 +1,18 @@
-//! Puppets: domains whose every step is a parameter, a loader that knows them by name, and a worker
-//! with its books.
-//!
-//! The puppets are linked statically, so they share statics with the test: what they did is written
-//! to a [`Stage`], which also tells those that wait when to go on. Each test has a stage of its
-//! own, named in the parameters, so that tests can run side by side.
+//! A device of puppets (the crate `puppet`), and a worker with its books.
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-mod puppet;
-
-pub use puppet::{Narrow, Other, Plain, Puppet, Stage, Wide};
+pub use puppet::Stage;
 
 use domain_abi::RawRequest;
 use domain_abi::{Params, Status};
-use domain_conformance::StaticModule;
-use domain_host::{LoadError, ModuleLoader, VerifiedModule};
 use proxy::{DomainProxy, Ended, Gate, Notifier, Options, Refusal, Report, Worker};
+use puppet::PuppetLoader;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Long enough for anything here, and the end of a test that hangs.
 pub const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Finds puppets by name.
-struct Theatre;
-
-impl ModuleLoader for Theatre {
-    fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
-        match name {
-            "plain" => Ok(StaticModule::verified::<Puppet<Plain>>()),
-            "wide" => Ok(StaticModule::verified::<Puppet<Wide>>()),
-            "narrow" => Ok(StaticModule::verified::<Puppet<Narrow>>()),
-            "other" => Ok(StaticModule::verified::<Puppet<Other>>()),
-            _ => Err(LoadError {
-                code: "module_not_found",
-                message: format!("there is no module `{name}`"),
-            }),
-        }
-    }
-}
 
 /// Nobody needs to be woken: the tests pump.
 struct Silent;
@@ -59,7 +33,7 @@ impl Device {
     pub fn start(queues: usize, script: &[&str]) -> Device {
         let stage = Stage::new();
         let params = stage.params("a", script);
-        let proxy = DomainProxy::start(Box::new(Theatre), "plain", params, queues)
+        let proxy = DomainProxy::start(Box::new(PuppetLoader), "plain", params, queues)
             .expect("a puppet starts");
         Device { proxy, stage }
     }

@@ -44,7 +44,7 @@ fn wait_for(flag: &AtomicBool) {
 }
 
 /// Where the puppets of one test act.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Stage {
     name: String,
     log: Mutex<Vec<String>>,
@@ -62,6 +62,8 @@ static STAGES: Mutex<BTreeMap<String, Arc<Stage>>> = Mutex::new(BTreeMap::new())
 static NUMBER: AtomicUsize = AtomicUsize::new(0);
 
 impl Stage {
+    /// A stage of its own for one test.
+    #[allow(clippy::new_ret_no_self, reason = "puppets find it by its name")]
     pub fn new() -> Arc<Stage> {
         let name = format!("stage-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         let stage = Arc::new(Stage { name: name.clone(), ..Stage::default() });
@@ -77,15 +79,19 @@ impl Stage {
         params
     }
 
+    /// Writes a line down.
     pub fn write(&self, line: String) {
         lock(&self.log).push(line);
     }
 
+    /// All lines.
+    #[must_use]
     pub fn log(&self) -> Vec<String> {
         lock(&self.log).clone()
     }
 
     /// The lines of the puppet `label`, without its name, that begin with `what`.
+    #[must_use]
     pub fn lines(&self, label: &str, what: &str) -> Vec<String> {
         let start = format!("{label} {what}");
         self.log()
@@ -98,9 +104,13 @@ impl Stage {
 
 /// What tells puppets apart before they are loaded.
 pub trait Kind: Send + Sync + 'static {
+    /// The domain's name.
     const NAME: &'static str;
+    /// The name of its schema.
     const LAYOUT: &'static str = "puppet";
+    /// The schema that it writes.
     const SCHEMA: u32 = 1;
+    /// The schemas that it takes up.
     const ACCEPTED: &'static [u32] = &[1];
 }
 
