@@ -23,11 +23,13 @@ mod flights;
 mod queue;
 mod report;
 mod retire;
+mod serialize;
 mod services;
 mod starved;
 mod stop;
 mod takeover;
 mod upgrade;
+mod wire;
 mod worker;
 
 pub use flights::{Naming, slot_of};
@@ -36,6 +38,7 @@ pub use report::{
     Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, Starved,
     WhenBusy,
 };
+pub use wire::Blame;
 pub use worker::{Ended, Gate, Worker};
 
 use domain_abi::{Capabilities, DeviceInfo, Params};
@@ -111,7 +114,7 @@ impl State {
 }
 
 /// How many changes ended how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct Counts {
     /// Committed upgrades.
     pub committed: u64,

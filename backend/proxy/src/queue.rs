@@ -3,8 +3,10 @@
 //! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader
 //! and `status` only read. So counting costs the worker no shared line and no read-modify-write.
 
+use crate::serialize;
 use crate::starved::Thread;
 use arc_swap::ArcSwapOption;
+use serde::Serialize;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +25,7 @@ pub trait Notifier: Send + Sync {
 }
 
 /// How a queue is doing.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct QueueStatus {
     /// Its number.
     pub index: usize,
@@ -31,6 +33,7 @@ pub struct QueueStatus {
     pub in_flight: u64,
     /// How long the oldest of them may have been in flight, to a few milliseconds; at most. The
     /// clock is not read for each batch (`worker::UNCLOCKED`).
+    #[serde(rename = "oldest_age_us", serialize_with = "serialize::micros")]
     pub oldest_age: Duration,
     /// Requests that have ended.
     pub requests: u64,
@@ -43,6 +46,7 @@ pub struct QueueStatus {
     /// Requests that were run again after a takeover.
     pub replayed: u64,
     /// How long its worker has waited for a CPU, since its thread began.
+    #[serde(rename = "cpu_wait_us", serialize_with = "serialize::micros")]
     pub cpu_wait: Duration,
 }
 

@@ -1,8 +1,10 @@
 //! What an upgrade says about itself: phases, result, history, events.
 
 use crate::queue::QueueStatus;
+use crate::serialize;
 use domain_abi::DeviceInfo;
 use domain_abi::Params;
+use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -77,13 +79,14 @@ impl Default for Options {
 }
 
 /// A domain, by what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DomainRecord {
     /// Its name.
     pub name: String,
     /// Its version.
     pub version: String,
     /// Name of the layout in which it keeps its storage.
+    #[serde(skip)]
     pub schema_name: String,
     /// SHA-256 of its module, in hex.
     pub sha256: String,
@@ -92,31 +95,42 @@ pub struct DomainRecord {
     /// Where its module was read from.
     pub path: String,
     /// Its parameters, inherited ones included.
+    #[serde(serialize_with = "serialize::params")]
     pub params: Params,
     /// What it announces.
+    #[serde(skip)]
     pub info: DeviceInfo,
 }
 
 /// How long each phase took. What did not happen is zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Phases {
     /// Reading and checking the file.
+    #[serde(serialize_with = "serialize::micros")]
     pub verify: Duration,
     /// Mapping it.
+    #[serde(serialize_with = "serialize::micros")]
     pub load: Duration,
     /// The new domain's own preparation.
+    #[serde(serialize_with = "serialize::micros")]
     pub prepare: Duration,
     /// Gate shut to last arrival.
+    #[serde(serialize_with = "serialize::micros")]
     pub drain: Duration,
     /// The old domain writes down what only it knows.
+    #[serde(serialize_with = "serialize::micros")]
     pub quiesce: Duration,
     /// The new domain takes the storage up.
+    #[serde(serialize_with = "serialize::micros")]
     pub activate: Duration,
     /// Gate shut to gate open.
+    #[serde(serialize_with = "serialize::micros")]
     pub pause: Duration,
     /// Until nobody used the old instance any more.
+    #[serde(serialize_with = "serialize::micros")]
     pub grace: Duration,
     /// Ending the instance before that.
+    #[serde(serialize_with = "serialize::micros")]
     pub retire: Duration,
 }
 
@@ -150,13 +164,15 @@ pub struct Refusal {
 }
 
 /// A worker that was not given a CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Starved {
     /// Its queue.
     pub queue: usize,
     /// How long it was ready to run, and did not.
+    #[serde(rename = "waited_us", serialize_with = "serialize::micros")]
     pub waited: Duration,
     /// Of how long.
+    #[serde(rename = "of_us", serialize_with = "serialize::micros")]
     pub of: Duration,
 }
 

@@ -1,16 +1,17 @@
 //! What the commands of the control socket do to the device.
 
-use crate::json;
 use crate::log_limit::{self, how_to_have_more};
 use control::messages::{RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
 use control::{OperationError, Operations};
 use log::Level;
-use proxy::{DomainProxy, Mode, Options, Refusal, Report};
+use proxy::{DomainProxy, Mode, Options, Refusal, Report, Status};
+use serde::Serialize;
 use serde_json::Value;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use virtio_blk::features;
 
 /// The device as operators see it.
 pub struct Device {
@@ -44,17 +45,37 @@ fn options(
     Options { mode, drain_timeout, starved_timeout, when_busy }
 }
 
+/// The device's reports are JSON of whatever they hold: strings, numbers and lists of those.
+fn to_json(report: &impl Serialize) -> Value {
+    serde_json::to_value(report).expect("a report has nothing that JSON cannot say")
+}
+
 fn answer(result: Result<Report, Refusal>) -> Result<Value, OperationError> {
-    result.as_ref().map(json::report).map_err(|refusal| OperationError {
+    result.as_ref().map(to_json).map_err(|refusal| OperationError {
         code: refusal.code,
         message: refusal.message.clone(),
-        data: json::blame(refusal),
+        data: refusal.blame().as_ref().map(to_json),
     })
+}
+
+/// What `status` says: the device's state, and what only the daemon knows of it.
+#[derive(Serialize)]
+struct StatusReply<'a> {
+    #[serde(flatten)]
+    status: &'a Status,
+    /// The virtio features that the guest is offered.
+    features: String,
+    connected: bool,
+}
+
+fn status_reply(status: &Status, connected: bool) -> Value {
+    let features = format!("{:#x}", features::offered(&status.domain.info));
+    to_json(&StatusReply { status, features, connected })
 }
 
 impl Operations for Device {
     fn status(&self) -> Value {
-        json::status(&self.proxy.status(), self.connected.load(Ordering::Relaxed))
+        status_reply(&self.proxy.status(), self.connected.load(Ordering::Relaxed))
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
@@ -74,11 +95,11 @@ impl Operations for Device {
     }
 
     fn history(&self) -> Value {
-        self.proxy.history().iter().map(json::entry).collect()
+        to_json(&self.proxy.history())
     }
 
     fn next_event(&self, after: u64, timeout: Duration) -> Option<(u64, Value)> {
-        self.proxy.next_event(after, timeout).map(|(number, event)| (number, json::event(&event)))
+        self.proxy.next_event(after, timeout).map(|(number, event)| (number, to_json(&event)))
     }
 
     fn last_event(&self) -> u64 {
@@ -98,5 +119,58 @@ impl Operations for Device {
 
     fn shutdown(&self) {
         (self.stop)();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
+    use proxy::{Counts, DomainRecord, State};
+
+    #[test]
+    fn a_status_has_the_devices_members_and_the_daemons() {
+        let info = DeviceInfo {
+            capacity: 512,
+            block_size: 512,
+            physical_block_size: 512,
+            optimal_io_size: 0,
+            discard_granularity: 0,
+            capabilities: Capabilities::FLUSH,
+            swap: Swap::No,
+            backing_kind: String::new(),
+            backing_id: (0, 0),
+            backing_cache: 0,
+            serial: String::new(),
+        };
+        let domain = DomainRecord {
+            name: "a".into(),
+            version: "1".into(),
+            schema_name: "a".into(),
+            sha256: String::new(),
+            build_id: None,
+            path: String::new(),
+            params: Params::default(),
+            info,
+        };
+        let status = Status {
+            generation: 1,
+            state: State::Serving,
+            fault: None,
+            domain,
+            standby: None,
+            queues: Vec::new(),
+            counts: Counts::default(),
+            resident: Vec::new(),
+            storage_failure: None,
+            counters: std::collections::BTreeMap::new(),
+        };
+        let mut told = status_reply(&status, true);
+        assert_eq!(told["connected"], true);
+        assert_eq!(told["features"], format!("{:#x}", features::offered(&status.domain.info)));
+        let members = told.as_object_mut().unwrap();
+        members.remove("connected");
+        members.remove("features");
+        assert_eq!(told, serde_json::to_value(&status).unwrap());
     }
 }

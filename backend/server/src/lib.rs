@@ -13,7 +13,6 @@
 pub mod args;
 pub mod cpus;
 pub mod device;
-mod json;
 pub mod log_limit;
 pub mod logging;
 mod phase;
