@@ -4,12 +4,15 @@
 //! that an arrow which is not drawn here fails before code is built on it. The checkers are pure
 //! functions over plain data, and each has a test that shows it something forbidden.
 
-use std::collections::BTreeSet;
+mod workspace;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
+use workspace::{Source, code_only, sources, workspace};
 
 /// Who may depend on whom, in the product.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -132,10 +135,6 @@ fn wrong_arrows(rooms: &BTreeSet<String>, arrows: &[Arrow]) -> Vec<String> {
     wrong
 }
 
-fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
-}
-
 /// The members of the workspace: name, directory, dependencies.
 fn members() -> Vec<(String, PathBuf, Vec<Arrow>)> {
     let output = Command::new(env!("CARGO"))
@@ -210,88 +209,6 @@ fn a_made_up_arrow_is_found() {
     assert_eq!(wrong_arrows(&more, &[]).len(), 1, "a new room went through");
 }
 
-/// Rust code without its comments, strings and characters.
-fn code_only(source: &str) -> String {
-    let mut code = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(first) = rest.chars().next() {
-        let after_word = code.ends_with(|c: char| c.is_alphanumeric() || c == '_');
-        let skip = if rest.starts_with("//") {
-            rest.find('\n').unwrap_or(rest.len())
-        } else if rest.starts_with("/*") {
-            block_comment(rest)
-        } else if let Some(length) = raw_string(rest).filter(|_| !after_word) {
-            length
-        } else if first == '"' {
-            quoted(rest, '"')
-        } else if first == '\'' {
-            character(rest)
-        } else {
-            0
-        };
-        if skip == 0 {
-            code.push(first);
-            rest = &rest[first.len_utf8()..];
-        } else {
-            code.push(' ');
-            rest = &rest[skip..];
-        }
-    }
-    code
-}
-
-/// Length of a block comment; they nest.
-fn block_comment(text: &str) -> usize {
-    let (mut depth, mut at) = (0, 0);
-    while at < text.len() {
-        let here = &text.as_bytes()[at..];
-        let step = match here {
-            [b'/', b'*', ..] => 1,
-            [b'*', b'/', ..] => -1,
-            _ => 0,
-        };
-        depth += step;
-        at += if step == 0 { 1 } else { 2 };
-        if depth == 0 {
-            break;
-        }
-    }
-    at
-}
-
-/// Length of a raw string (`r"`, `r#"`, `br"`), when one starts here.
-fn raw_string(text: &str) -> Option<usize> {
-    let body = text.strip_prefix("br").or_else(|| text.strip_prefix('r'))?;
-    let hashes = body.len() - body.trim_start_matches('#').len();
-    let inner = body[hashes..].strip_prefix('"')?;
-    let end = format!("\"{}", "#".repeat(hashes));
-    let length = inner.find(&end).map_or(inner.len(), |at| at + end.len());
-    Some(text.len() - inner.len() + length)
-}
-
-/// Length of a text in quotes with escapes.
-fn quoted(text: &str, quote: char) -> usize {
-    let mut escaped = false;
-    for (at, c) in text.char_indices().skip(1) {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' => escaped = true,
-            c if c == quote => return at + 1,
-            _ => {}
-        }
-    }
-    text.len()
-}
-
-/// Length of a character, or 0 when the quote starts a lifetime.
-fn character(text: &str) -> usize {
-    let mut following = text.chars().skip(1);
-    match (following.next(), following.next()) {
-        (Some('\\'), _) | (Some(_), Some('\'')) => quoted(text, '\''),
-        _ => 0,
-    }
-}
-
 /// Whether the word `unsafe` stands in the code.
 fn has_unsafe(source: &str) -> bool {
     let code = code_only(source);
@@ -324,35 +241,35 @@ fn the_word_is_found_in_code_and_only_there() {
     assert!(has_unsafe(&format!("let x = {raw}; let y = '\\''; unsafe {{}}")));
 }
 
-/// All Rust files below a directory.
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(directory).expect("a directory") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() && path.file_name() != Some("target".as_ref()) {
-            sources(&path, found);
-        } else if path.extension() == Some("rs".as_ref()) {
-            found.push(path);
-        }
-    }
+/// The sources in which `unsafe` stands although their room is not listed.
+fn wrong_unsafe<'a>(rooms: &[(&str, &str)], files: &'a [Source]) -> Vec<&'a str> {
+    let is_listed = |path: &str| rooms.iter().any(|(room, _)| Path::new(path).starts_with(room));
+    let wrong = files.iter().filter(|file| file.path.ends_with(".rs") && !is_listed(&file.path));
+    wrong.filter(|file| has_unsafe(&file.text)).map(|file| file.path.as_str()).collect()
 }
 
 #[test]
 fn unsafe_stands_only_where_it_is_needed() {
-    let workspace = workspace();
-    let mut files = Vec::new();
-    for (_, directory, _) in members() {
-        sources(&directory, &mut files);
-    }
-    assert!(files.len() > 20, "hardly any source was found: {files:?}");
-    let wrong: Vec<_> = files
-        .iter()
-        .map(|path| path.strip_prefix(&workspace).expect("a path in the workspace"))
-        .filter(|path| !UNSAFE_ROOMS.iter().any(|(room, _)| path.starts_with(room)))
-        .filter(|path| {
-            has_unsafe(&fs::read_to_string(workspace.join(path)).expect("a source in UTF-8"))
-        })
-        .collect();
+    let files = sources();
+    let wrong = wrong_unsafe(UNSAFE_ROOMS, &files);
     assert!(wrong.is_empty(), "`unsafe` stands outside of its rooms, in {wrong:?}");
+    for (room, _) in UNSAFE_ROOMS {
+        let in_it = |file: &&Source| Path::new(&file.path).starts_with(room);
+        let needs_it = files.iter().filter(in_it).any(|file| has_unsafe(&file.text));
+        assert!(needs_it, "`{room}` has no `unsafe`: it need not be listed");
+    }
+}
+
+#[test]
+fn unsafe_in_another_room_is_found() {
+    let file = |path: &str, text: &str| Source { path: path.into(), text: text.into() };
+    let files = [
+        file("a/src/x.rs", "unsafe { f() }"),
+        file("a/src/y.rs", "// unsafe"),
+        file("ab/src/x.rs", "fn f() { unsafe { g() } }"),
+    ];
+    assert_eq!(wrong_unsafe(&[("a", "")], &files), ["ab/src/x.rs"]);
+    assert_eq!(wrong_unsafe(&[("a/src/y.rs", "")], &files), ["a/src/x.rs", "ab/src/x.rs"]);
 }
 
 #[test]
@@ -369,4 +286,228 @@ fn every_domain_forbids_unsafe_code() {
         }
     }
     assert!(domains >= 4, "only {domains} domains were found");
+}
+
+/// Circles of files that import each other, which are there for a reason: each by one of its files.
+const CIRCLES: &[(&str, &str)] = &[
+    (
+        "backend/proxy::flights",
+        "the table of what is in flight and the worker share how requests end",
+    ),
+    ("backend/proxy::queue", "a queue's status has its worker's clock, which reports by queue"),
+    ("domains/api::author", "the host's face and its storage are two halves of one handle"),
+    ("domains/conformance::lane", "a lane drives requests against the host that it belongs to"),
+];
+
+/// A crate's files as modules: the path in the crate (`""` for its root) and the source.
+type Modules = BTreeMap<String, String>;
+
+/// The module that a file below `src` is: `a/b.rs` and `a/b/mod.rs` are `a::b`.
+fn module_of(file: &str) -> String {
+    let path = file.strip_suffix(".rs").unwrap_or(file);
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    if ["lib", "main", "mod"].contains(&path) { String::new() } else { path.replace('/', "::") }
+}
+
+/// Code without its unit tests: what stands in a module under `#[cfg(test)]`.
+fn without_tests(code: &str) -> String {
+    let mut kept = String::new();
+    let mut rest = code;
+    while let Some(at) = rest.find("#[cfg(test)]") {
+        let (before, tests) = rest.split_at(at);
+        kept.push_str(before);
+        let item = tests["#[cfg(test)]".len()..].trim_start();
+        let end = match (item.find('{'), item.find(';')) {
+            (Some(open), semicolon) if semicolon.is_none_or(|at| open < at) => {
+                open + block(&item[open..])
+            }
+            (_, Some(semicolon)) => semicolon + 1,
+            _ => item.len(),
+        };
+        rest = &item[end..];
+    }
+    kept + rest
+}
+
+/// Length of a block in braces.
+fn block(code: &str) -> usize {
+    let mut depth = 0;
+    for (at, c) in code.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return at + 1;
+        }
+    }
+    code.len()
+}
+
+/// All paths that a `use` names, its groups taken apart.
+fn paths_of_use(tree: &str) -> Vec<String> {
+    let tree = tree.trim();
+    let Some(open) = tree.find('{') else {
+        return vec![tree.split(" as ").next().unwrap_or(tree).trim().to_owned()];
+    };
+    let (prefix, group) = tree.split_at(open);
+    let group = group.trim_start_matches('{').trim_end().trim_end_matches('}');
+    let mut depth = 0;
+    let parts = group.split(|c| {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        c == ',' && depth == 0
+    });
+    let parts = parts.filter(|part| !part.trim().is_empty());
+    parts.flat_map(paths_of_use).map(|path| format!("{}{path}", prefix.trim())).collect()
+}
+
+/// What the code of a file imports: each path, from the crate's root.
+fn imported(module: &str, code: &str) -> Vec<Vec<String>> {
+    let code = without_tests(&code_only(code));
+    let mut found = Vec::new();
+    let starts = code
+        .match_indices("use ")
+        .filter(|(at, _)| !code[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_'));
+    for (at, word) in starts {
+        let tree = &code[at + word.len()..];
+        let tree = &tree[..tree.find(';').unwrap_or(tree.len())];
+        for path in paths_of_use(&tree.split_whitespace().collect::<Vec<_>>().join(" ")) {
+            let mut from: Vec<&str> = module.split("::").filter(|part| !part.is_empty()).collect();
+            let mut names = path.split("::").map(str::trim).peekable();
+            match names.peek() {
+                Some(&"crate") => from.clear(),
+                Some(&"self") => {}
+                Some(&"super") => {
+                    from.pop();
+                }
+                _ => continue,
+            }
+            names.next();
+            while names.next_if(|name| *name == "super").is_some() {
+                from.pop();
+            }
+            found.push(from.into_iter().chain(names).map(str::to_owned).collect());
+        }
+    }
+    found
+}
+
+/// The modules of its crate that a module imports, where they are files of their own. Of what the
+/// root has, only names count that it has from a module: the root knows its modules, and they share
+/// its types.
+fn imports(module: &str, code: &str, modules: &Modules) -> BTreeSet<String> {
+    let file_of = |path: &[String]| {
+        // The longest beginning that is a file is what is imported.
+        let beginnings = (1..=path.len()).map(|length| path[..length].join("::"));
+        beginnings.filter(|beginning| modules.contains_key(beginning)).last()
+    };
+    let root = modules.get("").map_or(Vec::new(), |code| {
+        // There, `a::A` is a path as `self::a::A` is one.
+        imported("", &code.replace(" use ", " use self::"))
+    });
+    let from_root = |name: &String| {
+        let named = root.iter().find(|path| path.len() > 1 && path.last() == Some(name));
+        named.and_then(|path| file_of(path))
+    };
+    let paths = imported(module, code).into_iter();
+    let targets =
+        paths.filter_map(|path| file_of(&path).or_else(|| path.first().and_then(from_root)));
+    targets.filter(|target| target != module).collect()
+}
+
+/// The circles of modules that import each other, each sorted.
+fn circles(modules: &Modules) -> Vec<Vec<String>> {
+    let direct: BTreeMap<&String, BTreeSet<String>> =
+        modules.iter().map(|(name, code)| (name, imports(name, code, modules))).collect();
+    let reach = |from: &String| {
+        let mut seen = BTreeSet::new();
+        let mut next = vec![from.clone()];
+        while let Some(module) = next.pop() {
+            next.extend(direct[&module].iter().filter(|to| seen.insert((*to).clone())).cloned());
+        }
+        seen
+    };
+    let reached: BTreeMap<&String, BTreeSet<String>> =
+        modules.keys().map(|name| (name, reach(name))).collect();
+    let circle_of = |name: &String| {
+        let others = modules
+            .keys()
+            .filter(|other| reached[name].contains(*other) && reached[*other].contains(name));
+        others.cloned().collect::<Vec<_>>()
+    };
+    let found: BTreeSet<_> = modules.keys().map(circle_of).filter(|c| !c.is_empty()).collect();
+    found.into_iter().collect()
+}
+
+#[test]
+fn no_files_import_each_other() {
+    let mut crates: BTreeMap<String, Modules> = BTreeMap::new();
+    for file in sources() {
+        let product = ["backend/", "domains/"].iter().any(|top| file.path.starts_with(top));
+        let is_test = file.path.ends_with("/tests.rs") || file.path.contains("/tests/");
+        if let Some((room, path)) = file.path.split_once("/src/")
+            && product
+            && !is_test
+        {
+            let modules = crates.entry(room.to_owned()).or_default();
+            let text = file.text;
+            modules.entry(module_of(path)).and_modify(|code| code.push_str(&text)).or_insert(text);
+        }
+    }
+    assert!(crates.len() > 10, "hardly any crate was found");
+    let mut known = BTreeSet::new();
+    let mut wrong = Vec::new();
+    for (room, modules) in &crates {
+        for circle in circles(modules) {
+            let is_known = |(file, _): &&(&str, &str)| {
+                circle.iter().any(|module| format!("{room}::{module}") == *file)
+            };
+            match CIRCLES.iter().find(is_known) {
+                Some((file, _)) => _ = known.insert(*file),
+                None => wrong.push(format!("{room}: {}", circle.join(", "))),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "files that import each other:\n{}", wrong.join("\n"));
+    for (file, _) in CIRCLES {
+        assert!(known.contains(file), "`{file}` is in no circle any more: take it off the list");
+    }
+}
+
+#[test]
+fn a_circle_is_found() {
+    let of = |files: &[(&str, &str)]| {
+        circles(&files.iter().map(|(file, code)| (module_of(file), (*code).into())).collect())
+    };
+    let nothing: Vec<Vec<String>> = Vec::new();
+    let one = ("a.rs", "use crate::b::B;");
+    assert_eq!(of(&[("lib.rs", "mod a; mod b;"), one, ("b.rs", "")]), nothing);
+    for back in [
+        "use crate::a::A;",
+        "use super::a;",
+        "pub(crate) use crate::{c::C, a::{self, A}};",
+        "fn f() { use crate::a::A as X; }",
+        "#[cfg(test)] mod tests { use super::*; } use crate::a::A;",
+    ] {
+        let found = of(&[("lib.rs", ""), one, ("b.rs", back), ("c.rs", "")]);
+        assert_eq!(found, [["a", "b"]], "{back}");
+    }
+    for other in [
+        "// use crate::a::A;",
+        "use crate::A;",
+        "use a::A;",
+        "use crate::c::a;",
+        "const X: &str = \"use crate::a::A;\";",
+        "#[cfg(test)] mod tests { use crate::a::A; }",
+        "#[cfg(test)] use crate::a::A;",
+    ] {
+        assert_eq!(of(&[("lib.rs", ""), one, ("b.rs", other), ("c.rs", "")]), nothing, "{other}");
+    }
+    let three =
+        [("a.rs", "use crate::b::x;"), ("b.rs", "use crate::c::x;"), ("c.rs", "use crate::a;")];
+    assert_eq!(of(&three), [["a", "b", "c"]]);
+    // A parent in a file of its own, and its child.
+    let family = [("a/mod.rs", "mod b; use self::b::x;"), ("a/b.rs", "use super::Y;")];
+    assert_eq!(of(&family), [["a", "a::b"]]);
 }

@@ -8,11 +8,12 @@
 //! Fields whose feature is not offered are zero. Deliberately absent: geometry, secure erase,
 //! zones.
 
-use crate::SECTOR_SIZE;
 use crate::features::{self, CONFIG_WCE, FLUSH};
 use crate::write_cache::WriteCache;
 use domain_abi::{Capabilities, DeviceInfo};
 
+/// The unit of `sector` and of lengths, whatever the block size is (5.2.4, 5.2.6.1).
+pub const SECTOR_SIZE: u64 = 512;
 /// Size of `struct virtio_blk_config` (5.2.4).
 pub const CONFIG_SIZE: usize = 72;
 

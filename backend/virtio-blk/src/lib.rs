@@ -24,9 +24,9 @@ mod write_cache;
 
 pub use chain::{DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain};
 pub use config::{
-    CONFIG_SIZE, ConfigSpace, Error, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX,
-    SIZE_MAX,
+    CONFIG_SIZE, ConfigSpace, Error, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE,
+    SEG_MAX, SIZE_MAX,
 };
 pub use memory::{StatusSlot, Translator};
-pub use request::{Limits, Parsed, SECTOR_SIZE, parse, used_len};
+pub use request::{Limits, Parsed, parse, used_len};
 pub use status::WireStatus;

@@ -9,7 +9,9 @@
 //! the features, read-only, lengths, flags, range.
 
 use crate::chain::{self, DescriptorTable, Layout, MalformedChain};
-use crate::config::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
+use crate::config::{
+    MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE, SEG_MAX, SIZE_MAX,
+};
 use crate::features::{DISCARD, FLUSH, RO, WRITE_ZEROES};
 use crate::memory::{Gather, StatusSlot, Translator, copy_to_segments};
 use crate::status::WireStatus;
@@ -20,9 +22,6 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::GuestMemoryBackend;
-
-/// The unit of `sector` and of lengths, whatever the block size is (5.2.4, 5.2.6.1).
-pub const SECTOR_SIZE: u64 = 512;
 
 /// Size of `struct virtio_blk_discard_write_zeroes` (5.2.6).
 const RANGE_SIZE: u64 = 16;

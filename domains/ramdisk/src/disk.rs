@@ -3,7 +3,7 @@
 //! Deliberately unknown here: what becomes of memory that the guest does not need. That is the
 //! versions' difference: [`Reclaim`].
 
-use crate::reclaim::Reclaim;
+use crate::reclaim::{PAGE_SIZE, Reclaim};
 use domain_api::{
     Capabilities, DeviceInfo, DomainError, Host, Op, Params, Region, Request, Status, Swap,
 };
@@ -14,8 +14,6 @@ const REGION: &str = "disk";
 /// Size without the parameter `size`, in bytes.
 const DEFAULT_SIZE: u64 = 64 << 20;
 const BLOCK_SIZE: u32 = 512;
-/// What memory is given back in.
-pub(crate) const PAGE_SIZE: u32 = 4096;
 
 #[derive(Debug)]
 pub(crate) struct Disk {

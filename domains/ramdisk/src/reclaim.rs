@@ -1,7 +1,9 @@
 //! The difference between the versions: what becomes of memory that the guest does not need.
 
-use crate::disk::PAGE_SIZE;
 use domain_api::Region;
+
+/// What memory is given back in.
+pub(crate) const PAGE_SIZE: u32 = 4096;
 
 /// What becomes of memory that the guest does not need.
 pub trait Reclaim: 'static {
