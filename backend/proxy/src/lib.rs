@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod drain;
 mod environment;
 mod events;
 mod fence;
@@ -173,6 +174,10 @@ struct View {
 }
 
 impl View {
+    fn live_has_died(&self) -> bool {
+        self.live.as_ref().is_some_and(|live| live.instance.is_dead())
+    }
+
     /// Shows who else is there beside the live domain.
     fn show(&mut self, upgrades: &Upgrades) {
         self.standby = upgrades.standby.as_ref().map(|standby| standby.record.clone());
@@ -532,10 +537,7 @@ impl DomainProxy {
     }
 
     pub(crate) fn check_stopping(&self) -> Result<(), Refusal> {
-        if self.is_stopping() {
-            return Err(Refusal::new("stopping", "the daemon is stopping; start it again first"));
-        }
-        Ok(())
+        if self.is_stopping() { Err(upgrade::stopping()) } else { Ok(()) }
     }
 
     /// Records something that had to be left, for the end.

@@ -160,6 +160,11 @@ impl Queues {
         (0..self.len()).for_each(|queue| self.notify(queue));
     }
 
+    /// Those that have requests in flight.
+    pub(crate) fn stuck(&self) -> Vec<QueueStatus> {
+        self.status().into_iter().filter(|queue| queue.in_flight > 0).collect()
+    }
+
     pub(crate) fn status(&self) -> Vec<QueueStatus> {
         let now = coarse_now_ns();
         let mut cpu_waits = vec![Duration::ZERO; self.len()];

@@ -67,6 +67,13 @@ pub struct Options {
     pub when_busy: WhenBusy,
 }
 
+impl Options {
+    /// How long a change waits for what others do, all in all.
+    pub(crate) fn limit(&self) -> Duration {
+        self.drain_timeout + self.starved_timeout
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -157,7 +164,7 @@ pub struct Refusal {
     pub code: &'static str,
     /// A sentence that says what to do.
     pub message: String,
-    /// Where the drain deadline passed: the queues that had requests in flight.
+    /// Where somebody was waited for in vain: the queues that had requests in flight.
     pub stuck: Vec<QueueStatus>,
     /// Where somebody was waited for in vain: those who waited for a CPU.
     pub starved: Vec<Starved>,

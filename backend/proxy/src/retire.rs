@@ -19,9 +19,9 @@ use crate::fence::Verdict;
 use crate::report::{Options, Phases, Refusal, Report};
 use crate::starved::{Late, Watch};
 use crate::upgrade::{lock, preempted, starved_refusal, timed};
-use crate::{DomainProxy, Member, Service, Upgrades};
+use crate::{DomainProxy, Member, Upgrades};
 use domain_host::{Instance, Residency, Resident};
-use std::sync::{Arc, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
 /// How long a committed change waits for its predecessor to be let go before it reports it as
@@ -36,6 +36,9 @@ const SETTLE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How often it looks.
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
+
+/// How long what has only looked at an instance takes to let go of it, at most.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// How often an instance that is leaving is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -54,15 +57,16 @@ impl DomainProxy {
         upgrades: &mut Upgrades,
         old: Member,
         grace: Option<srcu::Grace<Option<Member>>>,
+        options: Options,
         mut report: Report,
     ) -> Report {
         upgrades.leaving = Some(Leaving { member: old, grace });
         // A live domain that has died is not to wait for its predecessor, which is about to serve
-        // again.
-        let died = || self.service() == Service::Held;
+        // again. It may have died before it was said to be the live one.
+        let died = || self.live_has_died();
         if timed(&mut report.phases.grace, || self.release_unless(upgrades, RELEASE_TIMEOUT, died))
         {
-            self.finish_leaving(upgrades, &mut report.phases);
+            self.finish_leaving(upgrades, options.limit(), &mut report.phases);
         } else {
             if !died() {
                 log::warn!(
@@ -91,7 +95,7 @@ impl DomainProxy {
                     Err(TryLockError::WouldBlock) => continue,
                 };
                 if proxy.release(&mut upgrades, Duration::ZERO) {
-                    proxy.finish_leaving(&mut upgrades, &mut Phases::default());
+                    proxy.finish_leaving(&mut upgrades, RELEASE_TIMEOUT, &mut Phases::default());
                     return;
                 }
             }
@@ -103,13 +107,19 @@ impl DomainProxy {
         }
     }
 
-    /// What was leaving has been let go of: it becomes the standby, unless it is dead.
-    pub(crate) fn finish_leaving(&self, upgrades: &mut Upgrades, phases: &mut Phases) {
+    /// What was leaving has been let go of: it becomes the standby, unless it is dead. What is to
+    /// end for it, and is being told something, is waited for as long as `limit`.
+    pub(crate) fn finish_leaving(
+        &self,
+        upgrades: &mut Upgrades,
+        limit: Duration,
+        phases: &mut Phases,
+    ) {
         let Some(Leaving { member, .. }) = upgrades.leaving.take() else { return };
         if !member.instance.is_dead() {
             if let Some(before) = upgrades.standby.replace(member) {
                 // It has no requests that anybody could run again.
-                let _ = self.retire(before, phases);
+                let _ = self.retire(before, limit, phases);
             }
             lock(&self.view).show(upgrades);
             return;
@@ -117,7 +127,7 @@ impl DomainProxy {
         // Never a standby: it has shown that it breaks. Once it is gone, its successor answers what
         // it left.
         let fence = Arc::clone(&member.fence);
-        if let Err(why) = self.retire(member, phases) {
+        if let Err(why) = self.retire(member, limit, phases) {
             fence.decide(Verdict::Never);
             lock(&self.view).fault = Some(format!(
                 "the domain that was replaced last has died and cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
@@ -197,7 +207,7 @@ impl DomainProxy {
             if self.release(upgrades, Duration::ZERO) {
                 break;
             }
-            if self.service() == Service::Held {
+            if self.live_has_died() {
                 // The takeover needs the lock, and perhaps this instance.
                 return Err(preempted());
             }
@@ -220,27 +230,40 @@ impl DomainProxy {
                 }
             }
         }
-        self.finish_leaving(upgrades, &mut Phases::default());
+        self.finish_leaving(upgrades, options.limit(), &mut Phases::default());
         Ok(())
     }
 
     /// Ends an instance that nobody uses. If that is not certain to have worked, it may still write
     /// to the requests that it has: the error says why.
-    pub(crate) fn retire(&self, member: Member, phases: &mut Phases) -> Result<(), String> {
+    ///
+    /// One that is being told something is waited for as long as `limit`, but not when the live
+    /// domain has died or the device is about to end. Then it ends at a later look.
+    pub(crate) fn retire(
+        &self,
+        member: Member,
+        limit: Duration,
+        phases: &mut Phases,
+    ) -> Result<(), String> {
         let Member { id, instance, record, .. } = member;
         let label = format!("`{}` {}", record.name, record.version);
+        let not_now = || self.is_stopping() || self.live_has_died();
         let mut spent = Duration::ZERO;
-        let (destroyed, residency) = timed(&mut spent, || match into_inner(instance) {
-            Ok(instance) => {
-                let retired = instance.retire();
-                self.storage.reclaim(id);
-                (retired.destroyed, retired.residency)
-            }
-            Err(shared) => {
-                std::mem::forget(shared);
-                (Ok(()), Residency::Running(Resident::for_good("it is still in use")))
-            }
-        });
+        let (destroyed, residency) =
+            timed(&mut spent, || match into_inner(instance, limit, not_now) {
+                Ok(instance) => {
+                    let retired = instance.retire();
+                    self.storage.reclaim(id);
+                    (retired.destroyed, retired.residency)
+                }
+                Err(shared) => {
+                    let storage = Arc::clone(&self.storage);
+                    let reclaim = move || {
+                        storage.reclaim(id);
+                    };
+                    (Ok(()), Residency::Running(ends_later(shared, reclaim)))
+                }
+            });
         phases.retire += spent;
         self.note_residency(&label, &residency);
         // What broke off may be what was to wait for the kernel or a thread of its own.
@@ -282,15 +305,53 @@ impl DomainProxy {
     }
 }
 
-/// Takes an instance out of its `Arc`. Whoever has looked at it through a `Weak` is gone in a
-/// moment.
-fn into_inner(mut instance: Arc<Instance>) -> Result<Instance, Arc<Instance>> {
-    for _ in 0..1000 {
+/// Takes an instance out of its `Arc`. What has looked at it through a `Weak` is gone in a moment,
+/// unless it is telling it something: for that it is waited as long as `limit`, or until `not_now`.
+fn into_inner(
+    mut instance: Arc<Instance>,
+    limit: Duration,
+    not_now: impl Fn() -> bool,
+) -> Result<Instance, Arc<Instance>> {
+    let began = Instant::now();
+    loop {
         instance = match Arc::try_unwrap(instance) {
             Ok(instance) => return Ok(instance),
             Err(shared) => shared,
         };
-        std::thread::sleep(Duration::from_millis(1));
+        let waited = began.elapsed();
+        if waited >= limit.max(MOMENT) || waited >= MOMENT && not_now() {
+            return Err(instance);
+        }
+        std::thread::sleep(SETTLE_LOOK);
     }
-    Err(instance)
+}
+
+/// An instance that is still being told something: a look ends it when that is over.
+fn ends_later(instance: Arc<Instance>, ended: impl Fn() + Send + Sync + 'static) -> Resident {
+    /// What is left of it.
+    enum Left {
+        Used(Arc<Instance>),
+        Mapped(Resident),
+        Nothing,
+    }
+    let left = Mutex::new(Left::Used(instance));
+    Resident::new("it is still in use", move || {
+        let mut left = lock(&left);
+        *left = match std::mem::replace(&mut *left, Left::Nothing) {
+            Left::Used(instance) => match Arc::try_unwrap(instance) {
+                Err(shared) => Left::Used(shared),
+                Ok(instance) => {
+                    let residency = instance.retire().residency;
+                    ended();
+                    match residency {
+                        Residency::Gone => Left::Nothing,
+                        Residency::Resident(left) | Residency::Running(left) => Left::Mapped(left),
+                    }
+                }
+            },
+            Left::Mapped(resident) if !resident.is_gone() => Left::Mapped(resident),
+            Left::Mapped(_) | Left::Nothing => Left::Nothing,
+        };
+        matches!(*left, Left::Nothing)
+    })
 }

@@ -3,7 +3,7 @@
 //! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On
 //! a busy machine a worker can be late without anybody's fault: it is ready to run, and others do.
 //! Nor does the guest notice what is waited for it, because the requests of that queue wait for the
-//! same worker; those of other queues do wait for it, as long as the bound allows. So a deadline
+//! same worker; those of other queues do not wait for it for long (`drain.rs`). So a deadline
 //! counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for a
 //! CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
 //!
@@ -34,10 +34,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// A thread, and what the scheduler says of it.
 #[derive(Debug)]
-pub(crate) struct Thread {
-    id: i32,
-    /// Open as long as the thread serves: reading it costs a microsecond, opening it five more.
-    schedstat: File,
+pub(crate) enum Thread {
+    /// One of this process.
+    Known {
+        id: i32,
+        /// Open as long as the thread serves: reading it costs a microsecond, opening it five more.
+        schedstat: File,
+    },
+    /// One that has been ready to run, and has not run, since it was made.
+    #[cfg(test)]
+    Starved,
 }
 
 /// What a thread has had, since it began.
@@ -54,7 +60,7 @@ impl Thread {
     pub(crate) fn current() -> Option<Self> {
         let id = gettid().as_raw_nonzero().get();
         let schedstat = File::open(format!("/proc/self/task/{id}/schedstat")).ok()?;
-        Some(Self { id, schedstat })
+        Some(Self::Known { id, schedstat })
     }
 
     /// How long it has waited for a CPU, all in all.
@@ -63,16 +69,27 @@ impl Thread {
     }
 
     fn times(&self) -> Option<Times> {
-        let mut text = [0; 96];
-        let len = pread(&self.schedstat, &mut text, 0).ok()?;
-        parse_schedstat(std::str::from_utf8(&text[..len]).ok()?)
+        match self {
+            Self::Known { schedstat, .. } => {
+                let mut text = [0; 96];
+                let len = pread(schedstat, &mut text, 0).ok()?;
+                parse_schedstat(std::str::from_utf8(&text[..len]).ok()?)
+            }
+            #[cfg(test)]
+            Self::Starved => Some(Times::default()),
+        }
     }
 
     /// Whether it runs, or would if it were given a CPU.
     fn is_ready(&self) -> bool {
-        let stat =
-            fs::read_to_string(format!("/proc/self/task/{}/stat", self.id)).unwrap_or_default();
-        parse_state(&stat) == Some('R')
+        match self {
+            Self::Known { id, .. } => {
+                let stat = fs::read_to_string(format!("/proc/self/task/{id}/stat"));
+                parse_state(&stat.unwrap_or_default()) == Some('R')
+            }
+            #[cfg(test)]
+            Self::Starved => true,
+        }
     }
 }
 
@@ -106,6 +123,17 @@ pub(crate) enum Late {
     Starved,
 }
 
+/// How much of the time since the watch began a worker has had for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Own {
+    /// So much.
+    Had(Duration),
+    /// It waits for a CPU right now.
+    Waits,
+    /// It is ready to run; whether it does is seen at the next look.
+    Unknown,
+}
+
 /// A worker that may be waited for.
 struct Watched {
     slot: usize,
@@ -137,25 +165,37 @@ impl Watch {
     /// `patience` of its own time, and all of it together `bound` more.
     pub(crate) fn judge(&mut self, missing: &[usize], patience: Duration, bound: Duration) -> Late {
         let elapsed = self.since.elapsed();
-        if missing.is_empty() {
-            // Nobody is known to be late, and still something is not done.
+        // A worker that is between saying that it has come and being counted is not missing, and is
+        // waited for: it is among those that would run.
+        let ready = if missing.is_empty() { self.ready() } else { Vec::new() };
+        let late = if missing.is_empty() { &ready } else { missing };
+        if late.is_empty() {
             return if elapsed < patience { Late::Wait(LOOK_AGAIN) } else { Late::Busy };
         }
-        for &slot in missing {
+        let mut is_known = true;
+        for &slot in late {
             let worker = self.workers.iter_mut().find(|worker| worker.slot == slot);
-            let own = worker.map_or(Some(elapsed), |worker| worker.own_time(elapsed));
-            if own.is_some_and(|own| own >= patience) {
-                return Late::Busy;
+            match worker.map_or(Own::Had(elapsed), |worker| worker.own_time(elapsed)) {
+                Own::Had(own) if own >= patience => return Late::Busy,
+                Own::Had(_) | Own::Waits => {}
+                Own::Unknown => is_known = false,
             }
         }
-        if elapsed < patience + bound {
+        if elapsed < patience + bound || !is_known {
             Late::Wait(LOOK_AGAIN)
-        } else if self.starved(missing).is_empty() {
+        } else if self.starved(late).is_empty() {
             // Nobody has waited for a CPU: that it has had its time is only not booked yet.
             Late::Busy
         } else {
             Late::Starved
         }
+    }
+
+    /// The slots of the workers that run, or would if they were given a CPU.
+    fn ready(&self) -> Vec<usize> {
+        let is_ready =
+            |worker: &&Watched| worker.seat.thread.as_ref().is_some_and(Thread::is_ready);
+        self.workers.iter().filter(is_ready).map(|worker| worker.slot).collect()
     }
 
     /// Since when.
@@ -176,22 +216,21 @@ impl Watch {
 }
 
 impl Watched {
-    /// How much of the time it has had for itself; `None` if that is not known yet, or it waits for
-    /// a CPU right now.
-    fn own_time(&mut self, elapsed: Duration) -> Option<Duration> {
+    /// How much of the time it has had for itself.
+    fn own_time(&mut self, elapsed: Duration) -> Own {
         let Some((thread, now)) = self.seat.thread.as_ref().and_then(|t| Some((t, t.times()?)))
         else {
             // It is gone.
-            return Some(elapsed);
+            return Own::Had(elapsed);
         };
         let booked = now.waited.saturating_sub(self.before.waited);
         self.waited = booked.min(elapsed);
         if !thread.is_ready() {
             self.ready = None;
-            return Some(elapsed.saturating_sub(booked));
+            return Own::Had(elapsed.saturating_sub(booked));
         }
         let at = Instant::now();
-        let (seen, then) = self.ready.replace((at, now))?;
+        let Some((seen, then)) = self.ready.replace((at, now)) else { return Own::Unknown };
         // Ready to run then and now: what it has not run of it, and is not booked yet, it is
         // waiting.
         let ran = now.ran.saturating_sub(then.ran);
@@ -199,11 +238,11 @@ impl Watched {
         self.waited = (booked + waits).min(elapsed);
         let has_run = (now.ran, now.turns) != (then.ran, then.turns);
         if has_run {
-            return Some(elapsed.saturating_sub(self.waited));
+            return Own::Had(elapsed.saturating_sub(self.waited));
         }
         // As of the first look: it has been waiting since.
         self.ready = Some((seen, then));
-        None
+        Own::Waits
     }
 }
 
@@ -279,6 +318,31 @@ mod tests {
         let judge = |watch: &mut Watch| verdict(watch, 200 * MS, 20_000 * MS);
         assert_eq!(watched(sleeps, judge).0, Late::Busy);
         assert_eq!(watched(spins, judge).0, Late::Busy, "it has had a CPU, and has not come");
+    }
+
+    /// Starved threads in slots 0 and 5.
+    fn starved() -> Watch {
+        let worker = |slot| Watched {
+            slot,
+            seat: Arc::new(Seat { queue: 3, thread: Some(Thread::Starved) }),
+            before: Times::default(),
+            ready: None,
+            waited: Duration::ZERO,
+        };
+        Watch { since: Instant::now(), workers: vec![worker(0), worker(5)] }
+    }
+
+    #[test]
+    fn who_is_starved_between_coming_and_being_counted_is_not_taken_for_one_that_hangs() {
+        for missing in [&[][..], &[5]] {
+            let mut watch = starved();
+            // The first look comes late: it says nothing yet.
+            std::thread::sleep(50 * MS);
+            assert!(matches!(watch.judge(missing, 5 * MS, 5 * MS), Late::Wait(_)));
+            std::thread::sleep(20 * MS);
+            assert_eq!(watch.judge(missing, 5 * MS, 5 * MS), Late::Starved, "{missing:?}");
+            assert!(matches!(watch.judge(missing, 5 * MS, 10_000 * MS), Late::Wait(_)));
+        }
     }
 
     #[test]

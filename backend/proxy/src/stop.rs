@@ -67,7 +67,7 @@ impl DomainProxy {
             };
             // The workers have left; what they have let go of is not left behind.
             if self.release(&mut upgrades, Duration::ZERO) {
-                self.finish_leaving(&mut upgrades, &mut Phases::default());
+                self.finish_leaving(&mut upgrades, Duration::ZERO, &mut Phases::default());
             }
             let Some(live) = self.live() else {
                 if death.is_some() || self.record().is_some_and(|record| is_flushed(&record.info)) {
@@ -89,7 +89,7 @@ impl DomainProxy {
             self.storage.failure().map(|why| format!("a disk that may have lost data: {why}")),
         );
         if let Some(standby) = upgrades.and_then(|mut upgrades| upgrades.standby.take()) {
-            let _ = self.retire(standby, &mut Phases::default());
+            let _ = self.retire(standby, Duration::ZERO, &mut Phases::default());
         }
         left.extend(self.residents());
         left

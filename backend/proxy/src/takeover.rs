@@ -16,7 +16,7 @@ use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
 use crate::upgrade::{lock, timed};
 use crate::worker::OUTSIDE_A_REQUEST;
-use crate::{DomainProxy, Member, Service, Upgrades};
+use crate::{DomainProxy, Member, Service, TAKEOVER_PATIENCE, Upgrades};
 use domain_host::{CallError, Instance};
 use std::sync::{Arc, MutexGuard, TryLockError, Weak};
 use std::time::{Duration, Instant};
@@ -134,7 +134,12 @@ impl DomainProxy {
     /// Whether a death is not dealt with yet.
     pub(crate) fn is_dying(&self) -> bool {
         let view = lock(&self.view);
-        !view.dying.is_empty() || view.live.as_ref().is_some_and(|live| live.instance.is_dead())
+        !view.dying.is_empty() || view.live_has_died()
+    }
+
+    /// Whether the live domain has died, and is still to be replaced.
+    pub(crate) fn live_has_died(&self) -> bool {
+        lock(&self.view).live_has_died()
     }
 
     fn take_over(self: &Arc<Self>, dead: &Weak<Instance>, reason: &str) {
@@ -159,7 +164,7 @@ impl DomainProxy {
                     break;
                 }
             }
-            self.finish_leaving(&mut upgrades, &mut Phases::default());
+            self.finish_leaving(&mut upgrades, TAKEOVER_PATIENCE, &mut Phases::default());
         } else if self.live().as_ref().is_some_and(is) {
             self.started(Change::Takeover, "standby");
             let result = self.replace_dead(&mut upgrades, reason);
@@ -180,7 +185,7 @@ impl DomainProxy {
         let dead = self.vacate(&mut phases);
         let (from, fence, generation) =
             (dead.record.clone(), Arc::clone(&dead.fence), dead.instance.generation());
-        if let Err(why) = self.retire(dead, &mut phases) {
+        if let Err(why) = self.retire(dead, TAKEOVER_PATIENCE, &mut phases) {
             fence.decide(Verdict::Never);
             self.set_service(Service::Failed);
             return Err(Refusal::new(
@@ -217,7 +222,7 @@ impl DomainProxy {
                         // One that was called back had requests, which its workers may just have
                         // let go of.
                         let fence = Arc::clone(&next.fence);
-                        let ended = self.retire(next, &mut phases);
+                        let ended = self.retire(next, TAKEOVER_PATIENCE, &mut phases);
                         fence.decide(if ended.is_ok() { Verdict::Fail } else { Verdict::Never });
                     }
                     Err(refusal)

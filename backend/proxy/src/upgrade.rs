@@ -17,16 +17,39 @@
 //! the gate shuts. Inside the bracket each failure puts the storage back. Once published, nothing
 //! is undone: what cannot be retired is reported as resident.
 
+use crate::drain::Drain;
 use crate::report::{
     Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
 };
 use crate::services::Services;
-use crate::starved::{Late, Watch, say};
+use crate::starved::say;
 use crate::{DomainProxy, Member, Upgrades};
 use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
 use domain_host::{CallError, Instance};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
+
+/// How long the gate is open before the second try, if starved workers held others up at it. Twice
+/// as long each time, but no longer than it was shut, so that a starved worker, whenever it is
+/// given a CPU, finds it shut every other time at least.
+const OPEN_FIRST: Duration = Duration::from_millis(50);
+
+/// How long it is open between two tries at most.
+const OPEN_LONGEST: Duration = Duration::from_secs(1);
+
+/// How often a change that waits looks whether it is still wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// How a try at a handover ended that was not refused.
+enum Tried {
+    Done,
+    /// Starved workers held others up at the gate, which is open again.
+    HeldUp {
+        /// If it is not tried again.
+        refusal: Refusal,
+        pause: Duration,
+    },
+}
 
 /// Times a phase.
 pub(crate) fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
@@ -49,14 +72,14 @@ struct ExchangeNotes {
 /// What a change has prepared before it has the upgrade lock.
 trait Prepared {
     /// It is not wanted.
-    fn give_up(self, proxy: &DomainProxy);
+    fn give_up(self, proxy: &DomainProxy, limit: Duration);
 }
 
 /// A module that was loaded.
 impl Prepared for (Member, Phases) {
-    fn give_up(self, proxy: &DomainProxy) {
+    fn give_up(self, proxy: &DomainProxy, limit: Duration) {
         // It was never live, so it has no requests.
-        let _ = proxy.retire(self.0, &mut Phases::default());
+        let _ = proxy.retire(self.0, limit, &mut Phases::default());
     }
 }
 
@@ -64,7 +87,7 @@ impl Prepared for (Member, Phases) {
 struct Nothing;
 
 impl Prepared for Nothing {
-    fn give_up(self, _: &DomainProxy) {}
+    fn give_up(self, _: &DomainProxy, _: Duration) {}
 }
 
 impl DomainProxy {
@@ -143,7 +166,7 @@ impl DomainProxy {
                 let (upgrades, result) =
                     self.try_until_alive(options, |upgrades| change_over(upgrades, &prepared));
                 if result.is_err() {
-                    prepared.give_up(self);
+                    prepared.give_up(self, options.limit());
                 }
                 (upgrades, result)
             }
@@ -180,7 +203,7 @@ impl DomainProxy {
         self: &Arc<Self>,
         options: Options,
     ) -> Result<MutexGuard<'_, Upgrades>, Refusal> {
-        let patience = options.drain_timeout + options.starved_timeout;
+        let patience = options.limit();
         let deadline = Instant::now() + patience;
         self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
             self.check_stopping().err().unwrap_or_else(|| {
@@ -317,7 +340,7 @@ impl DomainProxy {
         let report = Report { generation, protocol, from, to: next.record.clone(), phases };
         drop(next);
         Ok(match live {
-            Some(live) => self.settle_old(upgrades, live, grace, report),
+            Some(live) => self.settle_old(upgrades, live, grace, options, report),
             None => report,
         })
     }
@@ -356,6 +379,11 @@ impl DomainProxy {
         Ok(grace)
     }
 
+    /// Tries until the workers have come, they are not waited for any more, or one hangs.
+    ///
+    /// While the gate is shut for starved workers alone, it stays shut. Where a worker that has
+    /// come waits at it, too, the gate is opened between two tries, for ever longer: the requests
+    /// of that queue would wait for another queue's worker.
     fn handover(
         self: &Arc<Self>,
         live: &Member,
@@ -363,24 +391,44 @@ impl DomainProxy {
         options: Options,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
+        let deadline = Instant::now() + options.limit();
+        let mut open = OPEN_FIRST;
+        loop {
+            let (refusal, pause) = match self.try_handover(live, next, options, deadline, phases)? {
+                Tried::Done => return Ok(()),
+                Tried::HeldUp { refusal, pause } => (refusal, pause),
+            };
+            let until = Instant::now() + open.min(pause.max(OPEN_FIRST));
+            if until >= deadline {
+                return Err(refusal);
+            }
+            while Instant::now() < until {
+                if live.instance.is_dead() {
+                    return Err(preempted());
+                }
+                self.check_stopping()?;
+                std::thread::sleep(LOOK_EVERY);
+            }
+            open = (open * 2).min(OPEN_LONGEST);
+        }
+    }
+
+    /// Shuts the gate once; starved workers are not waited for after `deadline`.
+    fn try_handover(
+        self: &Arc<Self>,
+        live: &Member,
+        next: &Member,
+        options: Options,
+        deadline: Instant,
+        phases: &mut Phases,
+    ) -> Result<Tried, Refusal> {
         let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
         let exchange = exchange(self, live, next, &notes);
-        let mut watch = Watch::begin(&self.queues);
-        let (mut late, mut missing) = (None, Vec::new());
-        let more = |stalled: &srcu::Stalled| {
-            missing.clone_from(&stalled.readers);
-            if live.instance.is_dead() {
-                // The takeover waits for the lock.
-                return Duration::ZERO;
-            }
-            late = Some(watch.judge(&missing, options.drain_timeout, self.patience(options)));
-            match late {
-                Some(Late::Wait(longer)) => longer,
-                _ => Duration::ZERO,
-            }
-        };
+        let mut drain = Drain::begin(self, live, options, deadline);
         let nudge = || self.queues.notify_all();
-        let outcome = self.cell().handover_while(exchange, nudge, options.drain_timeout, more);
+        let outcome = self.cell().handover_while(exchange, nudge, drain.first_look(), |stalled| {
+            drain.look(&stalled.readers)
+        });
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
         let outcome = outcome
@@ -391,77 +439,34 @@ impl DomainProxy {
         if let Some(fault) = notes.fault.take() {
             self.died(&live.instance, &fault);
         }
-        match outcome {
-            srcu::Handover::Done { old, drain, pause, panic } => {
-                phases.drain = drain;
+        let (stalled, pause) = match outcome {
+            srcu::Handover::TimedOut { stalled, pause } => (stalled, pause),
+            srcu::Handover::Done { old, drain: drained, pause, panic } => {
+                phases.drain = drained;
                 phases.pause = pause;
-                let starved = watch.starved(&missing);
-                if !starved.is_empty() {
-                    log::warn!(
-                        "drained after {} ms: starved: {}",
-                        drain.as_millis(),
-                        say(&starved)
-                    );
-                }
+                drain.log_starved();
                 if let Some(panic) = panic {
                     std::panic::resume_unwind(panic);
                 }
-                match (old, notes.refusal) {
-                    (Some(_old), None) => Ok(()),
+                return match (old, notes.refusal) {
+                    (Some(_old), None) => Ok(Tried::Done),
                     (None, Some(refusal)) => Err(refusal),
                     (old, refusal) => {
                         unreachable!("published: {}, refused: {refusal:?}", old.is_some())
                     }
-                }
+                };
             }
-            srcu::Handover::TimedOut { .. } if live.instance.is_dead() => Err(preempted()),
-            srcu::Handover::TimedOut { stalled, pause } => {
-                let starved = watch.starved(&stalled.readers);
-                if late == Some(Late::Starved) {
-                    return Err(starved_refusal("not drained", pause, starved));
-                }
-                Err(self.drain_refusal(watch.elapsed(), pause, starved))
-            }
+        };
+        if live.instance.is_dead() {
+            return Err(preempted());
         }
+        let (is_over, refusal) = drain.refusal(&stalled.readers, pause);
+        if is_over { Err(refusal) } else { Ok(Tried::HeldUp { refusal, pause }) }
     }
 
     /// How much longer starved workers are waited for: not at all when the daemon ends.
     pub(crate) fn patience(&self, options: Options) -> Duration {
         if self.is_stopping() { Duration::ZERO } else { options.starved_timeout }
-    }
-
-    fn drain_refusal(&self, waited: Duration, pause: Duration, starved: Vec<Starved>) -> Refusal {
-        let stuck: Vec<_> =
-            self.queues.status().into_iter().filter(|queue| queue.in_flight > 0).collect();
-        let blame: Vec<_> = stuck
-            .iter()
-            .map(|queue| {
-                format!(
-                    "queue {} has {} in flight, the oldest for {} ms",
-                    queue.index,
-                    queue.in_flight,
-                    queue.oldest_age.as_millis()
-                )
-            })
-            .collect();
-        let mut blame = if blame.is_empty() {
-            "a worker did not come to the gate".to_owned()
-        } else {
-            blame.join("; ")
-        };
-        if !starved.is_empty() {
-            blame = format!("{blame} (and starved: {})", say(&starved));
-        }
-        Refusal {
-            code: "drain_timeout",
-            message: format!(
-                "not drained after {} ms: {blame}. The gate was shut for {} ms and is open again; try later, or give --drain-timeout-ms",
-                waited.as_millis(),
-                pause.as_millis()
-            ),
-            stuck,
-            starved,
-        }
     }
 
     /// What must be true of a successor: the guest was told all this and cannot be told otherwise.
@@ -586,6 +591,11 @@ fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
 
 /// The code of a change that a takeover came before.
 const PREEMPTED: &str = "preempted";
+
+/// No change is begun any more.
+pub(crate) fn stopping() -> Refusal {
+    Refusal::new("stopping", "the daemon is stopping; start it again first")
+}
 
 /// Not now: whoever made the change waits for the takeover, and tries again.
 pub(crate) fn preempted() -> Refusal {

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Device, Hand, PATIENCE, well};
 use domain_abi::{Capabilities, Status};
-use proxy::{Mode, Options, State};
+use proxy::{Mode, Notifier, Options, State};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn label(device: &Device) -> Option<String> {
@@ -265,4 +265,57 @@ fn a_predecessor_that_cannot_serve_any_more_still_answers_what_it_has() {
     device.until("still in use", || device.proxy.status().resident.is_empty());
     assert_eq!(device.proxy.status().standby.expect("it lives").params.get("label"), Some("a"));
     assert_eq!(device.upgrade("plain", "c", &["caps=6"]).expect("back again").generation, 3);
+}
+
+/// Does not come back from waking a worker between a successor's activation and its takeover.
+#[derive(Default)]
+struct UntilDead {
+    stage: std::sync::Arc<common::Stage>,
+    taken_over: std::sync::Arc<AtomicUsize>,
+}
+
+impl Notifier for UntilDead {
+    fn notify(&self) {
+        if std::thread::current().name() == Some("takeover") {
+            // The first thing that it does is to wake the workers.
+            self.taken_over.store(1, Ordering::Release);
+        }
+        let began = std::time::Instant::now();
+        while !self.stage.lines("b", "activate").is_empty()
+            && self.taken_over.load(Ordering::Acquire) == 0
+            && began.elapsed() < PATIENCE
+        {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn a_death_before_a_successor_is_said_to_be_live_does_not_wait_for_its_predecessor() {
+    let device = Device::start(2, &[]);
+    let mut asleep = device.worker(1);
+    asleep.lie_down();
+    let over = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (device, over) = (&device, &over);
+        scope.spawn(move || {
+            let told =
+                UntilDead { stage: std::sync::Arc::clone(&device.stage), ..UntilDead::default() };
+            let mut hand = device.worker_told(0, told);
+            hand.until(device, "not told to end", |_| over.load(Ordering::Acquire) == 1);
+        });
+        device.until("no worker", || device.stage.lines("a", "attach0").len() == 1);
+        let began = std::time::Instant::now();
+        let options = Options { mode: Mode::Handover, ..Options::default() };
+        let report = device.upgrade_with("plain", "b", &["break=attach0"], options);
+        assert_eq!(report.expect("committed before it died").generation, 2);
+        // `a` is in use: the other worker sleeps, and has not let go of it.
+        assert!(began.elapsed() < std::time::Duration::from_secs(1), "{:?}", began.elapsed());
+        device.until("no takeover", || {
+            asleep.step();
+            device.proxy.status().counts.takeovers == 1
+        });
+        over.store(1, Ordering::Release);
+    });
+    assert_taken_over(&device, 3, "a");
 }

@@ -5,8 +5,9 @@ mod common;
 
 use common::{Device, Hand, well};
 use domain_abi::Status;
-use proxy::{Protocol, State};
+use proxy::{Options, Protocol, State};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 fn label(device: &Device) -> Option<String> {
     device.proxy.domain().params.get("label").map(str::to_owned)
@@ -215,4 +216,47 @@ fn a_refused_module_with_a_thread_that_does_not_end_is_reported_too() {
     }
     device.stage.end.store(true, Ordering::Release);
     device.until("still reported", || device.proxy.status().resident.is_empty());
+}
+
+#[test]
+fn a_standby_that_is_told_something_is_waited_for_before_it_ends() {
+    let device = Device::start(1, &["wait=cache"]);
+    device.upgrade("plain", "b", &[]).expect("committed");
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &["wait=activate"]));
+        device.until("not begun", || !device.stage.lines("c", "waits").is_empty());
+        scope.spawn(|| device.proxy.set_write_cache(false));
+        device.until("not told", || !device.stage.lines("a", "cache").is_empty());
+        device.stage.go.store(true, Ordering::Release);
+        device.until("not published", || device.proxy.status().generation == 3);
+        // Longer than what only looks at an instance takes.
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(!upgrade.is_finished(), "`a` is still in use");
+        device.stage.release.store(true, Ordering::Release);
+        upgrade.join().expect("no panic").expect("committed");
+    });
+    assert_eq!(device.stage.lines("a", "dropped").len(), 1);
+    assert_eq!(device.proxy.status().resident, Vec::<String>::new());
+}
+
+#[test]
+fn a_standby_that_is_told_something_for_too_long_ends_when_that_is_over() {
+    let device = Device::start(1, &["wait=cache"]);
+    device.upgrade("plain", "b", &[]).expect("committed");
+    let second = Duration::from_secs(1);
+    let options = Options { drain_timeout: second, starved_timeout: second, ..Options::default() };
+    std::thread::scope(|scope| {
+        let upgrade =
+            scope.spawn(|| device.upgrade_with("plain", "c", &["wait=activate"], options));
+        device.until("not begun", || !device.stage.lines("c", "waits").is_empty());
+        scope.spawn(|| device.proxy.set_write_cache(false));
+        device.until("not told", || !device.stage.lines("a", "cache").is_empty());
+        device.stage.go.store(true, Ordering::Release);
+        upgrade.join().expect("no panic").expect("committed");
+        let resident = device.proxy.status().resident;
+        assert!(resident.len() == 1 && resident[0].contains("in use"), "{resident:?}");
+        device.stage.release.store(true, Ordering::Release);
+    });
+    device.until("still reported", || device.proxy.status().resident.is_empty());
+    assert_eq!(device.stage.lines("a", "dropped").len(), 1);
 }

@@ -39,29 +39,45 @@ impl Drop for End<'_> {
 fn beside_a_starved_worker<R>(
     device: &Device,
     others: usize,
-    first: impl FnOnce(&mut Hand) + Send,
+    first: impl Fn(&mut Hand) + Sync,
+    round: impl Fn(&mut Hand) + Sync,
+    scene: impl FnOnce() -> R,
+) -> R {
+    beside_starved_workers(device, 1, others, first, round, scene)
+}
+
+/// The same, with a worker on each of the first `queues`.
+fn beside_starved_workers<R>(
+    device: &Device,
+    queues: usize,
+    others: usize,
+    first: impl Fn(&mut Hand) + Sync,
     round: impl Fn(&mut Hand) + Sync,
     scene: impl FnOnce() -> R,
 ) -> R {
     // One at a time: those of another test would keep this one's CPU busy, too.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let (end, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (end, begun) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (end, begun, first, round) = (&end, &begun, &first, &round);
     let over = || end.load(Ordering::Relaxed);
     // Also when the test fails.
-    let ends = End(&end);
+    let ends = End(end);
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut hand = device.worker(0);
-            first(&mut hand);
-            stay_on_one_cpu();
-            setpriority_process(Some(gettid()), 19).expect("less is always allowed");
-            while !over() {
+        for queue in 0..queues {
+            scope.spawn(move || {
+                let mut hand = device.worker(queue);
+                first(&mut hand);
+                stay_on_one_cpu();
+                setpriority_process(Some(gettid()), 19).expect("less is always allowed");
                 round(&mut hand);
-                rounds.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-        device.until("no worker", || rounds.load(Ordering::Relaxed) > 0);
+                begun.fetch_add(1, Ordering::Relaxed);
+                while !over() {
+                    round(&mut hand);
+                }
+            });
+        }
+        device.until("no worker", || begun.load(Ordering::Relaxed) == queues);
         for _ in 0..others {
             scope.spawn(|| {
                 stay_on_one_cpu();
@@ -133,6 +149,107 @@ fn time_without_a_cpu_has_a_bound_and_a_name() {
     assert!(refusal.stuck.is_empty(), "{refusal:?}");
     assert_eq!(device.proxy.status().state, State::Serving);
     assert!(device.proxy.status().queues[0].cpu_wait.is_zero(), "the worker has left");
+}
+
+#[test]
+fn a_starved_worker_with_requests_is_named_with_them() {
+    let device = Device::start(2, &["hold=true"]);
+    let ask = |hand: &mut Hand| assert_eq!(hand.submit([3, 1]), 2);
+    let refused = || {
+        let deadline = Instant::now() + PATIENCE;
+        // It may have had its time, by chance.
+        let refused = || upgrade(&device, 100 * MS, 100 * MS).expect_err("they are kept");
+        let all = std::iter::from_fn(|| (Instant::now() < deadline).then(refused));
+        let refusal = all.into_iter().find(|refusal| refusal.code == "starved");
+        device.stage.release.store(true, Ordering::Release);
+        refusal
+    };
+    let refusal = beside_a_starved_worker(&device, 48, ask, goes_round, refused);
+    let refusal = refusal.expect("it is starved once");
+    let [stuck] = &refusal.stuck[..] else { panic!("{refusal:?}") };
+    assert_eq!((stuck.index, stuck.in_flight), (0, 2), "{refusal:?}");
+}
+
+#[test]
+fn workers_that_are_all_starved_are_given_time_together() {
+    let device = Device::start(2, &[]);
+    beside_starved_workers(
+        &device,
+        2,
+        4,
+        |_| {},
+        goes_round,
+        || {
+            for round in 0..5 {
+                let report = upgrade(&device, 50 * MS, PATIENCE);
+                assert_eq!(report.expect("nobody hangs").generation, round + 2);
+            }
+        },
+    );
+}
+
+/// Asks again and again on queue 1 while `scene` runs; how long it has waited at most.
+fn beside_a_worker_that_asks<R>(device: &Device, scene: impl FnOnce() -> R) -> (R, Duration) {
+    let (end, begun) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let ends = End(&end);
+        let asks = scope.spawn(|| {
+            let mut hand = device.worker(1);
+            let mut longest = Duration::ZERO;
+            while !end.load(Ordering::Relaxed) {
+                let asked = Instant::now();
+                while hand.submit([0]) == 0 || hand.ended.is_empty() {
+                    hand.step();
+                }
+                hand.step();
+                hand.take_ended();
+                longest = longest.max(asked.elapsed());
+                begun.store(true, Ordering::Relaxed);
+                std::thread::sleep(MS);
+            }
+            longest
+        });
+        device.until("no answer", || begun.load(Ordering::Relaxed));
+        let result = scene();
+        drop(ends);
+        (result, asks.join().expect("no panic"))
+    })
+}
+
+#[test]
+fn a_worker_with_a_cpu_does_not_wait_for_one_without() {
+    let (drain, bound) = (100 * MS, 4000 * MS);
+    let mut starved = 0;
+    // It may come in time, by chance.
+    for _ in 0..6 {
+        let device = Device::start(2, &[]);
+        let ((result, took), longest) = beside_a_starved_worker(
+            &device,
+            48,
+            |_| {},
+            goes_round,
+            || {
+                beside_a_worker_that_asks(&device, || {
+                    let began = Instant::now();
+                    (upgrade(&device, drain, bound), began.elapsed())
+                })
+            },
+        );
+        // It may be late itself, by chance.
+        let most = (1000 * MS).max(took / 2);
+        assert!(longest < most, "{longest:?} of {took:?}: {result:?}");
+        if let Err(refusal) = result {
+            assert_eq!(refusal.code, "starved", "{refusal}");
+            assert_eq!(refusal.starved[0].queue, 0, "{refusal:?}");
+            // But for the last time that the gate is open.
+            assert!(took > bound - 1000 * MS, "{took:?}: {refusal}");
+        }
+        starved += usize::from(took > 1500 * MS);
+        if starved == 2 {
+            return;
+        }
+    }
+    panic!("the worker is not starved");
 }
 
 #[test]

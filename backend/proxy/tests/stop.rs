@@ -4,9 +4,9 @@ mod common;
 
 use common::{Device, well};
 use domain_abi::Capabilities;
-use proxy::State;
+use proxy::{Options, State};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the puppet `a` did, without being set up.
 fn deeds(device: &Device) -> Vec<String> {
@@ -253,4 +253,36 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
         device.upgrade("plain", "c", &["caps=0"]).expect_err("no way").code,
         "feature_missing"
     );
+}
+
+#[test]
+fn the_end_does_not_wait_for_a_drain() {
+    let device = Device::start(1, &["hold=true"]);
+    std::thread::scope(|scope| {
+        let (told, ends) = std::sync::mpsc::channel::<()>();
+        let device = &device;
+        scope.spawn(move || {
+            let mut hand = device.worker(0);
+            hand.submit([0]);
+            hand.until(device, "not told to end", |_| ends.try_recv().is_err_and(is_over));
+            hand.until(device, "no answer", |hand| hand.ended.len() == 1);
+        });
+        device.until("nothing in flight", || device.proxy.status().queues[0].in_flight == 1);
+        let options = Options { drain_timeout: 3 * common::PATIENCE, ..Options::default() };
+        let upgrade = scope.spawn(move || device.upgrade_with("plain", "b", &[], options));
+        device.until("not shut", || device.proxy.status().state == State::Upgrading);
+        std::thread::sleep(Duration::from_millis(150));
+        device.proxy.begin_stop();
+        let began = Instant::now();
+        let refusal = upgrade.join().expect("no panic").expect_err("no change ends any more");
+        assert_eq!(refusal.code, "stopping", "{refusal}");
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        device.stage.release.store(true, Ordering::Release);
+        drop(told);
+    });
+    assert_eq!(device.proxy.stop(), Vec::<String>::new());
+}
+
+fn is_over(error: std::sync::mpsc::TryRecvError) -> bool {
+    error == std::sync::mpsc::TryRecvError::Disconnected
 }

@@ -15,6 +15,7 @@
 //!   completions, at its next reap;
 //! * `cross=submit`: the same, but at its next submit;
 //! * `wait=prepare`, `wait=activate`, `wait=drop`: does that only when the stage lets it;
+//!   `wait=cache`: is told of the write cache until the stage lets go of what is held;
 //! * `hang_at=N`: does not come back from the N-th request of the instance until the stage lets go
 //!   of what is held;
 //! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is
@@ -362,6 +363,9 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn set_write_cache(&self, _: bool) {
         let _ = self.step("cache");
+        if self.is("wait", "cache") {
+            wait_for(&self.stage.release);
+        }
         let number = self.cached.fetch_add(1, Ordering::Relaxed) + 1;
         assert!(!self.is("break", &format!("cache{number}")), "break=cache{number}");
     }

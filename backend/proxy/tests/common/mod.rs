@@ -59,7 +59,12 @@ impl Device {
 
     /// A worker of `queue` with room for 16 requests.
     pub fn worker(&self, queue: usize) -> Hand {
-        let worker = self.proxy.worker(queue, 16, Box::new(Silent)).expect("a free slot");
+        self.worker_told(queue, Silent)
+    }
+
+    /// The same, with what is to wake it.
+    pub fn worker_told(&self, queue: usize, notifier: impl Notifier + 'static) -> Hand {
+        let worker = self.proxy.worker(queue, 16, Box::new(notifier)).expect("a free slot");
         Hand { worker, ended: Vec::new() }
     }
 
