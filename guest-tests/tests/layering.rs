@@ -302,7 +302,7 @@ const CIRCLES: &[(&str, &str)] = &[
 /// A crate's files as modules: the path in the crate (`""` for its root) and the source.
 type Modules = BTreeMap<String, String>;
 
-/// The module that a file below `src` is: `a/b.rs` and `a/b/mod.rs` are `a::b`.
+/// The module that a file below `src` is, by its name or as the `mod` of a directory.
 fn module_of(file: &str) -> String {
     let path = file.strip_suffix(".rs").unwrap_or(file);
     let path = path.strip_suffix("/mod").unwrap_or(path);

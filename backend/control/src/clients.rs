@@ -1,8 +1,8 @@
 //! The clients that are connected: their places, which of them are idle, and their end.
 //!
-//! A client is idle from when its thread waits for it to say something. A client more than there are
-//! places for takes that of the one that has been idle longest, which is told so and not listened to
-//! any more.
+//! A client is idle from when its thread waits for it to say something. A client more than there
+//! are places for takes that of the one that has been idle longest, which is told so and not
+//! listened to any more.
 
 use std::collections::BTreeMap;
 use std::io::Write;

@@ -5,8 +5,8 @@
 //! between two requests for an event.
 //!
 //! Invariants: at most one line and one read are kept in memory; a line that has no end is never
-//! acted on, because half a command may be another command; a client that does not fetch its replies
-//! is cut off, not waited for.
+//! acted on, because half a command may be another command; a client that does not fetch its
+//! replies is cut off, not waited for.
 //!
 //! It does not know how many other clients there are, nor which users may be one.
 

@@ -14,7 +14,8 @@ pub struct Limits {
     pub line: usize,
     /// How long a client may take to fetch a reply or an event; then it is cut off.
     pub write_timeout: Duration,
-    /// How long [`Server::stop`](crate::Server::stop) waits for replies under way, and again for cut connections.
+    /// How long [`Server::stop`](crate::Server::stop) waits for replies under way, and again for
+    /// cut connections.
     pub stop_patience: Duration,
 }
 

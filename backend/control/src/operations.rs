@@ -52,8 +52,8 @@ pub trait Operations: Send + Sync + 'static {
         log::warn!("cannot accept a client on the control socket, which has to wait: {error}");
     }
 
-    /// Asks the daemon to end, and returns at once. It must not wait for the [`Server`](crate::Server): the caller
-    /// is one of its threads.
+    /// Asks the daemon to end, and returns at once. It must not wait for the
+    /// [`Server`](crate::Server): the caller is one of its threads.
     fn shutdown(&self);
 }
 

@@ -1,12 +1,12 @@
 //! A listening Unix socket at a path that is ours alone.
 //!
-//! A path outlives the process that bound it, so a daemon that starts finds one of three things: nothing,
-//! the remains of a dead daemon, or a living one. Only the remains may be replaced, and at the end
-//! only our own may be removed.
+//! A path outlives the process that bound it, so a daemon that starts finds one of three things:
+//! nothing, the remains of a dead daemon, or a living one. Only the remains may be replaced, and at
+//! the end only our own may be removed.
 //!
 //! Invariants:
-//! * A client that can see the name can connect. The socket is bound under another name beside it, a
-//!   draft, and gets its own when it listens.
+//! * A client that can see the name can connect. The socket is bound under another name beside it,
+//!   a draft, and gets its own when it listens.
 //! * The mode is set on the socket *before* it is bound, so neither name ever exists with a wider
 //!   one. (On Linux `bind` makes the inode with the mode of the socket, less the umask.)
 //! * A path is taken from another only if a connection to it was refused, and both happen under a

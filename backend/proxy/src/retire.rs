@@ -1,10 +1,11 @@
 //! Letting go: what becomes of an instance that was replaced, and of what cannot be ended.
 //!
 //! ```text
-//!               nobody uses it any more             the next one is let go
-//!   leaving ---------------------------> standby ---------------------------> retired: gone, or resident
-//!      |  |                                                                                   ^
-//!      |  +-- it has died --------------------------------------------------------------------+
+//!             it is not used any more           the next one is let go
+//!   leaving -------------------------> standby ------------------------> retired: gone,
+//!      |  |                                                              or resident
+//!      |  |                                                                 ^
+//!      |  +-- it has died --------------------------------------------------+
 //!      +-- its successor has died: it serves again
 //! ```
 //!

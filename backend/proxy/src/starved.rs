@@ -8,10 +8,10 @@
 //! CPU. A request that is stuck leaves its worker asleep, and that is its own time in full.
 //!
 //! ```text
-//!             own time below the deadline, or ready to run and not run since the last look
-//!   late ------------------------------------------------------------------------------------> look again
-//!     |--- own time over the deadline --------------------------------------------------------> busy
-//!     +--- all of the time over the deadline and the bound for this --------------------------> starved
+//!         own time below the deadline, or ready to run and not run since the last look
+//!   late ------------------------------------------------------------------------> look again
+//!     |--- own time over the deadline -------------------------------------------> busy
+//!     +--- all of the time over the deadline and the bound for this -------------> starved
 //! ```
 //!
 //! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two

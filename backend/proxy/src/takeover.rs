@@ -1,10 +1,11 @@
 //! Takeover: the live domain has panicked, and the standby goes on in its place.
 //!
 //! ```text
-//!   a worker sees the panic -> service is held -> every worker leaves the dead instance -> the cell is vacated
-//!        -> the dead instance is destroyed, its threads joined: fenced
-//!             -> the predecessor, if it is still in use, or a standby that fits: storage moves, it is activated, published; unanswered requests run again
-//!             -> none: they get I/O errors, the device is faulted until an upgrade
+//!   a worker sees the panic -> service is held -> every worker leaves the dead instance
+//!     -> the cell is vacated -> the dead instance is destroyed, its threads joined: fenced
+//!        -> the predecessor, if it is still in use, or a standby that fits: storage moves, it is
+//!           activated, published; unanswered requests run again
+//!        -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
 //! Invariants: nothing of a dead instance runs beside its successor; what it had completed is

@@ -2,15 +2,17 @@
 //! grace, retire.
 //!
 //! ```text
-//!            refused            refused               refused, old domain resumes
-//!               ^                  ^                            ^
-//!   verify -> load -> prepare -> swap?  --no--> gate -> drain -> quiesce -> activate -> publish, open
-//!                                  |                                                        |
-//!                                  +--yes--> activate -> publish                            |
-//!                                                           |                               |
-//!                                                           +-----------> grace <-----------+
-//!                                                                           |
-//!                               the standby before is retired <-------------+-----> the old instance is the standby
+//!        refused            refused           refused, old domain resumes
+//!           ^                  ^                          ^
+//!   verify, load, prepare -> swap? --no--> gate -> drain, quiesce, activate -> publish, open
+//!                              |                                                   |
+//!                              +--yes--> activate -> publish                       |
+//!                                                      |                           |
+//!                                                      +--------> grace <----------+
+//!                                                                   |
+//!                          the standby before is retired <----------+
+//!                                                                   v
+//!                                              the old instance is the standby
 //! ```
 //!
 //! Invariants: everything that can be refused without touching the live domain is refused before

@@ -6,8 +6,8 @@
 //! and each would take the place of another. What differs from line to line is in the line only.
 //!
 //! What a frontend or a guest does can be done ten thousand times a second, and what is missing (a
-//! descriptor, say) is missing until an operator does something. One line says so; more of them hide
-//! it. The lines that are left out are there at `debug`.
+//! descriptor, say) is missing until an operator does something. One line says so; more of them
+//! hide it. The lines that are left out are there at `debug`.
 
 use log::Level;
 use rustix::io::Errno;

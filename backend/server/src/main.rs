@@ -2,8 +2,8 @@
 //! replaced under it.
 //!
 //! Start: arguments, domain, sockets. Then one session after the other, until a signal or
-//! `hotswapctl shutdown` (`shutdown.rs`). End: the session's workers leave, the sockets are removed,
-//! the domain writes down what it has.
+//! `hotswapctl shutdown` (`shutdown.rs`). End: the session's workers leave, the sockets are
+//! removed, the domain writes down what it has.
 
 use control::{Server, SocketFile};
 use loader::FileLoader;

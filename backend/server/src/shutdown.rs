@@ -60,8 +60,8 @@ impl Shutdown {
         &self.wanted
     }
 
-    /// Listens on a socket whose name is removed even if its owner does not come to it. A process that sees
-    /// it may want the end at once, which therefore waits until the name is noted.
+    /// Listens on a socket whose name is removed even if its owner does not come to it. A process
+    /// that sees it may want the end at once, which therefore waits until the name is noted.
     ///
     /// # Errors
     /// As for [`SocketFile::listen`].

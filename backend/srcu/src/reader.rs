@@ -82,7 +82,8 @@ impl<T: Send + Sync> Cell<T> {
                 {
                     continue 'again;
                 }
-                full_fence(Mutation::NoFenceOnline); // Case 2: pairs with the upgrader's, after its store to W.
+                // Case 2: pairs with the upgrader's, after its store to W.
+                full_fence(Mutation::NoFenceOnline);
                 let mut reader = Reader {
                     cell: Arc::clone(self),
                     index,
@@ -335,7 +336,8 @@ impl<T: Send + Sync> Reader<T> {
     /// The slot has just become online, with epoch 0: is what we knew before still so?
     fn resume(&mut self, early: Option<Word>) {
         self.cell.slot(self.index).thread.store(this_thread(), Ordering::Relaxed);
-        full_fence(Mutation::NoFenceOnline); // Cases 2 and 3: pairs with the upgrader's, after its store to W.
+        // Cases 2 and 3: pairs with the upgrader's, after its store to W.
+        full_fence(Mutation::NoFenceOnline);
         let word = early.unwrap_or_else(|| self.cell.word());
         if word == self.before.0 {
             // Nothing has happened; say so, because `pass` will not say it again.
@@ -368,7 +370,8 @@ impl<T: Send + Sync> Reader<T> {
         self.before = (seen, self.value);
         let lying = SlotWord::new(seen.epoch(), if owing { Kind::Owing } else { Kind::Asleep });
         self.go_outside(lying);
-        full_fence(Mutation::NoFenceOutside); // Case 3: pairs with the upgrader's, after its store to W.
+        // Case 3: pairs with the upgrader's, after its store to W.
+        full_fence(Mutation::NoFenceOutside);
         let word = self.cell.word();
         if word != seen && !self.is_taken(word) {
             self.come_online();
@@ -443,7 +446,8 @@ impl<T: Send + Sync> Drop for Reader<T> {
                 Err(now) => found = SlotWord(now),
             }
         }
-        full_fence(Mutation::NoFenceOutside); // Case 3: pairs with the upgrader's, after its store to W.
+        // Case 3: pairs with the upgrader's, after its store to W.
+        full_fence(Mutation::NoFenceOutside);
         let word = self.cell.word();
         if word.is_shut() && !planted(Mutation::LeaveUncounted) {
             self.cell.claim(self.index, word.epoch());

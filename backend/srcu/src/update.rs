@@ -94,7 +94,8 @@ impl<T: Send + Sync> Cell<T> {
         let old = self.head.0.value.swap(new, Ordering::AcqRel);
         // Release pairs with the Acquire in `word`: who sees this sees the new pointer.
         self.say(Word::open(epoch));
-        full_fence(Mutation::NoFenceSwap); // Case 2: pairs with the fence of a reader that comes online.
+        // Case 2: pairs with the fence of a reader that comes online.
+        full_fence(Mutation::NoFenceSwap);
         drop(desk);
         Ok(Grace { cell: Arc::clone(self), old, epoch, next: 0 })
     }

@@ -10,8 +10,8 @@
 //! status byte is known and the driver can be told: [`Layout::faulty`].
 //!
 //! Why not `virtio_queue::DescriptorChain`: it looks each descriptor up in the memory map anew,
-//! which alone costs twice as much as a whole parse here (`benches/parse.rs`), and it ends in silence
-//! where the chain is broken. It serves as the yardstick in the tests instead.
+//! which alone costs twice as much as a whole parse here (`benches/parse.rs`), and it ends in
+//! silence where the chain is broken. It serves as the yardstick in the tests instead.
 //!
 //! The walk knows nothing of request types.
 

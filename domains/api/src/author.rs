@@ -232,8 +232,8 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// Offers `requests`; `accepted` counts those that are taken. Meant for what calls a domain: each
-    /// request may be offered until it is taken once.
+    /// Offers `requests`; `accepted` counts those that are taken. Meant for what calls a domain:
+    /// each request may be offered until it is taken once.
     #[doc(hidden)]
     pub const fn new(requests: &'a [RawRequest], accepted: &'a mut usize) -> Self {
         Self { requests, accepted }

@@ -88,8 +88,8 @@ impl<'r> Buffer<'r> {
         }
     }
 
-    /// Calls `f` with address and length of each contiguous piece of the `len` bytes from `at` on; less where the buffer
-    /// ends.
+    /// Calls `f` with address and length of each contiguous piece of the `len` bytes from `at` on;
+    /// less where the buffer ends.
     pub fn for_range(&self, at: usize, len: usize, mut f: impl FnMut(*mut u8, usize)) {
         let mut skip = at;
         let mut left = len;

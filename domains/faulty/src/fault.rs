@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | `fail` | fails | ends with an I/O error | nothing |
 //! | `panic` | panics | panics | panics |
-//! | `stall` | does its work 3 s late | stays in flight for 3 s; the worker goes on | ends 3 s late |
+//! | `stall` | works 3 s late | stays in flight for 3 s; the worker goes on | ends 3 s late |
 //! | `hang` | the same | blocks the calling thread for 3 s | the same |
 
 use domain_api::DomainError;

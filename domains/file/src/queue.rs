@@ -4,7 +4,7 @@
 //!   request -> at once? -- yes --> done
 //!                |no / in part
 //!                v
-//!              ring -> kernel -> ended -> more to be done for it (a plainer way, an edge, a sync) -> ring
+//!              ring -> kernel -> ended -> more to be done (a plainer way, an edge, a sync) -> ring
 //!                                  |
 //!                                  v
 //!                                 done

@@ -7,11 +7,12 @@
 //! rarely.
 //!
 //! ```text
-//!             nothing to do, no sleeps to skip                work
-//!   at work ---------------------------------> looking -----------------> at work      in vain half as often: backoff / 2
-//!      |                                          |
-//!      | nothing to do, sleeps to skip            | budget spent: backoff * 2 + 1, skip so many sleeps
-//!      v                                          v
+//!             nothing to do, no sleeps to skip              work
+//!   at work ---------------------------------> looking ---------------> at work
+//!      |                                          |              (in vain half as often:
+//!      | nothing to do,                           |               backoff / 2)
+//!      | sleeps to skip                           | budget spent: backoff * 2 + 1,
+//!      v                                          v skip so many sleeps
 //!    asleep                                     asleep
 //! ```
 //!

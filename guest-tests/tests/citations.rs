@@ -1,0 +1,202 @@
+//! What comments name in backticks exists: paths, and items of our own types.
+//!
+//! A comment that cites a file or a method is an argument that rests on it, and code moves. What is
+//! checked is what can be told apart from other things in backticks: paths that begin with a
+//! directory of the workspace, names of source files, and items of types and of modules. The
+//! checkers are pure functions, and a test shows each something forbidden.
+
+mod workspace;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use workspace::{Comment, Source, code_only, comments, sources, walk, workspace};
+
+/// Types of crates that only comments name.
+const FOREIGN_TYPES: &[&str] = &["VringEpollHandler"];
+
+/// What stands in backticks in a comment.
+fn cited(comment: &str) -> impl Iterator<Item = &str> {
+    comment.split('`').skip(1).step_by(2)
+}
+
+/// Whether something in backticks is a path in the workspace, or the name of a source file.
+fn is_path(cited: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+    let tops = ["backend/", "domains/", "guest-tests/", "scripts/", "findings/"];
+    let is_rust = cited.ends_with(".rs") && cited.len() > ".rs".len();
+    cited.chars().all(plain) && (is_rust || tops.iter().any(|top| cited.starts_with(top)))
+}
+
+/// Whether there is a path that ends so, in whole names.
+fn has_path(paths: &[String], cited: &str) -> bool {
+    let cited = cited.trim_end_matches('/');
+    let ends_so = |path: &str| path == cited || path.ends_with(&format!("/{cited}"));
+    let is_directory = |path: &str| path.starts_with(&format!("{cited}/"));
+    paths.iter().any(|path| ends_so(path) || is_directory(path))
+}
+
+/// A type and its item, if that is what stands in backticks; generics and calls are left out.
+fn type_and_item(cited: &str) -> Option<(&str, &str)> {
+    let cited = cited.strip_suffix("()").unwrap_or(cited);
+    let (path, item) = cited.rsplit_once("::")?;
+    let of = path.rsplit("::").next()?;
+    let is_word = |text: &str| {
+        !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+    };
+    let is_type = of.starts_with(|c: char| c.is_ascii_uppercase())
+        && of.contains(|c: char| c.is_ascii_lowercase());
+    (is_type && is_word(of) && is_word(item)).then_some((of, item))
+}
+
+/// The module and its item, if that is what stands in backticks: two names, of which the first is
+/// that of a source file of ours.
+fn module_and_item<'a>(cited: &'a str, items: &Items) -> Option<(&'a str, &'a str)> {
+    let (module, item) = cited.strip_suffix("()").unwrap_or(cited).split_once("::")?;
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    (items.of_module.contains_key(module) && item.chars().all(is_name)).then_some((module, item))
+}
+
+/// The words of code.
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|word| !word.is_empty())
+}
+
+/// What the sources say: for each type that they define or implement all words of those files, for
+/// each file its words, and all words of all of them.
+#[derive(Default)]
+struct Items {
+    of_type: BTreeMap<String, BTreeSet<String>>,
+    /// By the names of files.
+    of_module: BTreeMap<String, BTreeSet<String>>,
+    words: BTreeSet<String>,
+}
+
+impl Items {
+    fn of(files: &[Source]) -> Items {
+        let mut items = Items::default();
+        for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
+            let code = code_only(&file.text);
+            let here: BTreeSet<String> = words(&code).map(str::to_owned).collect();
+            let mut before = "";
+            for word in words(&code) {
+                let defines = ["struct", "enum", "trait", "union", "type"].contains(&before);
+                if defines && word.starts_with(|c: char| c.is_uppercase()) {
+                    items.of_type.entry(word.to_owned()).or_default();
+                }
+                before = word;
+            }
+            let name = file.path.rsplit('/').next().unwrap_or("").trim_end_matches(".rs");
+            items.of_module.entry(name.to_owned()).or_default().extend(here.clone());
+            items.words.extend(here);
+        }
+        for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
+            let code = code_only(&file.text);
+            let here: BTreeSet<String> = words(&code).map(str::to_owned).collect();
+            for of in types_of(&code).intersection(&items.of_type.keys().cloned().collect()) {
+                items.of_type.get_mut(of).expect("a key").extend(here.clone());
+            }
+        }
+        items
+    }
+
+    /// Whether `of` has an item of that name, as far as words tell. A type that is not ours must at
+    /// least be used somewhere.
+    fn has(&self, of: &str, item: &str) -> bool {
+        match self.of_type.get(of) {
+            Some(words) => words.contains(item),
+            None => of == "Self" || self.words.contains(of) || FOREIGN_TYPES.contains(&of),
+        }
+    }
+}
+
+/// The types that code defines, or has implementations of.
+fn types_of(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut before = "";
+    for word in words(code) {
+        if ["struct", "enum", "trait", "union", "type"].contains(&before) {
+            found.insert(word.to_owned());
+        }
+        before = word;
+    }
+    for (at, _) in code.match_indices("impl") {
+        let head = &code[at..];
+        let head = &head[..head.find('{').unwrap_or(head.len())];
+        found.extend(words(head).map(str::to_owned));
+    }
+    found
+}
+
+/// What comments cite and is not there.
+fn wrong_citations(files: &[Source], paths: &[String]) -> Vec<String> {
+    let items = Items::of(files);
+    let mut wrong = Vec::new();
+    for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
+        for Comment { line, text, .. } in comments(&file.text) {
+            for cited in cited(&text) {
+                let is_wrong = if is_path(cited) {
+                    !has_path(paths, cited)
+                } else if let Some((of, item)) = type_and_item(cited) {
+                    !items.has(of, item)
+                } else if let Some((module, item)) = module_and_item(cited, &items) {
+                    !items.of_module[module].contains(item)
+                } else {
+                    false
+                };
+                if is_wrong {
+                    wrong.push(format!("{}:{line}: `{cited}`", file.path));
+                }
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn what_comments_cite_exists() {
+    let root = workspace();
+    let mut paths = Vec::new();
+    for directory in ["backend", "domains", "guest-tests", "scripts", "findings"] {
+        walk(&root.join(directory), &mut paths);
+    }
+    let paths: Vec<String> = paths
+        .iter()
+        .map(|path| path.strip_prefix(&root).expect("in the workspace").display().to_string())
+        .collect();
+    let wrong = wrong_citations(&sources(), &paths);
+    assert!(wrong.is_empty(), "comments name what is not there:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_citation_of_nothing_is_found() {
+    let code = "/// A thing.\npub struct Thing { field: u8 }\n\
+                impl Thing { fn make(x: std::sync::Arc<u8>) {} const LIMIT: u8 = 1; }\n";
+    let paths = ["backend/a/src/thing.rs".to_owned(), "scripts/run".to_owned()];
+    let wrong = |comment: &str| {
+        let text = format!("{comment}\n{code}");
+        wrong_citations(&[Source { path: "backend/a/src/thing.rs".into(), text }], &paths)
+    };
+    for good in [
+        "// See `thing.rs`, `a/src/thing.rs`, `backend/a`, `backend/a/src/` and `scripts/run`.",
+        "// See `Thing::make`, `Thing::make()`, `crate::Thing::LIMIT`, `Thing::field`.",
+        "// See `Arc::strong_count` and `virtio-blk`, `a/b`, `std::mem::forget`, `u64::MAX`.",
+        "/* `Thing::make` and `thing::Thing` */",
+        "const X: &str = \"// `Thing::gone`\";",
+    ] {
+        assert_eq!(wrong(good), Vec::<String>::new(), "{good}");
+    }
+    for bad in [
+        "// See `gone.rs`.",
+        "// See `b/thing.rs`.",
+        "//! See `backend/b`.",
+        "// See `scripts/walk`.",
+        "/// See `Thing::gone`.",
+        "/// See [`Thing::gone`] here.",
+        "// See `Thing::gone()`.",
+        "/* See `Gone::make`. */",
+        "// See `thing::Other`.",
+        "// See `thing::other()`.",
+    ] {
+        assert_eq!(wrong(bad).len(), 1, "{bad}");
+    }
+}
