@@ -14,6 +14,7 @@
 //! Invariant: a worker that comes to the gate in time stays there for the drain timeout and
 //! [`SHUT_LONGER`] at most, one that is late itself twice as long as it was late.
 
+use crate::code::Code;
 use crate::queue::QueueStatus;
 use crate::report::{Options, Refusal, Starved};
 use crate::starved::{Late, Watch, say};
@@ -185,7 +186,7 @@ fn drain_refusal(
         blame = format!("{blame} (and starved: {})", say(&starved));
     }
     Refusal {
-        code: "drain_timeout",
+        code: Code::DrainTimeout,
         message: format!(
             "not drained after {} ms: {blame}. The gate was shut for {} ms and is open again; try later, or give --drain-timeout-ms",
             waited.as_millis(),

@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod code;
 mod drain;
 mod environment;
 mod events;
@@ -33,6 +34,7 @@ mod upgrade;
 mod wire;
 mod worker;
 
+pub use code::Code;
 pub use flights::{Naming, slot_of};
 pub use queue::{Notifier, QueueStatus};
 pub use report::{
@@ -247,7 +249,7 @@ impl DomainProxy {
         proxy.storage.move_to(member.id);
         if let Err(error) = member.instance.activate() {
             return Err(Refusal::new(
-                "activate_failed",
+                Code::ActivateFailed,
                 format!("`{}` was not activated: {error}", member.record.name),
             ));
         }

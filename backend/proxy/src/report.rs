@@ -1,5 +1,6 @@
 //! What an upgrade says about itself: phases, result, history, events.
 
+use crate::code::Code;
 use crate::queue::QueueStatus;
 use crate::serialize;
 use domain_abi::DeviceInfo;
@@ -160,8 +161,8 @@ pub struct Report {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
-    /// Stable, e.g. `drain_timeout`.
-    pub code: &'static str,
+    /// Stable.
+    pub code: Code,
     /// A sentence that says what to do.
     pub message: String,
     /// Where somebody was waited for in vain: the queues that had requests in flight.
@@ -184,7 +185,7 @@ pub struct Starved {
 }
 
 impl Refusal {
-    pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), stuck: Vec::new(), starved: Vec::new() }
     }
 }

@@ -16,6 +16,7 @@
 //! Invariants: at most one instance is leaving; a dead one never becomes the standby; what stays
 //! mapped is reported as long as it does, by a look at what is there now.
 
+use crate::code::Code;
 use crate::fence::Verdict;
 use crate::report::{Options, Phases, Refusal, Report};
 use crate::starved::{Late, Watch};
@@ -220,7 +221,7 @@ impl DomainProxy {
                     return Err(Refusal {
                         starved: watch.starved(&users),
                         ..Refusal::new(
-                            "previous_in_use",
+                            Code::PreviousInUse,
                             "the instance that was replaced last still has requests in flight; see `status`, and try again when they have ended",
                         )
                     });

@@ -13,6 +13,7 @@
 //! serves again. A takeover uses the standby up, so a request that kills every domain ends with an
 //! I/O error and not in a circle.
 
+use crate::code::Code;
 use crate::fence::Verdict;
 use crate::report::{Change, Phases, Protocol, Refusal, Report};
 use crate::upgrade::{lock, timed};
@@ -190,14 +191,14 @@ impl DomainProxy {
             fence.decide(Verdict::Never);
             self.set_service(Service::Failed);
             return Err(Refusal::new(
-                "not_fenced",
+                Code::NotFenced,
                 format!(
                     "the dead domain cannot be ended ({why}); its requests stay unanswered, because it may still write to them"
                 ),
             ));
         }
         let next = self.call_back(upgrades).or_else(|| upgrades.standby.take()).ok_or_else(|| {
-            Refusal::new("no_standby", format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
+            Refusal::new(Code::NoStandby, format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
         let taken = next.and_then(|next| {
             let fits = self.check_compatible(&from.info, &next).and_then(|()| {
@@ -205,7 +206,7 @@ impl DomainProxy {
                 let activate = || next.instance.activate().and_then(|()| self.catch_up(&next));
                 timed(&mut phases.activate, activate).map_err(|error| {
                     Refusal::new(
-                        "activate_failed",
+                        Code::ActivateFailed,
                         format!("the standby did not take over: {error}"),
                     )
                 })

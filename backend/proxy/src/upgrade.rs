@@ -19,6 +19,7 @@
 //! the gate shuts. Inside the bracket each failure puts the storage back. Once published, nothing
 //! is undone: what cannot be retired is reported as resident.
 
+use crate::code::Code;
 use crate::drain::Drain;
 use crate::report::{
     Change, DomainRecord, Mode, Options, Phases, Protocol, Refusal, Report, Starved, WhenBusy,
@@ -120,7 +121,7 @@ impl DomainProxy {
         self.recorded(Change::Rollback, "standby", options, prepare, |upgrades, Nothing| {
             let Some(standby) = upgrades.standby.take() else {
                 return Err(Refusal::new(
-                    "no_standby",
+                    Code::NoStandby,
                     "there is no standby to roll back to: none was upgraded away from yet, or it was used up; upgrade to the module that you want",
                 ));
             };
@@ -151,7 +152,7 @@ impl DomainProxy {
             (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
             (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => {
                 return Err(Refusal::new(
-                    "busy",
+                    Code::Busy,
                     "another upgrade is under way; try again when it has ended",
                 ));
             }
@@ -161,7 +162,7 @@ impl DomainProxy {
             .check_stopping()
             .and_then(|()| self.settle(&mut *self.lock_after_takeover(options)?, options))
             // It is settled once more before the change.
-            .or_else(|refusal| if refusal.code == PREEMPTED { Ok(()) } else { Err(refusal) })
+            .or_else(|refusal| if refusal.code == Code::Preempted { Ok(()) } else { Err(refusal) })
             .and_then(|()| prepare());
         let (upgrades, result) = match prepared {
             Ok(prepared) => {
@@ -194,7 +195,7 @@ impl DomainProxy {
             // A takeover leaves somebody behind if its standby could not serve and is still in use.
             let result = self.settle(&mut upgrades, options).and_then(|()| attempt(&mut upgrades));
             // Each takeover uses an instance up, so this ends.
-            if !result.as_ref().is_err_and(|refusal| refusal.code == PREEMPTED) {
+            if !result.as_ref().is_err_and(|refusal| refusal.code == Code::Preempted) {
                 return (Some(upgrades), result);
             }
         }
@@ -210,7 +211,7 @@ impl DomainProxy {
         self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
             self.check_stopping().err().unwrap_or_else(|| {
                 Refusal::new(
-                    PREEMPTED,
+                    Code::Preempted,
                     format!(
                         "a takeover, or the end of a domain that was replaced, has not ended after {} ms; look at `status`, then try again",
                         patience.as_millis()
@@ -227,7 +228,8 @@ impl DomainProxy {
         given: Params,
         phases: &mut Phases,
     ) -> Result<Member, Refusal> {
-        let loading = |error: domain_host::LoadError| Refusal::new(error.code, error.message);
+        let loading =
+            |error: domain_host::LoadError| Refusal::new(Code::Module(error.code), error.message);
         let verified = timed(&mut phases.verify, || self.loader.verify(name)).map_err(loading)?;
         let description = verified.description().clone();
         let identity = verified.identity().clone();
@@ -237,7 +239,7 @@ impl DomainProxy {
             let schema = self.storage.schema();
             if live.schema_name != description.schema_name {
                 return Err(Refusal::new(
-                    "schema_not_accepted",
+                    Code::SchemaNotAccepted,
                     format!(
                         "{label} keeps its data as `{}`, this disk is kept as `{}`; moving a disk to another kind of storage is no upgrade",
                         description.schema_name, live.schema_name
@@ -254,7 +256,7 @@ impl DomainProxy {
         }
         params
             .check_known(&description.params)
-            .map_err(|error| Refusal::new("bad_parameter", format!("{label}: {error}")))?;
+            .map_err(|error| Refusal::new(Code::BadParameter, format!("{label}: {error}")))?;
         self.check_stopping()?;
         let module = timed(&mut phases.load, || verified.load()).map_err(loading)?;
         let id = self.next_id();
@@ -271,9 +273,9 @@ impl DomainProxy {
         });
         let refused = |error: CallError| {
             let code = if matches!(error, CallError::Panicked(_)) {
-                "prepare_panicked"
+                Code::PreparePanicked
             } else {
-                "prepare_failed"
+                Code::PrepareFailed
             };
             Refusal::new(code, format!("{label} was not prepared: {error}"))
         };
@@ -354,7 +356,7 @@ impl DomainProxy {
         let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
         if let Err(error) = timed(&mut phases.activate, activate) {
             self.storage.rollback();
-            return Err(phase_refusal("activate", &next.record, &error));
+            return Err(step_refusal(Step::Activate, &next.record, &error));
         }
         self.storage.commit();
         next.instance.set_generation(self.next_generation());
@@ -370,12 +372,12 @@ impl DomainProxy {
         self.storage.begin(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
             self.storage.rollback();
-            return Err(phase_refusal("activate", &next.record, &error));
+            return Err(step_refusal(Step::Activate, &next.record, &error));
         }
         next.instance.set_generation(self.next_generation());
         let grace = self.cell().swap(Some(next.clone())).map_err(|error| {
             self.storage.rollback();
-            Refusal::new("busy", format!("the domain was not published: {error}"))
+            Refusal::new(Code::Busy, format!("the domain was not published: {error}"))
         })?;
         self.storage.commit();
         Ok(grace)
@@ -434,7 +436,7 @@ impl DomainProxy {
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
         let outcome = outcome
-            .map_err(|error| Refusal::new("busy", format!("the gate was not shut: {error}")))?;
+            .map_err(|error| Refusal::new(Code::Busy, format!("the gate was not shut: {error}")))?;
         let mut notes = std::mem::take(&mut *lock(&notes));
         phases.quiesce = notes.quiesce;
         phases.activate = notes.activate;
@@ -485,7 +487,7 @@ impl DomainProxy {
         let next = &next.record.info;
         let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
             Err(Refusal::new(
-                "device_differs",
+                Code::DeviceDiffers,
                 format!(
                     "the new domain's {what} is {next}, the guest was told {live}; give it the same"
                 ),
@@ -493,7 +495,7 @@ impl DomainProxy {
         };
         if (&live.backing_kind, live.backing_id) != (&next.backing_kind, next.backing_id) {
             return Err(Refusal::new(
-                "different_backing",
+                Code::DifferentBacking,
                 format!(
                     "the new domain would serve another disk ({} {:?}, now {} {:?}); an upgrade replaces the implementation, it does not move a disk",
                     next.backing_kind, next.backing_id, live.backing_kind, live.backing_id
@@ -524,7 +526,7 @@ impl DomainProxy {
         if !next.capabilities.contains(needed) {
             let missing = Capabilities(needed.0 & !next.capabilities.0);
             return Err(Refusal::new(
-                "feature_missing",
+                Code::FeatureMissing,
                 format!(
                     "the new domain lacks capabilities {:#x} that the guest was offered; use one that has them, or upgrade while no guest is connected",
                     missing.0
@@ -545,7 +547,7 @@ pub(crate) fn starved_refusal(what: &str, pause: Duration, starved: Vec<Starved>
     Refusal {
         starved,
         ..Refusal::new(
-            "starved",
+            Code::Starved,
             format!(
                 "{what}: starved: {why}. It is the machine that is busy, and not the domain; the guest was paused for {} ms; try later, or give --starved-timeout-ms",
                 pause.as_millis()
@@ -576,7 +578,7 @@ fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, 
         (Mode::Auto | Mode::Swap, None) => Ok(Protocol::Swap),
         (Mode::Auto | Mode::Handover, _) => Ok(Protocol::Handover),
         (Mode::Swap, Some(why)) => Err(Refusal::new(
-            "swap_not_possible",
+            Code::SwapNotPossible,
             format!("these domains cannot serve side by side: {why}; use mode handover or auto"),
         )),
     }
@@ -584,24 +586,21 @@ fn decide(mode: Mode, live: Option<&Member>, next: &Member) -> Result<Protocol, 
 
 fn schema_refusal(label: &str, accepted: &[u32], schema: u32) -> Refusal {
     Refusal::new(
-        "schema_not_accepted",
+        Code::SchemaNotAccepted,
         format!(
             "{label} takes over storage of schema {accepted:?}, this disk has schema {schema}; use a version that accepts it"
         ),
     )
 }
 
-/// The code of a change that a takeover came before.
-const PREEMPTED: &str = "preempted";
-
 /// No change is begun any more.
 pub(crate) fn stopping() -> Refusal {
-    Refusal::new("stopping", "the daemon is stopping; start it again first")
+    Refusal::new(Code::Stopping, "the daemon is stopping; start it again first")
 }
 
 /// Not now: whoever made the change waits for the takeover, and tries again.
 pub(crate) fn preempted() -> Refusal {
-    Refusal::new(PREEMPTED, "the live domain has died meanwhile, and a takeover comes first")
+    Refusal::new(Code::Preempted, "the live domain has died meanwhile, and a takeover comes first")
 }
 
 /// What runs while every worker is at the gate.
@@ -631,14 +630,14 @@ fn exchange(
                 return None;
             }
             resume(&mut notes);
-            notes.refusal = Some(phase_refusal("quiesce", &live.record, &error));
+            notes.refusal = Some(step_refusal(Step::Quiesce, &live.record, &error));
             return None;
         }
         storage.begin(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
             storage.rollback();
             resume(&mut notes);
-            notes.refusal = Some(phase_refusal("activate", &next.record, &error));
+            notes.refusal = Some(step_refusal(Step::Activate, &next.record, &error));
             return None;
         }
         storage.commit();
@@ -647,16 +646,24 @@ fn exchange(
     })
 }
 
-fn phase_refusal(phase: &'static str, record: &DomainRecord, error: &CallError) -> Refusal {
-    let code = match (phase, error) {
-        ("quiesce", CallError::Failed(_)) => "quiesce_failed",
-        ("quiesce", CallError::Panicked(_)) => "quiesce_panicked",
-        (_, CallError::Failed(_)) => "activate_failed",
-        (_, CallError::Panicked(_)) => "activate_panicked",
+/// A call that a domain gets while the storage changes its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Quiesce,
+    Activate,
+}
+
+fn step_refusal(step: Step, record: &DomainRecord, error: &CallError) -> Refusal {
+    let has_panicked = matches!(error, CallError::Panicked(_));
+    let (name, code) = match (step, has_panicked) {
+        (Step::Quiesce, false) => ("quiesce", Code::QuiesceFailed),
+        (Step::Quiesce, true) => ("quiesce", Code::QuiescePanicked),
+        (Step::Activate, false) => ("activate", Code::ActivateFailed),
+        (Step::Activate, true) => ("activate", Code::ActivatePanicked),
     };
     Refusal::new(
         code,
-        format!("{phase} of `{}` {} did not work: {error}", record.name, record.version),
+        format!("{name} of `{}` {} did not work: {error}", record.name, record.version),
     )
 }
 

@@ -131,7 +131,8 @@ impl Serialize for Entry {
             change: self.change.name(),
             outcome: if self.result.is_ok() { "committed" } else { "refused" },
             report: self.result.as_ref().ok(),
-            error: error.map(|refusal| Refused { code: refusal.code, message: &refusal.message }),
+            error: error
+                .map(|refusal| Refused { code: refusal.code.as_str(), message: &refusal.message }),
         }
         .serialize(to)
     }
@@ -315,7 +316,7 @@ mod tests {
     }
 
     fn refusal() -> Refusal {
-        Refusal::new("no_standby", "there is none")
+        Refusal::new(crate::Code::NoStandby, "there is none")
     }
 
     #[test]

@@ -30,7 +30,7 @@ fn swap_or_handover_follows_from_both_domains_and_the_mode() {
                     assert_eq!(result.expect(&case).protocol, Protocol::Swap, "{case}")
                 }
                 (Mode::Swap, false) => {
-                    assert_eq!(result.expect_err(&case).code, "swap_not_possible")
+                    assert_eq!(result.expect_err(&case).code.as_str(), "swap_not_possible")
                 }
                 (Mode::Auto | Mode::Handover, _) => {
                     assert_eq!(result.expect(&case).protocol, Protocol::Handover, "{case}");
@@ -80,7 +80,7 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
                 "{module} {script:?}: it is known without running anything of it"
             );
         }
-        assert_eq!(refusal.code, *code, "{module} {script:?}: {refusal}");
+        assert_eq!(refusal.code.as_str(), *code, "{module} {script:?}: {refusal}");
         assert!(refusal.message.len() > 20, "{refusal}");
         let status = device.proxy.status();
         assert_eq!((status.generation, status.state), (1, State::Serving), "{module} {script:?}");
@@ -93,7 +93,7 @@ fn every_refusal_has_its_code_and_leaves_the_device_as_it_was() {
         hand.submit([0]);
         assert_eq!(hand.take_ended(), well([0]), "after {module} {script:?}");
     }
-    assert_eq!(device.rollback().expect_err("no standby").code, "no_standby");
+    assert_eq!(device.rollback().expect_err("no standby").code.as_str(), "no_standby");
 }
 
 #[test]
@@ -101,7 +101,10 @@ fn a_domain_that_cannot_quiesce_goes_on_and_one_that_cannot_resume_either_is_tak
     for fault in ["fail=quiesce", "break=quiesce"] {
         let device = Device::start(1, &[fault]);
         let refusal = device.upgrade("plain", "b", &[]).expect_err(fault);
-        assert!(["quiesce_failed", "quiesce_panicked"].contains(&refusal.code), "{refusal:?}");
+        assert!(
+            ["quiesce_failed", "quiesce_panicked"].contains(&refusal.code.as_str()),
+            "{refusal:?}"
+        );
         assert_eq!(device.stage.lines("a", "resume").len(), 1);
         assert_eq!(device.proxy.status().state, State::Serving);
         let mut hand = device.worker(0);
@@ -110,7 +113,10 @@ fn a_domain_that_cannot_quiesce_goes_on_and_one_that_cannot_resume_either_is_tak
     }
     let device = Device::start(1, &[]);
     device.upgrade("plain", "b", &["fail=quiesce", "break=resume"]).expect("committed");
-    assert_eq!(device.upgrade("plain", "c", &[]).expect_err("no way").code, "quiesce_failed");
+    assert_eq!(
+        device.upgrade("plain", "c", &[]).expect_err("no way").code.as_str(),
+        "quiesce_failed"
+    );
     device.until("no takeover", || device.proxy.status().counts.takeovers == 1);
     assert_eq!(device.proxy.domain().params.get("label"), Some("a"));
 }
@@ -123,10 +129,17 @@ fn a_second_upgrade_is_refused_or_waits_as_asked() {
         device.until("not begun", || device.proxy.status().state == State::Upgrading);
         let refuse = Options { when_busy: WhenBusy::Refuse, ..Options::default() };
         assert_eq!(
-            device.upgrade_with("plain", "c", &[], refuse).expect_err("one is under way").code,
+            device
+                .upgrade_with("plain", "c", &[], refuse)
+                .expect_err("one is under way")
+                .code
+                .as_str(),
             "busy"
         );
-        assert_eq!(device.proxy.rollback(refuse).expect_err("one is under way").code, "busy");
+        assert_eq!(
+            device.proxy.rollback(refuse).expect_err("one is under way").code.as_str(),
+            "busy"
+        );
         let second = scope.spawn(|| device.upgrade("plain", "d", &[]));
         // The first one is held until the second one has come, so that it is this one that waits,
         // and not the first that has ended.
@@ -162,7 +175,10 @@ fn a_rollback_that_is_refused_keeps_the_standby() {
     device.upgrade("plain", "b", &["caps=6"]).expect("it has more than is needed");
     // A guest has come and was offered what only `b` has.
     device.proxy.require(Capabilities::FLUSH.with(Capabilities::DISCARD));
-    assert_eq!(device.rollback().expect_err("`a` lacks something").code, "feature_missing");
+    assert_eq!(
+        device.rollback().expect_err("`a` lacks something").code.as_str(),
+        "feature_missing"
+    );
     assert!(device.proxy.status().standby.is_some());
     device.proxy.require(Capabilities::FLUSH);
     assert_eq!(device.rollback().expect("now it does").generation, 3);
@@ -184,7 +200,7 @@ fn a_standby_that_does_not_know_the_layout_of_today_does_not_come_back() {
     let device = Device::start(1, &[]);
     device.upgrade("wide", "b", &["die_at=1"]).expect("it takes schema 1, and leaves schema 2");
     let refusal = device.rollback().expect_err("`a` takes schema 1 only");
-    assert_eq!(refusal.code, "schema_not_accepted");
+    assert_eq!(refusal.code.as_str(), "schema_not_accepted");
     assert_eq!(
         (device.proxy.status().generation, device.proxy.status().state),
         (2, State::Serving)

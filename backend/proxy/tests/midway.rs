@@ -119,7 +119,7 @@ fn a_successor_that_does_not_fit_whoever_took_over_is_refused_as_such() {
         device.proxy.require(Capabilities::FLUSH);
         device.stage.go.store(true, Ordering::Release);
         let refusal = upgrade.join().expect("no panic").expect_err("the guest needs more");
-        assert_eq!(refusal.code, "feature_missing");
+        assert_eq!(refusal.code.as_str(), "feature_missing");
     });
     assert_taken_over(&device, 3, "a");
     assert_eq!(device.stage.lines("c", "dropped").len(), 1);
@@ -136,13 +136,13 @@ fn a_takeover_that_does_not_end_is_waited_for_as_long_as_was_said() {
     let began = std::time::Instant::now();
     let refusal =
         device.upgrade_with("plain", "c", &[], options).expect_err("a takeover is under way");
-    assert_eq!(refusal.code, "preempted");
+    assert_eq!(refusal.code.as_str(), "preempted");
     assert!(began.elapsed() >= 2 * patience && refusal.message.contains("200 ms"), "{refusal}");
-    assert_eq!(device.proxy.rollback(options).expect_err("the same").code, "preempted");
+    assert_eq!(device.proxy.rollback(options).expect_err("the same").code.as_str(), "preempted");
     device.stage.go.store(true, Ordering::Release);
     assert_taken_over(&device, 3, "a");
     // What it would have gone back to serves by now.
-    assert_eq!(device.rollback().expect_err("it is used up").code, "no_standby");
+    assert_eq!(device.rollback().expect_err("it is used up").code.as_str(), "no_standby");
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn an_upgrade_that_waits_for_a_takeover_gives_up_when_the_daemon_ends() {
         std::thread::sleep(std::time::Duration::from_millis(20));
         device.proxy.begin_stop();
         let refusal = upgrade.join().expect("no panic").expect_err("no change is begun any more");
-        assert_eq!(refusal.code, "stopping");
+        assert_eq!(refusal.code.as_str(), "stopping");
         device.stage.go.store(true, Ordering::Release);
     });
     assert_eq!(device.proxy.stop(), Vec::<String>::new());

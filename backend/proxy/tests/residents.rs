@@ -35,7 +35,7 @@ fn an_old_instance_holds_the_next_upgrade_up_until_its_requests_have_ended() {
     assert!(status.standby.is_none(), "what is in use is no standby yet");
     for _ in 0..2 {
         assert_eq!(
-            swap(&device, &mut hand, "c").expect_err("`a` is in use").code,
+            swap(&device, &mut hand, "c").expect_err("`a` is in use").code.as_str(),
             "previous_in_use"
         );
     }
@@ -72,7 +72,10 @@ fn a_worker_that_hangs_in_the_old_instance_holds_the_next_upgrade_up_until_it_co
         swap(device, &mut other, "b").expect("a swap waits for nobody");
         assert_eq!(label(device).as_deref(), Some("b"));
         assert_eq!(device.proxy.status().resident.len(), 1);
-        assert_eq!(swap(device, &mut other, "c").expect_err("inside").code, "previous_in_use");
+        assert_eq!(
+            swap(device, &mut other, "c").expect_err("inside").code.as_str(),
+            "previous_in_use"
+        );
         device.stage.release.store(true, Ordering::Release);
         other.until(device, "still resident", |_| device.proxy.status().resident.is_empty());
         assert_eq!(swap(device, &mut other, "c").expect("nobody is inside").generation, 3);

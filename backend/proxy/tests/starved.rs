@@ -141,7 +141,7 @@ fn time_without_a_cpu_has_a_bound_and_a_name() {
         },
     );
     let refusal = refusal.expect("it is refused once");
-    assert_eq!(refusal.code, "starved", "{refusal}");
+    assert_eq!(refusal.code.as_str(), "starved", "{refusal}");
     assert!(refusal.message.contains("queue 0 waited for a CPU for"), "{refusal}");
     let [starved] = refusal.starved[..] else { panic!("{refusal:?}") };
     assert_eq!(starved.queue, 0);
@@ -160,7 +160,7 @@ fn a_starved_worker_with_requests_is_named_with_them() {
         // It may have had its time, by chance.
         let refused = || upgrade(&device, 100 * MS, 100 * MS).expect_err("they are kept");
         let all = std::iter::from_fn(|| (Instant::now() < deadline).then(refused));
-        let refusal = all.into_iter().find(|refusal| refusal.code == "starved");
+        let refusal = all.into_iter().find(|refusal| refusal.code.as_str() == "starved");
         device.stage.release.store(true, Ordering::Release);
         refusal
     };
@@ -239,7 +239,7 @@ fn a_worker_with_a_cpu_does_not_wait_for_one_without() {
         let most = (1000 * MS).max(took / 2);
         assert!(longest < most, "{longest:?} of {took:?}: {result:?}");
         if let Err(refusal) = result {
-            assert_eq!(refusal.code, "starved", "{refusal}");
+            assert_eq!(refusal.code.as_str(), "starved", "{refusal}");
             assert_eq!(refusal.starved[0].queue, 0, "{refusal:?}");
             // But for the last time that the gate is open.
             assert!(took > bound - 1000 * MS, "{took:?}: {refusal}");
@@ -268,7 +268,7 @@ fn a_request_that_the_domain_keeps_has_its_deadline_on_a_busy_machine_too() {
         device.stage.release.store(true, Ordering::Release);
         (refusal, began.elapsed())
     });
-    assert_eq!(refusal.code, "drain_timeout", "{refusal}");
+    assert_eq!(refusal.code.as_str(), "drain_timeout", "{refusal}");
     assert_eq!(refusal.stuck.len(), 1);
     assert!(took >= 300 * MS && took < 2000 * MS, "{took:?}");
     assert!(began.elapsed() < PATIENCE * 3);
@@ -288,7 +288,7 @@ fn a_domain_that_does_not_come_back_from_a_call_has_its_deadline_too() {
         });
         device.until("it does not hang", || device.proxy.status().queues[0].in_flight == 1);
         let refusal = upgrade(&device, 100 * MS, PATIENCE * 6).expect_err("it hangs");
-        assert_eq!((refusal.code, refusal.stuck.len()), ("drain_timeout", 1), "{refusal}");
+        assert_eq!((refusal.code.as_str(), refusal.stuck.len()), ("drain_timeout", 1), "{refusal}");
         device.stage.release.store(true, Ordering::Release);
         upgrade(&device, PATIENCE, PATIENCE).expect("it has come back");
     });
@@ -329,7 +329,7 @@ fn an_upgrade_that_waits_for_a_starved_worker_ends_with_the_daemon() {
                 let began = Instant::now();
                 // It may have been done just before.
                 if let Err(refusal) = upgrade.join().expect("no panic") {
-                    assert!(["starved", "stopping"].contains(&refusal.code), "{refusal}");
+                    assert!(["starved", "stopping"].contains(&refusal.code.as_str()), "{refusal}");
                 }
                 began.elapsed()
             })

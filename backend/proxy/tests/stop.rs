@@ -250,7 +250,7 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
     });
     // From now on it counts.
     assert_eq!(
-        device.upgrade("plain", "c", &["caps=0"]).expect_err("no way").code,
+        device.upgrade("plain", "c", &["caps=0"]).expect_err("no way").code.as_str(),
         "feature_missing"
     );
 }
@@ -275,7 +275,7 @@ fn the_end_does_not_wait_for_a_drain() {
         device.proxy.begin_stop();
         let began = Instant::now();
         let refusal = upgrade.join().expect("no panic").expect_err("no change ends any more");
-        assert_eq!(refusal.code, "stopping", "{refusal}");
+        assert_eq!(refusal.code.as_str(), "stopping", "{refusal}");
         assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         device.stage.release.store(true, Ordering::Release);
         drop(told);

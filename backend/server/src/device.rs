@@ -52,7 +52,7 @@ fn to_json(report: &impl Serialize) -> Value {
 
 fn answer(result: Result<Report, Refusal>) -> Result<Value, OperationError> {
     result.as_ref().map(to_json).map_err(|refusal| OperationError {
-        code: refusal.code,
+        code: refusal.code.as_str(),
         message: refusal.message.clone(),
         data: refusal.blame().as_ref().map(to_json),
     })
