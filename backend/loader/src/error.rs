@@ -10,6 +10,30 @@ use domain_abi::descriptor::DescriptorError;
 use domain_host::LoadError;
 use std::io;
 
+/// The codes of all refusals. They do not change.
+pub const CODES: [&str; 20] = [
+    "module_not_found",
+    "module_unreadable",
+    "module_too_large",
+    "module_not_sealed",
+    "module_not_elf",
+    "module_malformed",
+    "module_wrong_machine",
+    "module_not_shared",
+    "module_no_descriptor",
+    "module_bad_descriptor",
+    "module_no_entry",
+    "module_wrong_abi",
+    "module_wrong_class",
+    "module_panic_abort",
+    "module_search_path",
+    "module_needs_library",
+    "module_not_unloadable",
+    "module_text_relocations",
+    "module_executable_stack",
+    "module_link_error",
+];
+
 /// Why there is no module to be had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -72,7 +96,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// The stable name of the refusal; the crate's documentation lists them.
+    /// The stable name of the refusal, one of [`CODES`].
     pub(crate) const fn code(&self) -> &'static str {
         match self {
             Self::UnknownName { .. } | Self::NoFile => "module_not_found",
@@ -128,4 +152,21 @@ pub(crate) fn printable(text: &str) -> String {
         shown.push('…');
     }
     shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_list_has_the_codes_that_there_are() {
+        // A string that an arm of `code` ends with.
+        let source = include_str!("error.rs");
+        let code = source.split("const fn code(").nth(1).unwrap();
+        let code = code.split("/// The refusal of").next().unwrap();
+        let used: BTreeSet<&str> = code.split('"').skip(1).step_by(2).collect();
+        assert_eq!(used, BTreeSet::from(CODES));
+        assert_eq!(used.len(), CODES.len(), "a code is listed twice");
+    }
 }

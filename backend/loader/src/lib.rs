@@ -21,61 +21,61 @@
 //! Deliberately absent: calling into a module, instances, upgrades, and any policy of which module
 //! to use.
 //!
-//! # Codes
-//!
-//! Every refusal is a [`LoadError`] with a stable code:
-//!
-//! | code | meaning |
-//! |---|---|
-//! | `module_not_found` | no such name in the module directories, or no such path |
-//! | `module_unreadable` | not a regular file, or it cannot be opened or read |
-//! | `module_too_large` | more than 64 MiB |
-//! | `module_not_sealed` | no sealed copy could be made of it |
-//! | `module_not_elf` | empty, or not an ELF file |
-//! | `module_wrong_machine` | for another architecture, word size or byte order |
-//! | `module_not_shared` | an executable or object file, not a shared object |
-//! | `module_malformed` | cut off or inconsistent |
-//! | `module_no_descriptor` | no (or no recognisable) domain descriptor |
-//! | `module_bad_descriptor` | a field of the descriptor is malformed |
-//! | `module_wrong_abi` | built for another version of the domain ABI |
-//! | `module_wrong_class` | not a block device |
-//! | `module_panic_abort` | built with `panic=abort` |
-//! | `module_no_entry` | does not export the entry symbol as an object |
-//! | `module_search_path` | has an RPATH or RUNPATH |
-//! | `module_needs_library` | needs a library that is not on the allow-list |
-//! | `module_not_unloadable` | asks not to be unmapped, or would capture other modules |
-//! | `module_text_relocations` | wants its code to be written to |
-//! | `module_executable_stack` | wants an executable stack |
-//! | `module_link_error` | the dynamic linker refused it, e.g. for an undefined symbol |
+//! Every refusal is a [`LoadError`] with one of the stable [`CODES`].
 
+mod cache;
+mod checked;
 mod elf;
 mod error;
 mod find;
-mod kept;
 mod map;
+mod policy;
+mod residents;
 mod sealed;
 mod verify;
 
-pub use map::resident_modules;
+pub use error::CODES;
+pub use policy::Policy;
 
+use checked::Checked;
 use domain_abi::descriptor::Description;
 use domain_host::{Identity, LoadError, LoadedModule, ModuleLoader, VerifiedModule};
 use error::printable;
-use map::{Loaded, Mapped};
+use map::{Loaded, Mapped, Shelf};
 use sealed::Sealed;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Loads modules from files: a name from a list of directories, a path from where it points.
+///
+/// Clones share what they keep: the modules that were unloaded last, and those that stayed mapped.
 #[derive(Debug, Clone)]
 pub struct FileLoader {
     dirs: Vec<PathBuf>,
+    policy: Policy,
+    shelf: Arc<Shelf>,
 }
 
 impl FileLoader {
     /// Looks names up in `domain_dirs`, in that order.
     #[must_use]
-    pub const fn new(domain_dirs: Vec<PathBuf>) -> Self {
-        Self { dirs: domain_dirs }
+    pub fn new(domain_dirs: Vec<PathBuf>) -> Self {
+        Self::with_policy(domain_dirs, Policy::default())
+    }
+
+    /// As [`new`](Self::new), with another policy than the default one.
+    #[must_use]
+    pub fn with_policy(domain_dirs: Vec<PathBuf>, policy: Policy) -> Self {
+        Self { dirs: domain_dirs, policy, shelf: Arc::default() }
+    }
+
+    /// The paths of modules that were unloaded and are still mapped, by a fresh look.
+    ///
+    /// A module leaves this list when what kept it has ended and the linker has noticed, which it
+    /// does at the next unload of any module.
+    #[must_use]
+    pub fn resident_modules(&self) -> Vec<String> {
+        self.shelf.residents.paths()
     }
 
     /// The names that can be looked up now, sorted. Directories that cannot be listed have none.
@@ -90,25 +90,33 @@ impl ModuleLoader for FileLoader {
     fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
         let path = find::find(&self.dirs, name)
             .map_err(|e| e.about(&format!("domain `{}`", printable(name))))?;
-        let verified = verify_file(&path)
+        let verified = self
+            .verify_file(&path)
             .map_err(|e| e.about(&format!("module `{}`", printable(&path.to_string_lossy()))))?;
         Ok(Box::new(verified))
     }
 }
 
-fn verify_file(path: &Path) -> Result<Verified, error::Error> {
-    let (mut file, len) = sealed::open(path)?;
-    let name = path.to_string_lossy().into_owned();
-    if let Some(mut kept) = kept::take(&mut file, len) {
-        kept.identity.path = name;
-        return Ok(Verified(Some(kept)));
+impl FileLoader {
+    fn verify_file(&self, path: &Path) -> Result<Verified, error::Error> {
+        let (mut file, len) = sealed::open(path)?;
+        let name = path.to_string_lossy().into_owned();
+        let checked = match self.shelf.cache.take(&mut file, len) {
+            Some(mut cached) => {
+                cached.identity.path = name;
+                cached
+            }
+            None => {
+                let sealed = Sealed::copy_of(&mut file, path)?;
+                let bytes = sealed.bytes()?;
+                let facts = verify::inspect(&bytes, &self.policy)?;
+                let (description, build_id) = (facts.description, facts.build_id.map(hex));
+                let identity = Identity { path: name, sha256: hex(sealed.sha256()), build_id };
+                Checked { description, identity, sealed }
+            }
+        };
+        Ok(Verified { checked: Some(checked), shelf: Arc::clone(&self.shelf) })
     }
-    let sealed = Sealed::copy_of(&mut file, path)?;
-    let bytes = sealed.bytes()?;
-    let facts = verify::inspect(&bytes)?;
-    let identity =
-        Identity { path: name, sha256: hex(sealed.sha256()), build_id: facts.build_id.map(hex) };
-    Ok(Verified(Some(Checked { description: facts.description, identity, sealed })))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -119,28 +127,23 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// A copy that was checked, and is mapped nowhere.
+/// A copy that was checked, for a caller that has asked. What is not loaded goes back to the cache.
 #[derive(Debug)]
-struct Checked {
-    sealed: Sealed,
-    description: Description,
-    identity: Identity,
+struct Verified {
+    checked: Option<Checked>,
+    shelf: Arc<Shelf>,
 }
-
-/// A copy that was checked, for somebody who asked. What is not loaded is kept.
-#[derive(Debug)]
-struct Verified(Option<Checked>);
 
 impl Verified {
     fn checked(&self) -> &Checked {
-        self.0.as_ref().expect("only loading and dropping take it, and end this value")
+        self.checked.as_ref().expect("only loading and dropping take it, and end this value")
     }
 }
 
 impl Drop for Verified {
     fn drop(&mut self) {
-        if let Some(checked) = self.0.take() {
-            kept::keep(checked);
+        if let Some(checked) = self.checked.take() {
+            self.shelf.cache.put(checked);
         }
     }
 }
@@ -156,8 +159,8 @@ impl VerifiedModule for Verified {
 
     fn load(mut self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError> {
         let Checked { sealed, description, identity } =
-            self.0.take().expect("only loading and dropping take it, and end this value");
-        let mapped = Mapped::open(sealed, &identity.path)
+            self.checked.take().expect("only loading and dropping take it, and end this value");
+        let mapped = Mapped::open(sealed, &identity.path, Arc::clone(&self.shelf))
             .map_err(|e| e.about(&format!("module `{}`", printable(&identity.path))))?;
         Ok(Box::new(Loaded::new(mapped, description, identity)))
     }

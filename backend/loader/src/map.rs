@@ -20,40 +20,27 @@
 //!
 //! Deliberately absent: forcing anything out. What the linker keeps, something still refers to.
 
+use crate::cache::Cache;
+use crate::checked::Checked;
 use crate::error::{Error, printable};
+use crate::residents::Residents;
 use crate::sealed::Sealed;
-use crate::{Checked, kept};
 use domain_abi::descriptor::Description;
 use domain_abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_host::{Identity, LoadedModule, Residency, Resident};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Number of the next mapping. Only uniqueness matters, so nothing is ordered by it.
+/// Number of the next mapping. Of the process and not of a loader, because the linker's names are.
+/// Only uniqueness matters, so nothing is ordered by it.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// Modules that were given back and stayed. They are kept for their memfd only.
-static RESIDENT: Mutex<Vec<(Sealed, String)>> = Mutex::new(Vec::new());
-
-/// The paths of modules that were unloaded and are still mapped, by a fresh look.
-///
-/// A module leaves this list when what kept it has ended and the linker has noticed, which it does
-/// at the next unload of any module.
-#[must_use]
-pub fn resident_modules() -> Vec<String> {
-    look_again().iter().map(|(_, path)| path.clone()).collect()
-}
-
-/// Takes a fresh look, and forgets what is gone.
-fn look_again() -> MutexGuard<'static, Vec<(Sealed, String)>> {
-    let mut resident = RESIDENT.lock().unwrap_or_else(PoisonError::into_inner);
-    if !resident.is_empty()
-        && let Ok(maps) = std::fs::read("/proc/self/maps")
-    {
-        resident.retain(|(sealed, _)| sealed.is_in(&maps));
-    }
-    resident
+/// What the modules of one loader share: what comes back, and what stays.
+#[derive(Debug, Default)]
+pub(crate) struct Shelf {
+    pub(crate) cache: Cache,
+    pub(crate) residents: Residents,
 }
 
 /// A module in the linker's hands.
@@ -63,6 +50,7 @@ pub(crate) struct Mapped {
     parts: Option<(Library, Sealed)>,
     path: String,
     table: *const ModuleVtable,
+    shelf: Arc<Shelf>,
 }
 
 // SAFETY: `table` is an address of read-only data of the module, valid in every thread for as long
@@ -74,7 +62,7 @@ unsafe impl Sync for Mapped {}
 impl Mapped {
     /// Maps `sealed`, resolves everything it needs, and runs its constructors. `path` is where it
     /// comes from, for messages.
-    pub(crate) fn open(sealed: Sealed, path: &str) -> Result<Self, Error> {
+    pub(crate) fn open(sealed: Sealed, path: &str, shelf: Arc<Shelf>) -> Result<Self, Error> {
         let link_path = fresh_path(&sealed);
         // NOW: a symbol that is missing must fail here, and not end the process at its first use.
         // SAFETY: dlopen runs the module's constructors, and dlclose its destructors. No check can
@@ -84,8 +72,8 @@ impl Mapped {
         let opened = unsafe { Library::open(Some(&link_path), RTLD_NOW | RTLD_LOCAL) };
         let library = opened.map_err(|e| refused(&e, &link_path))?;
         // From here on, giving up means `shut`.
-        let mut mapped =
-            Self { parts: Some((library, sealed)), path: path.to_owned(), table: std::ptr::null() };
+        let parts = Some((library, sealed));
+        let mut mapped = Self { parts, path: path.to_owned(), table: std::ptr::null(), shelf };
         let (library, _) = mapped.parts.as_ref().expect("put in above");
         // SAFETY: the type that is looked up is a bare pointer, which is only stored. That it
         // points to a table is the module's promise, backed by `verify`: an object of at least that
@@ -107,7 +95,7 @@ impl Mapped {
         let there = || Ok(is_mapped(table) && sealed.is_in(&std::fs::read("/proc/self/maps")?));
         let why = match (closed, there()) {
             (Ok(()), Ok(false)) => {
-                drop(look_again());
+                self.shelf.residents.sweep();
                 return Ok(Some(sealed));
             }
             (Ok(()), Ok(true)) => {
@@ -120,11 +108,9 @@ impl Mapped {
         };
         let reason = format!("module `{}` is still mapped: {why}", printable(&self.path));
         let number = sealed.number();
-        RESIDENT
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((sealed, std::mem::take(&mut self.path)));
-        let is_gone = move || look_again().iter().all(|(sealed, _)| sealed.number() != number);
+        self.shelf.residents.add(sealed, std::mem::take(&mut self.path));
+        let shelf = Arc::clone(&self.shelf);
+        let is_gone = move || shelf.residents.is_gone(number);
         Err(Resident::new(&reason, is_gone))
     }
 }
@@ -185,8 +171,8 @@ impl Loaded {
 }
 
 // SAFETY: `Mapped` holds the handle and gives it back in `unload` or when it is dropped, both of
-// which end this value. Until then the linker keeps the mapping, and nobody can change the bytes
-// behind it (`sealed`); what the linker itself put into the private pages of the table, it has put
+// which end this value. Until then the linker keeps the mapping, and the bytes behind it cannot
+// change (`sealed`); what the linker itself put into the private pages of the table, it has put
 // there before `open` returned.
 unsafe impl LoadedModule for Loaded {
     fn vtable(&self) -> *const ModuleVtable {
@@ -204,9 +190,9 @@ unsafe impl LoadedModule for Loaded {
     fn unload(mut self: Box<Self>) -> Residency {
         match self.mapped.shut() {
             Ok(sealed) => {
-                let Self { description, identity, .. } = *self;
+                let Self { mapped, description, identity } = *self;
                 if let Some(sealed) = sealed {
-                    kept::keep(Checked { sealed, description, identity });
+                    mapped.shelf.cache.put(Checked { sealed, description, identity });
                 }
                 Residency::Gone
             }

@@ -1,6 +1,6 @@
-//! The private copy of a module: a memfd that nobody can change any more.
+//! The private copy of a module: a memfd that cannot be changed any more.
 //!
-//! Why: whoever overwrites a mapped file in place changes or kills the running code, and a file
+//! Why: overwriting a mapped file in place changes or kills the running code, and a file
 //! that is checked and then opened again may be another one. So the file is copied, and everything
 //! after that, the hash too, is of the sealed copy.
 //!
@@ -9,7 +9,7 @@
 //! megabyte, more than reading, hashing and writing it.
 //!
 //! Invariant: a [`Sealed`] that exists carries all four seals; its bytes and its size never change
-//! again, for nobody, through no descriptor. Its name is unique in this process, so that its
+//! again, by no process, through no descriptor. Its name is unique in this process, so that its
 //! mappings can be recognised in `/proc/self/maps`.
 
 use crate::error::Error;
@@ -95,8 +95,8 @@ impl Sealed {
 
     /// The copy's bytes.
     pub(crate) fn bytes(&self) -> Result<Mmap, Error> {
-        // SAFETY: a mapped file may be used as bytes if nobody changes or shortens it while it is
-        // mapped; the seals forbid both to everybody (`copy_of`, the only place where `memfd` comes
+        // SAFETY: a mapped file may be used as bytes if it is neither changed nor shortened while it is
+        // mapped; the seals forbid both to every process (`copy_of`, the only place where `memfd` comes
         // from).
         unsafe { MmapOptions::new().map_copy_read_only(&self.memfd) }.map_err(Error::NotSealed)
     }
@@ -193,7 +193,7 @@ fn kind(file_type: FileType) -> &'static str {
     }
 }
 
-/// Not to be executed as a program: nobody needs that to map it as code, and where
+/// Not to be executed as a program: mapping it as code does not need that, and where
 /// `vm.memfd_noexec` is 2 there are no others.
 fn create(name: &str) -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

@@ -1,32 +1,21 @@
-//! Which modules are allowed: the rules, on the bytes alone.
+//! Which modules are allowed: the rules, on the bytes alone. What may be decided otherwise is in the
+//! [`Policy`].
 //!
 //! Each rule is there for something that would go wrong later, when it could not be refused any
 //! more: a missing library or an endless stay in memory would be noticed only after constructors
 //! have run.
 //!
-//! Invariant: [`inspect`] is a function of the bytes. It opens nothing, maps nothing, and never
+//! Invariant: [`inspect`] is a function of the bytes and the policy. It opens nothing, maps nothing, and never
 //! panics.
 
 use crate::elf::{Dynamic, Image, Symbol};
 use crate::error::{Error, printable};
+use crate::policy::Policy;
 use domain_abi::descriptor::{Description, SECTION};
 use domain_abi::{ABI_VERSION, ENTRY_SYMBOL, ModuleVtable};
 use object::LittleEndian as LE;
 use object::elf;
 use object::read::elf::ProgramHeader;
-
-/// Libraries that a module may need: the ones that the host process has itself, and the C library's
-/// former parts.
-const ALLOWED_LIBRARIES: [&str; 8] = [
-    "libgcc_s.so.1",
-    "libc.so.6",
-    "libm.so.6",
-    "libpthread.so.0",
-    "libdl.so.2",
-    "librt.so.1",
-    "ld-linux-x86-64.so.2",
-    "ld-linux-aarch64.so.1",
-];
 
 /// What is known of a module that may be loaded.
 #[derive(Debug)]
@@ -36,11 +25,11 @@ pub(crate) struct Facts<'a> {
 }
 
 /// Checks a module.
-pub(crate) fn inspect(bytes: &[u8]) -> Result<Facts<'_>, Error> {
+pub(crate) fn inspect<'a>(bytes: &'a [u8], policy: &Policy) -> Result<Facts<'a>, Error> {
     let image = Image::parse(bytes)?;
     let description = describe(&image)?;
     let dynamic = image.dynamic()?;
-    check_dynamic(&dynamic)?;
+    check_dynamic(&dynamic, policy)?;
     check_stack(&image)?;
     let symbols = image.dynamic_symbols(&dynamic)?;
     // One reference to such a symbol makes the linker keep the module for ever.
@@ -63,7 +52,7 @@ fn describe(image: &Image<'_>) -> Result<Description, Error> {
     Description::parse(section).map_err(|why| Error::Descriptor { why })
 }
 
-fn check_dynamic(dynamic: &Dynamic<'_>) -> Result<(), Error> {
+fn check_dynamic(dynamic: &Dynamic<'_>, policy: &Policy) -> Result<(), Error> {
     // A search path would let the directory that it names decide what runs here.
     for (tag, name) in [(elf::DT_RPATH, "DT_RPATH"), (elf::DT_RUNPATH, "DT_RUNPATH")] {
         if dynamic.has(tag) {
@@ -71,9 +60,9 @@ fn check_dynamic(dynamic: &Dynamic<'_>) -> Result<(), Error> {
         }
     }
     for offset in dynamic.all(elf::DT_NEEDED) {
-        check_library(dynamic.text(offset)?)?;
+        check_library(dynamic.text(offset)?, policy)?;
     }
-    // Filters load further libraries, too, and are needed by nobody.
+    // Filters load further libraries, too, and no domain needs one.
     for tag in [elf::DT_FILTER, elf::DT_AUXILIARY] {
         if let Some(offset) = dynamic.all(tag).next() {
             return Err(Error::NeedsLibrary(shown(dynamic.text(offset)?)));
@@ -83,7 +72,7 @@ fn check_dynamic(dynamic: &Dynamic<'_>) -> Result<(), Error> {
     // it.
     for offset in dynamic.all(elf::DT_SONAME) {
         let name = dynamic.text(offset)?;
-        if is_allowed(name) {
+        if policy.allows(name) {
             return Err(Error::NotUnloadable(format!("its soname is that of `{}`", shown(name))));
         }
     }
@@ -101,12 +90,8 @@ fn check_dynamic(dynamic: &Dynamic<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-fn is_allowed(library: &[u8]) -> bool {
-    ALLOWED_LIBRARIES.iter().any(|allowed| allowed.as_bytes() == library)
-}
-
-fn check_library(name: &[u8]) -> Result<(), Error> {
-    if is_allowed(name) { Ok(()) } else { Err(Error::NeedsLibrary(shown(name))) }
+fn check_library(name: &[u8], policy: &Policy) -> Result<(), Error> {
+    if policy.allows(name) { Ok(()) } else { Err(Error::NeedsLibrary(shown(name))) }
 }
 
 fn shown(text: &[u8]) -> String {

@@ -6,7 +6,6 @@ mod common;
 
 use common::{Bench, Recipe, init, mappings, open_fds, value};
 use domain_host::{LoadedModule, Residency};
-use loader::resident_modules;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write;
@@ -228,17 +227,17 @@ fn a_module_that_a_live_thread_keeps_is_reported_until_it_is_gone() {
     assert!(reason.contains("thread-local") && reason.contains(path.to_str().unwrap()), "{reason}");
     assert!(!left.is_gone());
     assert!(mappings().len() > maps.len());
-    assert_eq!(resident_modules(), [path.to_str().unwrap()]);
+    assert_eq!(bench.loader.resident_modules(), [path.to_str().unwrap()]);
     // Others come and go beside it.
     assert_eq!(bench.load("good").unload(), Residency::Gone);
-    assert!(resident_modules().len() == 1 && !left.is_gone());
+    assert!(bench.loader.resident_modules().len() == 1 && !left.is_gone());
     // The destructor runs in the module's code: it must still be there.
     drop(alive);
     thread.join().unwrap();
     // The linker looks again when something else is closed.
     assert_eq!(bench.load("good").unload(), Residency::Gone);
     assert!(left.is_gone());
-    assert_eq!(resident_modules(), [""; 0]);
+    assert_eq!(bench.loader.resident_modules(), [""; 0]);
     assert_eq!((open_fds(), mappings()), (fds, maps));
 }
 
@@ -251,11 +250,11 @@ fn dropping_a_module_that_must_stay_is_silent_and_safe() {
     let module = bench.load("pinned");
     let (alive, thread) = pin(&*module);
     drop(module);
-    assert_eq!(resident_modules().len(), 1);
+    assert_eq!(bench.loader.resident_modules().len(), 1);
     drop(alive);
     thread.join().unwrap();
     assert_eq!(bench.load("good").unload(), Residency::Gone);
-    assert_eq!(resident_modules(), [""; 0]);
+    assert_eq!(bench.loader.resident_modules(), [""; 0]);
 }
 
 #[test]

@@ -365,3 +365,23 @@ fn no_flipped_bytes_make_it_panic() {
         "{results:?}"
     );
 }
+
+#[test]
+fn which_libraries_are_allowed_is_the_loaders_policy() {
+    let bench = Bench::new();
+    let needs_libm = Recipe::args(["-Wl,--no-as-needed", "-lm"]);
+    bench.build("needs_libm", &needs_libm);
+    let dirs = vec![bench.dir.path().to_owned()];
+    let refused = |libraries: &[&str]| {
+        let libraries = libraries.iter().map(|library| (*library).to_owned()).collect();
+        let loader = loader::FileLoader::with_policy(dirs.clone(), loader::Policy { libraries });
+        loader.verify("needs_libm").err().map(|error| (error.code, error.message))
+    };
+    assert_eq!(refused(&["libm.so.6", "libc.so.6"]), None);
+    let (code, message) = refused(&["libc.so.6"]).expect("libm is not allowed");
+    assert_eq!(code, "module_needs_library");
+    assert!(message.contains("`libm.so.6`"), "{message}");
+    // Another loader's copy of the same module does not count.
+    assert!(bench.verify("needs_libm").is_ok());
+    assert!(refused(&["libc.so.6"]).is_some());
+}

@@ -121,7 +121,7 @@ impl DomainProxy {
                 let sentence = format!("`{name}` did not quiesce: {error}");
                 if matches!(error, CallError::Panicked(_)) {
                     // There is nothing that it could resume.
-                    live.instance.condemn();
+                    live.instance.mark_dead();
                 }
                 if live.instance.is_dead() {
                     return Err(sentence);
@@ -168,7 +168,7 @@ fn unflushed(death: Option<String>, why: &str) -> String {
 fn flush_on(live: &Member, queue: usize, bell: &OwnedFd, deadline: Instant) -> Result<(), String> {
     let mut handle = live.instance.attach(QueueIndex(queue as u32)).map_err(|error| {
         // As for a worker: who cannot be attached to cannot serve.
-        live.instance.condemn();
+        live.instance.mark_dead();
         error.to_string()
     })?;
     let mut completions = CompletionBuffer::new(1);

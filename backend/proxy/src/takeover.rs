@@ -34,7 +34,7 @@ impl DomainProxy {
     /// An instance has died: called by the worker that saw it, which has left it. Any number of
     /// workers may.
     pub(crate) fn died(self: &Arc<Self>, instance: &Arc<Instance>, reason: &str) {
-        instance.condemn();
+        instance.mark_dead();
         {
             let mut view = lock(&self.view);
             let is_live =

@@ -227,7 +227,7 @@ impl Instance {
     }
 
     /// From now on it counts as having panicked.
-    pub fn condemn(&self) {
+    pub fn mark_dead(&self) {
         self.dead.store(true, Ordering::Relaxed);
     }
 
@@ -264,7 +264,7 @@ impl Instance {
     fn failed(&self, buffer: &mut MessageBuffer, code: u32) -> CallError {
         let error = buffer.error(code);
         if matches!(error, CallError::Panicked(_)) {
-            self.condemn();
+            self.mark_dead();
         }
         error
     }

@@ -10,12 +10,12 @@ use std::ptr::NonNull;
 
 /// Memory on the heap, for as long as its owner lives, that raw pointers may be kept to.
 #[derive(Debug)]
-struct Kept<T>(NonNull<[T]>);
+struct HeapSlice<T>(NonNull<[T]>);
 
 // SAFETY: it owns its content, as a box does.
-unsafe impl<T: Send> Send for Kept<T> {}
+unsafe impl<T: Send> Send for HeapSlice<T> {}
 
-impl<T: Copy> Kept<T> {
+impl<T: Copy> HeapSlice<T> {
     fn of(content: T, count: usize) -> Self {
         Self(NonNull::from(Box::leak(vec![content; count].into_boxed_slice())))
     }
@@ -37,7 +37,7 @@ impl<T: Copy> Kept<T> {
     }
 }
 
-impl<T> Drop for Kept<T> {
+impl<T> Drop for HeapSlice<T> {
     fn drop(&mut self) {
         // SAFETY: it was a box (`of`), and nobody else frees it.
         drop(unsafe { Box::from_raw(self.0.as_ptr()) });
@@ -48,7 +48,7 @@ impl<T> Drop for Kept<T> {
 #[derive(Debug)]
 pub struct CompletionBuffer {
     lent: RawCompletions,
-    entries: Kept<RawCompletion>,
+    entries: HeapSlice<RawCompletion>,
 }
 
 // SAFETY: what is lent points to entries, which are ours.
@@ -58,11 +58,11 @@ impl CompletionBuffer {
     /// Room for `capacity` completions: as many as can be in flight on the queue.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        let entries = Kept::of(RawCompletion::default(), capacity);
+        let entries = HeapSlice::of(RawCompletion::default(), capacity);
         Self { lent: Self::all_of(&entries), entries }
     }
 
-    fn all_of(entries: &Kept<RawCompletion>) -> RawCompletions {
+    fn all_of(entries: &HeapSlice<RawCompletion>) -> RawCompletions {
         RawCompletions { entries: entries.base(), capacity: entries.len(), len: 0 }
     }
 
@@ -107,7 +107,7 @@ impl CompletionBuffer {
 #[derive(Debug)]
 pub(crate) struct MessageBuffer {
     lent: RawMessage,
-    text: Kept<u8>,
+    text: HeapSlice<u8>,
 }
 
 // SAFETY: what is lent points to the text, which is ours.
@@ -115,7 +115,7 @@ unsafe impl Send for MessageBuffer {}
 
 impl MessageBuffer {
     pub(crate) fn new() -> Self {
-        let text = Kept::of(0, 512);
+        let text = HeapSlice::of(0, 512);
         Self { lent: RawMessage { bytes: text.base(), capacity: text.len(), len: 0 }, text }
     }
 
