@@ -95,9 +95,9 @@ impl Sealed {
 
     /// The copy's bytes.
     pub(crate) fn bytes(&self) -> Result<Mmap, Error> {
-        // SAFETY: a mapped file may be used as bytes if it is neither changed nor shortened while it is
-        // mapped; the seals forbid both to every process (`copy_of`, the only place where `memfd` comes
-        // from).
+        // SAFETY: a mapped file may be used as bytes if it is neither changed nor shortened while
+        // it is mapped; the seals forbid both to every process (`copy_of`, the only place where
+        // `memfd` comes from).
         unsafe { MmapOptions::new().map_copy_read_only(&self.memfd) }.map_err(Error::NotSealed)
     }
 

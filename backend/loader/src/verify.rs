@@ -1,12 +1,12 @@
-//! Which modules are allowed: the rules, on the bytes alone. What may be decided otherwise is in the
-//! [`Policy`].
+//! Which modules are allowed: the rules, on the bytes alone. What may be decided otherwise is in
+//! the [`Policy`].
 //!
 //! Each rule is there for something that would go wrong later, when it could not be refused any
 //! more: a missing library or an endless stay in memory would be noticed only after constructors
 //! have run.
 //!
-//! Invariant: [`inspect`] is a function of the bytes and the policy. It opens nothing, maps nothing, and never
-//! panics.
+//! Invariant: [`inspect`] is a function of the bytes and the policy. It opens nothing, maps
+//! nothing, and never panics.
 
 use crate::elf::{Dynamic, Image, Symbol};
 use crate::error::{Error, printable};
