@@ -1,4 +1,5 @@
-//! The codes of refusals: stable words for programs. `backend/ERRORS.md` says what to do about each.
+//! The codes of refusals: stable words for programs. `backend/ERRORS.md` says what to do about
+//! each.
 
 /// Why a change was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
