@@ -60,6 +60,10 @@ fn every_code_is_documented() {
     let errors = document("backend/ERRORS.md");
     let modules = first_column(&errors, "The module");
     assert_eq!(differences(&modules, &strings(loader::CODES)), [""; 0], "of modules");
+    let device = proxy::Code::ALL.iter().map(|code| code.as_str());
+    let documented =
+        [first_column(&errors, "The new domain"), first_column(&errors, "The change")].concat();
+    assert_eq!(differences(&documented, &strings(device)), [""; 0], "of the device");
     let documented =
         [first_column(&errors, "The control socket"), first_column(&errors, "`hotswapctl` itself")]
             .concat();
