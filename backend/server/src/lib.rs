@@ -22,3 +22,5 @@ pub mod session;
 pub mod shutdown;
 pub mod signals;
 mod sync;
+#[cfg(test)]
+mod testing;
