@@ -117,7 +117,7 @@ impl Frontend {
 }
 
 /// What to do about a ring of a size that is refused.
-fn how_to_size(size: u16, largest: u16) -> String {
+pub(super) fn how_to_size(size: u16, largest: u16) -> String {
     if !size.is_power_of_two() {
         let other = size.next_power_of_two().min(largest);
         return format!("which is no power of two: give QEMU queue-size={other}");

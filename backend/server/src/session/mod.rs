@@ -36,6 +36,8 @@ mod rings;
 mod serve;
 #[allow(clippy::module_inception, reason = "it is the session itself")]
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use config::SessionConfig;
 pub use frontend::Failure;

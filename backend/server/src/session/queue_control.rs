@@ -46,9 +46,9 @@ impl EventfdNotifier {
         self.0.try_clone().map(Self)
     }
 
-    /// Takes what it was notified with.
-    fn clear(&self) {
-        let _ = self.0.read();
+    /// Takes what it was notified with. Returns whether there was anything.
+    fn clear(&self) -> bool {
+        self.0.read().is_ok()
     }
 }
 
@@ -126,9 +126,9 @@ impl QueueControl {
         self.wake.notify();
     }
 
-    /// The queue's thread has been woken.
-    pub(super) fn woken(&self) {
-        self.wake.clear();
+    /// Takes the wake-up of the queue's thread. Returns whether there was one.
+    pub(super) fn woken(&self) -> bool {
+        self.wake.clear()
     }
 
     /// Runs on the queue's thread, at its first event and at each one after it: serves the queue,

@@ -1,0 +1,310 @@
+//! A session's queues in process: threads that serve puppets, and threads that wait for them.
+
+use super::config::SessionConfig;
+use super::context::Context;
+use super::drain::Outcome;
+use super::frontend::{Backend, Frontend, how_to_size};
+use super::queue_control::QueueControl;
+use super::rings::Vring;
+use super::session::{NotDrained, Session};
+use crate::phase::Phase;
+use crate::testing::{self, Guest, Kind, PATIENCE, Puppets, SIZE, Silent, until};
+use proxy::State;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_blk::features;
+use virtio_queue::QueueT;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+fn config(queues: u16) -> SessionConfig {
+    SessionConfig { queues, queue_size: SIZE, poll: Duration::ZERO, worker_cpus: Vec::new() }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_millis(30)
+}
+
+/// A session of one queue, without a frontend.
+struct Bench {
+    guest: Guest,
+    puppets: Puppets,
+    backend: Backend,
+    vring: Vring,
+    /// The queue's thread is to end.
+    is_over: AtomicBool,
+}
+
+impl Bench {
+    fn new(script: &[&str]) -> Self {
+        Self::with(Puppets::start(1, script))
+    }
+
+    fn with(puppets: Puppets) -> Self {
+        let guest = Guest::new(false);
+        let session = Session::new(&puppets.proxy, &config(1), guest.memory.clone());
+        let backend = Backend(Arc::new(Frontend::new(session.expect("a session"))));
+        let vring = Vring::new(guest.memory.clone(), SIZE).expect("a ring");
+        Self { guest, puppets, backend, vring, is_over: AtomicBool::new(false) }
+    }
+
+    fn session(&self) -> &Session {
+        &self.backend.0.session
+    }
+
+    fn context(&self) -> &Context {
+        &self.session().context
+    }
+
+    fn control(&self) -> &QueueControl {
+        &self.session().queues[0]
+    }
+
+    /// The queue's thread, which does what the library's would do, until `is_over`.
+    fn thread<'s>(&'s self, scope: &'s Scope<'s, '_>) -> ScopedJoinHandle<'s, ()> {
+        let wake_id = self.backend.0.wake_id() as u16;
+        let event = move |id| {
+            let vrings = std::slice::from_ref(&self.vring);
+            let events = vmm_sys_util::epoll::EventSet::IN;
+            self.backend.handle_event(id, events, vrings, 0).expect("no event fails");
+        };
+        scope.spawn(move || {
+            event(0);
+            while !self.is_over.load(Ordering::Acquire) {
+                if self.control().woken() {
+                    event(wake_id);
+                } else {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+            }
+        })
+    }
+
+    /// Runs `test` beside the queue's thread.
+    fn run(&self, test: impl FnOnce()) {
+        std::thread::scope(|scope| {
+            let thread = self.thread(scope);
+            test();
+            self.is_over.store(true, Ordering::Release);
+            thread.join().expect("the queue's thread does not panic");
+        });
+    }
+
+    fn release(&self) {
+        self.puppets.stage.release.store(true, Ordering::Release);
+    }
+
+    /// Has reads in flight.
+    fn submit(&mut self, numbers: std::ops::Range<u16>) {
+        self.guest.start(&self.vring);
+        self.guest.reads(numbers);
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.puppets.proxy.status().queues[0].in_flight
+    }
+}
+
+#[test]
+fn a_queue_with_nothing_in_flight_is_drained_at_once_and_goes_on() {
+    let mut bench = Bench::new(&[]);
+    bench.submit(0..2);
+    bench.run(|| {
+        assert_eq!(bench.control().drain_queue(), Outcome::Clean);
+        assert_eq!(bench.session().drain_queue(0), Ok(()));
+        bench.control().wake();
+        until("answers", || bench.guest.used_idx() == 2);
+        assert_eq!(bench.control().wait_drained(soon()), Outcome::Clean);
+    });
+}
+
+#[test]
+fn what_is_in_flight_is_waited_for() {
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.submit(0..2);
+    bench.run(|| {
+        until("requests", || bench.in_flight() == 2);
+        let started = Instant::now();
+        assert_eq!(bench.control().wait_drained(soon()), Outcome::TimedOut);
+        assert!(started.elapsed() >= Duration::from_millis(20));
+        bench.release();
+        assert_eq!(bench.control().drain_queue(), Outcome::Clean);
+        assert_eq!(bench.guest.used_idx(), 2, "they were answered before");
+    });
+}
+
+#[test]
+fn requests_that_can_never_be_answered_are_told_of() {
+    // The end of a domain that panics is no fence: what it had may be written to for ever.
+    let puppets = Puppets::with_standby(1, &["hold=true", "break=reap,drop"]);
+    let mut bench = Bench::with(puppets);
+    bench.submit(0..3);
+    bench.run(|| {
+        until("requests", || bench.in_flight() == 3);
+        bench.release();
+        let drained = || bench.control().wait_drained(soon()) != Outcome::TimedOut;
+        until("the verdict", drained);
+        assert_eq!(bench.control().drain_queue(), Outcome::Unanswerable(3));
+        let expected = Err(NotDrained::Unanswerable { queue: 0, requests: 3 });
+        assert_eq!(bench.session().drain_queue(0), expected);
+        assert!(bench.backend.stop_vring(0).is_err(), "the frontend is told");
+        bench.session().close();
+    });
+    assert_eq!(bench.guest.used_idx(), 0);
+    let left = bench.puppets.proxy.stop();
+    assert!(left.iter().any(|what| what.contains("can never be answered")), "{left:?}");
+}
+
+#[test]
+fn a_session_that_drains_takes_nothing_more() {
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.submit(0..2);
+    bench.run(|| {
+        until("requests", || bench.in_flight() == 2);
+        let (context, control) = (bench.context(), bench.control());
+        context.phase.advance_to(Phase::Draining);
+        bench.guest.put(2, bench.guest.request(2, Kind::Read(512)));
+        control.wake();
+        assert_eq!(control.wait_drained(soon()), Outcome::TimedOut);
+        bench.release();
+        assert_eq!(control.wait_drained(Instant::now() + PATIENCE), Outcome::Clean);
+        assert_eq!((bench.guest.used_idx(), bench.vring.queue_next_avail()), (2, 2));
+        bench.session().close();
+        assert!(!context.phase.is_at(Phase::GaveUp), "there was no need");
+    });
+    assert_eq!(bench.puppets.proxy.stop(), Vec::<String>::new());
+}
+
+#[test]
+fn a_drain_in_vain_leaves_the_requests_and_says_so() {
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.submit(0..2);
+    bench.run(|| {
+        until("requests", || bench.in_flight() == 2);
+        bench.context().phase.advance_to(Phase::GaveUp);
+        let started = Instant::now();
+        bench.session().close();
+        assert!(started.elapsed() < Duration::from_secs(5), "there is no patience left");
+        bench.release();
+        assert_eq!(bench.control().wait_drained(soon()), Outcome::Clean, "the worker has left");
+    });
+    assert_eq!(bench.guest.used_idx(), 0, "nothing is published any more");
+    let left = bench.puppets.proxy.stop();
+    assert!(left.iter().any(|what| what.contains("in flight when the session ended")), "{left:?}");
+}
+
+#[test]
+fn a_ring_that_cannot_be_stopped_in_time_ends_the_patience() {
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.submit(0..1);
+    bench.run(|| {
+        until("requests", || bench.in_flight() == 1);
+        bench.context().phase.advance_to(Phase::GaveUp);
+        let error = bench.backend.stop_vring(0).expect_err("it is in flight");
+        assert!(error.to_string().contains("was not drained in time"), "{error}");
+        bench.release();
+        bench.session().close();
+    });
+}
+
+#[test]
+fn a_thread_that_ends_holds_nobody_up() {
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.submit(0..1);
+    bench.run(|| until("requests", || bench.in_flight() == 1));
+    assert_eq!(bench.control().drain_queue(), Outcome::Clean);
+    assert_eq!(bench.in_flight(), 0, "the worker left with its thread");
+    bench.session().close();
+    let other = bench.puppets.proxy.worker(0, 4, Box::new(Silent));
+    assert!(other.is_some(), "its place is free");
+}
+
+#[test]
+fn a_queue_of_a_session_that_ends_gets_no_worker() {
+    let mut bench = Bench::new(&[]);
+    bench.context().phase.advance_to(Phase::Draining);
+    bench.submit(0..1);
+    bench.run(|| assert_eq!(bench.control().drain_queue(), Outcome::Clean));
+    assert_eq!((bench.guest.used_idx(), bench.vring.queue_next_avail()), (0, 0));
+}
+
+#[test]
+fn a_domain_that_dies_under_a_session_is_replaced_or_the_device_is_faulted() {
+    for (puppets, state, status) in [
+        (Puppets::with_standby(1, &["die_at=2"]), State::Serving, 0),
+        (Puppets::start(1, &["die_at=2"]), State::Faulted, 1),
+    ] {
+        let mut bench = Bench::with(puppets);
+        bench.submit(0..3);
+        bench.run(|| {
+            until("answers", || {
+                bench.control().wake();
+                bench.guest.used_idx() == 3
+            });
+            until("the state", || bench.puppets.proxy.status().state == state);
+        });
+        assert_eq!((bench.guest.status(0), bench.guest.status(2)), (0, status));
+    }
+}
+
+#[test]
+fn domains_are_told_of_memory_that_comes_and_goes() {
+    let bench = Bench::new(&[]);
+    let told = || bench.puppets.stage.lines("a", "memory").len();
+    let share = |map: GuestMemoryMmap| {
+        bench.backend.update_memory(GuestMemoryAtomic::new(map)).expect("an update");
+    };
+    assert!(!bench.context().memory.was_shared());
+    let (map, other) = (testing::map(), testing::map());
+    share(map.clone());
+    assert_eq!((told(), bench.context().memory.version()), (1, 2));
+    share(map.clone());
+    assert_eq!((told(), bench.context().memory.version()), (1, 3), "the same regions");
+    share(other);
+    assert_eq!(told(), 3, "one has gone, and one has come");
+    bench.run(|| bench.session().close());
+    assert_eq!(told(), 4);
+    assert!(bench.context().memory.was_shared());
+}
+
+#[test]
+fn the_configuration_space_is_read_and_a_bad_read_is_refused() {
+    let bench = Bench::new(&[]);
+    let capacity = bench.backend.get_config(0, 8);
+    assert_eq!(capacity, (2048u64).to_le_bytes(), "1 MiB in sectors");
+    assert!(!bench.context().connection.is_refused());
+    assert!(bench.backend.get_config(4000, 8).is_empty());
+    assert!(bench.context().connection.is_refused());
+    assert!(bench.backend.set_config(4000, &[0]).is_err(), "there is no other way to say no");
+}
+
+#[test]
+fn requests_are_held_against_the_features_that_were_acknowledged() {
+    let bench = Bench::new(&[]);
+    assert_ne!(bench.backend.features() & features::FLUSH, 0);
+    assert_eq!(bench.context().offer.limits().features, 0);
+    bench.backend.acked_features(features::FLUSH);
+    assert_eq!(bench.context().offer.limits().features, features::FLUSH);
+    bench.run(|| bench.backend.reset_device());
+}
+
+#[test]
+fn a_ring_of_a_size_that_cannot_be_is_refused_with_a_cure() {
+    let bench = Bench::new(&[]);
+    bench.run(|| {
+        assert_eq!(bench.control().drain_queue(), Outcome::Clean, "it listens from here on");
+        bench.vring.set_queue_size(SIZE);
+        assert!(!bench.context().connection.is_refused());
+        bench.vring.set_queue_size(2 * SIZE);
+        assert!(bench.context().connection.is_refused());
+        let refused = bench.vring.set_queue_info(0x1000, 0x2000, 0x3000);
+        assert!(refused.is_err());
+        bench.vring.set_queue_ready(true);
+        assert!(!bench.vring.get_ref().get_queue().ready(), "it does not start");
+    });
+    assert!(how_to_size(96, 128).contains("queue-size=128"));
+    assert!(how_to_size(256, 128).contains("--queue-size 256"));
+    assert!(how_to_size(4096, 128).contains("is the most that there can be"));
+}
