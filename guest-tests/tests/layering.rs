@@ -40,6 +40,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// More arrows that tests, benchmarks and examples may have.
 const ARROWS_OF_TESTS: &[(&str, &[&str])] = &[
     ("domain-api", &["domain-conformance"]),
+    // The engine is driven with a backend of the test's own.
+    ("domain-io", &["domain-conformance"]),
     ("domain-empty", SUITE),
     ("domain-ramdisk", SUITE),
     ("domain-file", SUITE),

@@ -2,54 +2,43 @@
 //!
 //! The data is where it is: in the file, reached through the page cache or, with `direct=true`,
 //! past it. An instance holds no data and, as a rule, does no read-modify-write, so two of them on
-//! the same file serve side by side, and an upgrade pauses nobody. For that the storage keeps the
-//! first instance's descriptor, and a successor works on a dup of it; see `image` for when it
-//! cannot, and why. Where direct I/O is to be aligned to more than the guest's blocks (`edges`), an
-//! upgrade is a handover.
+//! the same file serve side by side, and an upgrade pauses no request. For that the storage keeps
+//! the first instance's descriptor, and a successor works on a dup of it; see `image` for when it
+//! cannot, and why. Where direct I/O is to be aligned to more than the guest's blocks
+//! (`domain_io::engine::ranges`), an upgrade is a handover.
 //!
 //! Data moves straight from and to guest memory. What only has to be copied is served in the call
 //! that submits it; whatever may wait for a device goes through io_uring, one ring per queue, and
-//! ends later (`queue`). Where io_uring cannot be had, each worker serves its requests itself, one
-//! after the other (`engine`, `disk`).
+//! ends later (`backend`). Where io_uring cannot be had, each worker serves its requests itself,
+//! one after the other (`rings`, `serve`).
+//!
+//! What is here is policy: which file, opened how, and what each request maps to. What is in
+//! flight, and what has to wait for what, is the engine's (`domain_io::engine`).
 
 #![forbid(unsafe_code)]
 
 mod announced;
-mod bounce;
+mod backend;
 mod disk;
-mod edges;
-mod engine;
 mod image;
-mod offload;
-mod pace;
-mod queue;
-mod trouble;
-mod turn;
+mod rings;
+mod serve;
 
 use disk::Disk;
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
-    QueueContext, QueueIndex, Swap,
+    QueueContext, Swap,
 };
+use domain_io::engine::{Engine, Queue};
 use domain_io::file_io::OpenMode;
-use engine::Engine;
 use image::{Image, Wanted};
-use queue::{Queue, Remains};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use rings::Rings;
 
 /// The disk in a file.
 #[derive(Debug)]
 pub struct FileDisk {
     host: Host,
-    disk: Disk,
-    engine: Engine,
-    /// One bit for each queue that is attached.
-    attached: AtomicU64,
-    /// What is left of queues that were let go of, the last one of each. To end a ring takes long,
-    /// and to close a descriptor may write all back (NFS, FUSE), and their worker has a guest to
-    /// serve; they end with the instance.
-    detached: Mutex<Vec<(QueueIndex, Remains)>>,
+    engine: Engine<Disk>,
     serial: String,
 }
 
@@ -63,7 +52,7 @@ impl BlockDomain for FileDisk {
         &["path", "direct", "readonly", "locking", "block_size", "serial", "aio"];
     const INHERITED: &'static [&'static str] = Self::PARAMS;
 
-    type Queue = Queue;
+    type Queue = Queue<Disk>;
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
         let path = params.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
@@ -88,22 +77,16 @@ impl BlockDomain for FileDisk {
         };
         let serial = params.serial()?;
         let image = Image::prepare(host, path, Wanted { mode, locks, block_size })?;
-        let disk = Disk::new(host, image).map_err(|error| {
+        let own_sync = image.sync_file(host).map_err(|error| {
             DomainError::new(format!("no descriptor to sync `{path}` through: {error}"))
         })?;
-        let engine = Engine::choose(host, disk.image(), params)?;
-        Ok(Self {
-            host,
-            disk,
-            engine,
-            attached: AtomicU64::new(0),
-            detached: Mutex::default(),
-            serial,
-        })
+        let rings = Rings::choose(host, &image, params)?;
+        let disk = Disk::new(host, image, own_sync, rings);
+        Ok(Self { host, engine: Engine::new(host, disk), serial })
     }
 
     fn info(&self) -> DeviceInfo {
-        let image = self.disk.image();
+        let image = self.disk().image();
         let announced = image.announced();
         let capabilities = if image.mode().write {
             let takes_discard =
@@ -131,59 +114,53 @@ impl BlockDomain for FileDisk {
     }
 
     fn activate(&self) -> Result<(), DomainError> {
-        self.disk.image().keep(self.host)?;
-        self.disk.activated();
+        let disk = self.disk();
+        disk.image().keep(self.host)?;
+        disk.activated();
         // A standby may have been prepared long ago.
-        self.disk.image().follow_alignment();
+        disk.image().follow_alignment();
         let storage = self.host.storage();
         if storage.schema() == Self::SCHEMA { Ok(()) } else { storage.set_schema(Self::SCHEMA) }
     }
 
     fn quiesce(&self) -> Result<(), DomainError> {
-        // What was written is in the kernel's hands, whoever flushes it.
+        // What was written is in the kernel's hands, and a flush of any instance covers it.
         Ok(())
     }
 
-    fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {
-        let index = context.queue;
-        let queue = Queue::new(&self.engine, &self.disk, index);
-        self.attached.fetch_or(1 << index.0, Ordering::Relaxed);
-        Ok(queue)
+    fn attach_queue(&self, context: QueueContext) -> Result<Queue<Disk>, DomainError> {
+        Ok(self.engine.attach(context.queue))
     }
 
-    fn detach_queue(&self, queue: Queue) {
-        let index = queue.index();
-        self.attached.fetch_and(!(1 << index.0), Ordering::Relaxed);
-        let remains = queue.into_remains();
-        let mut detached = self.detached.lock().unwrap_or_else(PoisonError::into_inner);
-        // Queues may come and go as often as they like: one is kept, and the one before ends here,
-        // when the others can go on.
-        let before =
-            detached.iter().position(|(of, _)| *of == index).map(|at| detached.swap_remove(at));
-        detached.push((index, remains));
-        drop(detached);
-        drop(before);
+    fn detach_queue(&self, queue: Queue<Disk>) {
+        self.engine.detach(queue);
     }
 
-    fn submit(&self, queue: &mut Queue, batch: &mut Batch<'_>, completions: &mut Completions<'_>) {
-        queue.submit(&self.engine, &self.disk, batch, completions);
+    fn submit(
+        &self,
+        queue: &mut Queue<Disk>,
+        batch: &mut Batch<'_>,
+        completions: &mut Completions<'_>,
+    ) {
+        self.engine.submit(queue, batch, completions);
     }
 
-    fn reap(&self, queue: &mut Queue, completions: &mut Completions<'_>) {
-        queue.reap(&self.engine, &self.disk, completions);
+    fn reap(&self, queue: &mut Queue<Disk>, completions: &mut Completions<'_>) {
+        self.engine.reap(queue, completions);
     }
 
     fn cancel(&self) {
-        self.disk.cancel();
-        // Only a queue's own worker may use its ring, so it is woken to do so.
-        let attached = self.attached.load(Ordering::Relaxed);
-        (0..u64::BITS)
-            .filter(|index| attached & 1 << index != 0)
-            .for_each(|index| self.host.notify(QueueIndex(index)));
+        self.engine.cancel();
     }
 
     fn set_write_cache(&self, on: bool) {
-        self.disk.set_write_cache(on);
+        self.disk().set_write_cache(on);
+    }
+}
+
+impl FileDisk {
+    fn disk(&self) -> &Disk {
+        self.engine.backend()
     }
 }
 

@@ -6,6 +6,7 @@
 
 use crate::image::Image;
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
+use domain_io::engine::Opens;
 use domain_io::uring::{PreparedRing, Ring};
 use std::fs::File;
 use std::io;
@@ -25,7 +26,7 @@ struct Prepared {
 
 /// The chosen way.
 #[derive(Debug)]
-pub(crate) struct Engine {
+pub(crate) struct Rings {
     uring: bool,
     host: Host,
     /// For the queues that were served when this instance was prepared.
@@ -36,7 +37,7 @@ pub(crate) struct Engine {
     said: AtomicBool,
 }
 
-impl Engine {
+impl Rings {
     /// What `aio` asks for, for this image. Only a user who insists is told now that no ring can be
     /// had: the queues do without anyway.
     pub(crate) fn choose(host: Host, image: &Image, params: &Params) -> Result<Self, DomainError> {
@@ -67,14 +68,15 @@ impl Engine {
         Ok(Self { host, uring, prepared, loud, said: AtomicBool::new(false) })
     }
 
-    /// Whether a queue is to have a ring when it first needs one.
-    pub(crate) const fn wants_rings(&self) -> bool {
-        self.uring
-    }
-
-    /// Whether it is to have one from the beginning.
-    pub(crate) fn wants_rings_at_once(&self, image: &Image) -> bool {
-        self.uring && needs_rings(image)
+    /// When a queue is to have a ring.
+    pub(crate) fn opens(&self, image: &Image) -> Opens {
+        if !self.uring {
+            Opens::Never
+        } else if needs_rings(image) {
+            Opens::AtOnce
+        } else {
+            Opens::WhenNeeded
+        }
     }
 
     /// A ring for a queue, on the thread that serves it. One that cannot have any does without: it
@@ -93,7 +95,7 @@ impl Engine {
             }
         };
         let said = |error: &io::Error| {
-            // Relaxed: only whether somebody has said it before.
+            // Relaxed: only whether it was said before.
             if !self.said.swap(true, Ordering::Relaxed) {
                 let line = format!(
                     "queue {}: {}; its worker serves its requests",

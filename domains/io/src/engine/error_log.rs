@@ -1,4 +1,5 @@
-//! What the operator hears of failing I/O: the first of each kind, and then one line a minute.
+//! What the operator hears of failing I/O: the first error of each class, and then one line a
+//! minute.
 //!
 //! A full disk fails every write; a line for each would fill the next disk.
 
@@ -9,33 +10,34 @@ use std::time::Duration;
 
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// Kinds that are counted by themselves.
+/// Classes of errors that are counted by themselves.
 const NO_SPACE: usize = 0;
 const CUT_SHORT: usize = 1;
 const OTHER: usize = 2;
 
+/// The log of one instance.
 #[derive(Debug)]
-pub(crate) struct Trouble {
+pub struct ErrorLog {
     host: Host,
-    kinds: [Kind; 3],
+    classes: [Throttle; 3],
 }
 
 #[derive(Debug, Default)]
-struct Kind {
+struct Throttle {
     /// When a line may be written again, in nanoseconds of the host's clock.
     silent_until_ns: AtomicU64,
     /// Errors since the last line.
     unsaid: AtomicU64,
 }
 
-impl Trouble {
-    pub(crate) fn new(host: Host) -> Self {
-        Self { host, kinds: Default::default() }
+impl ErrorLog {
+    pub(super) fn new(host: Host) -> Self {
+        Self { host, classes: Default::default() }
     }
 
     /// Says that `what` failed, or counts it.
-    pub(crate) fn report(&self, what: &str, error: &io::Error) {
-        let (kind, advice) = match error.kind() {
+    pub fn report(&self, what: &str, error: &io::Error) {
+        let (class, advice) = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 (NO_SPACE, "; make room in the image's file system")
             }
@@ -47,22 +49,23 @@ impl Trouble {
             }
             _ => (OTHER, ""),
         };
-        let kind = &self.kinds[kind];
+        let class = &self.classes[class];
         let now = self.host.clock();
         let now_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-        let until_ns = kind.silent_until_ns.load(Ordering::Relaxed);
+        let until_ns = class.silent_until_ns.load(Ordering::Relaxed);
         let next_ns = u64::try_from((now + PAUSE).as_nanos()).unwrap_or(u64::MAX);
-        // Whoever moves the date writes the line; Relaxed, because nothing else hangs on it.
+        // The thread that moves the date writes the line; Relaxed, because nothing else hangs on
+        // it.
         let mine = now_ns >= until_ns
-            && kind
+            && class
                 .silent_until_ns
                 .compare_exchange(until_ns, next_ns, Ordering::Relaxed, Ordering::Relaxed)
                 .is_ok();
         if !mine {
-            kind.unsaid.fetch_add(1, Ordering::Relaxed);
+            class.unsaid.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let unsaid = kind.unsaid.swap(0, Ordering::Relaxed);
+        let unsaid = class.unsaid.swap(0, Ordering::Relaxed);
         let more = if unsaid == 0 {
             String::new()
         } else {

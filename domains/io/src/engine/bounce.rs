@@ -3,8 +3,8 @@
 //!
 //! Direct I/O wants aligned offsets, addresses and lengths of every piece, and a guest may use any.
 //! One per queue, whose memory is taken when a request first needs it: most guests never do, and a
-//! queue is attached while a guest waits. What goes through a ring has memory of its own there
-//! (`Aligned`).
+//! queue is attached while a guest waits. What goes through a port has memory of its own there
+//! ([`Aligned`](crate::Aligned)).
 
 use domain_api::Buffer;
 use std::fs::File;
@@ -35,7 +35,10 @@ impl Bounce {
     }
 
     /// Reads `buffer` from `offset` on, in blocks of `alignment` bytes.
-    pub(crate) fn read(
+    ///
+    /// # Errors
+    /// What `pread` says; [`io::ErrorKind::UnexpectedEof`] where the file ends too early.
+    pub fn read(
         &mut self,
         file: &File,
         alignment: u64,
@@ -58,7 +61,10 @@ impl Bounce {
 
     /// Writes `range`, in blocks of `alignment` bytes; what of these is outside stays as it is.
     /// `fill` is called with where in the range its bytes begin.
-    pub(crate) fn write(
+    ///
+    /// # Errors
+    /// What `pread` and `pwrite` say.
+    pub fn write(
         &mut self,
         file: &File,
         alignment: u64,

@@ -1,7 +1,7 @@
 //! One request in a ring: what is to be done, how far it has come, and the entry that asks the
 //! kernel for the rest.
 
-use super::Aligned;
+use crate::aligned::Aligned;
 use domain_abi::RawSegment;
 use domain_api::Request;
 use io_uring::{opcode, squeue, types};
@@ -39,9 +39,9 @@ pub enum Work {
     SyncData,
     /// The same through [`Files::witness`](super::Files::witness).
     SyncWitness,
-    /// Read into the flight's own memory. Ends well at the end of the file, with less.
+    /// Read into the memory that comes with the job. Ends well at the end of the file, with less.
     ReadAligned,
-    /// Write the flight's own memory.
+    /// Write the memory that comes with the job.
     WriteAligned {
         /// As for `Write`.
         durable: bool,
@@ -54,7 +54,44 @@ pub enum Work {
     WriteZeros,
 }
 
-/// How a completion moves a flight on.
+impl Work {
+    /// Whether it moves data.
+    #[must_use]
+    #[inline]
+    pub const fn is_transfer(self) -> bool {
+        matches!(
+            self,
+            Self::Read
+                | Self::Write { .. }
+                | Self::WriteZeros
+                | Self::ReadAligned
+                | Self::WriteAligned { .. }
+        )
+    }
+
+    /// Whether it changes what is in the file from where the guest has it.
+    #[must_use]
+    #[inline]
+    pub const fn is_change(self) -> bool {
+        matches!(
+            self,
+            Self::Write { .. }
+                | Self::WriteAligned { .. }
+                | Self::WriteZeros
+                | Self::PunchHole
+                | Self::ZeroRange
+        )
+    }
+
+    /// Whether it makes durable what was written before.
+    #[must_use]
+    #[inline]
+    pub const fn is_sync(self) -> bool {
+        matches!(self, Self::SyncData | Self::SyncWitness)
+    }
+}
+
+/// How a completion moves a request on.
 pub(super) enum Progress {
     /// There is more to do.
     More,
@@ -63,13 +100,13 @@ pub(super) enum Progress {
 }
 
 /// A request in the ring.
-pub(super) struct Flight {
+pub(super) struct InFlight {
     pub(super) request: Request,
     pub(super) work: Work,
     /// Bytes that are done.
     done: u64,
     /// The segments that are left, where these are not the request's own. Replaced only while the
-    /// kernel has no entry for this flight.
+    /// kernel has no entry for this request.
     rest: Vec<RawSegment>,
     /// How often the kernel may still be asked again.
     retries: u32,
@@ -77,7 +114,7 @@ pub(super) struct Flight {
     pub(super) aligned: Option<Box<Aligned>>,
 }
 
-impl Flight {
+impl InFlight {
     pub(super) const fn new(
         request: Request,
         work: Work,
@@ -133,7 +170,7 @@ impl Flight {
         }
     }
 
-    /// The entry for what is left. The kernel must have no other one for this flight.
+    /// The entry for what is left. The kernel must have no other one for this request.
     pub(super) fn entry(&mut self, zeros: &mut Zeros) -> squeue::Entry {
         let (offset, len) = (self.request.offset(), self.request.len());
         let at = offset + self.done;

@@ -13,16 +13,16 @@ const ALIGN: usize = 4096;
 
 /// A range of the file, and memory for it.
 ///
-/// While a ring has it the kernel may read or write the memory; nobody else has it then.
+/// While a ring has it the kernel may read or write the memory, and the ring alone owns it.
 #[derive(Debug)]
 pub struct Aligned {
     memory: NonNull<u8>,
     len: usize,
     offset: u64,
     /// The part that the next work is about.
-    pub(super) window: Range<usize>,
+    pub(crate) window: Range<usize>,
     /// How much of the window has been moved.
-    pub(super) moved: usize,
+    pub(crate) moved: usize,
 }
 
 // SAFETY: memory that it owns.
@@ -56,7 +56,8 @@ impl Aligned {
     /// The memory.
     #[must_use]
     pub const fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated with this length, initialised, and nobody writes while we are borrowed.
+        // SAFETY: allocated with this length, initialised, and nothing writes while we are
+        // borrowed.
         unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.len) }
     }
 
@@ -89,8 +90,25 @@ impl Aligned {
         self.moved
     }
 
+    /// The bytes of the window that are left to be moved, and where they are in the file.
+    #[must_use]
+    pub fn rest_mut(&mut self) -> (&mut [u8], u64) {
+        let (range, at) = (self.window.start + self.moved..self.window.end, self.offset);
+        let start = range.start as u64;
+        (&mut self.bytes_mut()[range], at + start)
+    }
+
+    /// Says that `count` more bytes of the window have been moved.
+    ///
+    /// # Panics
+    /// If there are not so many left.
+    pub fn moved_more(&mut self, count: usize) {
+        assert!(count <= self.window.len() - self.moved, "{count} more than the window has");
+        self.moved += count;
+    }
+
     /// What is left of the window: address, length, offset in the file.
-    pub(super) fn left(&mut self) -> (*mut u8, u32, u64) {
+    pub(crate) fn left(&mut self) -> (*mut u8, u32, u64) {
         let start = self.window.start + self.moved;
         // SAFETY: inside the allocation: `moved` is at most the window's length.
         let base = unsafe { self.memory.as_ptr().add(start) };
