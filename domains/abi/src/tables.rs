@@ -70,7 +70,7 @@ impl RawSegment {
     ///
     /// # Safety
     /// `base..base + len` stays mapped readable and writable until the request that uses it has
-    /// completed, and nobody makes a Rust reference into it.
+    /// completed, and no Rust reference into it is made.
     #[must_use]
     pub const unsafe fn new(base: *mut u8, len: usize) -> Self {
         Self { base, len }
@@ -105,7 +105,7 @@ impl RawSegment {
     }
 }
 
-// SAFETY: an address and a length; whoever made it answers for the memory (`new`), which belongs to
+// SAFETY: an address and a length; what made it answers for the memory (`new`), which belongs to
 // no thread.
 unsafe impl Send for RawSegment {}
 // SAFETY: as above.
@@ -137,7 +137,8 @@ impl RawRequest {
     ///
     /// # Safety
     /// `segments`, the list itself, stays where it is and unchanged until the request has completed
-    /// or its instance has been destroyed.
+    /// or its instance has been destroyed. That goes for each copy that is offered to an instance:
+    /// one that may still be offered after the request has completed must not exist.
     #[must_use]
     pub const unsafe fn new(
         op: u32,
@@ -165,7 +166,7 @@ impl RawRequest {
         unsafe { Self::new(op::FLUSH, 0, 0, 0, &[]) }
     }
 
-    /// A request that stands for none, and that nobody submits, to fill tables with.
+    /// A request that stands for none, and is never submitted, to fill tables with.
     #[must_use]
     pub const fn nothing() -> Self {
         Self::flush()
@@ -450,7 +451,8 @@ pub struct ModuleVtable {
     pub detach_queue:
         unsafe extern "C" fn(instance: *mut c_void, queue: u32, message: *mut RawMessage) -> u32,
     /// Takes the first `*accepted` of `count` requests; ends some of them at once into
-    /// `completions`.
+    /// `completions`. `*accepted` is 0 before the call. What an instance has taken is not offered to
+    /// it again, nor to another one before this one is destroyed.
     pub submit: unsafe extern "C" fn(
         instance: *mut c_void,
         queue: u32,

@@ -5,7 +5,9 @@
 //! take [`Exported::MODULE`] directly. Each entry point catches what unwinds; nothing that was
 //! allocated here is freed by the host.
 
-use crate::author::{Batch, BlockDomain, Completions, Host, QueueContext};
+use crate::author::{BlockDomain, QueueContext};
+use crate::host::Host;
+use crate::request::{Batch, Completions};
 use domain_abi::descriptor::Descriptor;
 use domain_abi::{
     self as abi, HostVtable, ModuleVtable, RawBytes, RawCompletions, RawDeviceInfo, RawMessage,
@@ -86,18 +88,18 @@ impl<D: BlockDomain> Exported<D> {
 }
 
 /// What `create` allocates and the host's `instance` pointer points to.
-struct Slot<D: BlockDomain> {
+struct Exposed<D: BlockDomain> {
     domain: D,
-    queues: Box<[QueueSlot<D>; MAX_QUEUES]>,
+    queues: Box<[QueueCell<D>; MAX_QUEUES]>,
 }
 
 /// One queue's state. Only the thread that serves the queue looks inside.
-struct QueueSlot<D: BlockDomain>(UnsafeCell<Option<D::Queue>>);
+struct QueueCell<D: BlockDomain>(UnsafeCell<Option<D::Queue>>);
 
 // SAFETY: `domain` is Sync by its trait; each queue's cell is touched only by the calls for that
 // queue, which the host makes from one thread at a time (abi::ModuleVtable), and what is inside is
 // Send.
-unsafe impl<D: BlockDomain> Sync for Slot<D> {}
+unsafe impl<D: BlockDomain> Sync for Exposed<D> {}
 
 /// The entry points. Public for the macro only.
 #[doc(hidden)]
@@ -154,9 +156,9 @@ pub mod shim {
     /// # Safety
     /// `instance` is what `create::<D>` returned, not yet destroyed.
     #[inline]
-    unsafe fn slot<'a, D: BlockDomain>(instance: *mut c_void) -> &'a Slot<D> {
+    unsafe fn exposed<'a, D: BlockDomain>(instance: *mut c_void) -> &'a Exposed<D> {
         // SAFETY: the caller's contract; `create` made it from exactly this type.
-        unsafe { &*instance.cast::<Slot<D>>() }
+        unsafe { &*instance.cast::<Exposed<D>>() }
     }
 
     /// # Safety
@@ -165,10 +167,10 @@ pub mod shim {
     #[inline]
     #[allow(clippy::mut_from_ref)]
     unsafe fn queue_state<D: BlockDomain>(
-        slot: &Slot<D>,
+        exposed: &Exposed<D>,
         queue: u32,
     ) -> Result<&mut Option<D::Queue>, DomainError> {
-        let cell = slot.queues.get(queue as usize).ok_or_else(|| no_queue(queue))?;
+        let cell = exposed.queues.get(queue as usize).ok_or_else(|| no_queue(queue))?;
         // SAFETY: the caller's contract.
         Ok(unsafe { &mut *cell.0.get() })
     }
@@ -224,11 +226,11 @@ pub mod shim {
             let domain = D::prepare(unsafe { Host::from_vtable(host) }, &given)?;
             // Made where it stays: a queue's state can be large.
             let queues: Box<[_]> =
-                (0..MAX_QUEUES).map(|_| QueueSlot(UnsafeCell::new(None))).collect();
+                (0..MAX_QUEUES).map(|_| QueueCell(UnsafeCell::new(None))).collect();
             let queues = queues.try_into().unwrap_or_else(|_| unreachable!("as many as there are"));
-            let slot = Box::new(Slot { domain, queues });
+            let exposed = Box::new(Exposed { domain, queues });
             // SAFETY: `out` is valid for one pointer.
-            unsafe { out.write(Box::into_raw(slot).cast()) };
+            unsafe { out.write(Box::into_raw(exposed).cast()) };
             Ok(())
         })
     }
@@ -242,7 +244,7 @@ pub mod shim {
         guarded(message, || {
             // SAFETY: `create::<D>` made it with `Box::into_raw`, and the host does not use it
             // again.
-            drop(unsafe { Box::from_raw(instance.cast::<Slot<D>>()) });
+            drop(unsafe { Box::from_raw(instance.cast::<Exposed<D>>()) });
             Ok(())
         })
     }
@@ -264,7 +266,7 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: the host passes a live instance.
-            let info = unsafe { slot::<D>(instance) }.domain.info();
+            let info = unsafe { exposed::<D>(instance) }.domain.info();
             let raw = RawDeviceInfo {
                 size: size_of::<RawDeviceInfo>() as u32,
                 block_size: info.block_size,
@@ -296,10 +298,10 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: a live instance, called by the queue's thread.
-            let slot = unsafe { slot::<D>(instance) };
+            let exposed = unsafe { exposed::<D>(instance) };
             // SAFETY: as above; this is the only reference in this call.
-            let state = unsafe { queue_state(slot, queue) }?;
-            *state = Some(slot.domain.attach_queue(QueueContext { queue: QueueIndex(queue) })?);
+            let state = unsafe { queue_state(exposed, queue) }?;
+            *state = Some(exposed.domain.attach_queue(QueueContext { queue: QueueIndex(queue) })?);
             Ok(())
         })
     }
@@ -313,10 +315,10 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: a live instance, called by the queue's thread.
-            let slot = unsafe { slot::<D>(instance) };
+            let exposed = unsafe { exposed::<D>(instance) };
             // SAFETY: as above; this is the only reference in this call.
-            if let Some(state) = unsafe { queue_state(slot, queue) }?.take() {
-                slot.domain.detach_queue(state);
+            if let Some(state) = unsafe { queue_state(exposed, queue) }?.take() {
+                exposed.domain.detach_queue(state);
             }
             Ok(())
         })
@@ -333,8 +335,8 @@ pub mod shim {
     /// As for [`queue_state`].
     #[inline]
     #[allow(clippy::mut_from_ref)]
-    unsafe fn attached<D: BlockDomain>(slot: &Slot<D>, queue: u32) -> Option<&mut D::Queue> {
-        let cell = slot.queues.get(queue as usize)?;
+    unsafe fn attached<D: BlockDomain>(exposed: &Exposed<D>, queue: u32) -> Option<&mut D::Queue> {
+        let cell = exposed.queues.get(queue as usize)?;
         // SAFETY: the caller's contract.
         unsafe { &mut *cell.0.get() }.as_mut()
     }
@@ -357,9 +359,9 @@ pub mod shim {
         message: *mut RawMessage,
     ) -> u32 {
         // SAFETY: a live instance, called by the queue's thread.
-        let slot = unsafe { slot::<D>(instance) };
+        let exposed = unsafe { exposed::<D>(instance) };
         // SAFETY: as above; this is the only reference in this call.
-        let Some(state) = (unsafe { attached(slot, queue) }) else {
+        let Some(state) = (unsafe { attached(exposed, queue) }) else {
             return not_attached(message, queue);
         };
         guarded(message, || {
@@ -368,9 +370,12 @@ pub mod shim {
             let (requests, accepted, completions) = unsafe {
                 (std::slice::from_raw_parts(requests, count), &mut *accepted, &mut *completions)
             };
-            // SAFETY: the host's list has room for `capacity` entries (abi::RawCompletions).
-            let mut completions = unsafe { Completions::new(completions) };
-            slot.domain.submit(state, &mut Batch::new(requests, accepted), &mut completions);
+            // SAFETY: each request is the instance's once it is taken, and is not offered again
+            // (ModuleVtable::submit); the host's list has room for `capacity` entries
+            // (abi::RawCompletions).
+            let (mut batch, mut completions) =
+                unsafe { (Batch::new(requests, accepted), Completions::new(completions)) };
+            exposed.domain.submit(state, &mut batch, &mut completions);
             Ok(())
         })
     }
@@ -384,16 +389,16 @@ pub mod shim {
         message: *mut RawMessage,
     ) -> u32 {
         // SAFETY: a live instance, called by the queue's thread.
-        let slot = unsafe { slot::<D>(instance) };
+        let exposed = unsafe { exposed::<D>(instance) };
         // SAFETY: as above; this is the only reference in this call.
-        let Some(state) = (unsafe { attached(slot, queue) }) else {
+        let Some(state) = (unsafe { attached(exposed, queue) }) else {
             return not_attached(message, queue);
         };
         guarded(message, || {
             // SAFETY: `completions` is host memory that nothing else uses during the call, with
             // room for `capacity` entries.
             let mut completions = unsafe { Completions::new(&mut *completions) };
-            slot.domain.reap(state, &mut completions);
+            exposed.domain.reap(state, &mut completions);
             Ok(())
         })
     }
@@ -403,7 +408,7 @@ pub mod shim {
             #[doc = concat!("# Safety\nAs [`ModuleVtable::", stringify!($name), "`] says.")]
             pub unsafe extern "C" fn $name<D: BlockDomain>(instance: *mut c_void, message: *mut RawMessage) -> u32 {
                 // SAFETY: the host passes a live instance.
-                guarded(message, || unsafe { slot::<D>(instance) }.domain.$name())
+                guarded(message, || unsafe { exposed::<D>(instance) }.domain.$name())
             }
         )*};
     }
@@ -417,7 +422,7 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: the host passes a live instance.
-            unsafe { slot::<D>(instance) }.domain.cancel();
+            unsafe { exposed::<D>(instance) }.domain.cancel();
             Ok(())
         })
     }
@@ -433,7 +438,7 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: the host passes a live instance.
-            unsafe { slot::<D>(instance) }.domain.memory_changed(base as usize, len, added != 0);
+            unsafe { exposed::<D>(instance) }.domain.memory_changed(base as usize, len, added != 0);
             Ok(())
         })
     }
@@ -447,7 +452,7 @@ pub mod shim {
     ) -> u32 {
         guarded(message, || {
             // SAFETY: the host passes a live instance.
-            unsafe { slot::<D>(instance) }.domain.set_write_cache(on != 0);
+            unsafe { exposed::<D>(instance) }.domain.set_write_cache(on != 0);
             Ok(())
         })
     }

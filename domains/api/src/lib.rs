@@ -11,15 +11,19 @@
 mod author;
 mod buffer;
 mod export;
+mod host;
+mod request;
 mod storage;
 
-pub use author::{Batch, BlockDomain, Completions, Host, Op, QueueContext, Request, RequestId};
+pub use author::{BlockDomain, QueueContext};
 pub use buffer::Buffer;
 pub use domain_abi::{
     Capabilities, DeviceInfo, DomainError, Level, Params, ParamsError, QueueIndex, Status, Swap,
     parse_size,
 };
 pub use export::Exported;
+pub use host::Host;
+pub use request::{Batch, Completions, Op, Request, RequestId};
 pub use storage::{Region, Storage};
 
 #[doc(hidden)]

@@ -4,8 +4,8 @@
 //! after `quiesce`: the instance may die in the middle of a request, and its successor takes up
 //! what is there.
 
-use crate::Buffer;
-use crate::author::{Host, with_message};
+use crate::buffer::Buffer;
+use crate::host::{Host, with_message};
 use domain_abi::{DomainError, RawRegion, raw_bytes};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
@@ -21,11 +21,15 @@ pub struct Storage {
     host: Host,
 }
 
-impl Storage {
-    pub(crate) const fn new(host: Host) -> Self {
-        Self { host }
+impl Host {
+    /// The storage: what outlives instances.
+    #[must_use]
+    pub const fn storage(self) -> Storage {
+        Storage { host: self }
     }
+}
 
+impl Storage {
     /// Number of the layout that the storage has now; 0 for an empty storage.
     #[must_use]
     pub fn schema(&self) -> u32 {

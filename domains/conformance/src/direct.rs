@@ -41,9 +41,11 @@ impl<D: BlockDomain> Direct<D> {
     #[inline]
     pub fn submit(&mut self, requests: &[RawRequest], completions: &mut CompletionBuffer) -> usize {
         let mut accepted = 0;
-        // SAFETY: the domain completes into the list, which is as the buffer made it.
-        let mut out = unsafe { Completions::new(completions.raw()) };
-        self.domain.submit(&mut self.queue, &mut Batch::new(requests, &mut accepted), &mut out);
+        // SAFETY: what made the requests answers for how often they are offered, as with
+        // `QueueHandle::submit`; the domain completes into the list, which is as the buffer made it.
+        let (mut batch, mut out) =
+            unsafe { (Batch::new(requests, &mut accepted), Completions::new(completions.raw())) };
+        self.domain.submit(&mut self.queue, &mut batch, &mut out);
         accepted
     }
 

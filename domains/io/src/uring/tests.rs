@@ -37,7 +37,8 @@ fn raw(op: u32, offset: u64, len: u64, segments: &[RawSegment], tag: u64) -> Req
     // SAFETY: the tests keep `segments` until the request has ended.
     let mut raw = unsafe { RawRequest::new(op, 0, offset, len, segments) };
     raw.tag = tag;
-    Batch::new(&[raw], &mut 0).next().expect("it is there")
+    // SAFETY: it is offered once.
+    unsafe { Batch::new(&[raw], &mut 0).next() }.expect("it is there")
 }
 
 fn eventfd() -> File {
