@@ -298,8 +298,6 @@ const CIRCLES: &[(&str, &str)] = &[
         "the table of what is in flight and the worker share how requests end",
     ),
     ("backend/proxy::queue", "a queue's status has its worker's clock, which reports by queue"),
-    ("domains/api::author", "the host's face and its storage are two halves of one handle"),
-    ("domains/conformance::lane", "a lane drives requests against the host that it belongs to"),
 ];
 
 /// A crate's files as modules: the path in the crate (`""` for its root) and the source.

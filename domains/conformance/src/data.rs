@@ -1,7 +1,8 @@
 //! Checks of what requests do to the data, against a shadow copy of the disk.
 
+use super::bench::Bench;
 use super::lane::{Job, Lane};
-use super::test_host::{Bench, TestStorage};
+use super::test_host::TestStorage;
 use super::{Options, Random, Violation, ensure};
 use domain_api::{BlockDomain, Capabilities, DeviceInfo, Status};
 use std::sync::Arc;
@@ -10,14 +11,14 @@ use std::sync::Arc;
 const LARGEST: u64 = 64 << 20;
 
 /// An activated instance, its storage and what it announces.
-pub(super) struct Stage {
+pub(super) struct Subject {
     pub storage: Arc<TestStorage>,
     pub bench: Bench,
     pub info: DeviceInfo,
 }
 
-impl Stage {
-    pub(super) fn set<D: BlockDomain>(options: &Options) -> Result<Self, Violation> {
+impl Subject {
+    pub(super) fn activated<D: BlockDomain>(options: &Options) -> Result<Self, Violation> {
         let storage = TestStorage::new();
         let bench = prepare::<D>(&storage, options)?;
         bench.activate().map_err(|error| Violation::new(format!("activate failed: {error}")))?;
@@ -147,45 +148,45 @@ impl Shadow {
 /// A kind of request that nobody knows yet is answered, not dropped. A write to a read-only disk
 /// fails.
 pub(super) fn unknown_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
     let status = lane.one(Job::of_kind(4711))?.status;
     ensure(status == Status::Unsupported, || {
         format!("a request of an unknown kind ended with {status:?}, not Unsupported")
     })?;
-    if !stage.writable() {
-        let before = stage.load(options, &mut lane)?;
-        let status = lane.one(Job::write(0, vec![0x5a; stage.info.block_size as usize]))?.status;
+    if !subject.writable() {
+        let before = subject.load(options, &mut lane)?;
+        let status = lane.one(Job::write(0, vec![0x5a; subject.info.block_size as usize]))?.status;
         ensure(status != Status::Ok, || "a write to a read-only disk ended well".to_owned())?;
         before.verify(&mut lane)?;
     }
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// The disk can be read from end to end, and reads the same twice.
 pub(super) fn reads<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
-    let block = u64::from(stage.info.block_size);
-    let shadow = stage.load(options, &mut lane)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
+    let block = u64::from(subject.info.block_size);
+    let shadow = subject.load(options, &mut lane)?;
     shadow.verify(&mut lane)?;
-    for offset in [0, block, stage.info.capacity - block] {
+    for offset in [0, block, subject.info.capacity - block] {
         shadow.check(offset, &lane.one(Job::read(offset, block).in_pieces(&[1]))?.ok()?)?;
     }
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// Data survives any way of cutting it into pieces, at both ends of the disk, and nothing beside it
 /// changes.
 pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
-    let mut shadow = stage.load(options, &mut lane)?;
-    if stage.writable() {
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
+    let mut shadow = subject.load(options, &mut lane)?;
+    if subject.writable() {
         let mut random = Random::new(options.seed);
-        let (block, end) = (u64::from(stage.info.block_size), stage.info.capacity);
+        let (block, end) = (u64::from(subject.info.block_size), subject.info.capacity);
         // Long enough in pieces of one byte for more than the 1024 iovecs that the kernel takes at
         // a time.
         let long = (4096 / block).max(1) * block * 3;
@@ -205,21 +206,21 @@ pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violatio
     }
     shadow.verify(&mut lane)?;
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// What is neither read nor write, on ranges that are no whole pages; nothing beside the range
 /// changes.
 pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
-    let mut shadow = stage.load(options, &mut lane)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
+    let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
-    let (block, end) = (u64::from(stage.info.block_size), stage.info.capacity);
-    if stage.can(Capabilities::FLUSH) {
+    let (block, end) = (u64::from(subject.info.block_size), subject.info.capacity);
+    if subject.can(Capabilities::FLUSH) {
         lane.one(Job::flush())?.ok()?;
     }
-    if stage.writable() {
+    if subject.writable() {
         // On a disk of zeros nobody sees a zero too many.
         for offset in (0..end).step_by(256 * block as usize) {
             let len = (256 * block).min(end - offset);
@@ -229,46 +230,46 @@ pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Vi
     let ranges =
         [(0, block), (end - block, block), (block, 3 * block), (3 * block, 100 * block), (0, end)];
     for (offset, len) in ranges {
-        if !stage.writable() {
+        if !subject.writable() {
             break;
         }
         for may_unmap in [false, true] {
-            if stage.can(Capabilities::WRITE_ZEROES) {
+            if subject.can(Capabilities::WRITE_ZEROES) {
                 shadow.write(&mut lane, offset, random.bytes(len as usize))?;
                 lane.one(Job::write_zeroes(offset, len, may_unmap))?.ok()?;
                 shadow.zeroed(offset, len);
                 shadow.verify(&mut lane)?;
             }
         }
-        if stage.can(Capabilities::DISCARD) {
+        if subject.can(Capabilities::DISCARD) {
             lane.one(Job::discard(offset, len))?.ok()?;
             // What a discarded range reads as is anybody's guess, until it is written again.
             shadow.write(&mut lane, offset, random.bytes(len as usize))?;
             shadow.verify(&mut lane)?;
         }
     }
-    if stage.can(Capabilities::FLUSH) {
+    if subject.can(Capabilities::FLUSH) {
         lane.one(Job::flush())?.ok()?;
     }
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// Many more requests than fit in flight: all are answered, once.
 pub(super) fn deep_queue<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
-    let mut shadow = stage.load(options, &mut lane)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
+    let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
-    let block = u64::from(stage.info.block_size);
-    let blocks = (stage.info.capacity / block).min(1000);
-    if stage.writable() {
+    let block = u64::from(subject.info.block_size);
+    let blocks = (subject.info.capacity / block).min(1000);
+    if subject.writable() {
         let mut jobs = Vec::new();
         for i in 0..blocks {
             let data = random.bytes(block as usize);
             shadow.wrote(i * block, &data);
             jobs.push(Job::write(i * block, data));
-            if i % 97 == 0 && stage.can(Capabilities::FLUSH) {
+            if i % 97 == 0 && subject.can(Capabilities::FLUSH) {
                 jobs.push(Job::flush());
             }
         }
@@ -281,31 +282,32 @@ pub(super) fn deep_queue<D: BlockDomain>(options: &Options) -> Result<(), Violat
         shadow.check(i as u64 * block, &done.ok()?)?;
     }
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// Each queue works on a band of the disk of its own, from a thread of its own.
 pub(super) fn several_queues<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
+    let subject = Subject::activated::<D>(options)?;
     std::thread::scope(|scope| {
-        let stage = &stage;
+        let subject = &subject;
         let workers: Vec<_> = (0..options.queues)
-            .map(|queue| scope.spawn(move || random_requests(stage, options, queue)))
+            .map(|queue| scope.spawn(move || random_requests(subject, options, queue)))
             .collect();
         workers.into_iter().try_for_each(|worker| {
             worker.join().unwrap_or_else(|_| Err(Violation::new("the suite panicked on a worker")))
         })
     })?;
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
-fn random_requests(stage: &Stage, options: &Options, queue: u32) -> Result<(), Violation> {
+fn random_requests(subject: &Subject, options: &Options, queue: u32) -> Result<(), Violation> {
     const SLOTS: u64 = 8;
-    let block = u64::from(stage.info.block_size);
-    let slot_blocks = stage.info.capacity / block / u64::from(options.queues) / SLOTS;
+    let block = u64::from(subject.info.block_size);
+    let slot_blocks = subject.info.capacity / block / u64::from(options.queues) / SLOTS;
     let band = slot_blocks * SLOTS * block;
-    let mut lane = stage.bench.lane(queue)?;
-    let mut shadow = Shadow::load(&mut lane, &stage.info, options, u64::from(queue) * band, band)?;
+    let mut lane = subject.bench.lane(queue)?;
+    let mut shadow =
+        Shadow::load(&mut lane, &subject.info, options, u64::from(queue) * band, band)?;
     let mut random = Random::new(options.seed ^ u64::from(queue + 1) << 40);
     for _ in 0..60 {
         // One request per slot: none of a round overlaps another.
@@ -317,16 +319,16 @@ fn random_requests(stage: &Stage, options: &Options, queue: u32) -> Result<(), V
             let offset = shadow.base + (slot * slot_blocks + first) * block;
             let pieces = [1 + random.below(3000) as usize, 1 + random.below(9000) as usize];
             match random.below(8) {
-                0..3 if stage.writable() => {
+                0..3 if subject.writable() => {
                     let data = random.bytes(len as usize);
                     shadow.wrote(offset, &data);
                     jobs.push(Job::write(offset, data).in_pieces(&pieces));
                 }
-                3 if stage.writable() && stage.can(Capabilities::WRITE_ZEROES) => {
+                3 if subject.writable() && subject.can(Capabilities::WRITE_ZEROES) => {
                     shadow.zeroed(offset, len);
                     jobs.push(Job::write_zeroes(offset, len, random.below(2) == 0));
                 }
-                4 if stage.can(Capabilities::FLUSH) => jobs.push(Job::flush()),
+                4 if subject.can(Capabilities::FLUSH) => jobs.push(Job::flush()),
                 _ => {
                     reads.push((jobs.len(), offset));
                     jobs.push(Job::read(offset, len).in_pieces(&pieces));

@@ -117,7 +117,8 @@ impl Done {
     }
 }
 
-struct Flight {
+/// A request that was made, and its memory.
+struct Issued {
     /// Which of the jobs it is.
     job: usize,
     op: u32,
@@ -135,7 +136,7 @@ pub struct Lane {
     deadline: Duration,
     completions: CompletionBuffer,
     next_tag: u64,
-    in_flight: HashMap<u64, Flight>,
+    in_flight: HashMap<u64, Issued>,
     done_before: HashSet<u64>,
 }
 
@@ -186,13 +187,13 @@ impl Lane {
     pub fn run(&mut self, jobs: Vec<Job>) -> Result<Vec<Done>, Violation> {
         let mut results: Vec<Option<Done>> = jobs.iter().map(|_| None).collect();
         let mut jobs = jobs.into_iter().enumerate();
-        let mut waiting: VecDeque<(u64, Flight)> = VecDeque::new();
+        let mut waiting: VecDeque<(u64, Issued)> = VecDeque::new();
         loop {
             while waiting.len() < BATCH
                 && let Some((number, job)) = jobs.next()
             {
                 self.next_tag += 1;
-                waiting.push_back((self.next_tag, self.flight(number, job)));
+                waiting.push_back((self.next_tag, self.issue(number, job)));
             }
             // Read before the calls: a notification that comes after them must not be missed.
             let seen = self.host.notifications(self.queue);
@@ -217,18 +218,18 @@ impl Lane {
             .collect()
     }
 
-    fn flight(&self, number: usize, job: Job) -> Flight {
+    fn issue(&self, number: usize, job: Job) -> Issued {
         let mut memory = GuestMemory::new(&job.pieces);
         if let Some(data) = &job.data {
             memory.fill(data);
         }
-        // SAFETY: the list is a box of `memory`, which the flight keeps until the request has
+        // SAFETY: the list is a box of `memory`, which `Issued` keeps until the request has
         // completed, or leaks (Drop).
         let mut raw =
             unsafe { RawRequest::new(job.op, job.flags, job.offset, job.len, memory.segments()) };
         raw.tag = self.next_tag;
         raw.generation = self.handle().instance().generation();
-        Flight { job: number, op: job.op, written: job.data, len: job.len, memory, raw }
+        Issued { job: number, op: job.op, written: job.data, len: job.len, memory, raw }
     }
 
     fn handle(&self) -> &QueueHandle {
@@ -238,12 +239,12 @@ impl Lane {
     /// Offers what waits; returns how many requests were taken or ended.
     fn submit(
         &mut self,
-        waiting: &mut VecDeque<(u64, Flight)>,
+        waiting: &mut VecDeque<(u64, Issued)>,
         results: &mut [Option<Done>],
     ) -> Result<usize, Violation> {
         let room = (DEPTH - self.in_flight.len()).min(BATCH);
         let offered: Vec<RawRequest> =
-            waiting.iter().take(room).map(|(_, flight)| flight.raw).collect();
+            waiting.iter().take(room).map(|(_, issued)| issued.raw).collect();
         if offered.is_empty() {
             return Ok(0);
         }
@@ -293,7 +294,7 @@ impl Lane {
         let completed: Vec<RawCompletion> = self.completions.completed().to_vec();
         let generation = self.handle().instance().generation();
         for completion in &completed {
-            let Some(flight) = self.in_flight.remove(&completion.tag) else {
+            let Some(issued) = self.in_flight.remove(&completion.tag) else {
                 return Err(Violation::new(if self.done_before.contains(&completion.tag) {
                     format!("it completed request {:#x} twice", completion.tag)
                 } else {
@@ -304,13 +305,13 @@ impl Lane {
             ensure(completion.generation == generation, || {
                 format!("it completed for generation {}, not {generation}", completion.generation)
             })?;
-            results[flight.job] = Some(outcome(completion, &flight)?);
+            results[issued.job] = Some(outcome(completion, &issued)?);
         }
         Ok(completed.len())
     }
 }
 
-fn outcome(completion: &RawCompletion, flight: &Flight) -> Result<Done, Violation> {
+fn outcome(completion: &RawCompletion, issued: &Issued) -> Result<Done, Violation> {
     let status = match completion.status {
         abi::status::OK => Status::Ok,
         abi::status::IO_ERROR => Status::IoError,
@@ -319,13 +320,13 @@ fn outcome(completion: &RawCompletion, flight: &Flight) -> Result<Done, Violatio
             return Err(Violation::new(format!("it completed with the unknown status {other}")));
         }
     };
-    let read = flight.op == abi::op::READ;
-    let expected = if read && status == Status::Ok { flight.len } else { 0 };
+    let read = issued.op == abi::op::READ;
+    let expected = if read && status == Status::Ok { issued.len } else { 0 };
     ensure(u64::from(completion.written) == expected, || {
         format!("it says that it wrote {} bytes, not {expected}", completion.written)
     })?;
-    let now = flight.memory.take()?;
-    if let Some(written) = &flight.written {
+    let now = issued.memory.take()?;
+    if let Some(written) = &issued.written {
         ensure(now == *written, || "it changed the data that it was to write".to_owned())?;
     }
     Ok(Done { status, data: if read { now } else { Vec::new() } })
@@ -335,8 +336,8 @@ impl Drop for Lane {
     fn drop(&mut self) {
         drop(self.handle.take());
         // What never ended may still be used by the domain, for ever: its memory must stay.
-        for (_, flight) in self.in_flight.drain() {
-            std::mem::forget(flight);
+        for (_, issued) in self.in_flight.drain() {
+            std::mem::forget(issued);
         }
     }
 }

@@ -12,6 +12,7 @@
 //! Deliberately absent: modules, upgrades under load, speed. And what only one kind of domain
 //! promises; that belongs in its own tests, which can use [`Bench`], [`Lane`] and [`Job`] for it.
 
+mod bench;
 mod data;
 pub mod direct;
 mod guest;
@@ -20,9 +21,10 @@ mod lifecycle;
 mod static_module;
 mod test_host;
 
+pub use bench::Bench;
 pub use lane::{Done, Job, Lane};
 pub use static_module::StaticModule;
-pub use test_host::{Bench, TestHost, TestStorage};
+pub use test_host::{TestHost, TestStorage};
 
 use domain_api::{BlockDomain, Params};
 use std::time::Duration;
@@ -81,7 +83,7 @@ impl Violation {
 
 /// What a run covered.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Report {
+pub struct Coverage {
     /// Names of the checks that ran, in order.
     pub checks: Vec<&'static str>,
 }
@@ -90,7 +92,7 @@ pub struct Report {
 ///
 /// # Panics
 /// With the violation.
-pub fn run<D: BlockDomain>(options: &Options) -> Report {
+pub fn run<D: BlockDomain>(options: &Options) -> Coverage {
     check::<D>(options)
         .unwrap_or_else(|violation| panic!("domain `{}` breaks the contract: {violation}", D::NAME))
 }
@@ -99,7 +101,7 @@ pub fn run<D: BlockDomain>(options: &Options) -> Report {
 ///
 /// # Errors
 /// The first violation.
-pub fn check<D: BlockDomain>(options: &Options) -> Result<Report, Violation> {
+pub fn check<D: BlockDomain>(options: &Options) -> Result<Coverage, Violation> {
     type Check = fn(&Options) -> Result<(), Violation>;
     let mut checks: Vec<(&'static str, Check)> = vec![
         ("constants", lifecycle::constants::<D>),
@@ -122,12 +124,12 @@ pub fn check<D: BlockDomain>(options: &Options) -> Result<Report, Violation> {
     if options.panics.is_some() {
         checks.push(("panic", lifecycle::panic::<D>));
     }
-    let mut report = Report::default();
+    let mut coverage = Coverage::default();
     for (name, check) in checks {
         check(options).map_err(|violation| violation.during(name))?;
-        report.checks.push(name);
+        coverage.checks.push(name);
     }
-    Ok(report)
+    Ok(coverage)
 }
 
 /// Fails with a sentence unless `holds`.

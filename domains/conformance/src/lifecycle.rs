@@ -1,9 +1,10 @@
 //! Checks of the calls around the requests: what a domain says about itself, and how the disk
 //! passes from instance to instance.
 
-use super::data::{Shadow, Stage, info, prepare};
+use super::bench::Bench;
+use super::data::{Shadow, Subject, info, prepare};
 use super::lane::Job;
-use super::test_host::{Bench, TestStorage};
+use super::test_host::TestStorage;
 use super::{Options, Random, Violation, ensure};
 use domain_abi::descriptor::{Description, Descriptor};
 use domain_api::{BlockDomain, Capabilities, DeviceInfo, Exported, Params, Swap};
@@ -133,17 +134,17 @@ fn sane(info: &DeviceInfo) -> Result<(), Violation> {
 
 /// A queue can be let go of and served by another thread; and each queue by itself.
 pub(super) fn moving_queue<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut shadow = stage.load(options, &mut stage.bench.lane(0)?)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
-    let block = u64::from(stage.info.block_size);
+    let block = u64::from(subject.info.block_size);
     for round in 0..6 {
         let data = random.bytes(block as usize);
-        let (stage, shadow) = (&stage, &mut shadow);
+        let (subject, shadow) = (&subject, &mut shadow);
         std::thread::scope(|scope| {
             let worker = scope.spawn(move || {
-                let mut lane = stage.bench.lane(u32::from(round >= 3))?;
-                if stage.writable() {
+                let mut lane = subject.bench.lane(u32::from(round >= 3))?;
+                if subject.writable() {
                     shadow.write(&mut lane, round * block, data)?;
                 }
                 shadow.verify(&mut lane)
@@ -151,16 +152,16 @@ pub(super) fn moving_queue<D: BlockDomain>(options: &Options) -> Result<(), Viol
             worker.join().unwrap_or_else(|_| Err(Violation::new("the suite panicked on a worker")))
         })?;
     }
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// Calls that a domain may ignore do not disturb it.
 pub(super) fn optional_calls<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut lane = stage.bench.lane(0)?;
-    let mut shadow = stage.load(options, &mut lane)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut lane = subject.bench.lane(0)?;
+    let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
-    let (instance, block) = (&stage.bench.instance, u64::from(stage.info.block_size));
+    let (instance, block) = (&subject.bench.instance, u64::from(subject.info.block_size));
     let memory = vec![0u8; 1 << 16];
     let said = |what: &str, result: Result<(), _>| {
         result.map_err(|e| Violation::new(format!("{what} failed: {e}")))
@@ -172,12 +173,12 @@ pub(super) fn optional_calls<D: BlockDomain>(options: &Options) -> Result<(), Vi
     said("cancel", instance.cancel())?;
     for on in [false, true, false] {
         said("set_write_cache", instance.set_write_cache(on))?;
-        if stage.writable() {
+        if subject.writable() {
             for offset in [0, 9 * block] {
                 shadow.write(&mut lane, offset, random.bytes(3 * block as usize))?;
             }
         }
-        if stage.can(Capabilities::FLUSH) {
+        if subject.can(Capabilities::FLUSH) {
             lane.one(Job::flush())?.ok()?;
         }
     }
@@ -187,7 +188,7 @@ pub(super) fn optional_calls<D: BlockDomain>(options: &Options) -> Result<(), Vi
     )?;
     shadow.verify(&mut lane)?;
     drop(lane);
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 fn phase(what: &str, result: Result<(), domain_host::CallError>) -> Result<(), Violation> {
@@ -216,86 +217,86 @@ fn exercise(
 
 /// The disk passes to a successor that was prepared while its predecessor served, and back again.
 pub(super) fn handover<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut shadow = stage.load(options, &mut stage.bench.lane(0)?)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
-    let (info_before, queues) = (&stage.info, options.queues);
-    exercise(&stage.bench, info_before, &mut shadow, &mut random, queues)?;
-    let next = prepare::<D>(&stage.storage, options)?;
+    let (info_before, queues) = (&subject.info, options.queues);
+    exercise(&subject.bench, info_before, &mut shadow, &mut random, queues)?;
+    let next = prepare::<D>(&subject.storage, options)?;
     ensure(info(&next)? == *info_before, || {
         "a successor with the same parameters announces another device".to_owned()
     })?;
-    exercise(&stage.bench, info_before, &mut shadow, &mut random, queues)
+    exercise(&subject.bench, info_before, &mut shadow, &mut random, queues)
         .map_err(|v| v.during("while a successor is prepared"))?;
-    phase("quiesce", stage.bench.instance.quiesce())?;
+    phase("quiesce", subject.bench.instance.quiesce())?;
     phase("activate", next.activate())?;
     exercise(&next, info_before, &mut shadow, &mut random, queues)
         .map_err(|v| v.during("after a handover"))?;
     phase("quiesce", next.instance.quiesce())?;
-    phase("activate", stage.bench.activate()).map_err(|v| v.during("rollback"))?;
-    exercise(&stage.bench, info_before, &mut shadow, &mut random, queues)
+    phase("activate", subject.bench.activate()).map_err(|v| v.during("rollback"))?;
+    exercise(&subject.bench, info_before, &mut shadow, &mut random, queues)
         .map_err(|v| v.during("after a rollback"))?;
     next.retire()?;
-    exercise(&stage.bench, info_before, &mut shadow, &mut random, queues)
+    exercise(&subject.bench, info_before, &mut shadow, &mut random, queues)
         .map_err(|v| v.during("after the other instance ended"))?;
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// An instance that was quiesced and resumed goes on, whether or not a successor has tried to take
 /// up the storage.
 pub(super) fn given_up<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    let mut shadow = stage.load(options, &mut stage.bench.lane(0)?)?;
+    let subject = Subject::activated::<D>(options)?;
+    let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
     for successor in [false, true] {
-        exercise(&stage.bench, &stage.info, &mut shadow, &mut random, options.queues)?;
-        phase("quiesce", stage.bench.instance.quiesce())?;
+        exercise(&subject.bench, &subject.info, &mut shadow, &mut random, options.queues)?;
+        phase("quiesce", subject.bench.instance.quiesce())?;
         if successor {
-            let next = prepare::<D>(&stage.storage, options)?;
+            let next = prepare::<D>(&subject.storage, options)?;
             phase("activate", next.activate())?;
             next.retire()?;
-            stage.bench.host.own_storage();
+            subject.bench.host.own_storage();
         }
-        phase("resume", stage.bench.instance.resume())?;
-        exercise(&stage.bench, &stage.info, &mut shadow, &mut random, options.queues)
+        phase("resume", subject.bench.instance.resume())?;
+        exercise(&subject.bench, &subject.info, &mut shadow, &mut random, options.queues)
             .map_err(|v| v.during("after resuming"))?;
     }
-    stage.bench.retire()
+    subject.bench.retire()
 }
 
 /// Two instances on the same backing serve at the same time, and each sees what the other has
 /// completed.
 pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let stage = Stage::set::<D>(options)?;
-    if stage.info.swap != Swap::SameBacking {
-        return stage.bench.retire();
+    let subject = Subject::activated::<D>(options)?;
+    if subject.info.swap != Swap::SameBacking {
+        return subject.bench.retire();
     }
-    let next = prepare::<D>(&stage.storage, options)?;
-    let (mine, theirs) = (&stage.info, info(&next)?);
+    let next = prepare::<D>(&subject.storage, options)?;
+    let (mine, theirs) = (&subject.info, info(&next)?);
     ensure(
         (mine.backing_id, mine.backing_cache) == (theirs.backing_id, theirs.backing_cache),
         || "two instances with the same parameters have different backings".to_owned(),
     )?;
     let mut random = Random::new(options.seed);
     let block = u64::from(mine.block_size);
-    let mut old = stage.bench.lane(0)?;
-    let mut shadow = stage.load(options, &mut old)?;
+    let mut old = subject.bench.lane(0)?;
+    let mut shadow = subject.load(options, &mut old)?;
     phase("activate", next.activate())?;
     let mut new = next.lane(0)?;
     for round in 0..20 {
         let (one, two) = if round % 2 == 0 { (&mut old, &mut new) } else { (&mut new, &mut old) };
-        if stage.writable() {
+        if subject.writable() {
             let offset = random.below(mine.capacity / block - 4) * block;
             shadow.write(one, offset, random.bytes(4 * block as usize))?;
         }
-        if stage.can(Capabilities::FLUSH) {
+        if subject.can(Capabilities::FLUSH) {
             two.one(Job::flush())?.ok()?;
         }
         shadow.verify(two)?;
     }
     drop(old);
     // Swapped: the predecessor ends without having been quiesced.
-    stage.bench.retire()?;
+    subject.bench.retire()?;
     shadow.verify(&mut new)?;
     drop(new);
     next.retire()
@@ -303,7 +304,7 @@ pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Viol
 
 /// An instance that is gone without a quiesce takes nothing with it.
 pub(super) fn death<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let Stage { storage, bench, info } = Stage::set::<D>(options)?;
+    let Subject { storage, bench, info } = Subject::activated::<D>(options)?;
     let mut random = Random::new(options.seed);
     let mut shadow = Shadow::load(&mut bench.lane(0)?, &info, options, 0, info.capacity)?;
     exercise(&bench, &info, &mut shadow, &mut random, options.queues)?;
@@ -317,22 +318,22 @@ pub(super) fn death<D: BlockDomain>(options: &Options) -> Result<(), Violation> 
 /// A panic ends the instance, not the process, and a successor goes on with the disk.
 pub(super) fn panic<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let Some(params) = options.panics.clone() else { return Ok(()) };
-    let stage = Stage::set::<D>(&Options { params, ..options.clone() })?;
-    let mut lane = stage.bench.lane(0)?;
-    let block = u64::from(stage.info.block_size);
+    let subject = Subject::activated::<D>(&Options { params, ..options.clone() })?;
+    let mut lane = subject.bench.lane(0)?;
+    let block = u64::from(subject.info.block_size);
     let panicked = (0..10_000).find_map(|_| lane.one(Job::read(0, block)).err());
-    ensure(panicked.is_some() && stage.bench.instance.is_dead(), || {
+    ensure(panicked.is_some() && subject.bench.instance.is_dead(), || {
         "no request made it panic, though that was promised".to_owned()
     })?;
-    ensure(stage.bench.instance.quiesce().is_err(), || {
+    ensure(subject.bench.instance.quiesce().is_err(), || {
         "it can be called after a panic".to_owned()
     })?;
     drop(lane);
-    let next = prepare::<D>(&stage.storage, options)?;
+    let next = prepare::<D>(&subject.storage, options)?;
     phase("activate", next.activate())?;
-    stage.bench.retire()?;
+    subject.bench.retire()?;
     let mut shadow =
-        Shadow::load(&mut next.lane(0)?, &stage.info, options, 0, stage.info.capacity)?;
-    exercise(&next, &stage.info, &mut shadow, &mut Random::new(options.seed), options.queues)?;
+        Shadow::load(&mut next.lane(0)?, &subject.info, options, 0, subject.info.capacity)?;
+    exercise(&next, &subject.info, &mut shadow, &mut Random::new(options.seed), options.queues)?;
     next.retire()
 }

@@ -4,9 +4,8 @@
 //! It is stricter than a real host has to be: it remembers every attempt to use the storage without
 //! owning it, so that a domain that swallows the error is caught as well.
 
-use super::{Lane, StaticModule, Violation};
-use domain_api::{BlockDomain, DomainError, Level, Params, QueueIndex};
-use domain_host::{CallError, HostRegion, HostServices, Instance, Residency};
+use domain_api::{DomainError, Level, QueueIndex};
+use domain_host::{HostRegion, HostServices};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,7 +26,7 @@ pub struct TestStorage {
 
 #[derive(Debug, Default)]
 struct Contents {
-    /// Number of the owner; 0 for nobody.
+    /// Number of the owner; 0 for none.
     owner: u64,
     /// Hosts made so far.
     hosts: u64,
@@ -80,7 +79,8 @@ impl TestStorage {
 /// What one instance sees of the host.
 #[derive(Debug)]
 pub struct TestHost {
-    number: u64,
+    /// Which of the storage's hosts it is; not 0.
+    pub(super) number: u64,
     storage: Arc<TestStorage>,
     lines: Mutex<Vec<(Level, String)>>,
     trespasses: Mutex<Vec<String>>,
@@ -91,7 +91,7 @@ pub struct TestHost {
 #[derive(Debug)]
 struct Bell {
     event: Arc<File>,
-    /// How often it rang, as far as anybody has looked.
+    /// How often it rang, as of the last look.
     rang: u64,
 }
 
@@ -260,94 +260,5 @@ impl HostServices for TestHost {
 
     fn count(&self, name: &str, count: u64) {
         *lock(&self.storage.contents).counters.entry(name.to_owned()).or_default() += count;
-    }
-}
-
-/// An instance on the bench: its host, and how to get at its queues.
-#[derive(Debug)]
-pub struct Bench {
-    /// What it sees of the host.
-    pub host: Arc<TestHost>,
-    /// The instance.
-    pub instance: Arc<Instance>,
-    /// Longest time that one of its requests may take.
-    pub deadline: Duration,
-}
-
-impl Bench {
-    /// Prepares an instance of `D` on `storage`.
-    ///
-    /// # Errors
-    /// What the domain says.
-    pub fn prepare<D: BlockDomain>(
-        storage: &Arc<TestStorage>,
-        params: &Params,
-    ) -> Result<Self, CallError> {
-        let host = TestHost::new(storage);
-        let services: Arc<dyn HostServices> = Arc::<TestHost>::clone(&host);
-        let instance = Instance::prepare(StaticModule::of::<D>(), services, params)
-            .map_err(|(error, _)| error)?;
-        instance.set_generation(host.number);
-        Ok(Self { host, instance: Arc::new(instance), deadline: Duration::from_secs(10) })
-    }
-
-    /// Prepares an instance of `D` on `storage`, gives the storage to it, and activates it.
-    ///
-    /// # Errors
-    /// What the domain says.
-    pub fn activated<D: BlockDomain>(
-        storage: &Arc<TestStorage>,
-        params: &Params,
-    ) -> Result<Self, CallError> {
-        let bench = Self::prepare::<D>(storage, params)?;
-        bench.activate()?;
-        Ok(bench)
-    }
-
-    /// Gives the storage to it, and activates it.
-    ///
-    /// # Errors
-    /// What the domain says.
-    pub fn activate(&self) -> Result<(), CallError> {
-        self.host.own_storage();
-        self.instance.activate()
-    }
-
-    /// Attaches a queue, on this thread.
-    ///
-    /// # Errors
-    /// What the domain says.
-    pub fn lane(&self, queue: u32) -> Result<Lane, Violation> {
-        Lane::attach(&self.host, &self.instance, QueueIndex(queue), self.deadline)
-    }
-
-    /// Ends the instance; nothing of it may be left. All its lanes must be gone.
-    ///
-    /// # Errors
-    /// A lane that is left, a failing or panicking end, a thread that goes on, or storage used out
-    /// of turn.
-    pub fn retire(self) -> Result<(), Violation> {
-        let Some(instance) = Arc::into_inner(self.instance) else {
-            return Err(Violation::new("a queue is still attached"));
-        };
-        let retired = instance.retire();
-        if let Err(error) = retired.destroyed {
-            return Err(Violation::new(format!("its end failed: {error}")));
-        }
-        if let Residency::Resident(left) | Residency::Running(left) = retired.residency {
-            return Err(Violation::new(format!("it does not go away: {}", left.reason())));
-        }
-        let left = Arc::strong_count(&self.host) - 1;
-        if left != 0 {
-            return Err(Violation::new(format!("{left} users of its host are left after its end")));
-        }
-        let trespasses = self.host.trespasses();
-        if !trespasses.is_empty() {
-            return Err(Violation::new(format!(
-                "it used the storage while it was not its own: {}",
-                trespasses.join(", ")
-            )));
-        }
-        Ok(())
     }
 }
