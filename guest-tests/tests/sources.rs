@@ -18,7 +18,6 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("backend/proxy/src/upgrade.rs", "the phases of a change, in their order"),
     ("backend/proxy/src/worker.rs", "the read path, which is one loop"),
     ("backend/srcu/src/models.rs", "the models: one for each case of the argument"),
-    ("domains/file/src/image.rs", "what is found out about an image when it is opened"),
     ("domains/host/src/lib.rs", "every call into a module, with its argument for safety"),
     ("guest-tests/demo/main.rs", "the acts of the demo, in their order"),
     ("guest-tests/harness/client.rs", "the native client: its rings are argued for in one place"),

@@ -18,42 +18,38 @@
 //! What the guest is told of the disk is the disk's as well (`announced`). Only what the I/O has to
 //! be aligned to is asked of the host anew by each instance, and again when the kernel refuses one:
 //! it is no property of the guest's disk, because what does not fit is carried out on a range that
-//! does (`edges`).
+//! does (`domain_io::engine::ranges`).
 //!
 //! Linux reports a write-back that failed once to each open file description, and then forgets it.
 //! So each queue syncs through a description of its own, opened before it may be needed. The disk
 //! has one more, the *witness*, which lies in storage: the first sync of an instance, each time
 //! that it is activated, asks it what was reported to a predecessor that did not live to say so.
-//! Nobody else syncs through it, and no data goes through it.
+//! Nothing else is synced through it, and no data goes through it.
 //!
-//! The first instance claims the image, so that no other program writes to it, and leaves the claim
-//! in storage as well: it is the disk's, whoever serves it, and ends with the process.
+//! The first instance locks the image, so that no other program writes to it, and leaves the lock in
+//! storage as well: it is the disk's, whichever instance serves it, and ends with the process.
 
 use crate::announced::Announced;
-use domain_api::{DomainError, Host, Level};
-use domain_io::file_io::{self, Alignment, ImageLock, OpenMode};
+use crate::open::{
+    LARGEST_ALIGNMENT, PATH, alignment, check_kind, check_size, check_writable, identity, lock,
+    open, open_to_sync, stand_behind, take_up,
+};
+use domain_api::{DomainError, Host};
+use domain_io::file_io::{self, Alignment, OpenMode};
 use domain_io::uring::Files;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 /// Storage key of the descriptor.
 const DESCRIPTOR: &str = "image";
 /// Storage key of a descriptor that other programs see as a lock.
-const CLAIM: &str = "claim";
-/// How long a claim is waited for: who has it may just be ending.
-const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK: &str = "claim";
 /// Storage key of the description that remembers.
 const WITNESS: &str = "witness";
-/// Storage key of the path that it was opened by.
-const PATH: &str = "path";
 
 const SECTOR_SIZE: u32 = 512;
-/// The largest alignment that can be had: pieces of what is moved in pieces are multiples of it.
-const LARGEST_ALIGNMENT: u32 = 256 << 10;
 
 /// What an instance is asked to make of the image.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +84,7 @@ pub(crate) struct Image {
     witness: File,
     /// How others see that the image is in use, if storage has nothing to that end. A description
     /// of its own: what io_uring knows is closed some time after the process is gone.
-    claim: Option<File>,
+    lock: Option<File>,
 }
 
 impl Image {
@@ -100,9 +96,9 @@ impl Image {
             Some(served) => take_up(host, served, path, mode)?,
         };
         check_writable(&file, path, mode)?;
-        let claims = wanted.locks && host.storage().file(CLAIM).is_none();
-        let claim = if claims { claim(host, &file, path, mode)? } else { None };
-        Ok(Self { claim, ..Self::describe(host, file, path, wanted)? })
+        let locks = wanted.locks && host.storage().file(LOCK).is_none();
+        let lock = if locks { lock(host, &file, path, mode)? } else { None };
+        Ok(Self { lock, ..Self::describe(host, file, path, wanted)? })
     }
 
     fn describe(host: Host, file: File, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
@@ -184,7 +180,7 @@ impl Image {
             writes_durably,
             cached,
             witness,
-            claim: None,
+            lock: None,
         })
     }
 
@@ -198,8 +194,8 @@ impl Image {
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
         }
-        if let Some(claim) = self.claim.as_ref().filter(|_| storage.file(CLAIM).is_none()) {
-            storage.set_file(CLAIM, claim)?;
+        if let Some(lock) = self.lock.as_ref().filter(|_| storage.file(LOCK).is_none()) {
+            storage.set_file(LOCK, lock)?;
         }
         if storage.file(WITNESS).is_none() {
             storage.set_file(WITNESS, &self.witness)?;
@@ -270,7 +266,7 @@ impl Image {
         self.alignment() > u64::from(self.first_alignment)
     }
 
-    /// Asks what direct I/O has to be aligned to now, also where nobody states it.
+    /// Asks what direct I/O has to be aligned to now, also where it is not stated.
     #[cold]
     pub(crate) fn ask_alignment_again(&self) {
         if let Ok(now) = file_io::direct_alignment(&self.file) {
@@ -325,209 +321,4 @@ impl std::ops::Deref for Cached<'_> {
             Self::New(file) => file,
         }
     }
-}
-
-/// What direct I/O has to be aligned to.
-fn alignment(file: &File, path: &str) -> Result<Alignment, DomainError> {
-    let found = file_io::direct_alignment(file).map_err(|error| {
-        DomainError::new(format!(
-            "cannot do direct I/O on `{path}`: {error}; leave direct=true out"
-        ))
-    })?;
-    if found.offset.max(found.memory) > LARGEST_ALIGNMENT {
-        return Err(DomainError::new(format!(
-            "direct I/O on `{path}` takes {} bytes at a time, which is more than {LARGEST_ALIGNMENT}; leave direct=true out",
-            found.offset.max(found.memory)
-        )));
-    }
-    Ok(found)
-}
-
-/// Another open file description, to sync through: for reading only, because that is all it takes,
-/// and because to close one that was open for writing is an event for others.
-fn open_to_sync(host: Host, file: &File, path: &str) -> io::Result<File> {
-    file_io::reopen(file, OpenMode { write: false, direct: false }).or_else(|error| {
-        host.log(
-            Level::Warn,
-            &format!(
-                "`{path}` cannot be opened once more ({error}): of flushes at the same time, not each may be told that the storage has failed"
-            ),
-        );
-        file.try_clone()
-    })
-}
-
-/// Whether the file can stand behind what the guest was told.
-fn stand_behind(
-    host: Host,
-    path: &str,
-    size: u64,
-    announced: Announced,
-    block_size: Option<u32>,
-) -> Result<(), DomainError> {
-    if let Some(wanted) = block_size.filter(|&wanted| wanted != announced.block_size) {
-        return Err(DomainError::new(format!(
-            "`block_size` is {wanted}, and the guest was told {}; leave it as it was",
-            announced.block_size
-        )));
-    }
-    if size < announced.capacity {
-        return Err(DomainError::new(format!(
-            "`{path}` has {size} bytes, and the guest was told {}; restore its size with `truncate -s {} {path}`",
-            announced.capacity, announced.capacity
-        )));
-    }
-    if size > announced.capacity {
-        let line = format!(
-            "`{path}` has grown to {size} bytes; the guest goes on with the {} that it was told",
-            announced.capacity
-        );
-        host.log(Level::Info, &line);
-    }
-    Ok(())
-}
-
-fn identity(about: &Metadata) -> (u64, u64) {
-    if about.file_type().is_block_device() { (about.rdev(), 0) } else { (about.dev(), about.ino()) }
-}
-
-fn open(path: &str, mode: OpenMode) -> Result<File, DomainError> {
-    // Looked at first: opening a FIFO for reading would wait for a writer.
-    let about = std::fs::metadata(path).map_err(|error| {
-        DomainError::new(match error.kind() {
-            io::ErrorKind::NotFound => format!(
-                "there is no `{path}`; correct `path`, or make an image with `truncate -s SIZE {path}`"
-            ),
-            _ => format!("cannot look at `{path}`: {error}; correct `path` or its permissions"),
-        })
-    })?;
-    check_kind(path, &about)?;
-    file_io::open(Path::new(path), mode).map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::InvalidInput if mode.direct => {
-                "; its file system does no direct I/O, leave direct=true out"
-            }
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if mode.write => {
-                "; make it writable, or serve it with readonly=true"
-            }
-            io::ErrorKind::PermissionDenied => "; make it readable",
-            _ => "",
-        };
-        let purpose = if mode.write { "for writing" } else { "for reading" };
-        DomainError::new(format!("cannot open `{path}` {purpose}: {error}{advice}"))
-    })
-}
-
-/// Claims the image for this process. `None` if that cannot be done with it.
-fn claim(host: Host, file: &File, path: &str, mode: OpenMode) -> Result<Option<File>, DomainError> {
-    let deadline = Instant::now() + CLAIM_PATIENCE;
-    let own = file_io::reopen(file, OpenMode { write: false, direct: false });
-    loop {
-        let outcome = match &own {
-            Ok(own) => file_io::lock_image(own, mode.write),
-            Err(error) => ImageLock::Impossible(error.kind().into()),
-        };
-        match outcome {
-            ImageLock::Ours => return Ok(own.ok()),
-            ImageLock::Taken if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10))
-            }
-            ImageLock::Taken => {
-                return Err(DomainError::new(format!(
-                    "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), or give locking=false if you know better"
-                )));
-            }
-            ImageLock::Impossible(error) => {
-                host.log(
-                    Level::Warn,
-                    &format!("`{path}` cannot be locked ({error}): see to it that nobody else writes to it"),
-                );
-                return Ok(None);
-            }
-        }
-    }
-}
-
-/// The predecessor's file, opened as we want it.
-fn take_up(host: Host, served: File, path: &str, mode: OpenMode) -> Result<File, DomainError> {
-    let cannot = |error: io::Error| {
-        DomainError::new(format!("cannot take up the descriptor of `{path}`: {error}"))
-    };
-    let id = identity(&served.metadata().map_err(cannot)?);
-    let there = std::fs::metadata(path).map(|about| identity(&about));
-    let renamed = !matches!(&there, Ok(there) if *there == id);
-    if renamed && host.storage().bytes(PATH).as_deref() != Some(path.as_bytes()) {
-        return Err(DomainError::new(match there {
-            Ok(_) => format!(
-                "`{path}` is another file than the guest's disk; an upgrade does not move a disk, leave `path` out"
-            ),
-            Err(error) => {
-                format!(
-                    "cannot look at `{path}`: {error}; leave `path` out to go on with the same file"
-                )
-            }
-        }));
-    }
-    if renamed {
-        host.log(
-            Level::Warn,
-            &format!(
-                "`{path}` is not the guest's disk any more; going on with the file that is open"
-            ),
-        );
-    }
-    if file_io::open_mode(&served).map_err(cannot)? == mode {
-        return Ok(served);
-    }
-    file_io::reopen(&served, mode).map_err(|error| {
-        DomainError::new(format!(
-            "cannot open the file of `{path}` anew with the wanted `direct` and `readonly`: {error}; leave them as they were"
-        ))
-    })
-}
-
-/// A device or a memory file may be opened for writing and take no writes.
-fn check_writable(file: &File, path: &str, mode: OpenMode) -> Result<(), DomainError> {
-    if !mode.write {
-        return Ok(());
-    }
-    let what = if file_io::is_read_only_device(file).unwrap_or(false) {
-        "is a read-only device"
-    } else if file_io::is_write_sealed(file) {
-        "is sealed against writing"
-    } else {
-        return Ok(());
-    };
-    Err(DomainError::new(format!(
-        "`{path}` {what}; make it writable, or serve it with readonly=true"
-    )))
-}
-
-fn check_kind(path: &str, about: &Metadata) -> Result<(), DomainError> {
-    let kind = about.file_type();
-    if kind.is_file() || kind.is_block_device() {
-        return Ok(());
-    }
-    let what = if kind.is_dir() { "a directory" } else { "no file that holds data" };
-    Err(DomainError::new(format!(
-        "`{path}` is {what}; `path` must name a raw image file or a block device"
-    )))
-}
-
-fn check_size(path: &str, size: u64, block_size: u32, device: bool) -> Result<(), DomainError> {
-    if size == 0 {
-        let advice = if device {
-            "insert a medium".into()
-        } else {
-            format!("use `truncate -s SIZE {path}`")
-        };
-        return Err(DomainError::new(format!("`{path}` is empty; {advice}")));
-    }
-    if size.is_multiple_of(u64::from(block_size)) {
-        return Ok(());
-    }
-    let fit = size.next_multiple_of(u64::from(block_size));
-    Err(DomainError::new(format!(
-        "`{path}` has {size} bytes, which is no multiple of {block_size}; extend it with `truncate -s {fit} {path}`"
-    )))
 }

@@ -21,6 +21,7 @@ mod announced;
 mod backend;
 mod disk;
 mod image;
+mod open;
 mod rings;
 mod serve;
 

@@ -199,7 +199,7 @@ fn an_image_is_one_disks_as_long_as_somebody_serves_it() {
 }
 
 #[test]
-fn a_successor_claims_what_its_predecessor_did_not() {
+fn a_successor_locks_what_its_predecessor_did_not() {
     let image = image_in(&real_dir(), 1 << 20);
     let storage = TestStorage::new();
     let old = first(&storage, &params(image.path(), &[]));
