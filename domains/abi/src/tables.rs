@@ -451,8 +451,8 @@ pub struct ModuleVtable {
     pub detach_queue:
         unsafe extern "C" fn(instance: *mut c_void, queue: u32, message: *mut RawMessage) -> u32,
     /// Takes the first `*accepted` of `count` requests; ends some of them at once into
-    /// `completions`. `*accepted` is 0 before the call. What an instance has taken is not offered to
-    /// it again, nor to another one before this one is destroyed.
+    /// `completions`. `*accepted` is 0 before the call. What an instance has taken is not offered
+    /// to it again, nor to another one before this one is destroyed.
     pub submit: unsafe extern "C" fn(
         instance: *mut c_void,
         queue: u32,

@@ -15,10 +15,10 @@ use domain_abi::{DeviceInfo, DomainError, Params, QueueIndex};
 ///                                    +------- activate (rolled back to) <-----------+
 /// ```
 ///
-/// `quiesce` is left out where instances swap (see [`Swap`]). `attach_queue`, `submit`, `reap` and
-/// `detach_queue` for one queue run on the thread that serves that queue, for different queues at
-/// the same time. A panic in any of them is caught by the host and ends the instance, not the
-/// device.
+/// `quiesce` is left out where instances swap (see [`Swap`](domain_abi::Swap)). `attach_queue`,
+/// `submit`, `reap` and `detach_queue` for one queue run on the thread that serves that queue, for
+/// different queues at the same time. A panic in any of them is caught by the host and ends the
+/// instance, not the device.
 pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// Name, `[a-z0-9_-]+`; modules are called `libdomain_NAME.so`.
     const NAME: &'static str;

@@ -74,9 +74,10 @@ impl Host {
         (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// The queues that have workers now. For [`BlockDomain::prepare`]: these are about to be
-    /// attached, with a guest that waits, so what takes long is better made for them now. A hint,
-    /// no promise: until then some may go, and others come. None, if the host is too old to say.
+    /// The queues that have workers now. For [`prepare`](crate::BlockDomain::prepare): these are
+    /// about to be attached, with a guest that waits, so what takes long is better made for them
+    /// now. A hint, no promise: until then some may go, and others come. None, if the host is too
+    /// old to say.
     pub fn served_queues(self) -> impl Iterator<Item = QueueIndex> {
         // SAFETY: no more than `ctx` is passed.
         let served = unsafe { (self.vtable.served_queues)(self.vtable.ctx) };

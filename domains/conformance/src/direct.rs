@@ -42,7 +42,8 @@ impl<D: BlockDomain> Direct<D> {
     pub fn submit(&mut self, requests: &[RawRequest], completions: &mut CompletionBuffer) -> usize {
         let mut accepted = 0;
         // SAFETY: what made the requests answers for how often they are offered, as with
-        // `QueueHandle::submit`; the domain completes into the list, which is as the buffer made it.
+        // `QueueHandle::submit`; the domain completes into the list, which is as the buffer made
+        // it.
         let (mut batch, mut out) =
             unsafe { (Batch::new(requests, &mut accepted), Completions::new(completions.raw())) };
         self.domain.submit(&mut self.queue, &mut batch, &mut out);

@@ -26,8 +26,8 @@
 //! that it is activated, asks it what was reported to a predecessor that did not live to say so.
 //! Nothing else is synced through it, and no data goes through it.
 //!
-//! The first instance locks the image, so that no other program writes to it, and leaves the lock in
-//! storage as well: it is the disk's, whichever instance serves it, and ends with the process.
+//! The first instance locks the image, so that no other program writes to it, and leaves the lock
+//! in storage as well: it is the disk's, whichever instance serves it, and ends with the process.
 
 use crate::announced::Announced;
 use crate::open::{
