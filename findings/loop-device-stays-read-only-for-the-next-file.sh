@@ -4,11 +4,11 @@
 #
 # Seen with Linux 6.18.44, util-linux 2.38.1: `blockdev --setro /dev/loopN`, `losetup -d
 # /dev/loopN`, then another file on the same device, attached for writing: losetup lists it as RO 1,
-# though nobody asked for that, open(O_RDWR) works, and each write fails with EPERM. The flag of
+# though that was not asked for, open(O_RDWR) works, and each write fails with EPERM. The flag of
 # BLKROSET belongs to the device node's gendisk, which outlives what was attached. `blockdev
 # --setrw` ends it.
 #
-# So whoever finds a fresh loop device that takes no writes may be seeing somebody else's past; and
+# So a fresh loop device that takes no writes may be showing another's past; and
 # a server that takes permission from open() alone serves it as writable.
 #
 # Needs root. Exit 0: seen as described. 1: something else was seen. 77: cannot be tried here.

@@ -10,7 +10,7 @@
 # deleted: XFS treats a file that has shared blocks once like that from then on.
 #
 # So "O_DIRECT" and "the write returned" say nothing of where the data is, after something as
-# ordinary as a backup by reflink. Only fdatasync (or O_DSYNC) does; and whoever asks for the
+# ordinary as a backup by reflink. Only fdatasync (or O_DSYNC) does; and a program that asks for the
 # alignment once, at open, has an old answer.
 #
 # Needs root (loop device, mount), XFS, Linux 6.5 (cachestat). Exit 0: seen as described. 1:

@@ -143,7 +143,7 @@ pub(super) fn image(directory: &Path, bytes: u64) -> io::Result<(TempDir, PathBu
 }
 
 /// Removes what benchmarks have left that were killed: on tmpfs it would take up memory until
-/// somebody notices.
+/// it is noticed.
 fn sweep(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -151,7 +151,7 @@ fn sweep(directory: &Path) {
             .to_str()
             .and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse::<u32>().ok());
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
-            // Whoever may not remove it did not leave it either.
+            // A user that may not remove it did not leave it either.
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -161,7 +161,7 @@ fn sweep(directory: &Path) {
 pub(super) struct Selection<'a> {
     pub quick: bool,
     pub glob: Option<&'a str>,
-    /// What the daemon polls if nobody says anything, if it is a number.
+    /// What the daemon polls by default, if it is a number.
     pub default_poll_us: Option<u32>,
 }
 

@@ -1,7 +1,7 @@
 //! Which CPU runs what, and for how long it did.
 //!
 //! A child inherits the affinity of the thread that starts it, so that pinning a server means to
-//! start it while pinned oneself. That treats both sides alike, whoever's process it is.
+//! start it while pinned oneself. That treats both sides alike, whichever process it is.
 
 use std::fs;
 use std::io;
@@ -59,7 +59,7 @@ pub(super) fn pinned<T>(cpu: Option<usize>, act: impl FnOnce() -> T) -> T {
     result
 }
 
-/// What the daemon's workers are called, as anybody can see in `/proc`.
+/// What the daemon's workers are called, as `/proc` shows.
 const WORKER: &str = "vring_worker";
 
 /// Puts the workers of a daemon that has served a client's first requests on one CPU, and leaves

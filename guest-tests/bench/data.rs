@@ -1,7 +1,7 @@
 //! The data path: our daemon and the peer in turn, cell by cell.
 //!
 //! In a round every contender runs once, started anew; every other round goes backwards, so that a
-//! machine that grows slower is unfair to nobody. Ratios are taken within rounds, against the best
+//! machine that grows slower is unfair to neither. Ratios are taken within rounds, against the best
 //! configuration of the peer.
 
 use std::collections::BTreeMap;

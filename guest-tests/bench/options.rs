@@ -54,7 +54,7 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// Reads the arguments after the program's name. `target` is where files go if nobody says
+    /// Reads the arguments after the program's name. `target` is where files go if no option says
     /// anything.
     pub(super) fn parse(args: &[String], target: &std::path::Path) -> Result<Options, String> {
         let (kind, name) = match args.first().map(String::as_str) {

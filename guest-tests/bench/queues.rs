@@ -25,7 +25,7 @@ const COUNTS: [usize; 3] = [1, 2, 4];
 pub(super) fn run(options: &Options) -> io::Result<Value> {
     let awake = Awake::keep();
     println!(
-        "queues, one request in flight on each, sleeping clients, 4 KiB random reads, no CPU of anybody's own; {}:",
+        "queues, one request in flight on each, sleeping clients, 4 KiB random reads, no CPU of one's own; {}:",
         awake.describe()
     );
     let (_directory, path) = image(&options.disk_dir, 256 << 20)?;

@@ -2,8 +2,8 @@
 //!
 //! As in a handover the gate is shut by one more thread, which then sleeps; the last thread to
 //! arrive opens it again, and the time is from shut to open. Between two looks at the gate a thread
-//! does nothing, or as much as a worker that serves a batch from memory. Nobody can be quicker than
-//! whoever does only this, on this machine, at that hour.
+//! does nothing, or as much as a worker that serves a batch from memory. No upgrade can be quicker
+//! than what does only this, on this machine, at that hour.
 
 use std::hint::{black_box, spin_loop};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -73,8 +73,8 @@ pub(super) fn measure(
                         gate.epoch.store(epoch + 1, Ordering::Release);
                         closer.unpark();
                     }
-                    // Whoever has to wait gives its CPU to those who are not there yet. It does not
-                    // count when it comes back.
+                    // A thread that has to wait gives its CPU to those that are not there yet. It
+                    // does not count when it comes back.
                     let mut looks = 0;
                     while gate.epoch.load(Ordering::Acquire) == epoch {
                         looks += 1;

@@ -145,7 +145,7 @@ pub(super) fn latencies(title: &str, from_ms: f64, to_ms: f64, clouds: &[Cloud])
             let _ = write!(out, "M{} {y}h2", x - 1);
         }
         out.push_str("'/>");
-        // The slowest can be one request among a million: nobody would see it.
+        // The slowest can be one request among a million: it would not be seen.
         let slowest = cloud.points.iter().filter(|(ms, _)| (from_ms..=to_ms).contains(ms));
         if let Some(&(ms, ns)) = slowest.max_by(|a, b| a.1.total_cmp(&b.1)) {
             let anchor = if x(ms) > LEFT + WIDTH * 0.8 { "end" } else { "start" };

@@ -159,7 +159,7 @@ impl Demo {
         let broken = directory.join("broken.so");
         let bytes = fs::read(module("ramdisk_v2")).expect("the module can be read");
         fs::write(&broken, &bytes[..bytes.len() / 2]).expect("a module cut in half");
-        self.screen.say("Half a module: refused before any of its code runs, nobody paused");
+        self.screen.say("Half a module: refused before any of its code runs, no pause");
         self.screen.command("hotswapctl --control-path a.sock.control upgrade ./broken.so");
         self.refuse(daemon, broken.to_str().expect("a path of text"), &[]);
         at(13.3);
@@ -208,7 +208,7 @@ impl Demo {
 
     /// A disk whose state is elsewhere.
     fn act_of_the_image(&mut self, daemon: &Daemon, guest: &Guest) -> Felt {
-        self.screen.heading("3. A disk in an image file: swap, nobody is paused");
+        self.screen.heading("3. A disk in an image file: swap, without a pause");
         let run = Run::start(guest, "vdb", FILE_SECONDS);
         wait_for_io(daemon);
         let began = Instant::now();
@@ -261,7 +261,7 @@ impl Demo {
             let generation =
                 generation.map_or(0, |reply| reply["generation"].as_u64().unwrap_or(0));
             let pauses = if mode == "swap" {
-                "nobody paused".to_owned()
+                "no pause".to_owned()
             } else {
                 format!("paused {} to {}", micros(shortest), micros(longest))
             };
@@ -292,7 +292,7 @@ impl Demo {
                 format!("{} {}", word("name"), word("version"))
             };
             let pause = match reply["mode"].as_str() {
-                Some("swap") => "nobody paused".to_owned(),
+                Some("swap") => "no pause".to_owned(),
                 _ => {
                     format!("paused {}", micros(reply["phases_us"]["pause"].as_u64().unwrap_or(0)))
                 }
@@ -453,7 +453,7 @@ impl Demo {
             if pauses.iter().all(|&pause| pause == 0) {
                 screen.row(
                     Tone::Plain,
-                    &format!("{} by {mode}: none of them paused anybody", pauses.len()),
+                    &format!("{} by {mode}: none of them paused a request", pauses.len()),
                 );
                 continue;
             }

@@ -69,7 +69,7 @@ impl Screen {
         }
     }
 
-    /// A command as somebody would type it.
+    /// A command as an operator would type it.
     pub fn command(&self, text: &str) {
         println!("{}{}", " ".repeat(MARGIN + 1), self.paint("36", &format!("$ {text}")));
     }

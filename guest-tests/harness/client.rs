@@ -3,7 +3,7 @@
 //! It sits on `virtio-driver`'s transport and split ring and adds what a test needs:
 //!
 //! - The status byte is poisoned before every request, so "answered, but nothing written" shows.
-//! - A completion that nobody asked for is counted ([`Queue::spurious`]), never swallowed.
+//! - A completion of no request is counted ([`Queue::spurious`]), never swallowed.
 //! - Every wait has a deadline: a request that stays unanswered is a result, not a hanging test.
 //!
 //! Each [`Queue`] owns its ring and its part of the buffer memory and can move to a thread of its

@@ -96,7 +96,7 @@ impl Mounted {
         &self.device
     }
 
-    /// Unmounts it, once and without waiting for anybody who still uses it. Whether that worked.
+    /// Unmounts it, once and without waiting for what still uses it. Whether that worked.
     pub fn unmount(&self) -> bool {
         host("umount", &[text(self.path())]).is_some()
     }

@@ -27,7 +27,7 @@ pub fn fragile() -> String {
 pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<String>> {
     let mut bytes = fs::read(binary(&format!("libdomain_{domain}.so")))?;
     let copy = |index| {
-        // What follows the last section is nobody's.
+        // What follows the last section belongs to none.
         bytes.push(0);
         let path = directory.join(format!("{domain}{index}.so"));
         fs::write(&path, &bytes)?;

@@ -1,7 +1,7 @@
 //! An operator that keeps books: upgrades a daemon, and in the end holds its `status` against what
 //! was done.
 //!
-//! The daemon's counters are only worth something if somebody counts along. So every call goes
+//! The daemon's counters are only worth something if a test counts along. So every call goes
 //! through here, each reply has to name the next generation, and [`Operator::settle`] compares the
 //! totals.
 //!
@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::daemon::Daemon;
 
-/// Someone at the control socket, from whose arrival on nobody else may upgrade.
+/// Someone at the control socket, from whose arrival on no other may upgrade.
 pub struct Operator<'daemon> {
     daemon: &'daemon Daemon,
     generation: u64,
@@ -87,7 +87,7 @@ impl<'daemon> Operator<'daemon> {
             if status["upgrades"]["takeovers"] == self.takeovers {
                 break status;
             }
-            assert!(Instant::now() < deadline, "nobody took over: {status}");
+            assert!(Instant::now() < deadline, "no standby took over: {status}");
             thread::sleep(Duration::from_millis(2));
         };
         assert_eq!(status["domain"]["name"].as_str().map(family), Some(family(by)), "{status}");
@@ -124,7 +124,7 @@ impl<'daemon> Operator<'daemon> {
         assert_eq!(reply["mode"], mode, "{reply}");
         let pause =
             reply["phases_us"]["pause"].as_f64().unwrap_or_else(|| panic!("no pause in {reply}"));
-        assert!(mode != "swap" || pause == 0.0, "a swap pauses nobody: {reply}");
+        assert!(mode != "swap" || pause == 0.0, "a swap pauses no queue: {reply}");
     }
 }
 

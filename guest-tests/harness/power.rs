@@ -1,4 +1,4 @@
-//! A disk whose power can be cut: a file in user space (FUSE) that forgets what nobody has asked it
+//! A disk whose power can be cut: a file in user space (FUSE) that forgets what it was not asked
 //! to keep.
 //!
 //! The kernel in between is the real one, and the daemon is what is shipped, io_uring and all; only
@@ -77,7 +77,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no panic in the disk")
 }
 
-/// The disk. Dropping it takes it away from whoever uses it.
+/// The disk. Dropping it takes it away from its users.
 pub struct Disk {
     point: NamedTempFile,
     shared: Arc<Shared>,
@@ -128,7 +128,7 @@ impl Disk {
         self.point.path()
     }
 
-    /// From now on nothing is made durable, and nobody is answered.
+    /// From now on nothing is made durable, and no request is answered.
     pub fn cut_power(&self) {
         lock(&self.shared.sectors).cut = true;
     }
@@ -142,7 +142,7 @@ impl Disk {
     /// killed before this.
     pub fn take_away(&mut self) {
         if let Some(server) = self.server.take() {
-            // Fails only if somebody else has done it.
+            // Fails only if another has done it.
             let _ = unmount(self.path(), UnmountFlags::FORCE | UnmountFlags::DETACH);
             server.join().expect("the disk's thread does not panic");
         }
@@ -206,7 +206,7 @@ impl Shared {
         bytes.extend(error.to_le_bytes());
         bytes.extend(unique.to_le_bytes());
         bytes.extend(body);
-        // Fails if whoever asked has gone.
+        // Fails if the one that asked has gone.
         let _ = (&self.device).write(&bytes);
     }
 
@@ -241,7 +241,7 @@ impl Sectors {
             WRITE | FALLOCATE if self.full => Err(ENOSPC),
             GETATTR | SETATTR => Ok(self.attributes()),
             OPEN => Ok(vec![0; 16]),
-            // Nobody asks how much room there is.
+            // How much room there is is not asked.
             STATFS => Ok(vec![0; 80]),
             RELEASE | FLUSH => Ok(Vec::new()),
             READ => {

@@ -13,7 +13,7 @@ use guest_tests::operator::Operator;
 const FIO_SECONDS: u32 = 20;
 /// How many domains die while fio runs.
 const PANICS: u64 = 12;
-/// A request that nobody runs again takes for ever. A takeover takes milliseconds, but QEMU, fio
+/// A request that is not run again takes for ever. A takeover takes milliseconds, but QEMU, fio
 /// and the daemon share few CPUs.
 const LONGEST: Duration = Duration::from_secs(5);
 

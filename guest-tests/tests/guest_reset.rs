@@ -63,7 +63,7 @@ fn a_driver_that_is_unbound_and_bound_finds_its_disk_again() {
     ] {
         guest.sh(&format!("echo {device} >{driver}/unbind"));
         assert_eq!(guest.run("test -e /dev/vda").status, 1, "unbound from {driver}");
-        // Nobody works on the rings now, so the upgrading side has to do everything by itself.
+        // No worker is on the rings now, so the upgrading side has to do everything by itself.
         operator.upgrade("ramdisk_v2", "handover", &[]);
         operator.roll_back("handover");
         guest.sh(&format!("echo {device} >{driver}/bind"));

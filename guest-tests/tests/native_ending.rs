@@ -15,7 +15,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn sighup_ends_as_sigterm_does() {
-    // Whoever runs this may have it ignored (`nohup`).
+    // The caller of this test may have it ignored (`nohup`).
     let mut command = Command::new("env");
     command.arg("--default-signal=HUP").arg(binary("vhost-hotswap"));
     let mut daemon = Daemon::start_command(command, &["--domain", "ramdisk"]);
@@ -150,7 +150,7 @@ fn nothing_is_published_to_a_frontend_that_is_gone() {
         }
         RawSession::start(daemon.socket(), features::USUAL, 64).expect("the next session");
         let used = raw.used(Duration::ZERO).expect("memory");
-        assert_eq!(used, None, "{kind}: whoever comes back would have it twice");
+        assert_eq!(used, None, "{kind}: a frontend that comes back would have it twice");
     }
 }
 

@@ -273,12 +273,12 @@ fn a_hang_inside_the_bracket_is_said_and_ends() {
             let daemon = &daemon;
             let upgrade = scope.spawn(move || daemon.rpc().request("upgrade", target(fault)));
             thread::sleep(SECOND / 2);
-            // The gate is shut, and stays so: nobody is served, but everybody is told.
+            // The gate is shut, and stays so: no request is served, but every command is answered.
             read_one(&mut raw);
             assert_eq!(
                 raw.used(SECOND).expect("memory"),
                 None,
-                "somebody was served behind a shut gate"
+                "a request was served behind a shut gate"
             );
             let asked = Instant::now();
             let status = daemon.rpc().request("status", json!({})).expect("an answer");
@@ -318,7 +318,8 @@ fn a_panic_with_the_client_gone_and_another_one_come() {
 }
 
 /// The signal comes before the worker has taken the request, while it is inside the domain, before,
-/// in, and after the takeover. Whoever lives then has what was flushed, and flushes what was not.
+/// in, and after the takeover. The domain that lives then has what was flushed, and flushes what
+/// was not.
 #[test]
 fn a_panic_and_sigterm_at_once_end_cleanly() {
     const STEPS: u32 = 60;

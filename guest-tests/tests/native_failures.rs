@@ -294,7 +294,7 @@ fn a_hanging_prepare_pauses_nobody() {
     let report = load.stop();
     report.assert_clean();
     let max = report.latency.quantile(1.0);
-    assert!(max < SECOND, "somebody was paused for {max:?} while a successor was prepared");
+    assert!(max < SECOND, "a request was paused for {max:?} while a successor was prepared");
     run_load(daemon.socket(), &LoadOptions::new(2, 8).on_unknown_content(), SECOND / 10)
         .assert_clean();
 }

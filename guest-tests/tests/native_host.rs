@@ -35,7 +35,7 @@ fn permitted(program: &str, args: &[&str]) -> bool {
 }
 
 /// Those that end the daemon as its table says (HUP, INT, QUIT, TERM, XCPU), those that say that
-/// it is broken, and the two that nobody can refuse.
+/// it is broken, and the two that no process can refuse.
 const FATAL: [i32; 14] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 19, 24, 31];
 
 #[test]
@@ -204,7 +204,7 @@ fn a_user_without_a_number_in_the_daemons_namespace_is_not_taken_for_its_own() {
     if !permitted("unshare", &["--user", "true"]) {
         return;
     }
-    // Without a map everybody is 65534 there, the daemon as well.
+    // Without a map every user is 65534 there, the daemon as well.
     let directory = tempfile::tempdir().expect("a temporary directory");
     let socket = directory.path().join("socket");
     let control = directory.path().join("control");
@@ -329,7 +329,7 @@ fn what_is_not_used_need_not_be_known() {
 
 #[test]
 fn modules_are_loaded_where_memory_files_must_not_be_executable() {
-    // It holds in the PID namespace of whoever sets it.
+    // It holds in the PID namespace of the process that sets it.
     let forbid = "echo 2 > /proc/sys/vm/memfd_noexec";
     if !permitted("unshare", &["--pid", "--fork", "sh", "-c", forbid]) {
         return;

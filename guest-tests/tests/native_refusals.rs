@@ -1,7 +1,7 @@
 //! Everything that must be refused: bad modules, bad command lines, bad JSON.
 //!
-//! Every refusal has a sentence and a stable code, changes nothing, and disturbs nobody: a verified
-//! load runs through all of it, and the generation is at the end what it was at the start.
+//! Every refusal has a sentence and a stable code, changes nothing, and disturbs no request: a
+//! verified load runs through all of it, and the generation is at the end what it was at the start.
 
 use std::fs;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! Clients that come, go and vanish, and upgrades at moments when nobody, or hardly anybody, is
+//! Clients that come, go and vanish, and upgrades at moments when no client, or hardly one, is
 //! there.
 
 use std::path::Path;
@@ -244,7 +244,9 @@ fn the_control_socket_is_private_and_a_stale_one_is_replaced() {
     assert_eq!(mode(daemon.control()), 0o600);
     let directory = tempfile::tempdir().expect("a temporary directory");
     let stale = directory.path().join("stale.control");
-    drop(std::os::unix::net::UnixListener::bind(&stale).expect("a socket that nobody listens on"));
+    drop(
+        std::os::unix::net::UnixListener::bind(&stale).expect("a socket that refuses connections"),
+    );
     let second = Daemon::start(&["--control-path", stale.to_str().expect("UTF-8")]);
     assert_eq!(second.status()["generation"], 1);
 }
@@ -299,7 +301,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
         );
     }
     assert!(once(&daemon, "start the daemon with --queue-size 512"), "{}", daemon.log());
-    // Another size is of the same kind, so somebody else has to say it.
+    // Another size is of the same kind, so another has to say it.
     let daemon = start();
     for _ in 0..3 {
         assert!(

@@ -1,4 +1,4 @@
-//! Storage that does not answer for longer than anybody waits, and then does.
+//! Storage that does not answer for longer than any timeout, and then does.
 //!
 //! A file system is frozen under an image. Where that is not allowed, or takes tools that are not
 //! there, this says so and passes.
@@ -98,7 +98,7 @@ fn a_disk_comes_back_with_its_storage() {
     let frozen = mount.freeze();
     assert!(!write(&mut raw, SECOND), "it is frozen");
     raw.hang_up().expect("a socket");
-    // Longer than a drain is waited for where nobody has to wait.
+    // Longer than a drain is waited for where no request has to wait.
     thread::sleep(12 * SECOND);
     assert_eq!(daemon.status()["queues"][0]["in_flight"], 1);
     assert!(daemon.log().contains("still in flight"), "{}", daemon.log());

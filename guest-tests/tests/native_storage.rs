@@ -232,7 +232,7 @@ enum Successor {
 }
 
 /// The kernel has told an instance that data is lost, and that has died before it could tell
-/// anybody.
+/// its host.
 #[test]
 fn what_a_dead_domain_was_told_is_not_lost_with_it() {
     let successors = [

@@ -2,7 +2,7 @@
 //!
 //! `faulty` is upgraded to under a load that checks every block, panics at a request of its own
 //! choice, and the standby takes over: what was unanswered is run again, so the load must see no
-//! error, no mismatch and no request that nobody answers. Where there is no standby, or it dies as
+//! error, no mismatch and no request without an answer. Where there is no standby, or it dies as
 //! well, the errors are bounded, the state says `faulted`, and an upgrade brings the device back
 //! with its data.
 
@@ -145,7 +145,7 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     // Two in a row: the second one's standby is the first, whose panic is still to come.
     control
         .request("upgrade", faulty("request:panic:1"))
-        .expect("nobody is there to make it panic");
+        .expect("nothing is there to make it panic");
     control.request("upgrade", faulty("request:panic:1")).expect("nor here");
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     let now = wait_until(&mut control, "never faulted", |now| now["state"] == "faulted");
@@ -156,7 +156,7 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     assert_eq!(error.name(), "no_standby");
     thread::sleep(Duration::from_millis(50));
     let report = load.stop();
-    assert!(report.errors > 0, "nobody served");
+    assert!(report.errors > 0, "no domain served");
     assert_eq!(report.unanswered, 0, "faulted is errors, not silence");
     let reply = control
         .request("upgrade", json!({"name": "ramdisk"}))
@@ -166,9 +166,9 @@ fn a_standby_that_dies_too_ends_the_circle_with_errors() {
     assert_intact(daemon.socket(), &report.ledgers);
 }
 
-/// The first request is the domain's when it dies; the second comes while nobody knows yet what the
-/// domain may still do with the first. It turns out that it can never be ended, so the first stays
-/// unanswered for good, and alone.
+/// The first request is the domain's when it dies; the second comes while it is not known yet what
+/// the domain may still do with the first. It turns out that it can never be ended, so the first
+/// stays unanswered for good, and alone.
 #[test]
 fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() {
     for poll in ["0", "50"] {
@@ -196,7 +196,7 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
             (used.map(|(head, _)| head / 3), raw.get(status, 1).expect("memory")[0])
         };
         let first = ask(&mut raw, 0);
-        wait_until(&mut control, "nobody has died", |now| now["state"] == "upgrading");
+        wait_until(&mut control, "no domain has died", |now| now["state"] == "upgrading");
         let second = ask(&mut raw, 1);
         assert_eq!(
             answer(&mut raw, second),
@@ -221,7 +221,7 @@ fn what_comes_while_a_dead_domain_is_being_ended_is_not_left_with_what_it_had() 
             stopping.elapsed()
         );
         let (code, took) = daemon.stop();
-        assert!(took < Duration::from_secs(5), "nobody waits for what never comes: {took:?}");
+        assert!(took < Duration::from_secs(5), "it waits for what never comes: {took:?}");
         assert_ne!(code, 0, "something was left, and is said to be");
     }
 }

@@ -2,8 +2,8 @@
 //! project.
 //!
 //! After each one: the generation is one higher, the mode is the one that was asked for, every
-//! phase was timed, and in a swap nobody was paused. At the end: not one error, wrong block or lost
-//! request, as many commits as there were calls, and no pile of modules.
+//! phase was timed, and in a swap no queue was paused. At the end: not one error, wrong block or
+//! lost request, as many commits as there were calls, and no pile of modules.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -84,7 +84,7 @@ impl Upgrader {
             assert!(reply["phases_us"][phase].is_number(), "{phase} was not timed: {reply}");
         }
         let pause = reply["phases_us"]["pause"].as_f64().expect("a number");
-        assert!(mode != "swap" || pause == 0.0, "a swap pauses nobody: {reply}");
+        assert!(mode != "swap" || pause == 0.0, "a swap pauses no queue: {reply}");
         self.pauses_us.push(pause);
     }
 

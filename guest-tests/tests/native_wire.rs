@@ -35,7 +35,7 @@ const GOOD: u64 = FREE + 0x2_0000;
 /// First table entries of the request under test and of the well-formed one.
 const HEAD: u16 = 8;
 const GOOD_HEAD: u16 = 0;
-/// A status byte that nobody has written.
+/// A status byte that was not written.
 const UNWRITTEN: u8 = 0xee;
 
 const READ: u32 = 0;
@@ -549,7 +549,7 @@ fn garbage_on_the_vhost_user_socket_ends_that_connection_only() {
 }
 
 /// Copying is what upgrades wait for: 16 requests of 3 GiB each shut every gate for longer than
-/// anybody waits.
+/// a driver waits.
 #[test]
 fn no_more_is_done_in_a_request_than_was_announced() {
     const MOST: u64 = 126 << 20;
@@ -611,7 +611,7 @@ fn writes_to_the_configuration_space_end_no_session() {
     good_client_works(&daemon);
 }
 
-/// What was published while nobody listened was meant for somebody: a driver that waits for its
+/// What was published while no descriptor was there was meant for a driver: one that waits for its
 /// interrupt would wait for ever.
 #[test]
 fn who_is_given_a_call_descriptor_is_called() {
@@ -626,7 +626,7 @@ fn who_is_given_a_call_descriptor_is_called() {
     raw.renew_call().expect("a new descriptor");
     assert!(
         raw.was_called(ANSWER).expect("a descriptor"),
-        "nobody says that there is something in the used ring"
+        "no call says that there is something in the used ring"
     );
     well_formed_works(&mut raw, 2, "a new call descriptor");
 }

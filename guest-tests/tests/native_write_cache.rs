@@ -3,7 +3,7 @@
 //!
 //! A frontend reads the configuration at its first connect only, shows its copy to every driver,
 //! and never says again what a driver wrote to it. So a driver may come to a session with the cache
-//! off, and nobody says so. The disk is one whose power can be cut ([`guest_tests::power`]).
+//! off, and no message says so. The disk is one whose power can be cut ([`guest_tests::power`]).
 
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ impl Guest {
         self.next_driver(LINUX);
     }
 
-    /// The next driver starts the ring, after a reset that nobody tells of.
+    /// The next driver starts the ring, after a reset that no message tells of.
     fn next_driver(&mut self, features: u64) {
         let offered = self.raw.frontend.get_features().expect("features");
         self.raw.frontend.set_features(offered & (features | 1 << 30)).expect("features");
@@ -227,7 +227,8 @@ fn a_cache_that_is_on_is_one_and_flushes_are_kept() {
     guest.write(1, 1);
     assert_eq!(disk.syncs(), before, "and so has the next driver");
     guest.flush();
-    // Nobody says whether it is on, so writes are made durable until the driver says that it is.
+    // No message says whether it is on, so writes are made durable until the driver says that it
+    // is.
     let mut guest = restart(guest, &mut daemon, Signal::KILL);
     assert_eq!(writeback(&mut guest.raw), 0, "the configuration says what is so");
     guest.write(2, 2);

@@ -429,10 +429,11 @@ impl DomainProxy {
         let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
         let exchange = exchange(self, live, next, &notes);
         let mut drain = Drain::begin(self, live, options, deadline);
-        let nudge = || self.queues.notify_all();
-        let outcome = self.cell().handover_while(exchange, nudge, drain.first_look(), |stalled| {
-            drain.look(&stalled.readers)
-        });
+        let wake_owing = || self.queues.notify_all();
+        let outcome =
+            self.cell().handover_while(exchange, wake_owing, drain.first_look(), |stalled| {
+                drain.look(&stalled.readers)
+            });
         // Whatever happened, kicks may have been consumed while the gate was shut.
         self.queues.notify_all();
         let outcome = outcome

@@ -168,7 +168,7 @@ impl Worker {
     /// Passes the gate, between two batches.
     #[inline]
     pub fn gate(&mut self) -> Gate {
-        match self.reader.pass() {
+        match self.reader.quiescent() {
             srcu::Gate::Open if self.current.is_some() => {}
             srcu::Gate::Open | srcu::Gate::Changed => self.adopt(),
             srcu::Gate::Shut => {
@@ -192,7 +192,7 @@ impl Worker {
     pub fn sleep(&mut self) -> bool {
         let owing = self.owing > 0;
         self.unclocked = 0;
-        self.reader.sleep(owing).map(srcu::Asleep::until_pass).is_some()
+        self.reader.sleep(owing).map(srcu::Asleep::until_quiescent).is_some()
     }
 
     /// Leaves instances that are dead, and attaches to the live one.

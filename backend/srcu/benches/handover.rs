@@ -19,7 +19,7 @@ fn main() {
     let cell: Arc<Cell<usize>> = Cell::new(0, slots);
     let mut readers: Vec<_> = (0..slots).map(|_| cell.attach().expect("a slot for each")).collect();
     for reader in &mut readers {
-        reader.sleep(false).map(Asleep::until_pass).expect("nothing has changed");
+        reader.sleep(false).map(Asleep::until_quiescent).expect("nothing has changed");
     }
     for round in 1..=handovers {
         let done = cell.handover(Box::new(move |_| Some(round)), || {}, Duration::from_secs(5));
@@ -27,7 +27,7 @@ fn main() {
     }
     // They wake in an orderly way, and find the last value.
     for reader in &mut readers {
-        let _ = reader.pass();
+        let _ = reader.quiescent();
         assert_eq!(*reader.read(), handovers);
     }
 }

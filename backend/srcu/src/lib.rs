@@ -31,20 +31,20 @@
 //!                     Arrived <---+
 //! ```
 //!
-//! `Absent` and `Asleep` slots can be *claimed* for a shut gate by whoever gets there first with a
+//! `Absent` and `Asleep` slots can be *claimed* for a shut gate by the first that gets there with a
 //! compare-and-swap: the upgrader, a reader that arrives, or the reader that has just left. A
 //! claimed reader that wakes waits at the gate like one that arrived; so does one that would attach
 //! to a claimed slot. A reader that lay down and then sees the gate, unclaimed, gets up again.
 //!
-//! A reader whose guard of a sleep was leaked ([`Asleep::until_pass`]) is awake for the compiler
-//! and asleep for the slot. It then has no value, and finds out: `pass`, `arrive` and `sleep` wake
-//! it first, `read` panics, and dropping it turns `Asleep` into `Absent` with the claim, if any,
-//! left as it is.
+//! A reader whose guard of a sleep was leaked ([`Asleep::until_quiescent`]) is awake for the
+//! compiler and asleep for the slot. It then has no value, and finds out: `quiescent`, `arrive` and
+//! `sleep` wake it first, `read` panics, and dropping it turns `Asleep` into `Absent` with the
+//! claim, if any, left as it is.
 //!
 //! # Why it is right
 //!
 //! Notation: W is the cell's word, S a reader's slot, P the pointer to the value. Epochs grow by
-//! one with every change of W, and only whoever has the *desk* changes W, or P.
+//! one with every change of W, and only the holder of the *exchange slot* changes W, or P.
 //!
 //! 1. *An online reader's value is not freed.* A reader uses P only as loaded after it saw some W
 //!    of epoch e, open or shut, and S holds an epoch <= e with kind `Online` from before that load
@@ -63,8 +63,8 @@
 //! 3. *A reader that goes to sleep does not miss the gate.* Reader: S := Asleep, fence(SeqCst),
 //!    load W. Upgrader: W := shut, fence(SeqCst), load S. Either the upgrader sees Asleep and
 //!    claims it, or the reader sees W shut, and takes its slot back with a compare-and-swap, or
-//!    finds it claimed *for that very gate*, and sleeps on. A claim for an earlier gate, by
-//!    somebody who is late, counts for nothing. The same holds for leaving, where the reader claims
+//!    finds it claimed *for that very gate*, and sleeps on. A claim for an earlier gate, by a
+//!    thread that is late, counts for nothing. The same holds for leaving, where the reader claims
 //!    for itself what it has left.
 //! 4. *Each slot arrives at most once per gate.* A slot is counted by the successful
 //!    compare-and-swap from (lower epoch, Absent or Asleep) to (gate's epoch, same kind), or by its
@@ -74,13 +74,13 @@
 //!    from the gate of now; were it to, a slot would be counted twice, and an exchange run with a
 //!    reader inside. The count carries the gate's epoch, so that an arrival at a gate that was
 //!    given up meanwhile counts nowhere.
-//! 5. *The exchange is alone.* It runs in whoever brings the count to zero (AcqRel on the count: a
-//!    release sequence over all arrivals, so it sees everything that every reader did before
-//!    arriving; and a claim acquires what the sleeper did). Giving up is a compare-and-swap on the
-//!    same word that succeeds only while the count is not zero.
-//! 6. *Nobody stays at an open gate.* A waiter looks at W under the mutex before it waits; who
-//!    opens stores W and then takes the mutex, and then notifies. An exchange that panics, a
-//!    deadline, and a nudge that panics all open the gate.
+//! 5. *The exchange is alone.* It runs in the thread that brings the count to zero (AcqRel on the
+//!    count: a release sequence over all arrivals, so it sees everything that every reader did
+//!    before arriving; and a claim acquires what the sleeper did). Giving up is a compare-and-swap
+//!    on the same word that succeeds only while the count is not zero.
+//! 6. *No reader stays at an open gate.* A waiter looks at W under the mutex before it waits; the
+//!    opener stores W and then takes the mutex, and then notifies. An exchange that panics, a
+//!    deadline, and a `wake_owing` that panics all open the gate.
 //!
 //! # How far it is proved
 //!
@@ -132,7 +132,7 @@ struct Head<T> {
     value: AtomicPtr<T>,
 }
 
-/// One reader's line: `word` is written by the reader, and by whoever claims it.
+/// One reader's line: `word` is written by the reader, and by what claims it.
 struct Slot {
     word: AtomicU64,
     /// Which thread the reader was last seen on (`sync::this_thread`). Not part of the protocol,
@@ -141,7 +141,7 @@ struct Slot {
 }
 
 /// What the upgrader leaves at the gate for the last arrival, and what it finds there afterwards.
-enum Desk<T> {
+enum ExchangeSlot<T> {
     Empty,
     Waiting(Exchange<T>),
     /// On which thread.
@@ -154,8 +154,8 @@ pub struct Cell<T> {
     head: Line<Head<T>>,
     pending: Line<AtomicU64>,
     slots: Box<[Line<Slot>]>,
-    desk: Mutex<Desk<T>>,
-    /// Notified when a gate opens; its mutex is `desk`.
+    exchange_slot: Mutex<ExchangeSlot<T>>,
+    /// Notified when a gate opens; its mutex is `exchange_slot`.
     opened: Condvar,
 }
 
@@ -186,7 +186,7 @@ impl<T: Send + Sync> Cell<T> {
             }),
             pending: Line(AtomicU64::new(Pending::NONE.0)),
             slots: (0..readers).map(|_| slot()).collect(),
-            desk: Mutex::new(Desk::Empty),
+            exchange_slot: Mutex::new(ExchangeSlot::Empty),
             opened: Condvar::new(),
         })
     }

@@ -3,9 +3,9 @@
 //!
 //! Run with `RUSTFLAGS="--cfg loom" cargo test -p srcu --release --lib`.
 //!
-//! A model's value holds a cell that the checker watches. A section reads it; an exchange and
-//! whoever frees a value write to it. So an access that is not ordered after, or before, all others
-//! is found, even if it did no harm in that run. What is freed is leaked in truth, so that a
+//! A model's value holds a cell that the checker watches. A section reads it; an exchange and the
+//! thread that frees a value write to it. So an access that is not ordered after, or before, all
+//! others is found, even if it did no harm in that run. What is freed is leaked in truth, so that a
 //! mistake shows as a broken rule and not as a broken process.
 //!
 //! Each mistake of `mutation.rs` is planted in a process of its own, in which the model that is
@@ -41,7 +41,7 @@ impl Value {
 
     /// What a section does.
     fn check(&self) -> u64 {
-        // SAFETY: the checker looks whether anybody writes.
+        // SAFETY: the checker looks whether another thread writes.
         let body = self.body.with(|body| unsafe { *body });
         assert_eq!(body, self.generation, "a value that was freed");
         body
@@ -49,7 +49,7 @@ impl Value {
 
     /// What must be alone: an exchange.
     fn alone(&self) {
-        // SAFETY: the checker looks whether anybody else reads or writes.
+        // SAFETY: the checker looks whether another thread reads or writes.
         self.body.with_mut(|body| {
             assert_eq!(unsafe { *body }, self.generation, "a value that was freed")
         });
@@ -73,7 +73,7 @@ fn exchange(generation: u64) -> Exchange<Value> {
 fn work(reader: &mut Reader<Value>, times: usize) {
     let mut newest = 0;
     for _ in 0..times {
-        let gate = reader.pass();
+        let gate = reader.quiescent();
         let generation = reader.read().check();
         assert!(generation >= newest, "an older value than before");
         newest = generation;
@@ -228,7 +228,7 @@ fn sleep_against_handover() {
     });
 }
 
-/// Nobody wakes it: the gate must take it as it lies.
+/// It is not woken: the gate must take it as it lies.
 #[test]
 fn sleep_for_good_against_handover() {
     model(4, || {
@@ -318,11 +318,11 @@ fn owing_against_handover() {
         let worker = thread::spawn(move || {
             drop(reader.sleep(true));
             reader.read().check();
-            if reader.pass() == Gate::Shut {
+            if reader.quiescent() == Gate::Shut {
                 reader.read().check();
                 drop(reader.sleep(true));
                 reader.read().check();
-                assert_eq!(reader.pass(), Gate::Shut, "the gate cannot open without us");
+                assert_eq!(reader.quiescent(), Gate::Shut, "the gate cannot open without us");
                 reader.arrive();
                 assert_eq!(reader.read().check(), 2);
             }
@@ -339,7 +339,7 @@ fn owing_against_swap_and_handover() {
         let cell = cell(1);
         let mut reader = attach(&cell);
         let worker = thread::spawn(move || {
-            if reader.pass() == Gate::Shut {
+            if reader.quiescent() == Gate::Shut {
                 drop(reader.sleep(true));
                 reader.read().check();
                 reader.arrive();
@@ -406,12 +406,12 @@ fn give_up_against_arrival() {
         }
         worker.join().unwrap();
         let mut reader = attach(&cell);
-        assert_ne!(reader.pass(), Gate::Shut, "left shut");
+        assert_ne!(reader.quiescent(), Gate::Shut, "left shut");
         reader.read().check();
     });
 }
 
-/// Somebody who arrived at a gate that was given up is still busy claiming slots for it when the
+/// A thread that arrived at a gate that was given up is still busy claiming slots for it when the
 /// next one is shut. The upgrader is a reader too, to save a thread.
 #[test]
 fn late_claim_against_next_gate() {
@@ -436,14 +436,14 @@ fn late_claim_against_next_gate() {
     });
 }
 
-/// The same claimer, reduced to its claim, comes upon somebody who lies down at the next gate.
+/// The same claimer, reduced to its claim, comes upon a reader that lies down at the next gate.
 #[test]
 fn late_claim_against_sleeper() {
     model(4, || {
         let cell = cell(1);
         let mut sleeper = attach(&cell);
         let gate = cell.shut(exchange(2)).unwrap();
-        assert!(cell.give_up(gate).is_some(), "nobody has arrived");
+        assert!(cell.give_up(gate).is_some(), "no reader has arrived");
         let other = Arc::clone(&cell);
         let late = thread::spawn(move || other.claim_all(gate.epoch));
         let gate = cell.shut(exchange(2)).unwrap();

@@ -9,7 +9,7 @@
 use crate::mutation::{Mutation, planted};
 use crate::sync::{Ordering, full_fence, lock, order, spins, this_thread};
 use crate::word::{Kind, Pending, SlotWord, Word};
-use crate::{Cell, Desk, Slot};
+use crate::{Cell, ExchangeSlot, Slot};
 use std::ptr;
 use std::sync::Arc;
 
@@ -28,10 +28,10 @@ pub enum Gate {
 
 /// One thread's right to use the value.
 ///
-/// A reader that exists is online: it holds up upgrades until it next calls [`pass`](Self::pass),
-/// [`sleep`](Self::sleep) or is dropped. All of these take `&mut self`, so that nothing borrowed
-/// from [`read`](Self::read) can outlive them. One that is leaked stays online for ever: no grace
-/// period ends, no handover succeeds, and both name it.
+/// A reader that exists is online: it holds up upgrades until it next calls
+/// [`quiescent`](Self::quiescent), [`sleep`](Self::sleep) or is dropped. All of these take `&mut
+/// self`, so that nothing borrowed from [`read`](Self::read) can outlive them. One that is leaked
+/// stays online for ever: no grace period ends, no handover succeeds, and both name it.
 pub struct Reader<T: Send + Sync> {
     cell: Arc<Cell<T>>,
     index: usize,
@@ -53,7 +53,8 @@ impl<T: Send + Sync> Cell<T> {
     /// Adds a reader. Returns `None` if all slots are taken.
     ///
     /// Waits if the free slot already counts as arrived at a shut gate. Otherwise the reader takes
-    /// part in the rendezvous like any other: its first [`pass`](Reader::pass) says [`Gate::Shut`].
+    /// part in the rendezvous like any other: its first [`quiescent`](Reader::quiescent) says
+    /// [`Gate::Shut`].
     ///
     /// # Panics
     /// Inside an exchange, which would wait for itself.
@@ -107,8 +108,8 @@ impl<T: Send + Sync> Cell<T> {
     }
 
     pub(crate) fn word(&self) -> Word {
-        // Acquire pairs with the Release of whoever published or opened: P and everything before it
-        // is visible.
+        // Acquire pairs with the Release of the thread that published or opened: P and everything
+        // before it is visible.
         Word(self.head.0.word.load(Ordering::Acquire))
     }
 
@@ -133,17 +134,18 @@ impl<T: Send + Sync> Cell<T> {
             std::hint::spin_loop();
         }
         let early = planted(Mutation::NoRecheck) && self.word() == shut;
-        let mut desk = lock(&self.desk);
+        let mut exchange_slot = lock(&self.exchange_slot);
         if early {
-            drop(self.opened.wait(desk));
+            drop(self.opened.wait(exchange_slot));
             return;
         }
         while self.word() == shut {
             assert!(
-                !matches!(*desk, Desk::Running(thread) if thread == this_thread()),
+                !matches!(*exchange_slot, ExchangeSlot::Running(thread) if thread == this_thread()),
                 "an exchange must not attach or wake a reader of its own cell: it would wait for itself"
             );
-            desk = self.opened.wait(desk).unwrap_or_else(|poisoned| poisoned.into_inner());
+            exchange_slot =
+                self.opened.wait(exchange_slot).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
     }
 
@@ -219,18 +221,17 @@ impl<T: Send + Sync> Reader<T> {
     /// Stands between two read sections. The usual case, nothing changed, is one load and a
     /// compare.
     ///
-    /// Wakes a reader whose sleep was not ended ([`Asleep::until_pass`]); that waits while it
+    /// Wakes a reader whose sleep was not ended ([`Asleep::until_quiescent`]); that waits while it
     /// counts as arrived at a shut gate.
     #[inline]
-    pub fn pass(&mut self) -> Gate {
+    pub fn quiescent(&mut self) -> Gate {
         if self.cell.word() == self.open { Gate::Open } else { self.look() }
     }
 
     /// The value. Stays the same, and valid, until the next call that takes `&mut self`.
     ///
-    /// # Panics
-    /// In a sleep that was left to end with the next [`pass`](Self::pass) ([`Asleep::until_pass`]),
-    /// or whose guard was leaked.
+    /// # Panics In a sleep that was left to end with the next [`quiescent`](Self::quiescent)
+    /// ([`Asleep::until_quiescent`]), or whose guard was leaked.
     #[inline]
     #[must_use]
     pub fn read(&self) -> &T {
@@ -272,7 +273,7 @@ impl<T: Send + Sync> Reader<T> {
         if word.is_shut() { Gate::Shut } else { Gate::Changed }
     }
 
-    /// Only from `Online`, `Owing` and `Arrived`: nobody else changes a slot that says so.
+    /// Only from `Online`, `Owing` and `Arrived`: no other thread changes a slot that says so.
     fn announce(&self, slot: SlotWord) {
         let release = order(Ordering::Release, Mutation::RelaxedAnnounce);
         self.cell.slot(self.index).word.store(slot.0, release);
@@ -281,7 +282,8 @@ impl<T: Send + Sync> Reader<T> {
     /// Arrives at the shut gate, with nothing in flight, and waits until it opens. The last to
     /// arrive runs the exchange.
     ///
-    /// Afterwards [`pass`](Self::pass) tells what is there now. Does nothing if the gate is open.
+    /// Afterwards [`quiescent`](Self::quiescent) tells what is there now. Does nothing if the gate
+    /// is open.
     pub fn arrive(&mut self) {
         self.wake_if_asleep();
         let word = self.cell.word();
@@ -340,27 +342,27 @@ impl<T: Send + Sync> Reader<T> {
         full_fence(Mutation::NoFenceOnline);
         let word = early.unwrap_or_else(|| self.cell.word());
         if word == self.before.0 {
-            // Nothing has happened; say so, because `pass` will not say it again.
+            // Nothing has happened; say so, because `quiescent` will not say it again.
             self.announce(SlotWord::new(word.epoch(), Kind::Online));
             (self.seen, self.value) = self.before;
             self.open = if word.is_shut() { Word::NONE } else { word };
         } else {
             // Not the pointer from before: while we were outside it may have been freed. `seen`
-            // stays nothing, so that the next `pass` says that something changed.
+            // stays nothing, so that the next `quiescent` says that something changed.
             self.value = self.cell.head.0.value.load(Ordering::Acquire);
         }
     }
 
     /// Goes to sleep outside any read section. The sleep ends when the guard is dropped.
     ///
-    /// `owing` says that completions are still to come: nobody may claim this reader for a
+    /// `owing` says that completions are still to come: this reader may not be claimed for a
     /// handover, it has to be woken, to collect, and to arrive. It holds up no swap's grace period:
-    /// whoever retires the old value must know by himself what it still owes. Waking waits only if
-    /// the reader did not owe and counts as arrived at a gate that is shut.
+    /// the thread that retires the old value must know by itself what it still owes. Waking waits
+    /// only if the reader did not owe and counts as arrived at a gate that is shut.
     ///
-    /// Returns `None`, still online, if something has changed since the last [`pass`](Self::pass):
-    /// look again first. A reader that owes may sleep at a shut gate that it has seen, one that
-    /// does not must [`arrive`](Self::arrive).
+    /// Returns `None`, still online, if something has changed since the last
+    /// [`quiescent`](Self::quiescent): look again first. A reader that owes may sleep at a shut
+    /// gate that it has seen, one that does not must [`arrive`](Self::arrive).
     pub fn sleep(&mut self, owing: bool) -> Option<Asleep<'_, T>> {
         self.wake_if_asleep();
         if !owing && self.seen.is_shut() {
@@ -400,7 +402,7 @@ impl<T: Send + Sync> Reader<T> {
 #[inline(never)]
 #[track_caller]
 fn not_online() -> ! {
-    panic!("a reader that sleeps has no value: pass() before read()")
+    panic!("a reader that sleeps has no value: quiescent() before read()")
 }
 
 /// A reader that sleeps. Dropping it wakes the reader.
@@ -410,9 +412,9 @@ pub struct Asleep<'r, T: Send + Sync> {
 }
 
 impl<T: Send + Sync> Asleep<'_, T> {
-    /// Lets the reader sleep on until its next [`pass`](Reader::pass), for an event loop that
-    /// cannot hold the guard.
-    pub fn until_pass(self) {
+    /// Lets the reader sleep on until its next [`quiescent`](Reader::quiescent), for an event loop
+    /// that cannot hold the guard.
+    pub fn until_quiescent(self) {
         std::mem::forget(self);
     }
 }
@@ -424,7 +426,7 @@ impl<T: Send + Sync> Drop for Asleep<'_, T> {
 }
 
 impl<T: Send + Sync> Drop for Reader<T> {
-    /// Leaves. Leaving counts as arriving, so whoever drops a reader must have nothing in flight;
+    /// Leaves. Leaving counts as arriving, so a reader that is dropped must have nothing in flight;
     /// it may run an exchange.
     fn drop(&mut self) {
         let slot = self.cell.slot(self.index);

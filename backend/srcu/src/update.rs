@@ -3,7 +3,7 @@
 use crate::mutation::{Mutation, planted};
 use crate::sync::{Ordering, full_fence, lock, order, spins, this_thread, yield_now};
 use crate::word::{Kind, Pending, SlotWord, Word};
-use crate::{Cell, Desk};
+use crate::{Cell, ExchangeSlot};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -58,7 +58,7 @@ pub enum Handover<T> {
         /// What the exchange panicked with, if it did; the old value was kept.
         panic: Option<Box<dyn Any + Send>>,
     },
-    /// Not everybody arrived in time. The exchange did not run, the gate is open again.
+    /// Not every reader arrived in time. The exchange did not run, the gate is open again.
     TimedOut {
         /// Who did not.
         stalled: Stalled,
@@ -83,8 +83,8 @@ impl<T: Send + Sync> Cell<T> {
     /// Nothing was published.
     pub fn swap(self: &Arc<Self>, new: T) -> Result<Grace<T>, UpdateError> {
         self.check_outside()?;
-        let desk = lock(&self.desk);
-        if !matches!(*desk, Desk::Empty) {
+        let exchange_slot = lock(&self.exchange_slot);
+        if !matches!(*exchange_slot, ExchangeSlot::Empty) {
             return Err(UpdateError::Busy);
         }
         let epoch = self.word().next_epoch();
@@ -93,34 +93,33 @@ impl<T: Send + Sync> Cell<T> {
         // publication did.
         let old = self.head.0.value.swap(new, Ordering::AcqRel);
         // Release pairs with the Acquire in `word`: who sees this sees the new pointer.
-        self.say(Word::open(epoch));
+        self.store_word(Word::open(epoch));
         // Case 2: pairs with the fence of a reader that comes online.
         full_fence(Mutation::NoFenceSwap);
-        drop(desk);
+        drop(exchange_slot);
         Ok(Grace { cell: Arc::clone(self), old, epoch, next: 0 })
     }
 
     /// Shuts the gate, waits until every reader has arrived or lies outside, runs `exchange`, and
     /// opens the gate.
     ///
-    /// `nudge` is called once after the gate was shut, to wake readers that sleep and owe. It must
-    /// not wait for anything that waits for the gate. The deadline `timeout` covers the rendezvous;
-    /// an exchange that runs is waited for. Whoever arrives last runs the exchange: any reader's
-    /// thread, or this one.
+    /// `wake_owing` is called once after the gate was shut, to wake readers that sleep and owe. It
+    /// must not wait for anything that waits for the gate. The deadline `timeout` covers the
+    /// rendezvous; an exchange that runs is waited for. The last to arrive runs the exchange: any
+    /// reader's thread, or this one.
     ///
     /// # Errors
     /// The gate was not shut.
     ///
-    /// # Panics
-    /// If `nudge` does, after the gate was opened again. The exchange may have run; the old value
-    /// is then dropped here.
+    /// # Panics If `wake_owing` does, after the gate was opened again. The exchange may have run;
+    /// the old value is then dropped here.
     pub fn handover(
         self: &Arc<Self>,
         exchange: Exchange<T>,
-        nudge: impl FnOnce(),
+        wake_owing: impl FnOnce(),
         timeout: Duration,
     ) -> Result<Handover<T>, UpdateError> {
-        self.handover_while(exchange, nudge, timeout, |_| Duration::ZERO)
+        self.handover_while(exchange, wake_owing, timeout, |_| Duration::ZERO)
     }
 
     /// As [`handover`](Self::handover), but when the time is up `more` is asked, each time, how
@@ -130,16 +129,16 @@ impl<T: Send + Sync> Cell<T> {
     /// The gate was not shut.
     ///
     /// # Panics
-    /// If `nudge` or `more` does, as for `nudge` in `handover`.
+    /// If `wake_owing` or `more` does, as for `wake_owing` in `handover`.
     pub fn handover_while(
         self: &Arc<Self>,
         exchange: Exchange<T>,
-        nudge: impl FnOnce(),
+        wake_owing: impl FnOnce(),
         timeout: Duration,
         mut more: impl FnMut(&Stalled) -> Duration,
     ) -> Result<Handover<T>, UpdateError> {
         let gate = self.shut(exchange)?;
-        let mut panic = catch_unwind(AssertUnwindSafe(nudge)).err();
+        let mut panic = catch_unwind(AssertUnwindSafe(wake_owing)).err();
         let timeout = if panic.is_some() { Duration::ZERO } else { timeout };
         let outcome = self.await_exchange_while(gate, Some(timeout), |stalled| {
             if panic.is_some() {
@@ -160,30 +159,31 @@ impl<T: Send + Sync> Cell<T> {
         }
     }
 
-    /// Shuts the gate and claims whoever is outside.
+    /// Shuts the gate and claims the readers that are outside.
     pub(crate) fn shut(&self, exchange: Exchange<T>) -> Result<Shut, UpdateError> {
         self.check_outside()?;
-        let mut desk = lock(&self.desk);
-        if !matches!(*desk, Desk::Empty) {
+        let mut exchange_slot = lock(&self.exchange_slot);
+        if !matches!(*exchange_slot, ExchangeSlot::Empty) {
             return Err(UpdateError::Busy);
         }
         let epoch = self.word().next_epoch();
-        *desk = Desk::Waiting(exchange);
+        *exchange_slot = ExchangeSlot::Waiting(exchange);
         // Relaxed: published by W. A late arrival at an earlier gate that sees it finds an epoch
         // that is not its own.
         self.pending.0.store(Pending::new(epoch, self.slots.len() as u64).0, Ordering::Relaxed);
-        drop(desk);
+        drop(exchange_slot);
         let at = Instant::now();
-        // Release pairs with the Acquire in `word`: who sees the gate sees the count and the desk.
-        self.say(Word::shut(epoch));
+        // Release pairs with the Acquire in `word`: a thread that sees the
+        // gate sees the count and the exchange slot.
+        self.store_word(Word::shut(epoch));
         // Case 3: pairs with the fence of a reader that lies down or leaves.
         full_fence(Mutation::NoFenceShut);
         self.claim_all(epoch);
         Ok(Shut { epoch, at })
     }
 
-    /// Changes W. Only the one who has the desk does.
-    fn say(&self, word: Word) {
+    /// Changes W. Only the holder of the exchange slot does.
+    fn store_word(&self, word: Word) {
         self.head.0.word.store(word.0, order(Ordering::Release, Mutation::RelaxedOpen));
     }
 
@@ -202,10 +202,12 @@ impl<T: Send + Sync> Cell<T> {
         mut more: impl FnMut(&Stalled) -> Duration,
     ) -> Handover<T> {
         let mut deadline = timeout.and_then(|timeout| gate.at.checked_add(timeout));
-        let mut desk = lock(&self.desk);
+        let mut exchange_slot = lock(&self.exchange_slot);
         loop {
-            if matches!(*desk, Desk::Done(_)) {
-                let Desk::Done(outcome) = std::mem::replace(&mut *desk, Desk::Empty) else {
+            if matches!(*exchange_slot, ExchangeSlot::Done(_)) {
+                let ExchangeSlot::Done(outcome) =
+                    std::mem::replace(&mut *exchange_slot, ExchangeSlot::Empty)
+                else {
                     unreachable!()
                 };
                 return Handover::Done {
@@ -216,13 +218,13 @@ impl<T: Send + Sync> Cell<T> {
                 };
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            desk = match left {
+            exchange_slot = match left {
                 Some(Duration::ZERO) => {
-                    drop(desk);
+                    drop(exchange_slot);
                     let longer = more(&self.missing(gate));
                     if !longer.is_zero() {
                         deadline = Instant::now().checked_add(longer);
-                        desk = lock(&self.desk);
+                        exchange_slot = lock(&self.exchange_slot);
                         continue;
                     }
                     if let Some(given_up) = self.give_up(gate) {
@@ -230,15 +232,17 @@ impl<T: Send + Sync> Cell<T> {
                     }
                     // Too late: the exchange is running, and is waited for.
                     deadline = None;
-                    lock(&self.desk)
+                    lock(&self.exchange_slot)
                 }
                 Some(left) => {
                     self.opened
-                        .wait_timeout(desk, left)
+                        .wait_timeout(exchange_slot, left)
                         .unwrap_or_else(|poisoned| poisoned.into_inner())
                         .0
                 }
-                None => self.opened.wait(desk).unwrap_or_else(|poisoned| poisoned.into_inner()),
+                None => {
+                    self.opened.wait(exchange_slot).unwrap_or_else(|poisoned| poisoned.into_inner())
+                }
             };
         }
     }
@@ -255,10 +259,10 @@ impl<T: Send + Sync> Cell<T> {
             let stalled = self.missing(gate);
             // Case 5: an arrival that comes after this counts nowhere. Relaxed: a failure reads
             // nothing, a success publishes nothing; W does.
-            let nobody = Pending::NONE.0;
+            let none = Pending::NONE.0;
             match self.pending.0.compare_exchange(
                 found.0,
-                nobody,
+                none,
                 Ordering::Relaxed,
                 Ordering::Relaxed,
             ) {
@@ -267,10 +271,10 @@ impl<T: Send + Sync> Cell<T> {
             }
         };
         if !planted(Mutation::ShutAfterGiveUp) {
-            self.say(Word::open(gate.epoch + 1));
+            self.store_word(Word::open(gate.epoch + 1));
         }
         let pause = gate.at.elapsed();
-        let unrun = std::mem::replace(&mut *lock(&self.desk), Desk::Empty);
+        let unrun = std::mem::replace(&mut *lock(&self.exchange_slot), ExchangeSlot::Empty);
         // Case 6: after the mutex was taken, after W was stored.
         if !planted(Mutation::NoNotify) {
             self.opened.notify_all();
@@ -279,15 +283,21 @@ impl<T: Send + Sync> Cell<T> {
         Some(Handover::TimedOut { stalled, pause })
     }
 
-    /// Runs the exchange, publishes, opens. Called by whoever arrived last at the gate of `epoch`.
+    /// Runs the exchange, publishes, opens. Called by the thread that arrived last at the gate of
+    /// `epoch`.
     pub(crate) fn run_exchange(&self, epoch: u64) {
-        let running = Desk::Running(this_thread());
-        let Desk::Waiting(exchange) = std::mem::replace(&mut *lock(&self.desk), running) else {
-            unreachable!("the count reaches zero once per gate, with the exchange on the desk")
+        let running = ExchangeSlot::Running(this_thread());
+        let ExchangeSlot::Waiting(exchange) =
+            std::mem::replace(&mut *lock(&self.exchange_slot), running)
+        else {
+            unreachable!(
+                "the count reaches zero once per gate, with the exchange on the exchange_slot"
+            )
         };
         let started = Instant::now();
         let value = self.head.0.value.load(Ordering::Acquire);
-        // SAFETY: only an update frees the value, and this is the only one under way (`Desk`).
+        // SAFETY: only an update frees the value, and this is the only one under way
+        // (`ExchangeSlot`).
         let result = catch_unwind(AssertUnwindSafe(|| exchange(unsafe { &*value })));
         let (old, panic) = match result {
             Ok(Some(new)) => {
@@ -305,13 +315,13 @@ impl<T: Send + Sync> Cell<T> {
         if planted(Mutation::ShutAfterPanic) && panic.is_some() {
             return;
         }
-        // Relaxed: the next one to look at it has the desk, or finds an epoch that is not its own
-        // either way.
+        // Relaxed: the next one to look at it has the exchange slot, or finds an epoch that is not
+        // its own either way.
         self.pending.0.store(Pending::NONE.0, Ordering::Relaxed);
         // Release pairs with the Acquire in `word`: who sees the gate open sees the new value.
-        self.say(Word::open(epoch + 1));
+        self.store_word(Word::open(epoch + 1));
         let opened = Instant::now();
-        *lock(&self.desk) = Desk::Done(Outcome { old, started, opened, panic });
+        *lock(&self.exchange_slot) = ExchangeSlot::Done(Outcome { old, started, opened, panic });
         // Case 6: after the mutex was taken, after W was stored.
         if !planted(Mutation::NoNotify) {
             self.opened.notify_all();
@@ -356,7 +366,7 @@ pub(crate) struct Shut {
 
 /// An old value whose readers have not all moved on yet.
 ///
-/// Dropping it unfinished leaks the value: nobody knows whether it is still used.
+/// Dropping it unfinished leaks the value: it is not known whether it is still used.
 #[must_use = "the old value is leaked unless the grace period is waited for"]
 pub struct Grace<T> {
     cell: Arc<Cell<T>>,

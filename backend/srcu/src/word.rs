@@ -94,7 +94,7 @@ impl SlotWord {
 /// How many slots have not arrived yet at the gate that was shut at an epoch: 48 bits of epoch, 16
 /// of count.
 ///
-/// Epoch 0 stands for no gate. Count 0 of a live epoch: somebody is the last and runs the exchange.
+/// Epoch 0 stands for no gate. Count 0 of a live epoch: the last one runs the exchange.
 /// A cell has at most 65,535 slots, and a count starts there and only goes down, so it fits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pending(pub(crate) u64);

@@ -64,7 +64,7 @@ fn when_the_time_is_up_somebody_else_may_say_not_yet() {
         for _ in 0..3 {
             assert_eq!(heard.recv().unwrap(), [0]);
         }
-        assert_eq!(one.pass(), Gate::Shut);
+        assert_eq!(one.quiescent(), Gate::Shut);
         one.arrive();
         assert_eq!(old(upgrade.join().unwrap().unwrap()), Some(1));
     });
@@ -74,7 +74,7 @@ fn when_the_time_is_up_somebody_else_may_say_not_yet() {
     let given_up =
         elsewhere(|| cell.handover_while(Box::new(|_| None), || {}, SHORT, more).unwrap());
     assert_eq!(stalled(given_up), [0]);
-    assert_eq!(one.pass(), Gate::Changed);
+    assert_eq!(one.quiescent(), Gate::Changed);
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn who_panics_when_the_time_is_up_leaves_the_gate_open() {
         let upgrade = || cell.handover_while(Box::new(|_| None), || {}, SHORT, panics);
         assert!(catch_unwind(AssertUnwindSafe(upgrade)).is_err());
     });
-    assert_ne!(reader.pass(), Gate::Shut);
+    assert_ne!(reader.quiescent(), Gate::Shut);
     drop(reader);
     assert_eq!(old(plus_one(&cell, LONG)), Some(1));
 }
@@ -95,11 +95,11 @@ fn who_panics_when_the_time_is_up_leaves_the_gate_open() {
 fn a_reader_sees_a_swap_at_its_next_pass() {
     let cell = Cell::new(1, 1);
     let mut reader = cell.attach().unwrap();
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Open, 1));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Open, 1));
     let grace = elsewhere(|| cell.swap(2).unwrap());
-    assert_eq!(*reader.read(), 1, "not before its next pass");
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
-    assert_eq!(reader.pass(), Gate::Open);
+    assert_eq!(*reader.read(), 1, "not before its next quiescent state");
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
+    assert_eq!(reader.quiescent(), Gate::Open);
     assert_eq!(*grace.wait(LONG).ok().unwrap(), 1);
 }
 
@@ -144,7 +144,7 @@ fn an_update_from_a_thread_whose_reader_is_online_is_refused() {
     let asleep = reader.sleep(false).unwrap();
     assert_eq!(old(plus_one(&cell, LONG)), Some(1), "asleep is outside");
     drop(asleep);
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
     drop(reader);
     assert_eq!(old(plus_one(&cell, LONG)), Some(2));
 }
@@ -193,24 +193,24 @@ fn a_handover_that_times_out_names_who_is_missing_and_lets_everybody_go_on() {
     thread::scope(|scope| {
         let arriving = scope.spawn(|| {
             barrier.wait();
-            until(|| arrives.pass() == Gate::Shut);
+            until(|| arrives.quiescent() == Gate::Shut);
             arrives.arrive();
-            (arrives.pass(), *arrives.read())
+            (arrives.quiescent(), *arrives.read())
         });
         let owing = owes.sleep(true).unwrap();
         let sleeping = sleeps.sleep(false).unwrap();
-        let nudge = || {
+        let wake_owing = || {
             barrier.wait();
         };
         let handover = elsewhere(|| {
-            cell.handover(Box::new(|_| unreachable!()), nudge, Duration::from_millis(200))
+            cell.handover(Box::new(|_| unreachable!()), wake_owing, Duration::from_millis(200))
         });
         assert_eq!(stalled(handover.unwrap()), [1, 2]);
         assert_eq!(arriving.join().unwrap(), (Gate::Changed, 1), "the gate is open");
         drop((owing, sleeping));
     });
     for reader in [&mut owes, &mut sleeps] {
-        assert_ne!(reader.pass(), Gate::Shut);
+        assert_ne!(reader.quiescent(), Gate::Shut);
         assert_eq!(*reader.read(), 1);
     }
     drop((arrives, busy, owes, sleeps));
@@ -223,17 +223,17 @@ fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
     let (ran_on, ran) = mpsc::channel();
     // The upgrader counts readers that are not there, and could be the last to arrive until it has;
     // then it nudges.
-    let (nudge, nudged) = mpsc::channel();
+    let (wake_owing, was_woken) = mpsc::channel();
     let (attached, cell) = (Barrier::new(2), &cell);
     thread::scope(|scope| {
         let at = &attached;
         let worker = scope.spawn(move || {
             let mut reader = cell.attach().unwrap();
             at.wait();
-            until(|| reader.pass() == Gate::Shut);
-            nudged.recv().unwrap();
+            until(|| reader.quiescent() == Gate::Shut);
+            was_woken.recv().unwrap();
             reader.arrive();
-            assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
+            assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
             thread::current().id()
         });
         attached.wait();
@@ -242,7 +242,7 @@ fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
             Some(value + 1)
         });
         assert_eq!(
-            old(cell.handover(exchange, move || nudge.send(()).unwrap(), LONG).unwrap()),
+            old(cell.handover(exchange, move || wake_owing.send(()).unwrap(), LONG).unwrap()),
             Some(1)
         );
         assert_eq!(worker.join().unwrap(), ran.recv().unwrap());
@@ -253,20 +253,20 @@ fn a_reader_arrives_and_the_last_one_runs_the_exchange() {
 fn an_owing_reader_collects_at_the_shut_gate() {
     let cell = Cell::new(1, 1);
     let mut reader = elsewhere(|| cell.attach().unwrap());
-    let (nudge, nudged) = mpsc::channel();
+    let (wake_owing, was_woken) = mpsc::channel();
     thread::scope(|scope| {
         let asleep = reader.sleep(true).unwrap();
         let upgrade = scope.spawn(|| {
-            cell.handover(Box::new(|v| Some(v + 1)), move || nudge.send(()).unwrap(), LONG)
+            cell.handover(Box::new(|v| Some(v + 1)), move || wake_owing.send(()).unwrap(), LONG)
         });
-        nudged.recv().unwrap();
+        was_woken.recv().unwrap();
         drop(asleep);
-        assert_eq!((reader.pass(), *reader.read()), (Gate::Shut, 1));
+        assert_eq!((reader.quiescent(), *reader.read()), (Gate::Shut, 1));
         assert!(reader.sleep(false).is_none(), "not without arriving");
         drop(reader.sleep(true).expect("it has seen the gate"));
-        assert_eq!((reader.pass(), *reader.read()), (Gate::Shut, 1));
+        assert_eq!((reader.quiescent(), *reader.read()), (Gate::Shut, 1));
         reader.arrive();
-        assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
+        assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
         assert_eq!(old(upgrade.join().unwrap().unwrap()), Some(1));
     });
 }
@@ -280,7 +280,7 @@ fn a_gate_is_seen_with_the_value_that_it_was_shut_on() {
     let mut grace = cell.swap(2).unwrap();
     thread::scope(|scope| {
         let upgrade = scope.spawn(|| plus_one(&cell, LONG));
-        until(|| reader.pass() == Gate::Shut);
+        until(|| reader.quiescent() == Gate::Shut);
         drop(reader.sleep(true).unwrap());
         assert!(grace.poll());
         assert_eq!(*reader.read(), 2);
@@ -296,7 +296,7 @@ fn sleep_is_refused_when_something_has_changed() {
     let mut reader = cell.attach().unwrap();
     drop(elsewhere(|| cell.swap(2).unwrap()));
     assert!(reader.sleep(false).is_none());
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
     assert!(reader.sleep(false).is_some());
 }
 
@@ -305,14 +305,14 @@ fn a_grace_period_that_does_not_end_can_be_waited_for_again() {
     let cell = Cell::new(1, 2);
     let [mut one, mut two] = elsewhere(|| [cell.attach().unwrap(), cell.attach().unwrap()]);
     let grace = cell.swap(2).unwrap();
-    one.pass();
+    one.quiescent();
     let Err((mut grace, stalled)) = grace.wait(SHORT) else {
         panic!("the reader may still use it")
     };
     assert_eq!(stalled, Stalled { readers: vec![1] });
     assert!(!grace.poll());
     assert!(two.sleep(false).is_none(), "it has not seen the swap");
-    two.pass();
+    two.quiescent();
     assert!(grace.poll());
     assert_eq!(*two.read(), 2);
     assert_eq!(*grace.wait(Duration::ZERO).ok().unwrap(), 1);
@@ -325,7 +325,7 @@ fn grace_periods_may_overlap() {
     let mut first = cell.swap(2).unwrap();
     let mut second = cell.swap(3).unwrap();
     assert!(!first.poll() && !second.poll());
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 3));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 3));
     assert_eq!((*second.wait(LONG).ok().unwrap(), *first.wait(LONG).ok().unwrap()), (2, 1));
 }
 
@@ -356,11 +356,11 @@ fn a_leaked_sleep_leaves_nothing_to_read_before_the_next_pass() {
     std::mem::forget(reader.sleep(false).unwrap());
     assert_eq!(old(plus_one(&cell, LONG)), Some(1), "asleep");
     assert!(catch_unwind(AssertUnwindSafe(|| *reader.read())).is_err(), "the value is gone");
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 2));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 2));
     std::mem::forget(reader.sleep(false).unwrap());
     assert_eq!(reader.sleep(false).map(drop), Some(()), "awake again, and asleep again");
     assert_eq!(*reader.read(), 2);
-    reader.sleep(true).unwrap().until_pass();
+    reader.sleep(true).unwrap().until_quiescent();
     reader.arrive();
     assert_eq!(*reader.read(), 2);
 }
@@ -420,13 +420,13 @@ fn a_reader_may_be_dropped_inside_an_exchange() {
 fn a_nudge_that_panics_leaves_the_gate_open() {
     let cell = Cell::new(1, 1);
     let mut reader = elsewhere(|| cell.attach().unwrap());
-    let nudge = || panic!("on purpose");
-    let upgrade = || cell.handover(Box::new(|v| Some(v + 1)), nudge, LONG);
+    let wake_owing = || panic!("on purpose");
+    let upgrade = || cell.handover(Box::new(|v| Some(v + 1)), wake_owing, LONG);
     assert!(catch_unwind(AssertUnwindSafe(upgrade)).is_err());
-    assert_eq!((reader.pass(), *reader.read()), (Gate::Changed, 1));
+    assert_eq!((reader.quiescent(), *reader.read()), (Gate::Changed, 1));
     drop(reader);
-    // With nobody to wait for, the exchange has run before the nudge.
-    let upgrade = || cell.handover(Box::new(|v| Some(v + 1)), nudge, LONG);
+    // With no reader to wait for, the exchange has run before `wake_owing`.
+    let upgrade = || cell.handover(Box::new(|v| Some(v + 1)), wake_owing, LONG);
     assert!(catch_unwind(AssertUnwindSafe(upgrade)).is_err());
     assert_eq!(old(plus_one(&cell, LONG)), Some(2));
 }
@@ -439,7 +439,7 @@ fn a_reader_that_panics_leaves_and_may_run_the_exchange_on_its_way() {
         let worker = scope.spawn(|| {
             let mut reader = cell.attach().unwrap();
             attached.wait();
-            until(|| reader.pass() == Gate::Shut);
+            until(|| reader.quiescent() == Gate::Shut);
             let _value = reader.read();
             panic!("on purpose, in a section");
         });

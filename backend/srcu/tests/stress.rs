@@ -2,7 +2,7 @@
 //! find the textbook's mistake.
 //!
 //! Ten seconds, or `SRCU_STRESS_SECONDS`. In the manner of the kernel's `rcutorture`: the value is
-//! poisoned when it is dropped, sections look at it several times, and everybody counts what he
+//! poisoned when it is dropped, sections look at it several times, and every thread counts what it
 //! sees.
 #![cfg(not(loom))]
 
@@ -125,7 +125,7 @@ impl World {
     fn life(&self, mut reader: Reader<Value>, chance: &mut Chance) {
         let (mut newest, mut owes) = (0, 0);
         while !self.stop.load(Ordering::Relaxed) && !chance.one_in(5_000) {
-            match reader.pass() {
+            match reader.quiescent() {
                 Gate::Shut if owes == 0 => {
                     reader.arrive();
                     continue;
@@ -248,7 +248,7 @@ fn watchdog(limit: Duration) -> Arc<AtomicBool> {
         let started = Instant::now();
         while !watched.load(Ordering::Relaxed) {
             if started.elapsed() > limit {
-                eprintln!("hung: somebody was not woken");
+                eprintln!("hung: a reader was not woken");
                 std::process::abort();
             }
             thread::sleep(Duration::from_millis(50));

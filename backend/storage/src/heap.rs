@@ -107,7 +107,7 @@ impl SharedHeap {
         RRef { id, _type: PhantomData }
     }
 
-    /// Looks at an object, whoever owns it.
+    /// Looks at an object, whatever owns it.
     ///
     /// # Errors
     /// It is gone.
@@ -147,7 +147,7 @@ impl SharedHeap {
     /// Frees one object. What was looked up before stays alive until it is let go.
     ///
     /// # Errors
-    /// It is gone, or belongs to somebody else.
+    /// It is gone, or belongs to another owner.
     pub fn free<T>(&self, reference: RRef<T>, owner: DomainId) -> Result<(), HeapError> {
         let object = self.lock().take(reference.id, owner)?;
         // After the lock: the value's drop code may take its time.

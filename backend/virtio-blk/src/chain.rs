@@ -154,7 +154,7 @@ impl Descriptors {
 
     /// Goes on in an indirect table, from its first descriptor, whatever the reference says about
     /// writing (2.7.5.3.2). It must be the chain's last: with a next one it would mean something
-    /// else to whoever follows that (2.7.5.3.1 forbids it).
+    /// else to a reader that follows that (2.7.5.3.1 forbids it).
     fn enter(&mut self, reference: &Descriptor) -> Result<(), MalformedChain> {
         let len = reference.len;
         let size = u16::try_from(len / DESCRIPTOR_SIZE).unwrap_or(0);

@@ -397,9 +397,9 @@ mod tests {
     #[test]
     fn the_byte_says_which_mode_the_cache_is_in() {
         let mut config = ConfigSpace::new(&info(ALL), 1, 256);
-        assert!(!config.write_cache(), "nobody has read anything");
+        assert!(!config.write_cache(), "nothing was read");
         let _ = (config.read(0, 32), config.read(33, 27), config.read(32, 300));
-        assert!(!config.write_cache(), "nobody has read the byte");
+        assert!(!config.write_cache(), "the byte was not read");
         assert_eq!((config.read(0, 33).unwrap()[32], config.write_cache()), (1, true));
         config.set_acked_features(0);
         assert_eq!((config.read(32, 1), config.write_cache()), (Ok(vec![0]), false));

@@ -52,7 +52,7 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
     /// # Safety
     /// The caller keeps this snapshot of the memory map, with every region mapped readable and
     /// writable, until the last use of any [`RawSegment`] or [`StatusSlot`] that comes out of a
-    /// parse with this translator; `memory` itself may go earlier. Nobody in this process holds a
+    /// parse with this translator; `memory` itself may go earlier. No code in this process holds a
     /// Rust reference into guest memory.
     #[must_use]
     pub const unsafe fn new(memory: &'m M) -> Self {

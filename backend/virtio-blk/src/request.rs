@@ -66,8 +66,8 @@ impl Limits {
     }
 }
 
-/// Most bytes of a read or write: of more than was announced nobody may ask, since an upgrade waits
-/// for it.
+/// Most bytes of a read or write: no request may be for more than was announced, since an upgrade
+/// waits for it.
 const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
 /// What became of a chain. Each of them takes one entry in the used ring, with `head` as its id.

@@ -7,7 +7,7 @@
 //! driver wrote to it.
 //!
 //! So the device's default, write-back, is only good for a driver whose frontend has read it here.
-//! For everybody else the mode is write-through, which is right whatever a driver believes, until a
+//! For all others the mode is write-through, which is right whatever a driver believes, until a
 //! driver says otherwise. A reset changes nothing: the frontend keeps its copy.
 
 use crate::features::{CONFIG_WCE, FLUSH};
@@ -69,7 +69,7 @@ impl WriteCache {
         self.is_fresh = false;
     }
 
-    /// A ring starts. If nobody has read the configuration by then the frontend has its copy from
+    /// A ring starts. If the configuration was not read by then, the frontend has its copy from
     /// elsewhere: it stays off for want of knowing better, which is said by `true`.
     pub(crate) const fn ring_starts(&mut self) -> bool {
         let is_unknown = self.believed.is_none();

@@ -5,7 +5,7 @@
 //! names each request by the slot whose buffer it uses and keeps to one request per slot. Requests
 //! have one buffer in one piece, as a guest's page-sized ones mostly do.
 //!
-//! While it polls, the device is told once that nobody wants to be woken. Before it sleeps it asks
+//! While it polls, the device is told once that no wake-up is wanted. Before it sleeps it asks
 //! to be woken for the next completion, and looks once more.
 
 use std::io;
@@ -21,7 +21,7 @@ use super::{Queue, Session, UNWRITTEN, Wire, answer_all, header, piece};
 /// No slot.
 const NONE: u16 = u16::MAX;
 
-/// A queue for requests that nobody checks.
+/// A queue for requests that are not checked.
 pub struct FastQueue {
     // As in `Queue`: the ring borrows from memory that `session` owns, and is dropped first.
     ring: Virtqueue<'static, Wire>,
@@ -132,7 +132,7 @@ impl FastQueue {
         while let Some(completed) = self.ring.completions().next() {
             let slot = std::mem::replace(&mut self.slot_of[usize::from(completed.id)], NONE);
             if slot == NONE {
-                // Nobody asked for it.
+                // It was not asked for.
                 failed += 1;
                 continue;
             }

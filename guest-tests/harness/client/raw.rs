@@ -222,7 +222,7 @@ impl RawSession {
         self.frontend.set_vring_enable(0, true).map_err(other)
     }
 
-    /// Gives the device a new call descriptor (SET_VRING_CALL), as whoever reconnects does.
+    /// Gives the device a new call descriptor (SET_VRING_CALL), as a frontend that reconnects does.
     pub fn renew_call(&mut self) -> io::Result<()> {
         self.call = EventFd::new(EFD_NONBLOCK)?;
         self.frontend.set_vring_call(0, &self.call).map_err(other)

@@ -3,7 +3,7 @@
 //!
 //! A thread reads replies as they come and files them by id, so that a long job and short commands
 //! run side by side. Ids never repeat, not even across reboots of the guest: a late reply finds
-//! nobody waiting and is kept from being taken for another one's.
+//! no waiter and is kept from being taken for another one's.
 //!
 //! This file does not know why a reply fails to come; the caller of [`Agent::wait`] says how to
 //! find out.

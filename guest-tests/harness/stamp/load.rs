@@ -66,7 +66,7 @@ pub(super) const GO_ON: u8 = 0;
 pub(super) const FINISH: u8 = 1;
 const ABANDON: u8 = 2;
 
-/// What a running load shares with whoever watches it.
+/// What a running load shares with what watches it.
 #[derive(Default)]
 pub(super) struct Shared {
     pub(super) order: AtomicU8,

@@ -51,14 +51,14 @@ fn time(mut section: impl FnMut(u64)) -> f64 {
 }
 
 fn bare(cell: &AtomicPtr<Device>) -> f64 {
-    // SAFETY: nobody replaces it.
+    // SAFETY: it is not replaced.
     time(|request| unsafe { &*cell.load(Ordering::Acquire) }.call(request))
 }
 
 fn ours(cell: &Arc<Cell<Device>>) -> f64 {
     let mut reader = cell.attach().expect("a slot for each");
     time(|request| {
-        if reader.pass() == Gate::Shut {
+        if reader.quiescent() == Gate::Shut {
             reader.arrive();
         }
         reader.read().call(request);
@@ -85,7 +85,7 @@ fn parking_lot(cell: &parking_lot::RwLock<Arc<Device>>) -> f64 {
 fn epoch(cell: &Atomic<Device>) -> f64 {
     time(|request| {
         let guard = crossbeam_epoch::pin();
-        // SAFETY: nobody replaces it.
+        // SAFETY: it is not replaced.
         unsafe { cell.load(Ordering::Acquire, &guard).deref() }.call(request);
     })
 }
@@ -117,7 +117,7 @@ fn sections(urcu: Option<&Urcu>) {
     let atomic = Atomic::new(Device::new());
     let schemes: [(&str, &(dyn Fn() -> f64 + Sync)); 7] = [
         ("bare", &|| bare(&pointer)),
-        ("srcu pass + read", &|| ours(&cell)),
+        ("srcu quiescent + read", &|| ours(&cell)),
         ("arc-swap Cache", &|| arc_swap_cache(&arc)),
         ("arc-swap load", &|| arc_swap(&arc)),
         ("crossbeam-epoch pin", &|| epoch(&atomic)),
@@ -158,7 +158,7 @@ fn rendezvous(readers: usize) {
             scope.spawn(|| {
                 let mut reader = cell.attach().expect("a slot for each");
                 while !stop.load(Ordering::Relaxed) {
-                    if reader.pass() == Gate::Shut {
+                    if reader.quiescent() == Gate::Shut {
                         reader.arrive();
                     }
                     reader.read().call(1);

@@ -91,7 +91,7 @@ impl BlockDomain for Fragile {
 
     fn reap(&self, queue: &mut Self::Queue, completions: &mut Completions<'_>) {
         if self.is_due.load(Ordering::Relaxed) {
-            // Long enough for the kernel to have told this instance, and nobody else.
+            // Long enough for the kernel to have told this instance, and no other.
             std::thread::sleep(std::time::Duration::from_millis(100));
             panic!("as it was told to");
         }
