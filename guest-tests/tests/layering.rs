@@ -400,8 +400,8 @@ fn imported(module: &str, code: &str) -> Vec<Vec<String>> {
 fn imports(module: &str, code: &str, modules: &Modules) -> BTreeSet<String> {
     let file_of = |path: &[String]| {
         // The longest beginning that is a file is what is imported.
-        let beginnings = (1..=path.len()).map(|length| path[..length].join("::"));
-        beginnings.filter(|beginning| modules.contains_key(beginning)).last()
+        let mut beginnings = (1..=path.len()).rev().map(|length| path[..length].join("::"));
+        beginnings.find(|beginning| modules.contains_key(beginning))
     };
     let root = modules.get("").map_or(Vec::new(), |code| {
         // There, `a::A` is a path as `self::a::A` is one.

@@ -17,8 +17,8 @@ fn first_column(document: &str, heading: &str) -> Vec<String> {
     let mut cells = Vec::new();
     let mut is_under = false;
     for line in document.lines() {
-        if line.starts_with("## ") {
-            is_under = line[3..] == *heading;
+        if let Some(name) = line.strip_prefix("## ") {
+            is_under = name == heading;
         }
         if let Some(cell) = line.strip_prefix("| ").filter(|_| is_under) {
             let cell = cell.split(" | ").next().unwrap_or(cell);
