@@ -8,7 +8,7 @@
 //!
 //! `--sabotage` lets one request fail on purpose, to see that the demo notices.
 
-mod felt;
+mod guest_view;
 mod screen;
 
 use std::fs::{self, File};
@@ -19,9 +19,9 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use felt::{Felt, Latencies, Run};
 use guest_tests::daemon::{Daemon, module};
 use guest_tests::guest::{Guest, GuestOptions};
+use guest_view::{GuestView, Latencies, Run};
 use screen::{Screen, Tone, grouped};
 use serde_json::Value;
 
@@ -136,7 +136,7 @@ impl Demo {
     }
 
     /// A disk whose state is handed over.
-    fn act_of_memory(&mut self, daemon: &Daemon, guest: &Guest, directory: &Path) -> Felt {
+    fn act_of_memory(&mut self, daemon: &Daemon, guest: &Guest, directory: &Path) -> GuestView {
         self.screen.heading("1. A disk in memory: handover, the state changes owner");
         let run = Run::start(guest, "vda", MEMORY_SECONDS);
         self.screen.say("fio in the guest: two jobs write random 4 KiB blocks, 16 at a time,");
@@ -174,9 +174,9 @@ impl Demo {
         self.burst(daemon, &run, 22.0, began, || {
             (next.next().expect("endless").to_owned(), Vec::new())
         });
-        let felt = run.finish(&self.touched());
-        self.after(&felt);
-        felt
+        let view = run.finish(&self.touched());
+        self.after(&view);
+        view
     }
 
     /// A file system on the same disk.
@@ -207,7 +207,7 @@ impl Demo {
     }
 
     /// A disk whose state is elsewhere.
-    fn act_of_the_image(&mut self, daemon: &Daemon, guest: &Guest) -> Felt {
+    fn act_of_the_image(&mut self, daemon: &Daemon, guest: &Guest) -> GuestView {
         self.screen.heading("3. A disk in an image file: swap, without a pause");
         let run = Run::start(guest, "vdb", FILE_SECONDS);
         wait_for_io(daemon);
@@ -226,9 +226,9 @@ impl Demo {
         self.burst(daemon, &run, FILE_SECONDS as f64 - 1.2, began, || {
             ("file".to_owned(), Vec::new())
         });
-        let felt = run.finish(&self.touched());
-        self.after(&felt);
-        felt
+        let view = run.finish(&self.touched());
+        self.after(&view);
+        view
     }
 
     /// Upgrades one after the other until second `until_second` of the run; one line per second.
@@ -345,17 +345,17 @@ impl Demo {
     }
 
     /// What a run of `fio` says on its own.
-    fn after(&mut self, felt: &Felt) {
-        if felt.complaint.is_empty() {
+    fn after(&mut self, view: &GuestView) {
+        if view.complaint.is_empty() {
             self.screen.tell(
                 Tone::Good,
                 &format!(
                     "fio has ended: {} requests, no error, no wrong block",
-                    grouped(felt.requests)
+                    grouped(view.requests)
                 ),
             );
         } else {
-            self.trouble(felt.complaint.clone());
+            self.trouble(view.complaint.clone());
         }
     }
 
@@ -371,7 +371,7 @@ impl Demo {
         file: Daemon,
         guest: Guest,
         image: &Path,
-        felt: [Felt; 2],
+        view: [GuestView; 2],
         files_ok: bool,
     ) -> bool {
         self.screen.heading("4. The end");
@@ -405,12 +405,12 @@ impl Demo {
         } else {
             self.trouble(format!("the image on the host is {on_host}, the guest saw {in_guest}"));
         }
-        self.verdict(&felt, errors, files_ok)
+        self.verdict(&view, errors, files_ok)
     }
 
-    fn verdict(&self, felt: &[Felt; 2], daemon_errors: u64, files_ok: bool) -> bool {
+    fn verdict(&self, view: &[GuestView; 2], daemon_errors: u64, files_ok: bool) -> bool {
         let screen = &self.screen;
-        let sum = |of: fn(&Felt) -> u64| felt.iter().map(of).sum::<u64>();
+        let sum = |of: fn(&GuestView) -> u64| view.iter().map(of).sum::<u64>();
         let (errors, mismatches) =
             (sum(|run| run.errors).max(daemon_errors), sum(|run| run.mismatches));
         screen.heading("What the guest felt");
@@ -478,11 +478,11 @@ impl Demo {
             Tone::Plain,
             "                       seconds   requests    50 %    99 %  99.9 %  longest",
         );
-        for (name, run) in ["memory", "image"].iter().zip(felt) {
+        for (name, run) in ["memory", "image"].iter().zip(view) {
             latencies(screen, &format!("{name}, without"), &run.quiet);
             latencies(screen, &format!("{name}, with"), &run.busy);
         }
-        let uncertain = felt.iter().map(|run| run.uncertain.as_millis()).max().unwrap_or(0);
+        let uncertain = view.iter().map(|run| run.uncertain.as_millis()).max().unwrap_or(0);
         screen.row(
             Tone::Plain,
             &format!(

@@ -8,11 +8,11 @@ use std::{fs, io};
 
 use crate::daemon::binary;
 
-/// The path of the module `stubborn`, which leaves something behind; see its own page for what.
-/// Built at the first call.
-pub fn stubborn() -> String {
+/// The path of the module `pinned_module`, which leaves something behind; see its own page for
+/// what. Built at the first call.
+pub fn pinned_module() -> String {
     static BUILT: OnceLock<String> = OnceLock::new();
-    BUILT.get_or_init(|| build("stubborn")).clone()
+    BUILT.get_or_init(|| build("pinned_module")).clone()
 }
 
 /// The path of the module `fragile`: the domain `file`, which panics at a flush. Built at the first

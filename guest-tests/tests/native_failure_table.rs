@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, MEMORY_BYTES, PLUGGED_BASE, RawSession, WRITE};
 use guest_tests::daemon::Daemon;
-use guest_tests::modules::stubborn;
+use guest_tests::modules::pinned_module;
 use guest_tests::stamp::{LoadOptions, run_load};
 use serde_json::{Value, json};
 use vhost::vhost_user::VhostUserFrontend;
@@ -54,7 +54,7 @@ const ACTIONS: &[&str] =
 
 fn target(fault: &str) -> Value {
     match fault.split_once('=') {
-        Some((key, value)) => json!({"name": stubborn(), "params": {key: value}}),
+        Some((key, value)) => json!({"name": pinned_module(), "params": {key: value}}),
         None if fault.is_empty() => json!({"name": "ramdisk", "drain_timeout_ms": 10_000}),
         None => json!({"name": "faulty", "params": {"fault": fault}, "drain_timeout_ms": 10_000}),
     }

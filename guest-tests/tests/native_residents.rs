@@ -1,15 +1,15 @@
 //! Domains that leave something behind: found, reported, and never unmapped under running code.
 //!
-//! The module `stubborn` is a ramdisk of a careless author, built here. It is upgraded to and away
-//! from under a load that checks every block; when it is retired, `status` must name it and why,
-//! its code must still be mapped, and the device must go on. When what kept it has ended, it must
-//! be gone from both.
+//! The module `pinned_module` is a ramdisk of a careless author, built here. It is upgraded to and
+//! away from under a load that checks every block; when it is retired, `status` must name it and
+//! why, its code must still be mapped, and the device must go on. When what kept it has ended, it
+//! must be gone from both.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::daemon::Daemon;
-use guest_tests::modules::stubborn;
+use guest_tests::modules::pinned_module;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use serde_json::{Value, json};
 
@@ -38,11 +38,11 @@ fn comes_and_goes(daemon: &Daemon, module: &str, params: Value) -> (Value, usize
     };
     upgrade(module, params);
     upgrade("ramdisk", json!({}));
-    assert!(mappings(daemon, "stubborn") > 0, "{keeps}: the standby stays loaded");
+    assert!(mappings(daemon, "pinned_module") > 0, "{keeps}: the standby stays loaded");
     // The one that retires it.
     upgrade("ramdisk_v2", json!({}));
     let resident = daemon.status()["resident_modules"].clone();
-    let mapped = mappings(daemon, "stubborn");
+    let mapped = mappings(daemon, "pinned_module");
     upgrade("ramdisk", json!({}));
     load.wait_for(200);
     let report = load.stop();
@@ -54,26 +54,27 @@ fn comes_and_goes(daemon: &Daemon, module: &str, params: Value) -> (Value, usize
 
 #[test]
 fn what_is_left_behind_is_reported_and_stays_mapped() {
-    let module = stubborn();
+    let module = pinned_module();
     for (keeps, why) in
-        [("tls", "still"), ("thread", "still"), ("host-thread", "thread `stubborn`")]
+        [("tls", "still"), ("thread", "still"), ("host-thread", "thread `pinned_module`")]
     {
         let (resident, mapped) = comes_and_goes(&ramdisk(), &module, json!({"keeps": keeps}));
         let text = resident.to_string();
-        assert!(text.contains("stubborn") && text.contains(why), "{keeps}: {resident}");
+        assert!(text.contains("pinned_module") && text.contains(why), "{keeps}: {resident}");
         assert!(mapped > 0, "{keeps}: unmapped under code that can still run");
     }
 }
 
 #[test]
 fn a_timer_that_is_not_due_keeps_nothing() {
-    let (resident, mapped) = comes_and_goes(&ramdisk(), &stubborn(), json!({"keeps": "timer"}));
+    let (resident, mapped) =
+        comes_and_goes(&ramdisk(), &pinned_module(), json!({"keeps": "timer"}));
     assert_eq!((resident, mapped), (json!([]), 0));
 }
 
 #[test]
 fn what_has_ended_since_is_reported_no_longer() {
-    let module = stubborn();
+    let module = pinned_module();
     // The thread-local ends with the session's threads; a thread of the host's is waited for 5 s
     // when the module is retired, and ends after that.
     for params in [
@@ -83,14 +84,17 @@ fn what_has_ended_since_is_reported_no_longer() {
     ] {
         let daemon = ramdisk();
         let (resident, mapped) = comes_and_goes(&daemon, &module, params.clone());
-        assert!(resident.to_string().contains("stubborn") && mapped > 0, "{params}: {resident}");
+        assert!(
+            resident.to_string().contains("pinned_module") && mapped > 0,
+            "{params}: {resident}"
+        );
         let mut control = daemon.rpc();
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             // The linker notices that a thread has ended when it unmaps something else.
             control.request("upgrade", json!({"name": "ramdisk"})).expect("committed");
             let status = daemon.status();
-            let mapped = mappings(&daemon, "stubborn");
+            let mapped = mappings(&daemon, "pinned_module");
             assert_eq!(
                 mapped > 0,
                 status["resident_modules"] != json!([]),

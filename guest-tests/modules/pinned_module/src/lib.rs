@@ -37,7 +37,7 @@ pub struct Queue {
 }
 
 /// The domain.
-pub struct Stubborn {
+pub struct PinnedModule {
     host: Host,
     size: u64,
     serial: String,
@@ -48,8 +48,8 @@ pub struct Stubborn {
     region: OnceLock<Region>,
 }
 
-impl BlockDomain for Stubborn {
-    const NAME: &'static str = "stubborn";
+impl BlockDomain for PinnedModule {
+    const NAME: &'static str = "pinned_module";
     const VERSION: &'static str = "1.0.0";
     const SCHEMA_NAME: &'static str = "ramdisk";
     const SCHEMA: u32 = 1;
@@ -66,7 +66,7 @@ impl BlockDomain for Stubborn {
         match params.get("keeps") {
             Some("tls" | "request" | "nothing") => {}
             Some("thread") => drop(std::thread::spawn(forever)),
-            Some("host-thread") => host.spawn("stubborn", forever)?,
+            Some("host-thread") => host.spawn("pinned_module", forever)?,
             Some("timer") => host.after(Duration::from_secs(3600), || {})?,
             other => {
                 return Err(DomainError::new(format!(
@@ -146,7 +146,7 @@ impl BlockDomain for Stubborn {
     }
 }
 
-impl Stubborn {
+impl PinnedModule {
     fn serve(&self, request: Request, completions: &mut Completions<'_>) {
         let region = self.region.get().expect("activated before the first request");
         match request.op() {
@@ -159,4 +159,4 @@ impl Stubborn {
     }
 }
 
-domain_api::export_domain!(Stubborn);
+domain_api::export_domain!(PinnedModule);

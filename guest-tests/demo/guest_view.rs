@@ -20,7 +20,7 @@ pub struct Run<'guest> {
 }
 
 /// What a run says.
-pub struct Felt {
+pub struct GuestView {
     /// Reads and writes that `fio` counted.
     pub requests: u64,
     /// How well the guest's clock is known.
@@ -123,10 +123,10 @@ impl<'guest> Run<'guest> {
     }
 
     /// Waits for the end, and sorts every request by whether its second saw one of `changes`.
-    pub fn finish(self, changes: &[(Instant, Instant)]) -> Felt {
+    pub fn finish(self, changes: &[(Instant, Instant)]) -> GuestView {
         let Self { guest, job, seconds, clock } = self;
         let output = job.wait(Duration::from_secs(seconds * 2 + 60));
-        let mut felt = Felt {
+        let mut view = GuestView {
             requests: 0,
             uncertain: Duration::ZERO,
             errors: 0,
@@ -137,27 +137,27 @@ impl<'guest> Run<'guest> {
         };
         for job in jobs(&output.stdout) {
             let count = |direction: &str| job[direction]["total_ios"].as_u64().unwrap_or(0);
-            felt.requests += count("read") + count("write");
+            view.requests += count("read") + count("write");
         }
         // `fio` ends with the first of either, and says so in words.
         let said = output.stdout.lines().filter(|line| {
             !line.contains("\" : ") && (line.contains("fio:") || line.contains("verify"))
         });
         let said: Vec<&str> = said.filter(|line| !line.contains("multiple writers")).collect();
-        felt.mismatches = said
+        view.mismatches = said
             .iter()
             .filter(|line| line.contains("verify:") || line.contains("verify failed"))
             .count() as u64;
-        felt.errors = said.iter().filter(|line| line.contains("io_u error")).count() as u64;
+        view.errors = said.iter().filter(|line| line.contains("io_u error")).count() as u64;
         if output.status != 0 {
-            felt.complaint = format!("fio exited with {}: {}", output.status, said.join("; "));
+            view.complaint = format!("fio exited with {}: {}", output.status, said.join("; "));
         }
-        felt.sort(guest, clock, seconds, changes);
-        felt
+        view.sort(guest, clock, seconds, changes);
+        view
     }
 }
 
-impl Felt {
+impl GuestView {
     /// Puts every logged request on one side or the other.
     fn sort(&mut self, guest: &Guest, clock: Clock, seconds: u64, changes: &[(Instant, Instant)]) {
         let after = Clock::read(guest);
