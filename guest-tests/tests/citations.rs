@@ -1,4 +1,5 @@
-//! What comments name in backticks exists: paths, and items of our own types.
+//! What comments name in backticks exists: paths, and items of our own types; and what documents
+//! link to.
 //!
 //! A comment that cites a file or a method is an argument that rests on it, and code moves. What is
 //! checked is what can be told apart from other things in backticks: paths that begin with a
@@ -152,17 +153,97 @@ fn wrong_citations(files: &[Source], paths: &[String]) -> Vec<String> {
     wrong
 }
 
-#[test]
-fn what_comments_cite_exists() {
+/// Where a link of a document leads, from the workspace; nothing if it leads elsewhere.
+fn target_of(document: &str, link: &str) -> Option<String> {
+    let link = link.split('#').next().unwrap_or(link);
+    if link.is_empty() || link.contains("://") {
+        return None;
+    }
+    let mut parts: Vec<&str> = document.split('/').collect();
+    parts.pop();
+    for part in link.split('/') {
+        match part {
+            ".." => _ = parts.pop(),
+            "." => {}
+            part => parts.push(part),
+        }
+    }
+    Some(parts.join("/"))
+}
+
+/// What a document links to, or names as a path in backticks, and is not there.
+fn wrong_links(document: &Source, paths: &[String]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (at, line) in document.text.lines().enumerate() {
+        let mut note = |what: &str| wrong.push(format!("{}:{}: {what}", document.path, at + 1));
+        let links = line.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
+        for (link, _) in links {
+            let is_there = |target: String| {
+                let below = format!("{target}/");
+                paths.iter().any(|path| *path == target || path.starts_with(&below))
+            };
+            if target_of(&document.path, link).is_some_and(|target| !is_there(target)) {
+                note(link);
+            }
+        }
+        for cited in cited(line).filter(|cited| is_path(cited) && !has_path(paths, cited)) {
+            note(cited);
+        }
+    }
+    wrong
+}
+
+/// The paths of all files, from the workspace.
+fn all_paths() -> Vec<String> {
     let root = workspace();
     let mut paths = Vec::new();
     for directory in ["backend", "domains", "guest-tests", "scripts", "findings"] {
         walk(&root.join(directory), &mut paths);
     }
-    let paths: Vec<String> = paths
-        .iter()
-        .map(|path| path.strip_prefix(&root).expect("in the workspace").display().to_string())
-        .collect();
+    for entry in std::fs::read_dir(&root).expect("the workspace") {
+        paths.extend(entry.map(|entry| entry.path()).ok().filter(|path| path.is_file()));
+    }
+    let relative = |path: &std::path::PathBuf| {
+        path.strip_prefix(&root).expect("in the workspace").display().to_string()
+    };
+    paths.iter().map(relative).collect()
+}
+
+#[test]
+fn what_documents_link_to_exists() {
+    let paths = all_paths();
+    let documents: Vec<_> = paths.iter().filter(|path| path.ends_with(".md")).collect();
+    assert!(documents.len() > 30, "hardly any document was found: {documents:?}");
+    let read = |path: &String| {
+        std::fs::read_to_string(workspace().join(path)).expect("a document in UTF-8")
+    };
+    let wrong = documents
+        .into_iter()
+        .flat_map(|path| wrong_links(&Source { path: path.clone(), text: read(path) }, &paths))
+        .collect::<Vec<_>>();
+    assert!(wrong.is_empty(), "documents name what is not there:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_link_to_nothing_is_found() {
+    let paths = ["backend/A.md", "backend/a/b.rs", "README.md"].map(str::to_owned);
+    let wrong = |text: &str| {
+        wrong_links(&Source { path: "backend/A.md".into(), text: text.into() }, &paths)
+    };
+    for good in [
+        "[x](../README.md), [y](a/b.rs#L1) and [z](a), [here](#there), [there](https://x.y/z)",
+        "`backend/a/b.rs`, `b.rs`, `backend/a/` and `/etc/x`",
+    ] {
+        assert_eq!(wrong(good), Vec::<String>::new(), "{good}");
+    }
+    for bad in ["[x](README.md)", "[x](../a/b.rs)", "see `backend/b`", "`a/c.rs`", "[x](c.md#d)"] {
+        assert_eq!(wrong(bad).len(), 1, "{bad}");
+    }
+}
+
+#[test]
+fn what_comments_cite_exists() {
+    let paths = all_paths();
     let wrong = wrong_citations(&sources(), &paths);
     assert!(wrong.is_empty(), "comments name what is not there:\n{}", wrong.join("\n"));
 }
