@@ -132,6 +132,14 @@ fn types_of(code: &str) -> BTreeSet<String> {
 fn wrong_citations(files: &[Source], paths: &[String]) -> Vec<String> {
     let items = Items::of(files);
     let mut wrong = Vec::new();
+    // Of scripts and manifests only paths are checked.
+    for file in files.iter().filter(|file| !file.path.ends_with(".rs")) {
+        for (at, line) in file.text.lines().enumerate().filter(|(_, line)| line.starts_with('#')) {
+            for cited in cited(line).filter(|cited| is_path(cited) && !has_path(paths, cited)) {
+                wrong.push(format!("{}:{}: `{cited}`", file.path, at + 1));
+            }
+        }
+    }
     for file in files.iter().filter(|file| file.path.ends_with(".rs")) {
         for Comment { line, text, .. } in comments(&file.text) {
             for cited in cited(&text) {
@@ -280,4 +288,8 @@ fn a_citation_of_nothing_is_found() {
     ] {
         assert_eq!(wrong(bad).len(), 1, "{bad}");
     }
+    let script = |text: &str| Source { path: "scripts/run".into(), text: text.into() };
+    assert_eq!(wrong_citations(&[script("# See `scripts/run`.")], &paths), [""; 0]);
+    assert_eq!(wrong_citations(&[script("echo `scripts/walk`")], &paths), [""; 0]);
+    assert_eq!(wrong_citations(&[script("# See `scripts/walk`.")], &paths).len(), 1);
 }

@@ -48,8 +48,8 @@ impl Residents {
 
 impl Drop for Residents {
     fn drop(&mut self) {
-        // What is mapped even now keeps its memfd: it is mapped until the process ends, as far as
-        // can be known once the last look has been taken.
+        // This was the last look. What is still mapped keeps its memfd until the process ends,
+        // because no later look can tell when it may go.
         std::mem::take(&mut *self.look_again()).into_iter().for_each(std::mem::forget);
     }
 }

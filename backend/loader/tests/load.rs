@@ -258,6 +258,25 @@ fn dropping_a_module_that_must_stay_is_silent_and_safe() {
 }
 
 #[test]
+fn what_stays_mapped_keeps_its_copy_when_the_loader_goes() {
+    let _turn = alone();
+    let bench = Bench::new();
+    bench.build("pinned", &Recipe::code(PINNING));
+    let module = bench.load("pinned");
+    let (alive, thread) = pin(&*module);
+    let (fds, maps) = (open_fds(), mappings());
+    assert!(!maps.is_empty());
+    drop((module, bench));
+    assert_eq!((open_fds(), mappings()), (fds, maps), "a name in the maps leads to another file");
+    drop(alive);
+    thread.join().unwrap();
+    let other = Bench::new();
+    other.build("good", &Recipe::default());
+    assert_eq!(other.load("good").unload(), Residency::Gone);
+    assert_eq!(mappings(), [""; 0]);
+}
+
+#[test]
 fn threads_can_load_and_unload_at_the_same_time() {
     let _turn = alone();
     let bench = Bench::new();
