@@ -14,9 +14,6 @@ const LINES: usize = 500;
 
 /// Longer files, and why they are one.
 const LONG_FILES: &[(&str, &str)] = &[
-    ("backend/proxy/src/lib.rs", "the device: what it is, and the commands that it takes"),
-    ("backend/proxy/src/upgrade.rs", "the phases of a change, in their order"),
-    ("backend/proxy/src/worker.rs", "the read path, which is one loop"),
     ("backend/srcu/src/models.rs", "the models: one for each case of the argument"),
     ("domains/host/src/lib.rs", "every call into a module, with its argument for safety"),
     ("guest-tests/demo/main.rs", "the acts of the demo, in their order"),

@@ -1,18 +1,19 @@
 //! What a domain is told about its surroundings, and its successor must be told too: guest memory
 //! and the write cache.
 
-use crate::upgrade::lock;
-use domain_host::{CallError, Instance};
+use crate::domain::{Domain, LoadedDomain};
+use crate::signal::lock;
+use domain_host::CallError;
 use std::sync::{Arc, Mutex, Weak};
 
 #[derive(Default)]
 struct Inner {
     memory: Vec<(usize, usize)>,
     write_cache: Option<bool>,
-    instances: Vec<Weak<Instance>>,
+    domains: Vec<Weak<Domain>>,
 }
 
-/// The surroundings, and every instance that lives in them: live, standby or in preparation.
+/// The surroundings, and every domain that lives in them: live, standby or in preparation.
 #[derive(Default)]
 pub(crate) struct Environment {
     inner: Mutex<Inner>,
@@ -25,26 +26,26 @@ fn report(what: &str, result: Result<(), CallError>) {
 }
 
 impl Environment {
-    /// Tells a new instance everything, and from now on every change.
-    pub(crate) fn apply(&self, instance: &Arc<Instance>) {
+    /// Tells a new domain everything, and from now on every change.
+    pub(crate) fn apply(&self, domain: &LoadedDomain) {
         let mut inner = lock(&self.inner);
         for &(address, len) in &inner.memory {
-            report("guest memory", instance.memory_changed(address, len, true));
+            report("guest memory", domain.instance.memory_changed(address, len, true));
         }
         if let Some(on) = inner.write_cache {
-            report("the write cache", instance.set_write_cache(on));
+            report("the write cache", domain.instance.set_write_cache(on));
         }
-        inner.instances.retain(|known| known.strong_count() > 0);
-        inner.instances.push(Arc::downgrade(instance));
+        inner.domains.retain(|known| known.upgrade().is_some());
+        inner.domains.push(Arc::downgrade(domain));
     }
 
-    /// Returns who has died of it.
+    /// Returns which domains have died of it.
     pub(crate) fn memory_changed(
         &self,
         address: usize,
         len: usize,
         added: bool,
-    ) -> Vec<Weak<Instance>> {
+    ) -> Vec<Weak<Domain>> {
         let mut inner = lock(&self.inner);
         if added {
             inner.memory.push((address, len));
@@ -52,49 +53,50 @@ impl Environment {
             inner.memory.retain(|&range| range != (address, len));
         }
         let mut dead = Vec::new();
-        inner.each(|instance| {
-            report("guest memory", instance.memory_changed(address, len, added));
-            if instance.is_dead() {
-                dead.push(Arc::downgrade(instance));
+        inner.each(|domain| {
+            report("guest memory", domain.instance.memory_changed(address, len, added));
+            if domain.is_dead() {
+                dead.push(Arc::downgrade(domain));
             }
         });
         dead
     }
 
-    /// Returns whether it is news, and who did not do it, and why.
-    pub(crate) fn set_write_cache(&self, on: bool) -> (bool, Vec<(Weak<Instance>, CallError)>) {
+    /// Returns whether it is news, and which domains did not do it, and why.
+    pub(crate) fn set_write_cache(&self, on: bool) -> (bool, Vec<(Weak<Domain>, CallError)>) {
         let mut inner = lock(&self.inner);
         let mut failed = Vec::new();
         let is_new = inner.write_cache.replace(on) != Some(on);
         if is_new {
-            inner.each(|instance| {
-                if let Err(error) = instance.set_write_cache(on) {
+            inner.each(|domain| {
+                if let Err(error) = domain.instance.set_write_cache(on) {
                     log::warn!("telling a domain of the write cache: {error}");
-                    // Weak: whoever has died is waited for until nobody has it.
-                    failed.push((Arc::downgrade(instance), error));
+                    // Weak: a domain that has died is ended when nothing has it.
+                    failed.push((Arc::downgrade(domain), error));
                 }
             });
         }
         (is_new, failed)
     }
 
-    /// Tells an instance once more that the write cache is off, because another has died and may
-    /// have completed something until then that is not durable. The lock is held meanwhile, so that
-    /// no change of the cache comes between.
-    pub(crate) fn catch_up(&self, successor: &Instance) -> Result<(), CallError> {
+    /// Tells a domain once more that the write cache is off, because another has died and may have
+    /// completed something until then that is not durable. The lock is held meanwhile, so that no
+    /// change of the cache comes between.
+    pub(crate) fn catch_up(&self, successor: &LoadedDomain) -> Result<(), CallError> {
         match lock(&self.inner).write_cache {
-            Some(false) => successor.set_write_cache(false),
+            Some(false) => successor.enter().set_write_cache(false),
             _ => Ok(()),
         }
     }
 }
 
 impl Inner {
-    fn each(&self, mut f: impl FnMut(&Arc<Instance>)) {
-        for instance in
-            self.instances.iter().filter_map(Weak::upgrade).filter(|instance| !instance.is_dead())
-        {
-            f(&instance);
+    /// Calls `f` for each domain that lives, which counts as used meanwhile.
+    fn each(&self, mut f: impl FnMut(&LoadedDomain)) {
+        let domains = self.domains.iter().filter_map(Weak::upgrade);
+        for domain in domains.filter(|domain| !domain.is_dead()) {
+            let _call = domain.enter();
+            f(&domain);
         }
     }
 }

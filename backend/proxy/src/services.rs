@@ -1,6 +1,6 @@
 //! What the host does for an instance: storage, log and notifiers, as that instance sees them.
 
-use crate::queue::Queues;
+use crate::datapath::queue::Queues;
 use domain_abi::{DomainError, Level, QueueIndex};
 use domain_host::{HostRegion, HostServices};
 use std::fs::File;

@@ -28,7 +28,7 @@ fn the_replaced_one_dies(breaks: &str, act: impl FnOnce(&Device) + Send) {
     let notified = Arc::new(AtomicUsize::new(0));
     let mut worker = device.proxy.worker(0, 16, Box::new(Count(Arc::clone(&notified)))).unwrap();
     let mut request = RawRequest::flush();
-    worker.naming().name(&mut request, 0);
+    worker.tags().name(&mut request, 0);
     assert_eq!(worker.submit(&mut [request], |ended| panic!("{ended:?}")), 1);
     std::thread::scope(|scope| {
         let back = scope.spawn(|| device.rollback());

@@ -80,7 +80,7 @@ impl Tally {
 
 trait Arm {
     /// How a request is named by its slot.
-    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<Self>;
+    fn tags(&self) -> impl Fn(&mut RawRequest, usize) + use<Self>;
     fn begin(&mut self);
     fn submit(&mut self, requests: &mut [RawRequest], tally: &Tally) -> usize;
     fn reap(&mut self, tally: &Tally);
@@ -112,7 +112,7 @@ fn went_wrong(completion: &RawCompletion) -> ! {
 }
 
 impl<D: BlockDomain> Arm for Straight<D> {
-    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<D> {
+    fn tags(&self) -> impl Fn(&mut RawRequest, usize) + use<D> {
         let generation = self.generation;
         move |request, slot| (request.tag, request.generation) = (slot as u64, generation)
     }
@@ -135,9 +135,9 @@ impl<D: BlockDomain> Arm for Straight<D> {
 }
 
 impl Arm for Worker {
-    fn naming(&self) -> impl Fn(&mut RawRequest, usize) + use<> {
-        let naming = Self::naming(self);
-        move |request, slot| naming.name(request, slot)
+    fn tags(&self) -> impl Fn(&mut RawRequest, usize) + use<> {
+        let tags = Self::tags(self);
+        move |request, slot| tags.name(request, slot)
     }
 
     #[inline]
@@ -165,7 +165,7 @@ fn drive(arm: &mut impl Arm, cell: &Cell, rounds: usize, pool: &mut [RawRequest]
             let batch = &mut pool[next..next + cell.batch];
             next = (next + cell.batch) % POOL;
             arm.begin();
-            let name = arm.naming();
+            let name = arm.tags();
             for (slot, request) in batch.iter_mut().enumerate() {
                 name(request, first + slot);
             }

@@ -88,12 +88,12 @@ pub struct Hand {
 impl Hand {
     /// Offers flushes in these slots, to whatever serves; returns how many were taken.
     pub fn submit(&mut self, slots: impl IntoIterator<Item = usize>) -> usize {
-        let naming = self.worker.naming();
+        let tags = self.worker.tags();
         let mut requests: Vec<_> = slots
             .into_iter()
             .map(|slot| {
                 let mut request = RawRequest::flush();
-                naming.name(&mut request, slot);
+                tags.name(&mut request, slot);
                 request
             })
             .collect();

@@ -223,8 +223,8 @@ impl QueueWorker {
 
     /// Whether the domain is to be offered nothing: what will make it take more is on its way.
     fn is_backpressured(&self) -> bool {
-        let has_taken_less = || self.backpressured_by == Some(self.device.naming().generation());
-        self.device.has_orphans() || self.device.owing_here() > 0 && has_taken_less()
+        let has_taken_less = || self.backpressured_by == Some(self.device.tags().generation());
+        self.device.has_pending_replay() || self.device.owing_here() > 0 && has_taken_less()
     }
 
     /// Whether the ring can be looked at: not, while the domain is full or something is in flight
@@ -293,7 +293,10 @@ impl QueueWorker {
         let mut accepted = 0;
         if !batch.is_empty() {
             accepted = device.submit(batch, |ended| end(requests, used, ended));
-            if accepted == 0 && used.is_empty() && device.owing_here() == 0 && !device.has_orphans()
+            if accepted == 0
+                && used.is_empty()
+                && device.owing_here() == 0
+                && !device.has_pending_replay()
             {
                 // Against the contract; without an answer the guest would wait for ever.
                 notices::takes_no_request(self.queue);
@@ -304,7 +307,7 @@ impl QueueWorker {
             }
         }
         let unpopped = self.end_batch(accepted);
-        self.backpressured_by = (unpopped > 0).then(|| self.device.naming().generation());
+        self.backpressured_by = (unpopped > 0).then(|| self.device.tags().generation());
         let mut state = vring.get_mut();
         if unpopped > 0 {
             let queue = state.get_queue_mut();
@@ -372,7 +375,7 @@ impl QueueWorker {
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
         let Some(mut parser) = self.requests.parser() else { return false };
-        let naming = self.device.naming();
+        let tags = self.device.tags();
         let mut bytes = 0;
         while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.ring.next_avail);
@@ -380,7 +383,7 @@ impl QueueWorker {
             match parser.next(table, chain, limits) {
                 Chain::Request(slot, mut request) => {
                     bytes += request.len();
-                    naming.name(&mut request, usize::from(slot));
+                    tags.name(&mut request, usize::from(slot));
                     self.batch.push(request);
                 }
                 Chain::Answer(None) => {}

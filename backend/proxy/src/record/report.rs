@@ -1,13 +1,13 @@
 //! What an upgrade says about itself: phases, result, history, events.
 
-use crate::code::Code;
-use crate::queue::QueueStatus;
-use crate::serialize;
+use crate::datapath::queue::QueueStatus;
+use crate::record::code::Code;
+use crate::record::serialize;
 use domain_abi::DeviceInfo;
 use domain_abi::Params;
 use serde::Serialize;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Which protocol to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,7 +24,7 @@ pub enum Mode {
 /// Which protocol was used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
-    /// Nobody was paused.
+    /// No queue was paused.
     Swap,
     /// The gate was shut for a moment.
     Handover,
@@ -134,12 +134,20 @@ pub struct Phases {
     /// Gate shut to gate open.
     #[serde(serialize_with = "serialize::micros")]
     pub pause: Duration,
-    /// Until nobody used the old instance any more.
+    /// Until the old instance was not used any more.
     #[serde(serialize_with = "serialize::micros")]
     pub grace: Duration,
     /// Ending the instance before that.
     #[serde(serialize_with = "serialize::micros")]
     pub retire: Duration,
+}
+
+/// Times a phase.
+pub(crate) fn timed<R>(phase: &mut Duration, f: impl FnOnce() -> R) -> R {
+    let started = Instant::now();
+    let result = f();
+    *phase = started.elapsed();
+    result
 }
 
 /// A committed change.
@@ -165,9 +173,9 @@ pub struct Refusal {
     pub code: Code,
     /// A sentence that says what to do.
     pub message: String,
-    /// Where somebody was waited for in vain: the queues that had requests in flight.
+    /// Where workers were waited for in vain: the queues that had requests in flight.
     pub stuck: Vec<QueueStatus>,
-    /// Where somebody was waited for in vain: those who waited for a CPU.
+    /// Where workers were waited for in vain: those that waited for a CPU.
     pub starved: Vec<Starved>,
 }
 
@@ -222,6 +230,29 @@ pub struct Entry {
     pub change: Change,
     /// How it ended.
     pub result: Result<Report, Refusal>,
+}
+
+impl Entry {
+    /// Says it in the log.
+    pub(crate) fn log(&self) {
+        let change = self.change.name();
+        match &self.result {
+            Ok(report) => log::info!(
+                "{change} to generation {}: `{}` {} -> `{}` {} by {}, pause {} us",
+                report.generation,
+                report.from.name,
+                report.from.version,
+                report.to.name,
+                report.to.version,
+                report.protocol.name(),
+                report.phases.pause.as_micros()
+            ),
+            Err(refusal) if self.change == Change::Takeover => {
+                log::error!("faulted ({}): {}", refusal.code, refusal.message);
+            }
+            Err(refusal) => log::warn!("{change} refused ({}): {}", refusal.code, refusal.message),
+        }
+    }
 }
 
 /// Something that happened to the device.

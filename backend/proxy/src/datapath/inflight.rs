@@ -3,32 +3,34 @@
 //!
 //! A request that ends in the call that submits it never comes here; the batch that it is in says
 //! all that there is to know. What does not is entered when the call has returned. While the call
-//! lasts nobody needs the table: it is the worker's own, and the worker is in the call.
+//! lasts the table is not needed: it is the worker's own, and the worker is in the call.
 //!
-//! Invariants: a slot is taken by one generation or by nobody; what it says about a request stays
+//! Invariants: a slot is taken by one generation or by none; what it says about a request stays
 //! when the generation that had it has died.
 
-use crate::Ended;
-use crate::queue::{QueueLine, add};
+use crate::change::fence::Fence;
+use crate::datapath::progress::Ended;
+use crate::datapath::queue::{QueueLine, add};
 use domain_abi::Status;
 use domain_abi::{self as abi, RawCompletion, RawRequest};
 use std::fmt;
+use std::sync::Arc;
 
 /// A slot; a cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Flight {
-    /// As it was submitted. Its generation is who has it; 0 is nobody.
+struct Inflight {
+    /// As it was submitted. Its generation is the one that has it; 0 is none.
     request: RawRequest,
-    /// The how-manieth request it was.
+    /// It was the n-th request.
     order: u64,
 }
 
 /// All slots of a queue. Those that were never needed are not there yet, so that a ring costs what
 /// of it is used.
-pub(crate) struct Flights(Vec<Flight>);
+pub(crate) struct InflightTable(Vec<Inflight>);
 
-impl Flights {
+impl InflightTable {
     /// With room for `slots` of them.
     pub(crate) fn new(slots: usize) -> Self {
         Self(Vec::with_capacity(slots))
@@ -39,12 +41,12 @@ impl Flights {
         self.0.len()
     }
 
-    /// Who has the request in a slot; 0 is nobody.
+    /// Which generation has the request in a slot; 0 is none.
     pub(crate) fn generation(&self, slot: usize) -> u64 {
         self.0.get(slot).map_or(0, |flight| flight.request.generation)
     }
 
-    /// The how-manieth the request in a slot was.
+    /// The request in a slot was the n-th.
     pub(crate) fn order(&self, slot: usize) -> u64 {
         self.0[slot].order
     }
@@ -61,28 +63,28 @@ impl Flights {
         if slot >= self.0.len() {
             self.grow(slot + 1);
         }
-        self.0[slot] = Flight { request: *request, order };
+        self.0[slot] = Inflight { request: *request, order };
     }
 
     #[cold]
     fn grow(&mut self, len: usize) {
-        self.0.resize(len, Flight { request: RawRequest::nothing(), order: 0 });
+        self.0.resize(len, Inflight { request: RawRequest::nothing(), order: 0 });
     }
 
-    /// Nobody has the request in a slot any more; what it was stays known.
+    /// No generation has the request in a slot any more; what it was stays known.
     pub(crate) fn let_go(&mut self, slot: usize) {
         self.0[slot].request.generation = 0;
     }
 
-    /// Closes the slot that a completion by a lane is about. Returns `None` if it is about no
-    /// request that is in flight there.
+    /// Closes the slot that a completion of an attached queue is about. Returns `None` if it is
+    /// about no request that is in flight there.
     #[inline]
-    fn close(&mut self, naming: Naming, completion: &RawCompletion) -> Option<usize> {
+    fn close(&mut self, tags: TagScheme, completion: &RawCompletion) -> Option<usize> {
         let slot = slot_of(completion.tag);
         let flight = self.0.get_mut(slot)?;
-        let known = completion.tag == naming.tag(slot)
-            && completion.generation == naming.generation
-            && flight.request.generation == naming.generation;
+        let known = completion.tag == tags.tag(slot)
+            && completion.generation == tags.generation
+            && flight.request.generation == tags.generation;
         if !known {
             return None;
         }
@@ -90,20 +92,20 @@ impl Flights {
         Some(slot)
     }
 
-    /// Takes a lane's completions over: checks each, frees its slot, reports it. Returns how many
+    /// Takes a queue's completions over: checks each, frees its slot, reports it. Returns how many
     /// were good.
-    pub(crate) fn settle(
+    pub(crate) fn complete(
         &mut self,
         completed: &[RawCompletion],
-        naming: Naming,
+        tags: TagScheme,
         line: &QueueLine,
         ended: &mut impl FnMut(Ended),
     ) -> usize {
         let (mut count, mut errors) = (0, 0);
         for completion in completed {
-            let Some(slot) = self.close(naming, completion) else {
+            let Some(slot) = self.close(tags, completion) else {
                 log::error!(
-                    "{naming}: completed request {:#x} of generation {}, which is not in flight; dropped",
+                    "{tags}: completed request {:#x} of generation {}, which is not in flight; dropped",
                     completion.tag,
                     completion.generation
                 );
@@ -121,13 +123,20 @@ impl Flights {
     }
 }
 
+/// A request that a dead instance left unanswered, to be run again.
+pub(crate) struct PendingReplay {
+    pub(crate) slot: usize,
+    /// The dead instance's.
+    pub(crate) fence: Arc<Fence>,
+}
+
 /// What requests of one queue of one instance are called at the ABI.
 ///
 /// A tag is the request's slot in its lowest 16 bits, its queue in the next 8, and the generation
 /// above: so that a domain that mixes up queues is caught, and a completion of an earlier
 /// generation is never taken for one of this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Naming {
+pub struct TagScheme {
     base: u64,
     generation: u64,
 }
@@ -138,9 +147,9 @@ const QUEUE_BITS: u32 = 8;
 /// Most slots that a queue can have.
 pub(crate) const SLOT_LIMIT: usize = 1 << SLOT_BITS;
 
-impl Naming {
-    /// For requests that nobody has yet.
-    pub(crate) const NOBODY: Self = Self { base: 0, generation: 0 };
+impl TagScheme {
+    /// For requests that no domain has yet.
+    pub(crate) const NONE: Self = Self { base: 0, generation: 0 };
 
     pub(crate) const fn new(queue: usize, generation: u64) -> Self {
         assert!(queue < 1 << QUEUE_BITS, "queues are numbered in 8 bits");
@@ -172,7 +181,7 @@ impl Naming {
     }
 }
 
-impl fmt::Display for Naming {
+impl fmt::Display for TagScheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let queue = self.base >> SLOT_BITS & ((1 << QUEUE_BITS) - 1);
         write!(f, "queue {queue}: generation {}", self.generation)
@@ -201,13 +210,13 @@ mod tests {
 
     #[test]
     fn only_a_completion_of_what_is_in_flight_closes_a_slot_and_only_once() {
-        let (naming, mut flights) = (Naming::new(3, 7), Flights::new(4));
+        let (tags, mut table) = (TagScheme::new(3, 7), InflightTable::new(4));
         let mut request = RawRequest::nothing();
-        naming.name(&mut request, 2);
-        assert!(naming.named(&request) && !Naming::new(2, 7).named(&request));
-        flights.enter(&request, 11);
+        tags.name(&mut request, 2);
+        assert!(tags.named(&request) && !TagScheme::new(2, 7).named(&request));
+        table.enter(&request, 11);
         let completion = |queue, generation, slot, said| {
-            let tag = Naming::new(queue, generation).tag(slot);
+            let tag = TagScheme::new(queue, generation).tag(slot);
             RawCompletion { tag, generation: said, status: 0, written: 0 }
         };
         for wrong in [
@@ -219,17 +228,13 @@ mod tests {
             completion(3, 7, 4, 7),
             RawCompletion { tag: u64::MAX, ..completion(3, 7, 2, 7) },
         ] {
-            assert_eq!(flights.close(naming, &wrong), None, "{wrong:?}");
+            assert_eq!(table.close(tags, &wrong), None, "{wrong:?}");
         }
-        let of_another = Naming::new(3, 8);
-        assert_eq!(
-            flights.close(of_another, &completion(3, 8, 2, 8)),
-            None,
-            "another generation's"
-        );
-        assert_eq!(flights.generation(2), 7);
-        assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), Some(2));
-        assert_eq!(flights.close(naming, &completion(3, 7, 2, 7)), None, "twice");
-        assert_eq!((flights.order(2), slot_of(flights.request(2).tag)), (11, 2));
+        let of_another = TagScheme::new(3, 8);
+        assert_eq!(table.close(of_another, &completion(3, 8, 2, 8)), None, "another generation's");
+        assert_eq!(table.generation(2), 7);
+        assert_eq!(table.close(tags, &completion(3, 7, 2, 7)), Some(2));
+        assert_eq!(table.close(tags, &completion(3, 7, 2, 7)), None, "twice");
+        assert_eq!((table.order(2), slot_of(table.request(2).tag)), (11, 2));
     }
 }

@@ -14,12 +14,13 @@
 //! Invariant: a worker that comes to the gate in time stays there for the drain timeout and
 //! [`SHUT_LONGER`] at most, one that is late itself twice as long as it was late.
 
-use crate::code::Code;
-use crate::queue::QueueStatus;
-use crate::report::{Options, Refusal, Starved};
-use crate::starved::{Late, Watch, say};
-use crate::upgrade::{starved_refusal, stopping};
-use crate::{DomainProxy, Member};
+use crate::change::refusals::{self, stopping};
+use crate::change::starved::{Late, Watch, say};
+use crate::datapath::queue::QueueStatus;
+use crate::device::DomainProxy;
+use crate::domain::LoadedDomain;
+use crate::record::code::Code;
+use crate::record::report::{Options, Refusal, Starved};
 use std::time::{Duration, Instant};
 
 /// How often a drain looks whether it is still wanted, at least.
@@ -47,7 +48,7 @@ enum GivenUp {
 /// One time that the gate is shut.
 pub(crate) struct Drain<'a> {
     proxy: &'a DomainProxy,
-    live: &'a Member,
+    live: &'a LoadedDomain,
     options: Options,
     /// Until when starved workers are waited for.
     deadline: Instant,
@@ -65,7 +66,7 @@ impl<'a> Drain<'a> {
     /// Before the gate is shut. Starved workers are waited for until `deadline`.
     pub(crate) fn begin(
         proxy: &'a DomainProxy,
-        live: &'a Member,
+        live: &'a LoadedDomain,
         options: Options,
         deadline: Instant,
     ) -> Self {
@@ -74,7 +75,7 @@ impl<'a> Drain<'a> {
             live,
             options,
             deadline,
-            watch: Watch::begin(proxy.queues()),
+            watch: Watch::begin(&proxy.queues),
             missing: Vec::new(),
             is_late: false,
             holds_until: None,
@@ -95,7 +96,7 @@ impl<'a> Drain<'a> {
             Ok(longer) => longer,
             Err(why) => {
                 // As long as the gate is shut: the workers that have come have nothing in flight.
-                self.stuck = self.proxy.queues().stuck();
+                self.stuck = self.proxy.queues.stuck();
                 self.given_up = Some(why);
                 Duration::ZERO
             }
@@ -103,7 +104,7 @@ impl<'a> Drain<'a> {
     }
 
     fn judge(&mut self) -> Result<Duration, GivenUp> {
-        if self.live.instance.is_dead() {
+        if self.live.is_dead() {
             return Err(GivenUp::Dead);
         }
         if self.proxy.is_stopping() {
@@ -114,7 +115,7 @@ impl<'a> Drain<'a> {
         if !early.is_zero() {
             return Ok(early.min(LOOK_EVERY));
         }
-        let (queues, missing) = (self.proxy.queues(), &self.missing);
+        let (queues, missing) = (&self.proxy.queues, &self.missing);
         let elapsed = self.watch.elapsed();
         if self.holds_until.is_none() && queues.seats().any(|(slot, _)| !missing.contains(&slot)) {
             // A worker that comes after all were late has waited for a CPU itself until now.
@@ -150,7 +151,7 @@ impl<'a> Drain<'a> {
         let refusal = match self.given_up {
             Some(GivenUp::Stopping) => stopping(),
             Some(GivenUp::Starved | GivenUp::HeldUp) => {
-                Refusal { stuck: self.stuck, ..starved_refusal("not drained", pause, starved) }
+                Refusal { stuck: self.stuck, ..refusals::starved("not drained", pause, starved) }
             }
             Some(GivenUp::Busy | GivenUp::Dead) | None => {
                 drain_refusal(self.watch.elapsed(), pause, self.stuck, starved)

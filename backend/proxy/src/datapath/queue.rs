@@ -1,10 +1,10 @@
-//! What everybody may know about a queue: who to wake, and how it is doing.
+//! What all may know about a queue: what wakes its worker, and how it is doing.
 //!
 //! Each queue has a line of its own, written by its worker alone with plain stores; the upgrader
 //! and `status` only read. So counting costs the worker no shared line and no read-modify-write.
 
-use crate::serialize;
-use crate::starved::Thread;
+use crate::datapath::cpu_time::Thread;
+use crate::record::serialize;
 use arc_swap::ArcSwapOption;
 use serde::Serialize;
 use std::os::fd::OwnedFd;
@@ -62,8 +62,6 @@ pub(crate) struct QueueLine {
     pub(crate) malformed: AtomicU64,
     pub(crate) parks: AtomicU64,
     pub(crate) replayed: AtomicU64,
-    /// The lowest generation that its worker is attached to; 0 if none. Written when that changes.
-    pub(crate) attached_since: AtomicU64,
 }
 
 /// Who serves a queue.
@@ -135,19 +133,18 @@ impl Queues {
         self.seats[slot].store(seat.map(Arc::new));
     }
 
-    /// Everybody who serves, by the slot of the reader.
+    /// All that serve, by the slot of the reader.
     pub(crate) fn seats(&self) -> impl Iterator<Item = (usize, Arc<Seat>)> {
         let seats = self.seats.iter().enumerate();
         seats.filter_map(|(slot, seat)| Some((slot, seat.load_full()?)))
     }
 
-    /// The slots of those who are attached to `generation`, or to one before it.
-    pub(crate) fn attached_to(&self, generation: u64) -> Vec<usize> {
-        let is_attached = |seat: &Seat| {
-            let since = self.lines[seat.queue].attached_since.load(Ordering::Relaxed);
-            (1..=generation).contains(&since)
-        };
-        self.seats().filter(|(_, seat)| is_attached(seat)).map(|(slot, _)| slot).collect()
+    /// The slots of the readers that serve these queues, a bit each.
+    pub(crate) fn slots_of(&self, queues: u64) -> Vec<usize> {
+        self.seats()
+            .filter(|(_, seat)| queues & 1 << seat.queue != 0)
+            .map(|(slot, _)| slot)
+            .collect()
     }
 
     /// Those that have workers, one bit each.
@@ -196,9 +193,9 @@ impl Queues {
 mod tests {
     use super::*;
 
-    struct Nobody;
+    struct Silent;
 
-    impl Notifier for Nobody {
+    impl Notifier for Silent {
         fn notify(&self) {}
     }
 
@@ -207,7 +204,7 @@ mod tests {
         let queues = Queues::new(64);
         assert_eq!(queues.served(), 0);
         for queue in [0, 5, 63] {
-            queues.set_notifier(queue, Some(Box::new(Nobody)));
+            queues.set_notifier(queue, Some(Box::new(Silent)));
         }
         assert_eq!(queues.served(), 1 | 1 << 5 | 1 << 63);
         queues.set_notifier(5, None);

@@ -1,7 +1,7 @@
 //! Whether a worker that does not come hangs, or is not given a CPU.
 //!
 //! A deadline is there to tell a domain that keeps a request, or does not come back from a call. On
-//! a busy machine a worker can be late without anybody's fault: it is ready to run, and others do.
+//! a busy machine a worker can be late without being at fault: it is ready to run, and others do.
 //! Nor does the guest notice what is waited for it, because the requests of that queue wait for the
 //! same worker; those of other queues do not wait for it for long (`drain.rs`). So a deadline
 //! counts a worker's *own* time: what it ran, slept or was blocked, but not what it waited for a
@@ -15,104 +15,22 @@
 //! ```
 //!
 //! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two
-//! looks between which a thread was ready to run all the time and did not run. Without `/proc`, or
-//! without `CONFIG_SCHED_INFO`, all time counts as a worker's own.
+//! looks between which a thread was ready to run all the time and did not run. Where the kernel
+//! says nothing (`cpu_time.rs`), all time counts as a worker's own.
 //!
 //! Deliberately absent: time that a hypervisor takes from the machine, which no thread is told of,
 //! and threads that a worker waits for in turn.
 
-use crate::queue::{Queues, Seat};
-use crate::report::Starved;
-use rustix::io::pread;
-use rustix::thread::gettid;
-use std::fs::{self, File};
+use crate::datapath::cpu_time::{Thread, Times};
+use crate::datapath::queue::{Queues, Seat};
+use crate::record::report::Starved;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between two looks at a thread that is ready to run.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// A thread, and what the scheduler says of it.
-#[derive(Debug)]
-pub(crate) enum Thread {
-    /// One of this process.
-    Known {
-        id: i32,
-        /// Open as long as the thread serves: reading it costs a microsecond, opening it five more.
-        schedstat: File,
-    },
-    /// One that has been ready to run, and has not run, since it was made.
-    #[cfg(test)]
-    Starved,
-}
-
-/// What a thread has had, since it began.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Times {
-    ran: Duration,
-    waited: Duration,
-    /// How often it was given a CPU.
-    turns: u64,
-}
-
-impl Thread {
-    /// The calling one, if the kernel says anything about it.
-    pub(crate) fn current() -> Option<Self> {
-        let id = gettid().as_raw_nonzero().get();
-        let schedstat = File::open(format!("/proc/self/task/{id}/schedstat")).ok()?;
-        Some(Self::Known { id, schedstat })
-    }
-
-    /// How long it has waited for a CPU, all in all.
-    pub(crate) fn waited(&self) -> Option<Duration> {
-        self.times().map(|times| times.waited)
-    }
-
-    fn times(&self) -> Option<Times> {
-        match self {
-            Self::Known { schedstat, .. } => {
-                let mut text = [0; 96];
-                let len = pread(schedstat, &mut text, 0).ok()?;
-                parse_schedstat(std::str::from_utf8(&text[..len]).ok()?)
-            }
-            #[cfg(test)]
-            Self::Starved => Some(Times::default()),
-        }
-    }
-
-    /// Whether it runs, or would if it were given a CPU.
-    fn is_ready(&self) -> bool {
-        match self {
-            Self::Known { id, .. } => {
-                let stat = fs::read_to_string(format!("/proc/self/task/{id}/stat"));
-                parse_state(&stat.unwrap_or_default()) == Some('R')
-            }
-            #[cfg(test)]
-            Self::Starved => true,
-        }
-    }
-}
-
-/// `ran waited turns`, the first two in nanoseconds (Linux,
-/// Documentation/scheduler/sched-stats.rst).
-fn parse_schedstat(text: &str) -> Option<Times> {
-    let mut numbers = text.split_ascii_whitespace().map(str::parse::<u64>);
-    let mut next = || numbers.next()?.ok();
-    let (ran, waited, turns) = (next()?, next()?, next()?);
-    // All zero: the kernel does not count.
-    (turns > 0).then_some(Times {
-        ran: Duration::from_nanos(ran),
-        waited: Duration::from_nanos(waited),
-        turns,
-    })
-}
-
-/// The state in proc(5)'s `stat`: after the name, which may hold anything.
-fn parse_state(stat: &str) -> Option<char> {
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
-}
-
-/// What becomes of somebody who is late.
+/// What becomes of a worker that is late.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Late {
     /// Wait so much longer, then judge again.
@@ -184,7 +102,7 @@ impl Watch {
         if elapsed < patience + bound || !is_known {
             Late::Wait(LOOK_AGAIN)
         } else if self.starved(late).is_empty() {
-            // Nobody has waited for a CPU: that it has had its time is only not booked yet.
+            // None has waited for a CPU: that it has had its time is only not booked yet.
             Late::Busy
         } else {
             Late::Starved
@@ -267,24 +185,13 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    #[test]
-    fn what_the_kernel_writes_is_read() {
-        let times =
-            Times { ran: Duration::from_nanos(675), waited: Duration::from_nanos(1346), turns: 3 };
-        assert_eq!(parse_schedstat("675 1346 3\n"), Some(times));
-        assert_eq!(parse_schedstat("0 0 0\n"), None, "it is not counted");
-        assert_eq!((parse_schedstat(""), parse_schedstat("1 2 x")), (None, None));
-        assert_eq!(parse_state("12 (a) S (b)) R 1 2"), Some('R'));
-        assert_eq!((parse_state(""), parse_state("12 (a)")), (None, None));
-    }
-
     /// A watch over one thread, as queue 3 in slot 5, that does `work` until it is told to end.
     fn watched<R>(work: impl Fn() + Sync, judge: impl FnOnce(&mut Watch) -> R) -> R {
         let (tell, told) = mpsc::channel();
         let end = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                tell.send(Thread::current()).expect("somebody waits");
+                tell.send(Thread::current()).expect("the test waits");
                 while !end.load(Ordering::Relaxed) {
                     work();
                 }

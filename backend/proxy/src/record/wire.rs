@@ -4,9 +4,10 @@
 //! here: times in microseconds, a report's domains in brief, an entry with the members of what it
 //! reports, an event named by what happened.
 
-use crate::queue::QueueStatus;
-use crate::report::{DomainRecord, Entry, Event, Phases, Refusal, Report, Starved};
-use crate::{State, Status};
+use crate::datapath::queue::QueueStatus;
+use crate::record::history::Counts;
+use crate::record::report::{DomainRecord, Entry, Event, Phases, Refusal, Report, Starved};
+use crate::record::status::{State, Status};
 use serde::{Serialize, Serializer};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -29,7 +30,7 @@ impl Serialize for Status {
             standby: &'a Option<DomainRecord>,
             capacity: u64,
             queues: &'a [QueueStatus],
-            upgrades: crate::Counts,
+            upgrades: Counts,
             resident_modules: &'a [String],
             storage_failure: &'a Option<String>,
             counters: &'a std::collections::BTreeMap<String, u64>,
@@ -165,7 +166,7 @@ impl Serialize for Event {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Change, Protocol};
+    use crate::record::report::{Change, Protocol};
     use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
     use serde_json::{Value, json};
     use std::time::Duration;
@@ -262,7 +263,7 @@ mod tests {
             domain: record("2.0.0"),
             standby: Some(record("1.0.0")),
             queues: vec![queue()],
-            counts: crate::Counts { committed: 1, refused: 2, rolled_back: 3, takeovers: 4 },
+            counts: Counts { committed: 1, refused: 2, rolled_back: 3, takeovers: 4 },
             resident: vec!["x: why".into()],
             storage_failure: None,
             counters: [("things".to_owned(), 5)].into(),

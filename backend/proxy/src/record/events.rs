@@ -1,7 +1,7 @@
-//! Events, numbered, for whoever watches.
+//! Events, numbered, for those who watch.
 
-use crate::report::Event;
-use crate::upgrade::lock;
+use crate::record::report::Event;
+use crate::signal::lock;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};

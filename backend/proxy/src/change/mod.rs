@@ -1,0 +1,14 @@
+//! What replaces the live domain: upgrades, takeovers, and the end of the device.
+
+pub(crate) mod compatible;
+pub(crate) mod drain;
+pub(crate) mod fence;
+pub(crate) mod handover;
+pub(crate) mod prepare;
+pub(crate) mod refusals;
+pub(crate) mod retire;
+pub(crate) mod starved;
+pub(crate) mod stop;
+pub(crate) mod takeover;
+pub(crate) mod upgrade;
+pub(crate) mod wait;

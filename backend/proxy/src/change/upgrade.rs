@@ -1,0 +1,262 @@
+//! The way of an upgrade: verify, load, prepare, [gate, drain, quiesce, activate], publish, open,
+//! grace, retire.
+//!
+//! ```text
+//!        refused            refused           refused, old domain resumes
+//!           ^                  ^                          ^
+//!   verify, load, prepare -> swap? --no--> gate -> drain, quiesce, activate -> publish, open
+//!                              |                                                   |
+//!                              +--yes--> activate -> publish                       |
+//!                                                      |                           |
+//!                                                      +--------> grace <----------+
+//!                                                                   |
+//!                          the standby before is retired <----------+
+//!                                                                   v
+//!                                              the old instance is the standby
+//! ```
+//!
+//! Invariants: everything that can be refused without touching the live domain is refused before
+//! the gate shuts. Inside the bracket each failure puts the storage back. Once published, nothing
+//! is undone: what cannot be retired is reported as resident.
+
+use crate::change::compatible::decide;
+use crate::change::handover::{Step, step_refusal};
+use crate::device::{Changing, DomainProxy, Others};
+use crate::domain::LoadedDomain;
+use crate::record::code::Code;
+use crate::record::report::{Change, Options, Phases, Protocol, Refusal, Report, WhenBusy, timed};
+use crate::signal::lock;
+use domain_abi::Params;
+use std::sync::{Arc, TryLockError};
+use std::time::{Duration, Instant};
+
+/// What a change has prepared before it has the lock of changes.
+trait Prepared {
+    /// It is not wanted.
+    fn give_up(self, proxy: &DomainProxy, limit: Duration);
+}
+
+/// A module that was loaded.
+impl Prepared for (LoadedDomain, Phases) {
+    fn give_up(self, proxy: &DomainProxy, limit: Duration) {
+        // It was never live, so it has no requests.
+        let _ = proxy.retire(self.0, limit, &mut Phases::default());
+    }
+}
+
+/// The standby is there already.
+struct Nothing;
+
+impl Prepared for Nothing {
+    fn give_up(self, _: &DomainProxy, _: Duration) {}
+}
+
+impl DomainProxy {
+    /// Replaces the live domain with the module `name`.
+    ///
+    /// # Errors
+    /// Why it was refused; the device is as it was.
+    pub fn upgrade(
+        self: &Arc<Self>,
+        name: &str,
+        params: Params,
+        options: Options,
+    ) -> Result<Report, Refusal> {
+        let mut phases = Phases::default();
+        // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
+        let prepare = || {
+            let live = self.record();
+            let is_wanted = || self.check_stopping();
+            let next = self.preparer.prepare(name, params, Some(&live), is_wanted, &mut phases)?;
+            Ok((next, phases))
+        };
+        self.recorded(Change::Upgrade, name, options, prepare, |others, (next, phases)| {
+            self.replace(others, Arc::clone(next), options, *phases)
+        })
+    }
+
+    /// Makes the standby the live domain again.
+    ///
+    /// # Errors
+    /// Why it was refused; the device is as it was.
+    pub fn rollback(self: &Arc<Self>, options: Options) -> Result<Report, Refusal> {
+        let prepare = || Ok(Nothing);
+        self.recorded(Change::Rollback, "standby", options, prepare, |others, Nothing| {
+            let Some(standby) = others.standby.take() else {
+                return Err(Refusal::new(
+                    Code::NoStandby,
+                    "there is no standby to roll back to: none was upgraded away from yet, or it was used up; upgrade to the module that you want",
+                ));
+            };
+            let kept = Arc::clone(&standby);
+            let result = self.replace(others, standby, options, Phases::default());
+            if result.is_err() && !kept.is_dead() {
+                others.standby = Some(kept);
+            }
+            result
+        })
+    }
+
+    /// One at a time; puts what happens into state, history and log. `prepare` runs without the
+    /// lock of changes, `change_over` with it; it is held until the history has the entry, so that
+    /// no takeover of the new live domain is told of first. If a takeover comes first,
+    /// `change_over` is tried again after it.
+    fn recorded<T: Prepared>(
+        self: &Arc<Self>,
+        change: Change,
+        target: &str,
+        options: Options,
+        prepare: impl FnOnce() -> Result<T, Refusal>,
+        mut change_over: impl FnMut(&mut Others, &T) -> Result<Report, Refusal>,
+    ) -> Result<Report, Refusal> {
+        let _operator = match (options.when_busy, self.operator.try_lock()) {
+            (_, Ok(operator)) => operator,
+            (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
+            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
+            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => {
+                return Err(Refusal::new(
+                    Code::Busy,
+                    "another upgrade is under way; try again when it has ended",
+                ));
+            }
+        };
+        self.started(change, target);
+        let prepared = self
+            .check_stopping()
+            .and_then(|()| self.finish_earlier(&mut *self.lock_after_takeover(options)?, options))
+            // It is asked once more before the change.
+            .or_else(|refusal| if refusal.code == Code::Preempted { Ok(()) } else { Err(refusal) })
+            .and_then(|()| prepare());
+        let (others, result) = match prepared {
+            Ok(prepared) => {
+                let (others, result) =
+                    self.try_until_alive(options, |others| change_over(others, &prepared));
+                if result.is_err() {
+                    prepared.give_up(self, options.limit());
+                }
+                (others, result)
+            }
+            Err(refusal) => (None, Err(refusal)),
+        };
+        self.ended(others.as_deref(), change, &result);
+        result
+    }
+
+    /// Makes a change, after each takeover that comes first: the checks are made anew then, because
+    /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too
+    /// long.
+    fn try_until_alive(
+        self: &Arc<Self>,
+        options: Options,
+        mut attempt: impl FnMut(&mut Others) -> Result<Report, Refusal>,
+    ) -> (Option<Changing<'_>>, Result<Report, Refusal>) {
+        loop {
+            let mut others = match self.lock_after_takeover(options) {
+                Ok(others) => others,
+                Err(refusal) => return (None, Err(refusal)),
+            };
+            // A takeover leaves a domain behind if its standby could not serve and is still in use.
+            let result =
+                self.finish_earlier(&mut others, options).and_then(|()| attempt(&mut others));
+            // Each takeover uses an instance up, so this ends.
+            if !result.as_ref().is_err_and(|refusal| refusal.code == Code::Preempted) {
+                return (Some(others), result);
+            }
+        }
+    }
+
+    /// Takes the lock of changes when no takeover is under way, or to come.
+    fn lock_after_takeover(self: &Arc<Self>, options: Options) -> Result<Changing<'_>, Refusal> {
+        let patience = options.limit();
+        let deadline = Instant::now() + patience;
+        self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
+            self.check_stopping().err().unwrap_or_else(|| {
+                Refusal::new(
+                    Code::Preempted,
+                    format!(
+                        "a takeover, or the end of a domain that was replaced, has not ended after {} ms; look at `status`, then try again",
+                        patience.as_millis()
+                    ),
+                )
+            })
+        })
+    }
+
+    /// Brings `next` into service in place of the live domain. If it is refused, what becomes of it
+    /// is the caller's.
+    fn replace(
+        self: &Arc<Self>,
+        others: &mut Others,
+        next: LoadedDomain,
+        options: Options,
+        mut phases: Phases,
+    ) -> Result<Report, Refusal> {
+        let from = self.record();
+        // If it has died and that is not known yet, the takeover comes first.
+        self.notice_death();
+        let live = self.live();
+        let decided = self
+            .check_stopping()
+            .and_then(|()| self.check_compatible(&from.info, &next))
+            .and_then(|()| decide(options.mode, live.as_ref(), &next));
+        let changed = match (decided, &live) {
+            (Ok(_), None) => self.recover(&next, &mut phases).map(|()| (Protocol::Handover, None)),
+            (Ok(Protocol::Swap), Some(_)) => {
+                self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
+            }
+            (Ok(_), Some(live)) => self
+                .handover(live, &next, options, &mut phases)
+                .map(|()| (Protocol::Handover, None)),
+            (Err(refusal), _) => Err(refusal),
+        };
+        let (protocol, grace) = changed?;
+        let generation = next.instance.generation();
+        self.set_live(&next);
+        self.queues.notify_all();
+        let report = Report { generation, protocol, from, to: Arc::clone(&next.record), phases };
+        drop(next);
+        Ok(match live {
+            Some(live) => self.release_old(others, live, grace, options, report),
+            None => report,
+        })
+    }
+
+    /// Brings the device back whose live domain has died.
+    fn recover(&self, next: &LoadedDomain, phases: &mut Phases) -> Result<(), Refusal> {
+        self.storage.begin(next.id);
+        // It was told of the write cache while the dead one may still have served.
+        let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
+        if let Err(error) = timed(&mut phases.activate, activate) {
+            self.storage.rollback();
+            return Err(step_refusal(Step::Activate, &next.record, &error));
+        }
+        self.storage.commit();
+        next.instance.set_generation(self.next_generation());
+        self.publish(next);
+        Ok(())
+    }
+
+    fn swap(
+        &self,
+        next: &LoadedDomain,
+        phases: &mut Phases,
+    ) -> Result<srcu::Grace<Option<LoadedDomain>>, Refusal> {
+        self.storage.begin(next.id);
+        if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
+            self.storage.rollback();
+            return Err(step_refusal(Step::Activate, &next.record, &error));
+        }
+        next.instance.set_generation(self.next_generation());
+        let grace = self.cell.swap(Some(Arc::clone(next))).map_err(|error| {
+            self.storage.rollback();
+            Refusal::new(Code::Busy, format!("the domain was not published: {error}"))
+        })?;
+        self.storage.commit();
+        Ok(grace)
+    }
+
+    /// How much longer starved workers are waited for: not at all when the daemon ends.
+    pub(crate) fn patience(&self, options: Options) -> Duration {
+        if self.is_stopping() { Duration::ZERO } else { options.starved_timeout }
+    }
+}
