@@ -296,3 +296,7 @@ fn give_up_long(segments: &mut Vec<RawSegment>) {
         segments.shrink_to(USUAL);
     }
 }
+
+#[cfg(test)]
+#[path = "requests_tests.rs"]
+mod tests;

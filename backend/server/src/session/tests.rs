@@ -196,7 +196,7 @@ fn a_drain_in_vain_leaves_the_requests_and_says_so() {
 }
 
 #[test]
-fn a_ring_that_cannot_be_stopped_in_time_ends_the_patience() {
+fn a_ring_that_cannot_be_stopped_in_time_is_an_error() {
     let mut bench = Bench::new(&["hold=true"]);
     bench.submit(0..1);
     bench.run(|| {

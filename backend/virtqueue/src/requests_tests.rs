@@ -1,0 +1,288 @@
+//! The table of requests on chains in real memory.
+
+use super::*;
+use std::sync::{Arc, Weak};
+use virtio_blk::features;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+
+const SIZE: u16 = 32;
+const TABLE: DescriptorTable = DescriptorTable { addr: 0x1000, size: SIZE };
+const STATUS: u64 = 0x5000;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+/// The status byte before there is one.
+const NONE: u8 = 0xee;
+
+/// What a domain finds in the list of a request: where each segment is, and its length.
+fn list(request: &RawRequest) -> Vec<(*mut u8, usize)> {
+    let (first, len) = request.segments();
+    // SAFETY: the tests look at requests only that are in flight, whose lists the table keeps.
+    let segments = unsafe { std::slice::from_raw_parts(first, len) };
+    segments.iter().map(|segment| (segment.base(), segment.len())).collect()
+}
+
+/// Guest memory with requests in it, and the table that takes them.
+struct Fixture {
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    table: RequestTable,
+    limits: Limits,
+    used: Vec<Used>,
+}
+
+fn map() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory")
+}
+
+impl Fixture {
+    fn new(limit: u16) -> Self {
+        let memory = GuestMemoryAtomic::new(map());
+        let limits = Limits {
+            capacity: 1 << 20,
+            features: features::FLUSH,
+            read_only: false,
+            serial: [0; 20],
+        };
+        let mut table = RequestTable::new(limit, 16);
+        table.replace_snapshot(Snapshot::take(&memory, 1));
+        Self { memory, table, limits, used: Vec::new() }
+    }
+
+    fn write<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        self.memory.memory().write_obj(value, GuestAddress(at)).expect("guest memory");
+    }
+
+    fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        let at = TABLE.addr + 16 * u64::from(index);
+        self.write(at, addr);
+        self.write(at + 8, len);
+        self.write(at + 12, flags);
+        self.write(at + 14, next);
+    }
+
+    /// Writes down a request of type `code`, a read if it is 0, with descriptors from `head` on.
+    fn chain(&self, head: u16, code: u32) -> u16 {
+        let header = 0x4000 + 16 * u64::from(head);
+        self.write(header, code);
+        self.write(header + 8, 0u64);
+        self.write(STATUS + u64::from(head), NONE);
+        let behind = if code == 0 { head + 1 } else { head + 2 };
+        self.descriptor(head, header, 16, NEXT, behind);
+        self.descriptor(head + 1, 0x8000, 512, NEXT | WRITE, head + 2);
+        self.descriptor(head + 2, STATUS + u64::from(head), 1, WRITE, 0);
+        head
+    }
+
+    /// Takes one chain, in a batch of its own.
+    fn take(&mut self, head: u16) -> Chain {
+        let mut parser = self.table.parser().expect("a snapshot");
+        parser.next(TABLE, head, &self.limits)
+    }
+
+    /// Takes a read, which is for the domain.
+    fn read(&mut self, head: u16) -> (usize, RawRequest) {
+        self.chain(head, 0);
+        match self.take(head) {
+            Chain::Request(index, request) => (usize::from(index), request),
+            other => panic!("no request but {other:?}"),
+        }
+    }
+
+    fn status(&self, head: u16) -> u8 {
+        let at = GuestAddress(STATUS + u64::from(head));
+        self.memory.memory().read_obj(at).expect("guest memory")
+    }
+
+    /// The map that is the current one, to see whether it stays.
+    fn watch(&self) -> Weak<GuestMemoryMmap> {
+        Arc::downgrade(&self.memory.memory().into_inner())
+    }
+
+    /// Replaces the map by another.
+    fn replace(&mut self, version: u64) {
+        self.memory.lock().expect("no panic").replace(map());
+        self.table.replace_snapshot(Snapshot::take(&self.memory, version));
+    }
+}
+
+#[test]
+fn a_request_ends_once() {
+    let mut fixture = Fixture::new(4);
+    let (index, request) = fixture.read(3);
+    assert_eq!((request.len(), fixture.table.in_use(), fixture.table.available()), (512, 1, 3));
+    assert_eq!(fixture.table.end(index, 0, 512), Some(Used { head: 3, len: 513 }));
+    assert_eq!((fixture.status(3), fixture.table.in_use()), (0, 0));
+    assert_eq!(fixture.table.end(index, 1, 0), None);
+    fixture.table.discard(index);
+    assert_eq!((fixture.status(3), fixture.table.available()), (0, 4), "nothing is free twice");
+    let (first, _) = fixture.read(6);
+    let (second, _) = fixture.read(9);
+    assert_ne!(first, second);
+}
+
+#[test]
+fn a_request_that_is_discarded_tells_the_guest_nothing() {
+    let mut fixture = Fixture::new(4);
+    let (index, _) = fixture.read(3);
+    fixture.table.discard(index);
+    assert_eq!((fixture.status(3), fixture.table.in_use()), (NONE, 0));
+    assert_eq!(fixture.table.end(index, 0, 512), None);
+}
+
+#[test]
+fn the_lists_of_requests_in_flight_stay_as_they_are() {
+    let mut fixture = Fixture::new(8);
+    let taken: Vec<_> = (0..8).map(|n| fixture.read(3 * n)).collect();
+    let lists = |requests: &[(usize, RawRequest)]| -> Vec<_> {
+        requests.iter().map(|(_, request)| list(request)).collect()
+    };
+    let before = lists(&taken);
+    assert!(before.iter().all(|list| list.len() == 1 && list[0].1 == 512));
+    // One ends, and its entry is used for something with no data.
+    fixture.table.end(taken[5].0, 0, 512);
+    fixture.chain(15, 4);
+    assert!(
+        matches!(fixture.take(15), Chain::Request(index, _) if usize::from(index) == taken[5].0)
+    );
+    let (rest, now) = ([&taken[..5], &taken[6..]].concat(), lists(&taken[..5]));
+    assert_eq!((now, rest.len()), (before[..5].to_vec(), 7));
+    assert_eq!(lists(&taken[6..]), before[6..]);
+}
+
+#[test]
+#[should_panic(expected = "more chains are taken than entries are available")]
+fn no_more_requests_are_taken_than_there_is_room_for() {
+    let mut fixture = Fixture::new(1);
+    fixture.read(0);
+    fixture.read(3);
+}
+
+#[test]
+fn what_is_not_for_the_domain_is_answered_up_to_the_first_that_was_not_taken() {
+    // Requests and others: o r o r r o. The domain takes so many of the three.
+    for (accepted, answered, returned) in [(0, 1, 5), (1, 2, 3), (2, 2, 2), (3, 3, 0)] {
+        let mut fixture = Fixture::new(8);
+        let codes = [77, 0, 77, 0, 0, 77];
+        let heads = [0, 3, 6, 9, 12, 15];
+        for (head, code) in heads.into_iter().zip(codes) {
+            fixture.chain(head, code);
+        }
+        let mut parser = fixture.table.parser().expect("a snapshot");
+        let mut requests = Vec::new();
+        for head in heads {
+            match parser.next(TABLE, head, &fixture.limits) {
+                Chain::Request(index, _) => requests.push(index),
+                Chain::Answer(outside) => assert_eq!(outside, None),
+                other => panic!("{other:?}"),
+            }
+        }
+        let end = fixture.table.end_batch(accepted, requests.len(), &mut fixture.used);
+        let expected =
+            BatchEnd { answered: answered as u64, errors: answered as u64, malformed: 0, returned };
+        assert_eq!(end, expected, "{accepted} were taken");
+        let told: Vec<_> = fixture.used.iter().map(|used| used.head).collect();
+        assert_eq!(told, [0, 6, 15][..answered], "{accepted} were taken");
+        for (head, is_told) in [0, 6, 15].into_iter().zip((0..3).map(|n| n < answered)) {
+            assert_eq!(fixture.status(head) == 2, is_told, "{head}, {accepted} were taken");
+        }
+    }
+}
+
+#[test]
+fn a_chain_that_cannot_be_answered_comes_back_with_nothing_written() {
+    let mut fixture = Fixture::new(4);
+    // A loop, and a read into memory that is not shared.
+    fixture.descriptor(0, 0x4000, 16, NEXT, 1);
+    fixture.descriptor(1, 0x4000, 16, NEXT, 1);
+    fixture.chain(3, 0);
+    fixture.descriptor(4, 0x80_0000, 512, NEXT | WRITE, 5);
+    let mut parser = fixture.table.parser().expect("a snapshot");
+    let malformed = parser.next(TABLE, 0, &fixture.limits);
+    assert!(matches!(malformed, Chain::Malformed { head: 0, outside: None, .. }), "{malformed:?}");
+    let outside = parser.next(TABLE, 3, &fixture.limits);
+    assert!(matches!(outside, Chain::Answer(Some(0x80_0000))), "{outside:?}");
+    let end = fixture.table.end_batch(0, 0, &mut fixture.used);
+    assert_eq!(end, BatchEnd { answered: 1, errors: 1, malformed: 1, returned: 0 });
+    assert_eq!(fixture.used[0], Used { head: 0, len: 0 });
+    assert_eq!((fixture.used[1].head, fixture.status(3)), (3, 1));
+    assert_eq!(fixture.table.in_use(), 0);
+}
+
+#[test]
+fn a_batch_that_is_not_ended_leaves_nothing_to_the_next() {
+    let mut fixture = Fixture::new(4);
+    fixture.chain(0, 77);
+    fixture.take(0);
+    fixture.chain(3, 77);
+    fixture.take(3);
+    let end = fixture.table.end_batch(0, 0, &mut fixture.used);
+    assert_eq!((end.answered, fixture.status(0), fixture.status(3)), (1, NONE, 2));
+    fixture.take(0);
+    fixture.replace(2);
+    let end = fixture.table.end_batch(0, 0, &mut fixture.used);
+    assert_eq!(end, BatchEnd::default(), "its memory may be gone");
+}
+
+#[test]
+fn a_map_goes_with_its_last_request() {
+    let mut fixture = Fixture::new(4);
+    let first = fixture.watch();
+    let (index, _) = fixture.read(0);
+    fixture.table.end(index, 0, 512);
+    fixture.replace(2);
+    assert!(first.upgrade().is_none(), "nothing of it is in flight");
+    let second = fixture.watch();
+    fixture.read(0);
+    fixture.replace(3);
+    assert!(second.upgrade().is_some(), "its request may be written to for ever");
+    let third = fixture.watch();
+    fixture.replace(4);
+    assert!(third.upgrade().is_none(), "of this one nothing was ever in flight");
+}
+
+#[test]
+fn a_map_stays_for_each_request_whatever_has_become_of_those_before() {
+    let mut fixture = Fixture::new(4);
+    let (stranded, _) = fixture.read(0);
+    fixture.replace(2);
+    // The one that was left ends all the same, and its entry is used again.
+    fixture.table.end(stranded, 0, 512);
+    let second = fixture.watch();
+    fixture.read(3);
+    fixture.replace(3);
+    assert!(second.upgrade().is_some());
+}
+
+#[test]
+fn a_table_that_is_dropped_keeps_the_memory_of_what_is_in_flight() {
+    for is_in_flight in [true, false] {
+        let mut fixture = Fixture::new(4);
+        let (index, request) = fixture.read(0);
+        if !is_in_flight {
+            fixture.table.end(index, 0, 512);
+        }
+        let map = fixture.watch();
+        drop(fixture);
+        assert_eq!(map.upgrade().is_some(), is_in_flight);
+        if is_in_flight {
+            assert_eq!(list(&request)[0].1, 512, "its list is there, too");
+        }
+    }
+}
+
+#[test]
+fn a_long_list_of_a_chain_that_is_no_request_is_given_up() {
+    let mut fixture = Fixture::new(2);
+    let long = Vec::with_capacity(1000);
+    let entry =
+        |segments| Entry { head: 0, op: 0, len: 0, status_at: None, is_stranded: false, segments };
+    fixture.table.entries.push(entry(long));
+    fixture.table.free.push(0);
+    fixture.chain(0, 77);
+    fixture.take(0);
+    assert!(fixture.table.entries[0].segments.capacity() <= 2 * SEG_MAX as usize);
+}
+
+#[test]
+fn without_a_snapshot_nothing_is_taken() {
+    assert!(RequestTable::new(4, 16).parser().is_none());
+}
