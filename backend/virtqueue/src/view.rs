@@ -329,7 +329,23 @@ mod tests {
     }
 
     #[test]
-    fn a_view_keeps_itsmemory_and_hints_are_harmless() {
+    fn a_cached_view_is_of_this_layout_and_this_snapshot() {
+        let (mut cache, first, second) = (ViewCache::default(), snapshot(), snapshot());
+        assert!(cache.last().is_none());
+        let here = queue(0x1000, 0x5000, false);
+        let place = |view: &RingView| view.avail as usize;
+        let at = place(cache.view(&first, &here).unwrap());
+        assert_eq!(place(cache.view(&first, &here).unwrap()), at);
+        let there = queue(0x1800, 0x5000, false);
+        assert_eq!(place(cache.view(&first, &there).unwrap()), at + 0x800);
+        let elsewhere = place(cache.view(&second, &there).unwrap());
+        assert_ne!(elsewhere, at + 0x800, "the same layout in another map");
+        assert_eq!(cache.last().map(place), Some(elsewhere));
+        assert!(cache.view(&second, &queue(0x1000, 0x8000, false)).is_err());
+    }
+
+    #[test]
+    fn a_view_keeps_its_memory_and_hints_are_harmless() {
         let snapshot = snapshot();
         let mut lost = queue(0x1000, 0x5000, false);
         lost.set_desc_table_address(Some(0x10_0000), None);

@@ -10,6 +10,7 @@ use super::session::{NotDrained, Session};
 use crate::phase::Phase;
 use crate::testing::{self, Guest, Kind, PATIENCE, Puppets, SIZE, Silent, until};
 use proxy::State;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
@@ -19,8 +20,9 @@ use virtio_blk::features;
 use virtio_queue::QueueT;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-fn config(queues: u16) -> SessionConfig {
-    SessionConfig { queues, queue_size: SIZE, poll: Duration::ZERO, worker_cpus: Vec::new() }
+/// Of one queue.
+fn config(poll: Duration) -> SessionConfig {
+    SessionConfig { queues: 1, queue_size: SIZE, poll, worker_cpus: Vec::new() }
 }
 
 fn soon() -> Instant {
@@ -39,12 +41,12 @@ struct Bench {
 
 impl Bench {
     fn new(script: &[&str]) -> Self {
-        Self::with(Puppets::start(1, script))
+        Self::with(Puppets::start(1, script), Duration::ZERO)
     }
 
-    fn with(puppets: Puppets) -> Self {
+    fn with(puppets: Puppets, poll: Duration) -> Self {
         let guest = Guest::new(false);
-        let session = Session::new(&puppets.proxy, &config(1), guest.memory.clone());
+        let session = Session::new(&puppets.proxy, &config(poll), guest.memory.clone());
         let backend = Backend(Arc::new(Frontend::new(session.expect("a session"))));
         let vring = Vring::new(guest.memory.clone(), SIZE).expect("a ring");
         Self { guest, puppets, backend, vring, is_over: AtomicBool::new(false) }
@@ -86,9 +88,12 @@ impl Bench {
     fn run(&self, test: impl FnOnce()) {
         std::thread::scope(|scope| {
             let thread = self.thread(scope);
-            test();
+            // A test that fails must not wait for ever.
+            let failed = catch_unwind(AssertUnwindSafe(test));
             self.is_over.store(true, Ordering::Release);
+            self.release();
             thread.join().expect("the queue's thread does not panic");
+            failed.unwrap_or_else(|panic| resume_unwind(panic));
         });
     }
 
@@ -121,6 +126,19 @@ fn a_queue_with_nothing_in_flight_is_drained_at_once_and_goes_on() {
 }
 
 #[test]
+fn a_worker_that_polls_does_not_hold_up_the_end() {
+    let mut bench = Bench::with(Puppets::start(1, &[]), PATIENCE);
+    bench.submit(0..1);
+    bench.run(|| {
+        until("an answer", || bench.guest.used_idx() == 1);
+        let started = Instant::now();
+        bench.session().drain();
+        bench.session().close();
+        assert!(started.elapsed() < PATIENCE / 2 && !bench.context().phase.is_at(Phase::GaveUp));
+    });
+}
+
+#[test]
 fn what_is_in_flight_is_waited_for() {
     let mut bench = Bench::new(&["hold=true"]);
     bench.submit(0..2);
@@ -139,7 +157,7 @@ fn what_is_in_flight_is_waited_for() {
 fn requests_that_can_never_be_answered_are_told_of() {
     // The end of a domain that panics is no fence: what it had may be written to for ever.
     let puppets = Puppets::with_standby(1, &["hold=true", "break=reap,drop"]);
-    let mut bench = Bench::with(puppets);
+    let mut bench = Bench::with(puppets, Duration::ZERO);
     bench.submit(0..3);
     bench.run(|| {
         until("requests", || bench.in_flight() == 3);
@@ -187,7 +205,7 @@ fn a_drain_in_vain_leaves_the_requests_and_says_so() {
         let started = Instant::now();
         bench.session().close();
         assert!(started.elapsed() < Duration::from_secs(5), "there is no patience left");
-        bench.release();
+        assert_eq!(bench.puppets.stage.lines("a", "cancel").len(), 1, "the domain was asked");
         assert_eq!(bench.control().wait_drained(soon()), Outcome::Clean, "the worker has left");
     });
     assert_eq!(bench.guest.used_idx(), 0, "nothing is published any more");
@@ -228,6 +246,7 @@ fn a_queue_of_a_session_that_ends_gets_no_worker() {
     bench.submit(0..1);
     bench.run(|| assert_eq!(bench.control().drain_queue(), Outcome::Clean));
     assert_eq!((bench.guest.used_idx(), bench.vring.queue_next_avail()), (0, 0));
+    assert_eq!(bench.puppets.stage.lines("a", "attach"), Vec::<String>::new());
 }
 
 #[test]
@@ -236,7 +255,7 @@ fn a_domain_that_dies_under_a_session_is_replaced_or_the_device_is_faulted() {
         (Puppets::with_standby(1, &["die_at=2"]), State::Serving, 0),
         (Puppets::start(1, &["die_at=2"]), State::Faulted, 1),
     ] {
-        let mut bench = Bench::with(puppets);
+        let mut bench = Bench::with(puppets, Duration::ZERO);
         bench.submit(0..3);
         bench.run(|| {
             until("answers", || {
