@@ -1,9 +1,9 @@
-//! Which CPU a worker runs on, for those who want to say it: `--worker-cpus`.
+//! Which CPU a worker runs on, if the operator says so: `--worker-cpus`.
 //!
 //! A worker that polls beside a virtual CPU takes it away from the guest; on a machine with CPUs to
 //! spare, giving each its own keeps them apart. Without the option the scheduler decides.
 //!
-//! Deliberately absent: memory nodes, and the control thread, which nobody waits for.
+//! Deliberately absent: memory nodes, and the control thread, which no guest waits for.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 

@@ -15,7 +15,7 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-/// Takes over a descriptor that whoever started us says is a listening Unix socket.
+/// Takes over a descriptor that is, as the parent process says, a listening Unix socket.
 ///
 /// # Errors
 /// It is no such descriptor; the sentence says what to give instead.
@@ -85,8 +85,8 @@ impl ExitEvents {
     pub(crate) fn close(&self) {
         for fd in lock(&self.given_away).drain(..) {
             // SAFETY: `VringEpollHandler::new` took the consumer with `into_raw_fd` and never
-            // closes it; nobody else knows the number, and it is closed once, because it leaves the
-            // list.
+            // closes it; the number is known nowhere else, and it is closed once, because it leaves
+            // the list.
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }

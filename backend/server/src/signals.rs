@@ -1,13 +1,13 @@
 //! What each signal does to the daemon.
 //!
-//! Most signals end a process that has said nothing about them. Some of those come without anybody
-//! wanting an end: a write beyond `RLIMIT_FSIZE` (which a guest can make), a timer of whoever
-//! started us (timers survive `exec`), a descriptor with `O_ASYNC`, a log line to a terminal. None
+//! Most signals end a process that has said nothing about them. Some of those come although an
+//! end is not wanted: a write beyond `RLIMIT_FSIZE` (which a guest can make), a timer of the parent
+//! process (timers survive `exec`), a descriptor with `O_ASYNC`, a log line to a terminal. None
 //! of them may take a disk away from its guest, so all are ignored unless [`meaning`] gives a
 //! reason for something else. To ignore is better than to handle: no system call is interrupted.
 //!
 //! What was inherited is dealt with, too. A mask is cleared: it comes from a parent that waits for
-//! its own signals, and nobody could end a daemon that has SIGTERM blocked. That a signal is
+//! its own signals, and a daemon that has SIGTERM blocked could not be ended. That a signal is
 //! ignored is respected where a user says so by it (`nohup`), see [`Meaning::EndUnlessIgnored`].
 //!
 //! Deliberately absent: what an end is (`shutdown.rs`).
@@ -24,11 +24,11 @@ const LAST: c_int = 64;
 pub enum Meaning {
     /// The daemon ends in its order.
     End,
-    /// The same, unless whoever started us had it ignored.
+    /// The same, unless the parent process had it ignored.
     EndUnlessIgnored,
     /// Nothing. A write or whatever raised it fails with an error instead.
     Ignored,
-    /// What the kernel does with it, or what whoever started us has made of it.
+    /// What the kernel does with it, or what the parent process has made of it.
     Default,
 }
 
@@ -48,12 +48,12 @@ pub const fn meaning(signal: c_int) -> Meaning {
         signals::SIGQUIT => Meaning::Default,
         // The process is broken: its memory or its code is not what it should be. To go on would
         // put the guest's data at risk, and the core dump has to show where it happened. The
-        // kernel kills whoever ignores these when they are raised by an instruction.
+        // kernel kills a process that ignores these when they are raised by an instruction.
         signals::SIGSEGV | signals::SIGBUS | signals::SIGILL | signals::SIGFPE => Meaning::Default,
         // `abort` must not come back; a debugger's breakpoint; a call that seccomp forbids.
         signals::SIGABRT | signals::SIGTRAP | signals::SIGSYS => Meaning::Default,
 
-        // Nobody can change these.
+        // These cannot be changed.
         signals::SIGKILL | signals::SIGSTOP => Meaning::Default,
         // By default nothing, or going on. There are no children.
         signals::SIGCHLD | signals::SIGCONT | signals::SIGURG | signals::SIGWINCH => {
@@ -61,11 +61,11 @@ pub const fn meaning(signal: c_int) -> Meaning {
         }
 
         // A descriptor that cannot be written: the peer is gone, or the limit of a file's size has
-        // been reached. The call fails, and whoever made it knows what to do.
+        // been reached. The call fails, and its caller knows what to do.
         signals::SIGPIPE | signals::SIGXFSZ => Meaning::Ignored,
         // A disk that stands still is as bad for its guest as one that is gone. The terminal stops
         // its background processes when they write to it, which a log does. SIGSTOP is left for
-        // whoever means it.
+        // an operator who means it.
         signals::SIGTSTP | signals::SIGTTIN | signals::SIGTTOU => Meaning::Ignored,
         // Timers, notices of descriptors and of power, and what has no meaning but a program's own
         // (SIGUSR1, SIGUSR2, the real-time signals). The daemon uses none of them.

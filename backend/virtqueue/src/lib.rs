@@ -1,17 +1,17 @@
 //! The device's side of one split virtqueue in guest memory that a frontend shares.
 //!
 //! By file: `memory` (a snapshot of the memory map), `view` (where both rings are in it, checked
-//! once), `ring` (what has come, what has ended, and who is to wake whom), `requests` (chains that
-//! become requests, and the table of those that are in flight).
+//! once), `ring` (what has come, what has ended, and which side wakes the other), `requests`
+//! (chains that become requests, and the table of those that are in flight).
 //!
 //! Invariants: an address that was handed out stays mapped until its request has ended, or for
 //! ever; a request's list of segments is not touched while the request is in flight; everything in
 //! the rings is accessed atomically, because the driver does so at the same time, and what is read
 //! may be any number at all.
 //!
-//! Deliberately absent: what a chain means (`virtio-blk`), who carries a request out (`proxy`),
-//! when the rings are looked at and under which lock (the worker's), packed rings and dirty
-//! logging. Section numbers refer to virtio 1.2.
+//! Deliberately absent: what a chain means (`virtio-blk`), which domain carries a request out
+//! (`proxy`), when the rings are looked at and under which lock (the worker's), packed rings and
+//! dirty logging. Section numbers refer to virtio 1.2.
 
 mod memory;
 mod requests;

@@ -1,13 +1,13 @@
-//! One side of a virtqueue, batch by batch: what has come, giving back what has ended, and who
-//! wakes whom.
+//! One side of a virtqueue, batch by batch: what has come, giving back what has ended, and
+//! which side wakes the other.
 //!
 //! The queue's own `add_used` publishes every element by itself and counts for the notification
 //! decision, and looks every address up anew; here a whole batch is written through a [`RingView`]
 //! and then published with one store of the used index, so the decisions are made here too (virtio
 //! 1.2, 2.7.7 to 2.7.10). The queue stays the owner of the positions.
 //!
-//! Deliberately absent: what is in a chain (`virtio-blk`), who serves it (`proxy`), and the lock
-//! around the queue (the worker's).
+//! Deliberately absent: what is in a chain (`virtio-blk`), which domain serves it (`proxy`), and the
+//! lock around the queue (the worker's).
 
 use crate::view::{RingView, Used};
 use std::sync::atomic::{Ordering, fence};

@@ -94,7 +94,7 @@ impl Poller {
     }
 }
 
-/// Who is expected to move next.
+/// What is expected to come next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Awaited {
     /// The guest, with its next request.
@@ -166,7 +166,7 @@ impl Experience {
             Looking::No => self.looking = Looking::First,
             Looking::First => self.looking = Looking::Since(Instant::now()),
             Looking::Since(since) if since.elapsed() >= self.budget => {
-                self.in_vain();
+                self.poll_missed();
                 return false;
             }
             Looking::Since(_) => {}
@@ -174,7 +174,7 @@ impl Experience {
         true
     }
 
-    fn in_vain(&mut self) {
+    fn poll_missed(&mut self) {
         self.looking = Looking::No;
         self.backoff = (self.backoff * 2 + 1).min(BACKOFF_MAX);
         self.skip = self.backoff;

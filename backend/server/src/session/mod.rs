@@ -12,7 +12,7 @@
 //!
 //! By file: `serve` (a session from beginning to end), `handle` (its end, from any thread),
 //! `frontend` (what the frontend's messages do), `session` (what there is, and how it ends),
-//! `queue_control` (a queue's thread, and who waits for it), `drain` (tickets), `rings` (the
+//! `queue_control` (a queue's thread, and what waits for it), `drain` (tickets), `rings` (the
 //! library's rings, with what it does not tell); `context`, `offer`, `memory`, `connection`,
 //! `lookout` and `config` are what all queues share, part by part. How far a session is stands in
 //! `phase.rs`.

@@ -63,7 +63,7 @@ impl Notifier for EventfdNotifier {
     }
 }
 
-/// Who serves the queue.
+/// The queue's worker.
 enum Seat {
     /// Not yet a worker.
     Vacant,
@@ -132,7 +132,7 @@ impl QueueControl {
     }
 
     /// Runs on the queue's thread, at its first event and at each one after it: serves the queue,
-    /// drains it, leaves it. At the first, `listen` has what happens to the ring told to somebody.
+    /// drains it, leaves it. At the first, `listen` is called with the ring.
     pub(super) fn serve_queue(self: &Arc<Self>, vring: &Vring, listen: impl FnOnce(&Vring)) {
         GUARD.with_borrow_mut(|guard| {
             guard.get_or_insert_with(|| {
@@ -230,7 +230,7 @@ impl QueueControl {
     }
 
     /// Has the worker of a session that ends leave, if nothing is awaited any more, or if it is to
-    /// leave all the same. Returns who has the seat then.
+    /// leave all the same. Returns what there is then.
     fn detach_worker(&self, seat: Seat, is_drained: bool) -> Seat {
         let Seat::Attached(mut worker) = seat else { return seat };
         if is_drained && worker.unanswerable() > 0 {

@@ -1,4 +1,4 @@
-//! A ring as `vhost-user-backend` keeps it, with two things more: whoever is given a call
+//! A ring as `vhost-user-backend` keeps it, with two things more: a driver that is given a call
 //! descriptor is called, and the session hears of what the library does not tell it.
 //!
 //! A frontend that reconnects gives a new one, and the driver may be waiting for an interrupt that
@@ -31,7 +31,7 @@ pub(crate) enum Event {
     Starts,
 }
 
-/// Whoever hears of it.
+/// What hears of it.
 struct Listener {
     /// The largest size that the ring can have.
     largest: u16,
@@ -52,7 +52,7 @@ impl Vring {
     pub(crate) const LARGEST: u16 = 1 << 15;
 
     /// Tells `tell` of every [`Event`] from now on, and refuses sizes above `largest`, which is the
-    /// size until there is another. Who comes second is not heard.
+    /// size until there is another. A second listener is not told.
     pub(crate) fn listen(&self, largest: u16, tell: impl Fn(Event) + Send + Sync + 'static) {
         self.listener.get_or_init(|| {
             self.ring.set_queue_size(largest);
@@ -86,7 +86,7 @@ impl VringT<Memory> for Vring {
 
     fn set_call(&self, file: Option<File>) {
         self.ring.set_call(file);
-        // It fails if nobody can be called, and then nobody waits for it.
+        // It fails if there is no descriptor to write to, and then no driver waits for it.
         let _ = self.ring.signal_used_queue();
     }
 

@@ -228,7 +228,7 @@ fn a_ring_that_cannot_be_stopped_in_time_is_an_error() {
 }
 
 #[test]
-fn a_thread_that_ends_holds_nobody_up() {
+fn a_thread_that_ends_is_not_waited_for() {
     let mut bench = Bench::new(&["hold=true"]);
     bench.submit(0..1);
     bench.run(|| until("requests", || bench.in_flight() == 1));
