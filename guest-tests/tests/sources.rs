@@ -15,7 +15,6 @@ const LINES: usize = 500;
 /// Longer files, and why they are one.
 const LONG_FILES: &[(&str, &str)] = &[
     ("backend/srcu/src/models.rs", "the models: one for each case of the argument"),
-    ("domains/host/src/lib.rs", "every call into a module, with its argument for safety"),
     ("guest-tests/demo/main.rs", "the acts of the demo, in their order"),
     ("guest-tests/harness/client.rs", "the native client: its rings are argued for in one place"),
     ("guest-tests/tests/layering.rs", "tables of what may be, and how they are held against it"),

@@ -37,7 +37,7 @@ impl std::fmt::Display for Phase {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum FaultKind {
     Fail,
     Panic,
     Stall,
@@ -48,14 +48,14 @@ pub(crate) enum Kind {
 #[derive(Debug)]
 pub(crate) struct Fault {
     phase: Phase,
-    kind: Kind,
+    kind: FaultKind,
     /// Times left until it comes; 0 when it has come.
     left: AtomicU64,
 }
 
 impl Fault {
     /// Counts one more time that `phase` is come to; returns what breaks now.
-    pub(crate) fn comes(&self, phase: Phase) -> Option<Kind> {
+    pub(crate) fn comes(&self, phase: Phase) -> Option<FaultKind> {
         if phase != self.phase {
             return None;
         }
@@ -81,10 +81,10 @@ impl FromStr for Fault {
             _ => None,
         };
         let kind = match parts.get(1) {
-            Some(&"fail") => Some(Kind::Fail),
-            Some(&"panic") => Some(Kind::Panic),
-            Some(&"stall") => Some(Kind::Stall),
-            Some(&"hang") => Some(Kind::Hang),
+            Some(&"fail") => Some(FaultKind::Fail),
+            Some(&"panic") => Some(FaultKind::Panic),
+            Some(&"stall") => Some(FaultKind::Stall),
+            Some(&"hang") => Some(FaultKind::Hang),
             _ => None,
         };
         let number = match parts.get(2) {
@@ -116,7 +116,7 @@ mod tests {
         assert_eq!(come, [false, false, true, false, false, false]);
         let fault: Fault = "quiesce:fail".parse().unwrap();
         assert_eq!(fault.comes(Phase::Activate), None);
-        assert_eq!(fault.comes(Phase::Quiesce), Some(Kind::Fail));
+        assert_eq!(fault.comes(Phase::Quiesce), Some(FaultKind::Fail));
         assert_eq!(fault.comes(Phase::Quiesce), None);
     }
 

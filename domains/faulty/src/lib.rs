@@ -17,7 +17,7 @@ use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params,
     QueueContext, QueueIndex, Region, Request, Status, Swap,
 };
-use fault::{Fault, Kind, LATE, Phase};
+use fault::{Fault, FaultKind, LATE, Phase};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -124,16 +124,16 @@ impl BlockDomain for Faulty {
             match self.faults.iter().map(|fault| fault.comes(Phase::Request)).fold(None, Option::or)
             {
                 None => {}
-                Some(Kind::Fail) => {
+                Some(FaultKind::Fail) => {
                     completions.complete(request, Status::IoError);
                     continue;
                 }
-                Some(Kind::Panic) => panic!("fault=request:panic"),
-                Some(Kind::Stall) => {
+                Some(FaultKind::Panic) => panic!("fault=request:panic"),
+                Some(FaultKind::Stall) => {
                     self.stall(queue, request, completions);
                     continue;
                 }
-                Some(Kind::Hang) => std::thread::sleep(LATE),
+                Some(FaultKind::Hang) => std::thread::sleep(LATE),
             }
             let status = self.serve(&request);
             completions.complete(request, status);
@@ -184,10 +184,10 @@ impl Faulty {
     fn break_in(&self, phase: Phase) -> Result<(), DomainError> {
         for kind in self.faults.iter().filter_map(|fault| fault.comes(phase)) {
             match kind {
-                Kind::Fail => return Err(DomainError::new(format!("fault={phase}:fail"))),
-                Kind::Panic => panic!("fault={phase}:panic"),
+                FaultKind::Fail => return Err(DomainError::new(format!("fault={phase}:fail"))),
+                FaultKind::Panic => panic!("fault={phase}:panic"),
                 // Nothing but the calling thread can be late here.
-                Kind::Stall | Kind::Hang => std::thread::sleep(LATE),
+                FaultKind::Stall | FaultKind::Hang => std::thread::sleep(LATE),
             }
         }
         Ok(())

@@ -8,14 +8,17 @@
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
+mod module;
 mod region;
 mod resident;
 mod scratch;
 mod services;
 mod tasks;
 
+pub use module::{
+    Identity, LoadError, LoadedModule, ModuleLoader, Residency, Resident, VerifiedModule,
+};
 pub use region::HostRegion;
-pub use resident::Resident;
 pub use scratch::CompletionBuffer;
 pub use services::{HostServices, leaked_table};
 
@@ -36,76 +39,6 @@ pub const QUEUE_LIMIT: usize = MAX_QUEUES;
 /// How long retiring waits for threads that a domain started.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which module it is, by content.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Identity {
-    /// Where it was read from.
-    pub path: String,
-    /// SHA-256 of the file, in hex.
-    pub sha256: String,
-    /// The GNU build id, in hex, where it has one.
-    pub build_id: Option<String>,
-}
-
-/// What became of a module's mapping.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Residency {
-    /// Unmapped; nothing of it is left.
-    Gone,
-    /// Still mapped, for the reason given.
-    Resident(Resident),
-    /// Still mapped, because code of it still runs, for the reason given.
-    Running(Resident),
-}
-
-/// Why a module was not loaded: a stable code and a sentence that says what to do.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct LoadError {
-    /// Stable, e.g. `module_not_found`.
-    pub code: &'static str,
-    /// For the operator.
-    pub message: String,
-}
-
-/// Finds modules by name or path.
-pub trait ModuleLoader: Send + Sync {
-    /// Reads and checks a module without running any of its code.
-    ///
-    /// # Errors
-    /// Whatever makes it unfit.
-    fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError>;
-}
-
-/// A module that was read and checked, and is not mapped yet.
-pub trait VerifiedModule: Send {
-    /// What it says about itself.
-    fn description(&self) -> &Description;
-    /// Which one it is.
-    fn identity(&self) -> &Identity;
-    /// Maps it.
-    ///
-    /// # Errors
-    /// What the dynamic linker says.
-    fn load(self: Box<Self>) -> Result<Box<dyn LoadedModule>, LoadError>;
-}
-
-/// A mapped module.
-///
-/// # Safety
-/// What `vtable` points to, and the code behind it, stays mapped and unchanged until `unload` is
-/// called or the value is dropped.
-pub unsafe trait LoadedModule: Send + Sync {
-    /// Its functions.
-    fn vtable(&self) -> *const ModuleVtable;
-    /// What it says about itself.
-    fn description(&self) -> &Description;
-    /// Which one it is.
-    fn identity(&self) -> &Identity;
-    /// Unmaps it and looks whether it is gone.
-    fn unload(self: Box<Self>) -> Residency;
-}
-
 /// Why a call into a domain did not do what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
@@ -124,7 +57,7 @@ pub struct Instance {
     raw: *mut c_void,
     host: Option<Arc<HostSide>>,
     attached: [AtomicBool; MAX_QUEUES],
-    /// Set by the first panic: whoever sees it makes no call but `destroy` any more.
+    /// Set by the first panic: then there is no call but `destroy` any more.
     dead: AtomicBool,
     generation: AtomicU64,
 }
@@ -251,7 +184,7 @@ impl Instance {
         if self.is_dead() {
             return Err(Self::was_dead());
         }
-        let code = f(self.raw, buffer.lend());
+        let code = f(self.raw, buffer.scratch());
         if code == abi::CALL_OK { Ok(()) } else { Err(self.failed(buffer, code)) }
     }
 
@@ -418,8 +351,8 @@ impl Instance {
         let destroyed = if raw.is_null() {
             Ok(())
         } else {
-            // SAFETY: no queue handle is left (each holds an `Arc` of us), so nobody else is in the
-            // instance, and `raw` is forgotten.
+            // SAFETY: no queue handle is left (each holds an `Arc` of us), so no other thread is in
+            // the instance, and `raw` is forgotten.
             MessageBuffer::call(|message| unsafe { (self.vtable.destroy)(raw, message) })
         };
         let host = self.host.take().expect("taken together with the module");
@@ -436,7 +369,7 @@ impl Instance {
         unsafe { (self.vtable.fini)() };
         let residency = match module.unload() {
             Residency::Gone => Residency::Gone,
-            // Something of it may still run one day; what it was lent must stay valid until then.
+            // Something of it may still run one day; what it may use must stay valid until then.
             Residency::Resident(module) => {
                 Residency::Resident(ResidentModule::mapped(host, module))
             }
@@ -503,9 +436,9 @@ impl QueueHandle {
                 self.queue.0,
                 requests.as_ptr(),
                 requests.len(),
-                completions.lend(),
+                completions.scratch(),
                 &raw mut accepted,
-                self.message.lend(),
+                self.message.scratch(),
             )
         };
         if code != abi::CALL_OK {
@@ -520,7 +453,7 @@ impl QueueHandle {
     /// As for `submit`.
     #[inline]
     pub fn reap(&mut self, completions: &mut CompletionBuffer) -> Result<(), CallError> {
-        let out = completions.lend();
+        let out = completions.scratch();
         // SAFETY: as in `submit`.
         self.instance.call_with(&mut self.message, |instance, message| unsafe {
             (self.instance.vtable.reap)(instance, self.queue.0, out, message)

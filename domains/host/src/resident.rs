@@ -4,72 +4,19 @@
 //!   Running --(its thread ends)--> Mapped --(the linker lets go)--> Gone
 //! ```
 //!
-//! Nobody is told when what keeps a module ends, so it is looked at when somebody wants to know
+//! There is no event when what keeps a module ends, so it is looked at when that matters
 //! ([`Resident::is_gone`]), and the look does what the end of the instance could not do then: the
 //! module is finished and unmapped.
 //!
-//! Invariant: what the module may still use (its host table, the regions that it was lent) goes
+//! Invariant: what the module may still use (its host table, the regions that it has mapped) goes
 //! after the module, or never.
 
+use crate::module::{LoadedModule, Residency, Resident};
 use crate::services::HostSide;
-use crate::{LoadedModule, Residency};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// A module that stayed mapped: why, and a way to look whether it still is.
-#[derive(Clone)]
-pub struct Resident {
-    reason: Arc<str>,
-    look: Arc<dyn Fn() -> bool + Send + Sync>,
-}
-
-impl Resident {
-    /// Stays for `reason`, until `is_gone` says otherwise. Both sides of a look may take a lock, so
-    /// it is not to be made under one.
-    pub fn new(reason: &str, is_gone: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        Self { reason: reason.into(), look: Arc::new(is_gone) }
-    }
-
-    /// Stays as long as the process.
-    #[must_use]
-    pub fn for_good(reason: &str) -> Self {
-        Self::new(reason, || false)
-    }
-
-    /// Why it stayed.
-    #[must_use]
-    pub fn reason(&self) -> &str {
-        &self.reason
-    }
-
-    /// Looks afresh. Unmaps the module, if what it was kept for has ended meanwhile.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        (self.look)()
-    }
-
-    /// Whether both speak of the same module.
-    #[must_use]
-    pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.look, &other.look)
-    }
-}
-
-impl PartialEq for Resident {
-    fn eq(&self, other: &Self) -> bool {
-        self.is(other)
-    }
-}
-
-impl Eq for Resident {}
-
-impl std::fmt::Debug for Resident {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Resident").field(&self.reason).finish()
-    }
-}
-
-enum Stage {
+enum ResidentState {
     /// A thread that the host runs for it has not ended.
     Running {
         host: Arc<HostSide>,
@@ -85,7 +32,7 @@ enum Stage {
 }
 
 /// What a [`Resident`] looks at.
-pub(crate) struct ResidentModule(Mutex<Stage>);
+pub(crate) struct ResidentModule(Mutex<ResidentState>);
 
 impl ResidentModule {
     /// Of an instance that is destroyed, and of whose tasks one still runs.
@@ -95,49 +42,51 @@ impl ResidentModule {
         module: Box<dyn LoadedModule>,
         fini: unsafe extern "C" fn(),
     ) -> Resident {
-        Self::watched(reason, Stage::Running { host, module, fini })
+        Self::watched(reason, ResidentState::Running { host, module, fini })
     }
 
     /// Of an instance whose module was given back and stayed.
     pub(crate) fn mapped(host: Arc<HostSide>, module: Resident) -> Resident {
-        let reason = Arc::clone(&module.reason);
-        Self::watched(&reason, Stage::Mapped { host, module })
+        let reason = module.reason().to_owned();
+        Self::watched(&reason, ResidentState::Mapped { host, module })
     }
 
-    fn watched(reason: &str, stage: Stage) -> Resident {
-        let remains = Self(Mutex::new(stage));
-        Resident::new(reason, move || remains.look())
+    fn watched(reason: &str, state: ResidentState) -> Resident {
+        let resident = Self(Mutex::new(state));
+        Resident::new(reason, move || resident.look())
     }
 
     fn look(&self) -> bool {
-        let mut stage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *stage = match std::mem::replace(&mut *stage, Stage::Gone) {
-            Stage::Running { host, module, fini } => {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = match std::mem::replace(&mut *state, ResidentState::Gone) {
+            ResidentState::Running { host, module, fini } => {
                 if host.tasks().join(Duration::ZERO).is_err() {
-                    Stage::Running { host, module, fini }
+                    ResidentState::Running { host, module, fini }
                 } else {
                     // SAFETY: the instance was destroyed before this was made, and no task is left,
                     // so no other thread runs code of the module.
                     unsafe { fini() };
                     match module.unload() {
-                        Residency::Gone => Stage::Gone,
+                        Residency::Gone => ResidentState::Gone,
                         Residency::Resident(module) | Residency::Running(module) => {
-                            Stage::Mapped { host, module }
+                            ResidentState::Mapped { host, module }
                         }
                     }
                 }
             }
-            Stage::Mapped { host, module } if !module.is_gone() => Stage::Mapped { host, module },
-            Stage::Mapped { .. } | Stage::Gone => Stage::Gone,
+            ResidentState::Mapped { host, module } if !module.is_gone() => {
+                ResidentState::Mapped { host, module }
+            }
+            ResidentState::Mapped { .. } | ResidentState::Gone => ResidentState::Gone,
         };
-        matches!(*stage, Stage::Gone)
+        matches!(*state, ResidentState::Gone)
     }
 }
 
 impl Drop for ResidentModule {
     fn drop(&mut self) {
-        // Nobody will look again: it stays, with everything that it may use.
-        let stage = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        std::mem::forget(std::mem::replace(stage, Stage::Gone));
+        // There will be no look again: it stays, with everything that it may use.
+        let state = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        std::mem::forget(std::mem::replace(state, ResidentState::Gone));
     }
 }

@@ -1,8 +1,8 @@
-//! Host memory that a call lends to its callee: room for completions, and for one sentence.
+//! Scratch memory of the host's that a callee fills in: room for completions, and for one sentence.
 //!
-//! What the ABI passes is kept filled in from call to call, because some calls are made for every
-//! batch. Where the memory is the owner knows for himself, so that whatever a callee writes into
-//! what it was lent, the host looks at nothing but its own.
+//! The structures that the ABI passes are kept filled in from call to call, because some calls are
+//! made for every batch. Where the memory is the owner knows by itself, so that whatever a callee
+//! writes into such a structure, the host looks at nothing but its own.
 
 use crate::CallError;
 use domain_abi::{self as abi, RawCompletion, RawCompletions, RawMessage};
@@ -39,7 +39,7 @@ impl<T: Copy> HeapSlice<T> {
 
 impl<T> Drop for HeapSlice<T> {
     fn drop(&mut self) {
-        // SAFETY: it was a box (`of`), and nobody else frees it.
+        // SAFETY: it was a box (`of`), and nothing else frees it.
         drop(unsafe { Box::from_raw(self.0.as_ptr()) });
     }
 }
@@ -47,11 +47,11 @@ impl<T> Drop for HeapSlice<T> {
 /// Host memory for completions.
 #[derive(Debug)]
 pub struct CompletionBuffer {
-    lent: RawCompletions,
+    scratch: RawCompletions,
     entries: HeapSlice<RawCompletion>,
 }
 
-// SAFETY: what is lent points to entries, which are ours.
+// SAFETY: the structure points to the entries, which are ours.
 unsafe impl Send for CompletionBuffer {}
 
 impl CompletionBuffer {
@@ -59,37 +59,38 @@ impl CompletionBuffer {
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         let entries = HeapSlice::of(RawCompletion::default(), capacity);
-        Self { lent: Self::all_of(&entries), entries }
+        Self { scratch: Self::all_of(&entries), entries }
     }
 
     fn all_of(entries: &HeapSlice<RawCompletion>) -> RawCompletions {
         RawCompletions { entries: entries.base(), capacity: entries.len(), len: 0 }
     }
 
-    /// Fills in afresh what is lent, for another instance: this one may have left anything there.
+    /// Fills in the structure afresh, for another instance: this one may have left anything there.
     pub fn renew(&mut self) {
-        self.lent = Self::all_of(&self.entries);
+        self.scratch = Self::all_of(&self.entries);
     }
 
     /// What the last call completed.
     #[must_use]
     #[inline]
     pub fn completed(&self) -> &[RawCompletion] {
-        self.entries.first(self.lent.len)
+        self.entries.first(self.scratch.len)
     }
 
     /// What the last call completed, if it completed `count` requests.
     #[must_use]
     #[inline]
     pub fn all(&self, count: usize) -> Option<&[RawCompletion]> {
-        (self.lent.len == count && count <= self.entries.len()).then(|| self.entries.first(count))
+        (self.scratch.len == count && count <= self.entries.len())
+            .then(|| self.entries.first(count))
     }
 
     /// For one call. Nothing is completed yet.
     #[inline(always)]
-    pub(crate) const fn lend(&mut self) -> &mut RawCompletions {
-        self.lent.len = 0;
-        &mut self.lent
+    pub(crate) const fn scratch(&mut self) -> &mut RawCompletions {
+        self.scratch.len = 0;
+        &mut self.scratch
     }
 
     /// What a module is given for one call, for a benchmark that calls a domain directly.
@@ -98,38 +99,38 @@ impl CompletionBuffer {
     /// The caller leaves `entries` and `capacity` as they are, and `len` covers valid entries only.
     #[inline]
     pub const unsafe fn raw(&mut self) -> &mut RawCompletions {
-        self.lend()
+        self.scratch()
     }
 }
 
-/// A sentence's worth of host memory for a callee. Kept by whoever calls often, so that it is not
-/// cleared for each call.
+/// A sentence's worth of host memory for a callee. Kept by a caller that calls often, so that it is
+/// not cleared for each call.
 #[derive(Debug)]
 pub(crate) struct MessageBuffer {
-    lent: RawMessage,
+    scratch: RawMessage,
     text: HeapSlice<u8>,
 }
 
-// SAFETY: what is lent points to the text, which is ours.
+// SAFETY: the structure points to the text, which is ours.
 unsafe impl Send for MessageBuffer {}
 
 impl MessageBuffer {
     pub(crate) fn new() -> Self {
         let text = HeapSlice::of(0, 512);
-        Self { lent: RawMessage { bytes: text.base(), capacity: text.len(), len: 0 }, text }
+        Self { scratch: RawMessage { bytes: text.base(), capacity: text.len(), len: 0 }, text }
     }
 
     /// Makes one call with a buffer of its own.
     pub(crate) fn call(f: impl FnOnce(*mut RawMessage) -> u32) -> Result<(), CallError> {
         let mut buffer = Self::new();
-        let code = f(buffer.lend());
+        let code = f(buffer.scratch());
         if code == abi::CALL_OK { Ok(()) } else { Err(buffer.error(code)) }
     }
 
     /// For one call.
     #[inline(always)]
-    pub(crate) const fn lend(&mut self) -> &mut RawMessage {
-        &mut self.lent
+    pub(crate) const fn scratch(&mut self) -> &mut RawMessage {
+        &mut self.scratch
     }
 
     /// Why the last call did not do what it should.
@@ -137,7 +138,7 @@ impl MessageBuffer {
     #[inline(never)]
     pub(crate) fn error(&mut self, code: u32) -> CallError {
         // A callee that says nothing leaves the length alone.
-        let len = std::mem::take(&mut self.lent.len);
+        let len = std::mem::take(&mut self.scratch.len);
         let text = String::from_utf8_lossy(self.text.first(len)).into_owned();
         if code == abi::CALL_PANICKED { CallError::Panicked(text) } else { CallError::Failed(text) }
     }

@@ -1,4 +1,4 @@
-//! What the host does for an instance: a safe trait for whoever keeps the storage, and the C
+//! What the host does for an instance: a safe trait for the keeper of the storage, and the C
 //! functions in front of it.
 
 use crate::region::HostRegion;
@@ -76,7 +76,7 @@ pub(crate) struct HostSide {
     services: Arc<dyn HostServices>,
     tasks: Tasks,
     /// Regions that the module knows the addresses of: kept mapped as long as its code may run.
-    lent: Mutex<Vec<Arc<HostRegion>>>,
+    regions: Mutex<Vec<Arc<HostRegion>>>,
     started: Instant,
 }
 
@@ -116,7 +116,7 @@ impl HostSide {
                 },
                 services,
                 tasks: Tasks::default(),
-                lent: Mutex::new(Vec::new()),
+                regions: Mutex::new(Vec::new()),
                 started: Instant::now(),
             }
         })
@@ -233,9 +233,9 @@ unsafe extern "C" fn region(
         let region = side.services.region(&key, len)?;
         // SAFETY: `out` is valid for one structure (abi::HostVtable).
         unsafe { out.write(RawRegion { base: region.base(), len: region.len(), fd: region.fd() }) };
-        let mut lent = side.lent.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lent.iter().any(|known| Arc::ptr_eq(known, &region)) {
-            lent.push(region);
+        let mut regions = side.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        if !regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
+            regions.push(region);
         }
         Ok(())
     };
