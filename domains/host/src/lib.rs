@@ -9,6 +9,7 @@
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
 mod module;
+mod patience;
 mod region;
 mod resident;
 mod scratch;
@@ -36,7 +37,7 @@ use std::time::Duration;
 /// Most queues that a device can have.
 pub const QUEUE_LIMIT: usize = MAX_QUEUES;
 
-/// How long retiring waits for threads that a domain started.
+/// How long retiring waits for threads that a domain started, of their own time.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a call into a domain did not do what it should.

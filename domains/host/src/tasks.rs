@@ -3,13 +3,18 @@
 //! A thread that a module makes with its own `std` cannot be found again; one that comes from here
 //! can be waited for, and blamed by name.
 
+use crate::patience::{Patience, ThreadId};
 use domain_abi::DomainError;
 use domain_abi::TaskEntry;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// How much longer threads are waited for that are given no CPU.
+const STARVED_BOUND: Duration = Duration::from_secs(5);
 
 /// A closure of the module's: called once, to run or to be freed.
 pub(crate) struct Task {
@@ -57,10 +62,28 @@ struct Timers {
     ending: bool,
 }
 
+/// A thread that runs code of the module.
+struct TaskThread {
+    handle: JoinHandle<()>,
+    id: Arc<ThreadId>,
+}
+
+impl TaskThread {
+    fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Self> {
+        let id = Arc::<ThreadId>::default();
+        let theirs = Arc::clone(&id);
+        let handle = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            theirs.set();
+            body();
+        })?;
+        Ok(Self { handle, id })
+    }
+}
+
 /// One instance's threads and timers.
 #[derive(Default)]
 pub(crate) struct Tasks {
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<TaskThread>>,
     timers: Arc<(Mutex<Timers>, Condvar)>,
 }
 
@@ -74,14 +97,13 @@ impl Tasks {
         // thread.
         let slot = Arc::new(Mutex::new(Some(task)));
         let theirs = Arc::clone(&slot);
-        let spawned = std::thread::Builder::new()
-            .name(name.chars().filter(|&c| c != '\0').collect())
-            .spawn(move || {
-                let task = lock(&theirs).take();
-                if let Some(task) = task {
-                    task.run();
-                }
-            });
+        let printable: String = name.chars().filter(|&c| c != '\0').collect();
+        let spawned = TaskThread::spawn(&printable, move || {
+            let task = lock(&theirs).take();
+            if let Some(task) = task {
+                task.run();
+            }
+        });
         match spawned {
             Ok(thread) => {
                 lock(&self.threads).push(thread);
@@ -106,10 +128,7 @@ impl Tasks {
         }
         if timers.armed == 0 {
             let shared = Arc::clone(&self.timers);
-            match std::thread::Builder::new()
-                .name("domain-timer".to_owned())
-                .spawn(move || serve(&shared))
-            {
+            match TaskThread::spawn("domain-timer", move || serve(&shared)) {
                 Ok(thread) => lock(&self.threads).push(thread),
                 Err(error) => {
                     task.give_back();
@@ -130,9 +149,13 @@ impl Tasks {
     /// Waits until no task runs; timers that are not due yet are freed unrun.
     ///
     /// # Errors
-    /// The name of a thread that is still running after `timeout`.
+    /// The name of a thread that is still running after `timeout`, in which it was not kept from
+    /// running.
     pub(crate) fn join(&self, timeout: Duration) -> Result<(), String> {
-        let deadline = Instant::now() + timeout;
+        self.join_within(Patience::new(timeout, STARVED_BOUND))
+    }
+
+    fn join_within(&self, mut patience: Patience) -> Result<(), String> {
         let unrun = {
             let mut timers = lock(&self.timers.0);
             timers.ending = true;
@@ -143,16 +166,17 @@ impl Tasks {
         drop(unrun);
         // One at a time, without the lock: a task may start another one while we wait.
         while let Some(thread) = { lock(&self.threads).pop() } {
-            while !thread.is_finished() {
-                if Instant::now() >= deadline {
-                    let blame = format!("thread `{}`", thread.thread().name().unwrap_or("?"));
-                    // Whoever asks again must find it again.
+            while !thread.handle.is_finished() {
+                if patience.is_over(&thread.id) {
+                    let name = thread.handle.thread().name().unwrap_or("?");
+                    let blame = format!("thread `{name}`");
+                    // The next look must find it again.
                     lock(&self.threads).push(thread);
                     return Err(blame);
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
-            let _ = thread.join();
+            let _ = thread.handle.join();
         }
         Ok(())
     }
@@ -177,5 +201,91 @@ fn serve(shared: &(Mutex<Timers>, Condvar)) {
                 lock(timers)
             }
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// Tasks with one thread that does `body`.
+    fn with_thread(body: impl FnOnce() + Send + 'static) -> Tasks {
+        let tasks = Tasks::default();
+        lock(&tasks.threads).push(TaskThread::spawn("test", body).unwrap());
+        tasks
+    }
+
+    /// Keeps the calling thread, and those that it starts, on the CPU that it is on.
+    fn stay_here() {
+        // SAFETY: a structure of integers, and a call that reads it.
+        let code = unsafe {
+            let mut here: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(libc::sched_getcpu().cast_unsigned() as usize, &mut here);
+            libc::sched_setaffinity(0, size_of_val(&here), &raw const here)
+        };
+        assert_eq!(code, 0);
+    }
+
+    #[test]
+    fn a_thread_that_sleeps_is_late_and_found_again() {
+        let end = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&end);
+        let tasks = with_thread(move || {
+            while !theirs.load(Ordering::Relaxed) {
+                std::thread::sleep(MS);
+            }
+        });
+        let began = Instant::now();
+        assert_eq!(tasks.join(200 * MS), Err("thread `test`".to_owned()));
+        assert!(began.elapsed() < 4000 * MS, "{:?}", began.elapsed());
+        end.store(true, Ordering::Relaxed);
+        assert_eq!(tasks.join(5000 * MS), Ok(()));
+    }
+
+    /// CPU time of the calling thread.
+    fn ran() -> Duration {
+        // SAFETY: a structure of integers, and a call that fills it in.
+        let used = unsafe {
+            let mut used: libc::timespec = std::mem::zeroed();
+            libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut used);
+            used
+        };
+        Duration::new(used.tv_sec.unsigned_abs(), used.tv_nsec as u32)
+    }
+
+    #[test]
+    fn a_thread_that_is_given_no_cpu_is_waited_for_longer() {
+        stay_here();
+        let spins = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&spins);
+        let tasks = with_thread(move || {
+            // SAFETY: a structure of integers, and a call that reads it.
+            let code = unsafe {
+                let about: libc::sched_param = std::mem::zeroed();
+                libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const about)
+            };
+            assert_eq!(code, 0);
+            while !theirs.load(Ordering::Relaxed) {
+                std::thread::sleep(MS);
+            }
+            let began = ran();
+            while ran() - began < 5 * MS {}
+        });
+        let end = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&end);
+        // On the same CPU, which it does not give away.
+        let other = std::thread::spawn(move || {
+            spins.store(true, Ordering::Relaxed);
+            while !theirs.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+        });
+        let joined = tasks.join_within(Patience::new(400 * MS, 60_000 * MS));
+        end.store(true, Ordering::Relaxed);
+        other.join().unwrap();
+        assert_eq!(joined, Ok(()));
     }
 }
