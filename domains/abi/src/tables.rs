@@ -8,7 +8,7 @@
 //! Calls into a module return [`CALL_OK`], [`CALL_FAILED`] or [`CALL_PANICKED`]; for the last two
 //! the callee has put a sentence into the caller's [`RawMessage`].
 //!
-//! What this file deliberately does not know: who calls what when. The contract of
+//! What this file deliberately does not know: which call is made when. The contract of
 //! `domain_api::BlockDomain` says that.
 
 use std::ffi::c_void;

@@ -67,7 +67,7 @@ impl Capabilities {
 }
 
 /// Whether an instance may serve beside another one on the same backing, so that an upgrade pauses
-/// nobody.
+/// no request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Swap {
     /// It holds state of its own: it needs a handover.

@@ -17,7 +17,7 @@ impl<'r> Buffer<'r> {
     /// Wraps segments of guest memory.
     ///
     /// # Safety
-    /// Each segment is mapped readable and writable for as long as `'r`, and nobody holds a Rust
+    /// Each segment is mapped readable and writable for as long as `'r`, and there is no Rust
     /// reference into it.
     #[must_use]
     pub const unsafe fn from_segments(segments: &'r [RawSegment]) -> Self {

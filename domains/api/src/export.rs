@@ -366,7 +366,7 @@ pub mod shim {
         };
         guarded(message, || {
             // SAFETY: `requests` points to `count` requests, `accepted` and `completions` to host
-            // memory that nobody else uses during the call.
+            // memory that nothing else uses during the call.
             let (requests, accepted, completions) = unsafe {
                 (std::slice::from_raw_parts(requests, count), &mut *accepted, &mut *completions)
             };

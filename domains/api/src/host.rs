@@ -185,7 +185,7 @@ fn task_arg(task: impl FnOnce() + Send + 'static) -> *mut std::ffi::c_void {
 unsafe extern "C" fn run_task(arg: *mut std::ffi::c_void, run: u32) {
     // SAFETY: `task_arg` made it from exactly this type, and the host calls once.
     let task = unsafe { Box::from_raw(arg.cast::<Task>()) };
-    // A panic here has nobody to report to but the panic hook, which has logged it.
+    // A panic here can be reported to nothing but the panic hook, which has logged it.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         if run != 0 {
             task();

@@ -40,7 +40,7 @@ pub struct RequestId {
 #[must_use = "a request must be completed, or the guest waits for ever"]
 pub struct Request(RawRequest);
 
-// SAFETY: the segments that it points to are host memory that nobody changes until the request has
+// SAFETY: the segments that it points to are host memory that does not change until the request has
 // completed, and guest memory that is accessed by raw copies only; neither belongs to a thread.
 unsafe impl Send for Request {}
 

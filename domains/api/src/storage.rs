@@ -80,8 +80,9 @@ impl Storage {
         })
     }
 
-    /// Marks the storage: something that was written to it may be lost for good, whoever serves it.
-    /// `status` says so from now on, and the daemon's end is no success. The first sentence stays.
+    /// Marks the storage: something that was written to it may be lost for good, whichever instance
+    /// serves it. `status` says so from now on, and the daemon's end is no success. The first
+    /// sentence stays.
     ///
     /// Any instance may call this at any time: a write-back that fails is reported once, and maybe
     /// to one that has been replaced. On a host that is too old the mark is not kept.

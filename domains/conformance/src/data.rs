@@ -145,7 +145,7 @@ impl Shadow {
     }
 }
 
-/// A kind of request that nobody knows yet is answered, not dropped. A write to a read-only disk
+/// A kind of request that does not exist yet is answered, not dropped. A write to a read-only disk
 /// fails.
 pub(super) fn unknown_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
     let subject = Subject::activated::<D>(options)?;
@@ -221,7 +221,7 @@ pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Vi
         lane.one(Job::flush())?.ok()?;
     }
     if subject.writable() {
-        // On a disk of zeros nobody sees a zero too many.
+        // On a disk of zeros a zero too many is not seen.
         for offset in (0..end).step_by(256 * block as usize) {
             let len = (256 * block).min(end - offset);
             shadow.write(&mut lane, offset, random.bytes(len as usize))?;
@@ -243,7 +243,7 @@ pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Vi
         }
         if subject.can(Capabilities::DISCARD) {
             lane.one(Job::discard(offset, len))?.ok()?;
-            // What a discarded range reads as is anybody's guess, until it is written again.
+            // What a discarded range reads as is open, until it is written again.
             shadow.write(&mut lane, offset, random.bytes(len as usize))?;
             shadow.verify(&mut lane)?;
         }

@@ -20,7 +20,7 @@ pub(super) struct GuestMemory {
     /// Where each piece starts in the memory, and how long it is.
     pieces: Vec<(usize, usize)>,
     /// A `Vec`, because requests point into it while this is moved: a `Box` that is moved says that
-    /// nobody else points into it.
+    /// nothing else points into it.
     segments: Vec<RawSegment>,
 }
 
@@ -74,7 +74,7 @@ impl GuestMemory {
     /// # Errors
     /// A byte outside of the pieces was changed.
     pub(super) fn take(&self) -> Result<Vec<u8>, Violation> {
-        // SAFETY: the allocation is as long as its layout, initialised in `new`, and nobody else
+        // SAFETY: the allocation is as long as its layout, initialised in `new`, and nothing else
         // has it now (caller's promise).
         let all = unsafe { std::slice::from_raw_parts(self.base, self.layout.size()) };
         let mut bytes = Vec::new();

@@ -164,7 +164,7 @@ impl Lane {
             // More room than can be in flight: a domain that completes twice shall be seen, not
             // stopped.
             completions: CompletionBuffer::new(2 * DEPTH),
-            // Tags that no other queue, and nobody who counts from 0, comes by.
+            // Tags that no other queue, and nothing that counts from 0, comes by.
             next_tag: 0x7a60_0000_0000_0000 | u64::from(queue.0) << 32,
             in_flight: HashMap::new(),
             done_before: HashSet::new(),
@@ -210,7 +210,7 @@ impl Lane {
             self.wait(seen, &mut results)?;
         }
         ensure(self.reap(&mut results)? == 0, || {
-            "it completed a request that nobody had made".to_owned()
+            "it completed a request that was never made".to_owned()
         })?;
         results
             .into_iter()

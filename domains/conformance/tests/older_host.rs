@@ -12,7 +12,7 @@ fn cut(host: &HostVtable, size: usize) -> Host {
     table.size = size as u32;
     // What a host of that age has there is anything.
     let bytes: *mut u8 = (&raw mut table).cast();
-    // SAFETY: inside the table, which is leaked, and nobody reads past its `size` (that is what
+    // SAFETY: inside the table, which is leaked, and nothing reads past its `size` (that is what
     // is tested).
     unsafe { std::ptr::write_bytes(bytes.add(size), 0xa5, size_of::<HostVtable>() - size) };
     // SAFETY: never freed, and the host behind it neither.

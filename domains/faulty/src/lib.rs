@@ -174,7 +174,7 @@ impl BlockDomain for Faulty {
 
 impl Drop for Faulty {
     fn drop(&mut self) {
-        // There is nobody to whom an end could report a failure.
+        // An end cannot report a failure to anything.
         let _ = self.break_in(Phase::End);
     }
 }

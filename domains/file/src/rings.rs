@@ -1,4 +1,4 @@
-//! Who does the I/O: the kernel by way of io_uring, or the workers themselves.
+//! What does the I/O: the kernel by way of io_uring, or the workers themselves.
 //!
 //! To make a ring takes 50 us, and an upgrade may come at any time. With direct I/O nearly each
 //! request needs one, so rings are made at preparing for the queues that are served then. Otherwise

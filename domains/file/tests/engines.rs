@@ -82,8 +82,8 @@ fn a_flush_leaves_nothing_dirty() {
             eprintln!("skipped: this kernel does not tell what is dirty");
             return;
         };
-        // Write-back starts after seconds: what was written is not on the disk yet, unless somebody
-        // sees to it.
+        // Write-back starts after seconds: what was written is not on the disk yet, unless
+        // something sees to it.
         assert!(dirty >= 128, "{aio}: only {dirty} pages are dirty after a write");
         lane.one(Job::flush()).unwrap().ok().unwrap();
         assert_eq!(dirty_pages(image.as_file()), Some(0), "{aio}: dirty after a flush");

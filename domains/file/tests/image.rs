@@ -43,7 +43,7 @@ fn images_that_cannot_be_a_disk_are_refused_with_advice() {
 
 #[test]
 fn a_running_program_cannot_be_written_but_read() {
-    // Whoever runs this, root too, gets "text file busy".
+    // Each user, root too, gets "text file busy".
     let program = std::env::current_exe().unwrap();
     let said = refusal(&program, &[]);
     assert!(said.contains("for writing"), "{said}");
@@ -165,7 +165,7 @@ fn flags_of_the_predecessor_do_not_change() {
 }
 
 #[test]
-fn an_image_is_one_disks_as_long_as_somebody_serves_it() {
+fn an_image_is_one_disks_as_long_as_an_instance_serves_it() {
     let image = image_in(&real_dir(), 1 << 20);
     let params = |more: &[&str]| params(image.path(), &[&["locking=true"], more].concat());
     let locked = || {

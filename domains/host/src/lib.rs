@@ -429,7 +429,7 @@ impl QueueHandle {
     ) -> Result<usize, CallError> {
         let (instance, mut accepted) = (&*self.instance, 0);
         // SAFETY: an instance that was not destroyed; we are the queue's only thread (`&mut self`);
-        // all pointers are valid for the call, and whoever made the requests answers for what they
+        // all pointers are valid for the call, and the maker of the requests answers for what they
         // point to (RawRequest::new).
         let code = unsafe {
             (instance.vtable.submit)(

@@ -1,8 +1,8 @@
 //! How long a thread is waited for: by its own time, not by time in which it is given no CPU.
 //!
-//! On a busy machine a thread that would end at once can be late without its own fault. The clock of
-//! the wait stands still while it is ready to run and does not run, as two looks in a row tell, and
-//! before it has begun. There is a bound for that, too. Without `/proc`, or without
+//! On a busy machine a thread that would end at once can be late without its own fault. The clock
+//! of the wait stands still while it is ready to run and does not run, as two looks in a row tell,
+//! and before it has begun. There is a bound for that, too. Without `/proc`, or without
 //! `CONFIG_SCHED_INFO`, all time is the thread's own.
 
 use std::fs;

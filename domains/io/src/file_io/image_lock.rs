@@ -1,9 +1,9 @@
 //! Telling other programs that an image is in use, and being told.
 //!
 //! The language is QEMU's (its documentation, "Disk image file locking"; the numbers can be seen in
-//! `/proc/locks`), so that QEMU, `qemu-img` and `qemu-storage-daemon` understand it, too. Whoever
-//! uses an image holds a shared lock on a byte for each thing that he does, and on another byte for
-//! each thing that nobody else may do; then he looks whether somebody else has locked the
+//! `/proc/locks`), so that QEMU, `qemu-img` and `qemu-storage-daemon` understand it, too. A program
+//! that uses an image holds a shared lock on a byte for each thing that it does, and on another
+//! byte for each thing that no other may do; then it looks whether another program has locked the
 //! counterpart of one of these. No data is meant by the bytes. The locks are of the open file
 //! description (`F_OFD_SETLK`): a dup has them, too, and the kernel lets go of them when the last
 //! one is closed, however the process ends.
@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 
 /// Byte for the first thing that is done.
 const DONE: i64 = 100;
-/// Byte for the first thing that nobody else may do.
+/// Byte for the first thing that no other program may do.
 const FORBIDDEN: i64 = 200;
 
 /// To read and rely on it.
@@ -29,14 +29,14 @@ const RESIZE: i64 = 3;
 pub enum ImageLock {
     /// Others can see that it is in use, as long as this open file description lives.
     Ours,
-    /// Somebody else uses it in a way that does not go together with ours. Nothing is claimed.
+    /// Another program uses it in a way that does not go together with ours. Nothing is locked.
     Taken,
     /// Its file system has no such locks.
     Impossible(io::Error),
 }
 
-/// Claims the image `file`: to read it while nobody else writes, or, if `writes`, to write it while
-/// nobody else does. Does not wait.
+/// Locks the image `file`: to read it while no other program writes, or, if `writes`, to write it
+/// while no other does. Does not wait.
 #[must_use]
 pub fn lock_image(file: &File, writes: bool) -> ImageLock {
     let does: &[i64] = if writes { &[READ, WRITE] } else { &[READ] };
@@ -45,14 +45,14 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
         does.iter().map(|what| DONE + what).chain(forbids.iter().map(|what| FORBIDDEN + what));
     let counterparts =
         does.iter().map(|what| FORBIDDEN + what).chain(forbids.iter().map(|what| DONE + what));
-    let claimed = ours.clone().try_for_each(|byte| lock(file, libc::F_RDLCK, byte));
-    // First lock, then look: of two who come at once at least one sees the other.
-    let is_free = claimed.and_then(|()| {
-        let locked =
+    let locked = ours.clone().try_for_each(|byte| lock(file, libc::F_RDLCK, byte));
+    // First lock, then look: of two that come at once at least one sees the other.
+    let is_free = locked.and_then(|()| {
+        let others =
             counterparts.map(|byte| is_locked(file, byte)).collect::<io::Result<Vec<_>>>()?;
-        Ok(!locked.contains(&true))
+        Ok(!others.contains(&true))
     });
-    let claim = match is_free {
+    let refused = match is_free {
         Ok(true) => return ImageLock::Ours,
         Ok(false) => ImageLock::Taken,
         // A lock of another kind that covers one of the bytes (fcntl(2)).
@@ -63,7 +63,7 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
     };
     // It cannot fail where it could be locked.
     ours.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
-    claim
+    refused
 }
 
 fn flock(kind: libc::c_int, byte: i64) -> libc::flock {
@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn one_may_write_or_many_may_read() {
-        let path = std::env::temp_dir().join(format!("hotswap-claim-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("hotswap-lock-{}", std::process::id()));
         std::fs::write(&path, b"image").unwrap();
         let open = || File::options().read(true).write(true).open(&path).unwrap();
         let [first, second, third] = [open(), open(), open()];
@@ -119,7 +119,7 @@ mod tests {
             ImageLock::Impossible(error) => panic!("{error}"),
         };
         assert!(is_ours(&first, true));
-        assert!(is_ours(&first, true), "claimed twice is claimed");
+        assert!(is_ours(&first, true), "locked twice is locked");
         assert!(!is_ours(&second, true));
         assert!(!is_ours(&second, false));
         let dup = first.try_clone().unwrap();

@@ -117,7 +117,7 @@ pub fn stated_alignment(file: &File) -> io::Result<Option<Alignment>> {
         return Ok(None);
     }
     let (memory, offset) = (about.stx_dio_mem_align, about.stx_dio_offset_align);
-    // 0 means: not on this file. So says open(2) too, for whoever opened it with O_DIRECT.
+    // 0 means: not on this file. So says open(2) too, where it was opened with O_DIRECT.
     if !memory.is_power_of_two() || !offset.is_power_of_two() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }

@@ -4,7 +4,7 @@
 //! kernel thread does it, later. There is no call that waits for it, and with deferred completions
 //! no other thread than the ring's may even reap. But the kernel lets go of a ring's registered
 //! files at the very end, when no request is left. So one of these files is the writing end of a
-//! pipe of which nobody else has one: when the reading end sees a hang-up, no request of this ring
+//! pipe of which there is no other: when the reading end sees a hang-up, no request of this ring
 //! exists any more, whichever thread looks.
 //!
 //! "The very end" is after each thread that made or used the ring has run a task of the kernel's on

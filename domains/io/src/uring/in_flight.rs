@@ -249,7 +249,7 @@ fn allocate(mode: i32, offset: u64, len: u64) -> squeue::Entry {
 #[derive(Default)]
 pub(super) struct Zeros(Option<std::ptr::NonNull<u8>>);
 
-// SAFETY: memory that it owns and that nobody writes.
+// SAFETY: memory that it owns and that is not written.
 unsafe impl Send for Zeros {}
 // SAFETY: as above.
 unsafe impl Sync for Zeros {}

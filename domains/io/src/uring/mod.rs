@@ -31,7 +31,7 @@
 //!
 //! One thread uses a ring: the one that began it (`IORING_SETUP_SINGLE_ISSUER`). The kernel refuses
 //! others, and we panic then; dropping is allowed anywhere. Making one takes 20 times as long as
-//! beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by somebody who
+//! beginning it (`IORING_SETUP_R_DISABLED`, Linux 6.1), so it can be made ahead, by a thread that
 //! does not keep a guest waiting: [`PreparedRing`]. On older kernels any thread may use a ring, so
 //! it is not made disabled. Before 5.18 beginning takes milliseconds: registering the eventfd waits
 //! for a grace period there.

@@ -129,7 +129,7 @@ pub struct Ring {
     io: ManuallyDrop<IoUring>,
     /// Requests that it has room for.
     depth: usize,
-    /// By slot. As many as there have been at a time, because memory that nobody has touched costs
+    /// By slot. As many as there have been at a time, because memory that was never touched costs
     /// nothing, and at most `depth`. What the kernel is told of is behind pointers.
     slots: Vec<Option<InFlight>>,
     /// Slots that are empty.
@@ -418,14 +418,14 @@ impl Drop for Ring {
             return;
         }
         // A host that destroys an instance whose requests have not ended relies on this: afterwards
-        // nobody writes to guest memory any more.
+        // nothing writes to guest memory any more.
         if self.end.wait(END_TIMEOUT) {
             return;
         }
         std::mem::forget(std::mem::take(&mut self.slots));
         std::mem::forget(std::mem::take(&mut self.zeros));
         if !std::thread::panicking() {
-            // Not quietly: whoever thinks that these requests are over would run them again.
+            // Not quietly: a host that thinks that these requests are over would run them again.
             panic!(
                 "the kernel still has {in_flight} requests {} s after their ring was closed",
                 END_TIMEOUT.as_secs()
@@ -434,7 +434,7 @@ impl Drop for Ring {
     }
 }
 
-/// Makes a ring as the kernel can; one that is single-issuer is nobody's yet.
+/// Makes a ring as the kernel can; one that is single-issuer is no thread's yet.
 fn build(depth: usize) -> io::Result<IoUring> {
     let entries = depth.min(MAX_SUBMISSIONS) as u32;
     // Room for everything that can be in flight and a cancellation, so that it never overflows.

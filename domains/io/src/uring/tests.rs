@@ -1,6 +1,6 @@
 //! The ring, on pipes and files.
 //!
-//! A read of an empty pipe stays in flight until somebody writes, which makes everything that is
+//! A read of an empty pipe stays in flight until there is a write, which makes everything that is
 //! about time a matter of the test's own choice.
 
 use super::*;
@@ -73,7 +73,7 @@ fn sleep(wake: &File) {
     let mut watched = libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one valid structure.
     let woken = unsafe { libc::poll(&raw mut watched, 1, 10_000) };
-    assert_eq!(woken, 1, "nobody woke us");
+    assert_eq!(woken, 1, "nothing woke us");
     (&*wake).read_exact(&mut [0; 8]).unwrap();
 }
 
@@ -119,8 +119,9 @@ fn each_completion_wakes_a_sleeper_however_it_races_with_him() {
 }
 
 /// Linux hands over 20 completions at a time. One that comes while the rest is being handed over
-/// goes with it, and is announced all the same: a few times in these rounds. Whoever believes it
-/// waits for what does not exist; whoever does not look again misses what comes next.
+/// goes with it, and is announced all the same: a few times in these rounds. A ring
+/// that believes it waits for what does not exist; one that does not look again misses what comes
+/// next.
 #[test]
 fn an_announcement_of_nothing_is_not_waited_for() {
     const ROUNDS: u32 = 10_000;
@@ -259,7 +260,7 @@ fn more_segments_than_one_call_takes_go_by_several() {
     ring.push(back.request(op::READ, 512, 2), Work::Read, 0);
     next(&mut ring, &wake).result.unwrap();
     assert_eq!(back.memory.concat(), out.memory.concat());
-    // Begun by somebody else, up to byte 1500.
+    // Begun elsewhere, up to byte 1500.
     let rest = Guest::new(&[1000, lengths.iter().sum::<usize>() - 1000], 0xee);
     ring.push(rest.request(op::READ, 512, 3), Work::Read, 1500);
     next(&mut ring, &wake).result.unwrap();
@@ -398,7 +399,7 @@ fn rings_come_and_go_without_leaving_descriptors() {
         let (mut ring, wake) = ring(&file, 64).unwrap();
         ring.push(raw(op::FLUSH, 0, 0, &[], 0), Work::SyncData, 0);
         next(&mut ring, &wake).result.unwrap();
-        // Nor do those that nobody has begun.
+        // Nor do those that were never begun.
         drop(PreparedRing::new(files(&file), 64).unwrap());
     }
     // Tests run at the same time, and have a few open.
@@ -435,7 +436,7 @@ fn memory_of_its_own_is_read_and_written_in_parts_and_up_to_the_end_of_the_file(
     );
 }
 
-/// Whether nobody else has the file open for writing (`F_SETLEASE`, fcntl(2)).
+/// Whether nothing else has the file open for writing (`F_SETLEASE`, fcntl(2)).
 fn is_open_once(file: &File) -> bool {
     // SAFETY: no pointers.
     let code = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
