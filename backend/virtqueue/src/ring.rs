@@ -6,8 +6,8 @@
 //! and then published with one store of the used index, so the decisions are made here too (virtio
 //! 1.2, 2.7.7 to 2.7.10). The queue stays the owner of the positions.
 //!
-//! Deliberately absent: what is in a chain (`virtio-blk`), which domain serves it (`proxy`), and the
-//! lock around the queue (the worker's).
+//! Deliberately absent: what is in a chain (`virtio-blk`), which domain serves it (`proxy`), and
+//! the lock around the queue (the worker's).
 
 use crate::view::{RingView, Used};
 use std::sync::atomic::{Ordering, fence};
