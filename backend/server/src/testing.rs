@@ -123,6 +123,15 @@ impl Guest {
         head
     }
 
+    /// Writes down a flush whose header is in descriptor `head`, and whose status is in `status`,
+    /// which many can share.
+    pub(crate) fn flush_with(&self, head: u16, status: u16) {
+        let header = HEADERS + 16 * u64::from(head);
+        self.write(header, 4u32);
+        self.descriptor(head, header, 16, NEXT, status);
+        self.descriptor(status, STATUS, 1, WRITE, 0);
+    }
+
     /// Makes a chain available.
     pub(crate) fn offer(&mut self, head: u16) {
         self.put(self.offered, head);

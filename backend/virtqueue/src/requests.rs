@@ -3,6 +3,8 @@
 //! The table owns what a request points to: the list of its segments, and the snapshot of guest
 //! memory that the segments and the status byte lie in. So it alone decides when either may change:
 //!
+//! * an entry is that of a chain's first descriptor, its *head*, which names one chain at a time: the
+//!   driver must not offer it again before it was given back (virtio 1.3, 2.7.13);
 //! * the list of an entry is written between [`Parser::next`] and the moment when the entry is in
 //!   use, and not before the entry is free again;
 //! * the snapshot is replaced by [`RequestTable::replace_snapshot`], which keeps the old one mapped
@@ -22,8 +24,8 @@ use virtio_blk::{
 use vm_memory::GuestMemoryMmap;
 
 /// A request: what is needed to end it.
+#[derive(Default)]
 struct Entry {
-    head: u16,
     op: u32,
     len: u64,
     /// Set as long as the entry is in use.
@@ -31,6 +33,12 @@ struct Entry {
     /// It is, or was when it was used last, of an earlier snapshot, which stays mapped.
     is_stranded: bool,
     segments: Vec<RawSegment>,
+}
+
+impl Entry {
+    const fn is_in_use(&self) -> bool {
+        self.status_at.is_some()
+    }
 }
 
 /// A chain of a batch that is not for the domain.
@@ -58,8 +66,10 @@ pub struct BatchEnd {
 /// What became of a chain.
 #[derive(Debug, Clone, Copy)]
 pub enum Chain {
-    /// For the domain, with its entry in the table, which is in use from now on.
+    /// For the domain, with its head, whose entry in the table is in use from now on.
     Request(u16, RawRequest),
+    /// Its head is that of a request which is in flight: the ring makes no sense.
+    InUse(u16),
     /// It is answered without the domain when the batch ends. Comes with the first address of it
     /// that is outside of guest memory.
     Answer(Option<u64>),
@@ -74,12 +84,14 @@ pub enum Chain {
     },
 }
 
-/// The requests of a queue. There is room for all that there can be, so that none ever moves; an
-/// entry is made when it is first needed, so that a ring costs what of it is used.
+/// The requests of a queue, by head. An entry is made when its head is first used, or a higher one,
+/// so that a ring costs what of it is used.
 pub struct RequestTable {
     entries: Vec<Entry>,
-    /// Entries that are not in use.
-    free: Vec<u16>,
+    /// How many of them are in use.
+    in_use: usize,
+    /// Requests that never end, and whose heads may be used again.
+    set_aside: Vec<Entry>,
     /// How many entries there can be.
     limit: usize,
     /// What addresses are looked up in.
@@ -94,8 +106,9 @@ impl RequestTable {
     pub fn new(limit: u16, batch: usize) -> Self {
         let limit = usize::from(limit);
         Self {
-            entries: Vec::with_capacity(limit),
-            free: Vec::with_capacity(limit),
+            entries: Vec::new(),
+            in_use: 0,
+            set_aside: Vec::new(),
             limit,
             snapshot: None,
             immediate: Vec::with_capacity(batch),
@@ -112,8 +125,19 @@ impl RequestTable {
     /// How many entries are in use.
     #[must_use]
     #[inline]
-    pub fn in_use(&self) -> usize {
-        self.entries.len() - self.free.len()
+    pub const fn in_use(&self) -> usize {
+        self.in_use
+    }
+
+    /// Frees the head of a request that will never end, for the driver of a ring that was set up
+    /// again. What the request points to stays.
+    pub fn set_aside(&mut self, head: u16) {
+        if let Some(entry) =
+            self.entries.get_mut(usize::from(head)).filter(|entry| entry.is_in_use())
+        {
+            self.set_aside.push(std::mem::take(entry));
+            self.in_use -= 1;
+        }
     }
 
     /// What addresses are looked up in; none before the first
@@ -129,8 +153,8 @@ impl RequestTable {
     /// mapped.
     pub fn replace_snapshot(&mut self, snapshot: Snapshot) {
         let mut is_needed = false;
-        for entry in &mut self.entries {
-            let is_in_use = entry.status_at.is_some();
+        for entry in self.entries.iter_mut().chain(&mut self.set_aside) {
+            let is_in_use = entry.is_in_use();
             is_needed |= is_in_use && !entry.is_stranded;
             entry.is_stranded = is_in_use;
         }
@@ -145,7 +169,7 @@ impl RequestTable {
     /// snapshot.
     #[inline]
     pub fn parser(&mut self) -> Option<Parser<'_>> {
-        let Self { entries, free, limit, snapshot, immediate, .. } = self;
+        let Self { entries, in_use, limit, snapshot, immediate, .. } = self;
         immediate.clear();
         // SAFETY: what comes out of a parse goes into an entry that is in use, or into `immediate`.
         // The snapshot leaves this table in `replace_snapshot` and `drop` only: both keep it mapped
@@ -153,7 +177,7 @@ impl RequestTable {
         // nothing reads it. Regions are mapped read-write by vhost-user-backend, and references
         // into them are not made.
         let translator = unsafe { Translator::new(&**snapshot.as_ref()?.memory()) };
-        Some(Parser { entries, free, limit: *limit, immediate, translator, requests: 0 })
+        Some(Parser { entries, in_use, limit: *limit, immediate, translator, requests: 0 })
     }
 
     /// Ends the batch, of which the domain took `accepted` of `requests`: the chains that are not
@@ -190,28 +214,29 @@ impl RequestTable {
     /// used ring. `written` is how much of its buffer was written. Returns `None` for an entry that
     /// is not in use.
     #[inline]
-    pub fn end(&mut self, index: usize, status: u32, written: u32) -> Option<Used> {
-        let entry = &mut self.entries[index];
+    pub fn end(&mut self, head: usize, status: u32, written: u32) -> Option<Used> {
+        let entry = &mut self.entries[head];
         entry.status_at.take()?.write(WireStatus::from_completion(status));
-        self.free.push(index as u16);
-        Some(Used { head: entry.head, len: used_len(entry.op, entry.len, written) })
+        self.in_use -= 1;
+        Some(Used { head: head as u16, len: used_len(entry.op, entry.len, written) })
     }
 
     /// Gives up the entry of a request that was not taken, or that has ended with nothing to be
     /// told.
-    pub fn discard(&mut self, index: usize) {
-        if self.entries[index].status_at.take().is_some() {
-            self.free.push(index as u16);
+    pub fn discard(&mut self, head: usize) {
+        if self.entries[head].status_at.take().is_some() {
+            self.in_use -= 1;
         }
     }
 }
 
 impl Drop for RequestTable {
     fn drop(&mut self) {
-        if self.in_use() > 0 {
+        if self.in_use > 0 || !self.set_aside.is_empty() {
             self.snapshot.iter().for_each(Snapshot::leak);
             // The lists of segments are still the domain's.
             std::mem::forget(std::mem::take(&mut self.entries));
+            std::mem::forget(std::mem::take(&mut self.set_aside));
         }
     }
 }
@@ -219,7 +244,7 @@ impl Drop for RequestTable {
 /// Takes the chains of one batch, one after the other.
 pub struct Parser<'t> {
     entries: &'t mut Vec<Entry>,
-    free: &'t mut Vec<u16>,
+    in_use: &'t mut usize,
     limit: usize,
     immediate: &'t mut Vec<ImmediateAnswer>,
     translator: Translator<'t, GuestMemoryMmap>,
@@ -229,28 +254,31 @@ pub struct Parser<'t> {
 impl Parser<'_> {
     /// Takes the chain that begins with descriptor `head` of a queue's `table`.
     ///
-    /// # Panics
-    /// If no entry is [available](RequestTable::available).
     #[inline(always)]
     pub fn next(&mut self, table: DescriptorTable, head: u16, limits: &Limits) -> Chain {
-        let index = match self.free.last() {
-            Some(&index) => index,
-            None => self.make(),
-        };
-        let entry = &mut self.entries[usize::from(index)];
+        let index = usize::from(head);
+        if index >= self.entries.len() && !self.make(index, table.size) {
+            let reason = MalformedChain::Index { index: head, size: table.size };
+            return self.malformed(head, reason, None);
+        }
+        let entry = &mut self.entries[index];
+        if entry.is_in_use() {
+            return Chain::InUse(head);
+        }
         match parse(table, head, &mut self.translator, limits, &mut entry.segments) {
             Parsed::Request { op, flags, offset, len, status_at, head } => {
-                (entry.head, entry.op, entry.len) = (head, op, len);
+                (entry.op, entry.len) = (op, len);
                 (entry.status_at, entry.is_stranded) = (Some(status_at), false);
-                self.free.pop();
+                *self.in_use += 1;
                 self.requests += 1;
                 // SAFETY: the list belongs to an entry that is in use from here on. It is written
-                // above and in `give_up_long` only, for an entry of `free`, where this one is not
-                // before `end` or `discard`, of a request that has ended or was never submitted.
-                // The list's own memory does not move when the table does, and is never given back
-                // while the entry is in use (`drop`).
+                // above and in `give_up_long` only, for an entry that is not in use, as this one is
+                // not before `end` or `discard`, of a request that has ended or was never
+                // submitted; `set_aside` moves it to where it is never written. The list's own
+                // memory does not move when the entry does, and is never given back while the entry
+                // is in use (`drop`).
                 let request = unsafe { RawRequest::new(op, flags, offset, len, &entry.segments) };
-                Chain::Request(index, request)
+                Chain::Request(head, request)
             }
             Parsed::Answer { head, status_at, status, written } => {
                 give_up_long(&mut entry.segments);
@@ -264,25 +292,27 @@ impl Parser<'_> {
             }
             Parsed::Malformed { head, reason } => {
                 give_up_long(&mut entry.segments);
-                let used = Used { head, len: 0 };
-                self.immediate.push(ImmediateAnswer { after: self.requests, used, answer: None });
-                Chain::Malformed { head, reason, outside: self.translator.take_outside() }
+                let outside = self.translator.take_outside();
+                self.malformed(head, reason, outside)
             }
         }
     }
 
     #[cold]
-    fn make(&mut self) -> u16 {
-        assert!(
-            self.entries.len() < self.limit,
-            "more chains are taken than entries are available"
-        );
-        let index = self.entries.len() as u16;
-        let segments = Vec::with_capacity(8);
-        let (status_at, is_stranded) = (None, false);
-        self.entries.push(Entry { head: 0, op: 0, len: 0, status_at, is_stranded, segments });
-        self.free.push(index);
-        index
+    fn malformed(&mut self, head: u16, reason: MalformedChain, outside: Option<u64>) -> Chain {
+        let used = Used { head, len: 0 };
+        self.immediate.push(ImmediateAnswer { after: self.requests, used, answer: None });
+        Chain::Malformed { head, reason, outside }
+    }
+
+    /// Makes entries up to that of a head. Returns `false` if no chain can begin there.
+    #[cold]
+    fn make(&mut self, head: usize, size: u16) -> bool {
+        let is_head = head < usize::from(size).min(self.limit);
+        if is_head {
+            self.entries.resize_with(head + 1, Entry::default);
+        }
+        is_head
     }
 }
 

@@ -124,6 +124,13 @@ impl Worker {
         self.owing + self.pending.len()
     }
 
+    /// Whether the request in `slot` has been submitted and will end.
+    #[must_use]
+    pub fn is_awaited(&self, slot: usize) -> bool {
+        self.inflight.generation(slot) != 0
+            || self.pending.iter().any(|pending| pending.slot == slot)
+    }
+
     /// Whether some have to run again, or to be given up, before anything new is taken.
     #[must_use]
     #[inline]

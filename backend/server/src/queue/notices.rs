@@ -24,6 +24,18 @@ pub(super) fn broken_ring(queue: usize, error: &Error) {
     );
 }
 
+/// Says that the driver offers a chain which it has not been given back.
+#[cold]
+pub(super) fn head_in_use(queue: usize, head: u16) {
+    log_limit::say(
+        Level::Error,
+        "ring makes no sense",
+        format_args!(
+            "queue {queue}: the driver offers chain {head} while it is in flight; the queue is not served until the driver resets it"
+        ),
+    );
+}
+
 /// Says that a request is answered with an error because memory is not shared.
 #[cold]
 pub(super) fn outside_of_memory(queue: usize, addr: u64) {

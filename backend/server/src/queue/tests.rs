@@ -108,13 +108,12 @@ fn each_kind_of_request_gets_its_status_and_its_element() {
 #[test]
 fn more_than_a_batch_is_answered_in_one_go() {
     let mut bench = Bench::new(&[]);
-    bench.guest.reads(0..10);
-    (0..10).for_each(|n| bench.guest.offer(3 * n));
-    (0..10).for_each(|n| bench.guest.offer(3 * n));
+    let heads: Vec<u16> = (0..SIZE - 1).collect();
+    heads.iter().for_each(|&head| bench.guest.flush_with(head, SIZE - 1));
+    heads.iter().for_each(|&head| bench.guest.offer(head));
     bench.serve();
-    let heads: Vec<_> = bench.guest.used().into_iter().map(|used| used.0).collect();
-    assert_eq!(heads, (0..30).map(|n| n % 10 * 3).collect::<Vec<_>>());
-    assert_eq!(bench.vring.queue_next_avail(), 30);
+    let used: Vec<_> = bench.guest.used().into_iter().map(|used| used.0).collect();
+    assert_eq!((used, bench.vring.queue_next_avail()), (heads, SIZE - 1));
 }
 
 #[test]
@@ -274,6 +273,49 @@ fn an_index_that_makes_no_sense_breaks_the_ring_until_it_is_set_up_again() {
     bench.vring.set_queue_ready(true);
     bench.serve();
     assert_eq!((bench.guest.used_idx(), bench.guest.status(1)), (2, OK));
+}
+
+#[test]
+fn a_chain_that_is_offered_while_it_is_in_flight_breaks_the_ring() {
+    for is_one_batch in [false, true] {
+        let mut bench = Bench::new(&["hold=true"]);
+        bench.guest.reads(0..2);
+        if !is_one_batch {
+            bench.serve();
+        }
+        bench.guest.offer(0);
+        bench.guest.reads(2..3);
+        bench.serve();
+        assert_eq!(bench.got("a").len(), 2, "what came before it is served, and nothing else");
+        assert_eq!(bench.puppets.proxy.status().queues[0].malformed, 1);
+        bench.release();
+        bench.serve();
+        let heads: Vec<_> = bench.guest.used().into_iter().map(|used| used.0).collect();
+        assert_eq!((heads, bench.guest.status(2)), (vec![0, 3], NONE), "each is answered once");
+        bench.vring.set_queue_ready(false);
+        bench.serve();
+        bench.vring.set_queue_ready(true);
+        bench.serve();
+        assert_eq!((bench.got("a").len(), bench.worker.awaited()), (4, 0));
+    }
+}
+
+#[test]
+fn the_chain_of_a_request_that_never_ends_can_be_offered_again() {
+    // The end of a domain that panics is no fence: what it had may be written to for ever.
+    let puppets = Puppets::with_standby(1, &["hold=true", "break=reap,drop"]);
+    let mut bench = Bench::with(puppets, false, Duration::ZERO);
+    bench.guest.reads(0..2);
+    bench.serve();
+    bench.release();
+    bench.serve_until("a verdict", |bench| bench.worker.unanswerable() == 2);
+    assert_eq!((bench.worker.awaited(), bench.guest.used_idx()), (0, 0));
+    // As after a reset of the guest.
+    bench.guest.reads(0..1);
+    bench.puppets.upgrade("c", &[]).expect("an upgrade");
+    bench.serve_until("an answer", |bench| bench.guest.used_idx() == 1);
+    assert_eq!((bench.guest.status(0), bench.guest.status(1)), (OK, NONE));
+    assert_eq!((bench.worker.unanswerable(), bench.worker.detach()), (2, 2));
 }
 
 #[test]

@@ -376,15 +376,20 @@ impl QueueWorker {
         self.batch.clear();
         let Some(mut parser) = self.requests.parser() else { return false };
         let tags = self.device.tags();
-        let mut bytes = 0;
+        let (mut bytes, mut in_use) = (0, None);
         while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.ring.next_avail);
             self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
             match parser.next(table, chain, limits) {
-                Chain::Request(slot, mut request) => {
+                Chain::Request(head, mut request) => {
                     bytes += request.len();
-                    tags.name(&mut request, usize::from(slot));
+                    tags.name(&mut request, usize::from(head));
                     self.batch.push(request);
+                }
+                Chain::InUse(head) => {
+                    self.ring.next_avail = self.ring.next_avail.wrapping_sub(1);
+                    in_use = Some(head);
+                    break;
                 }
                 Chain::Answer(None) => {}
                 Chain::Answer(Some(addr)) => notices::outside_of_memory(self.queue, addr),
@@ -394,7 +399,25 @@ impl QueueWorker {
             }
         }
         queue.set_next_avail(self.ring.next_avail);
+        if let Some(head) = in_use {
+            self.offered_twice(head);
+        }
         true
+    }
+
+    /// The driver offers a head whose entry is in use.
+    #[cold]
+    fn offered_twice(&mut self, head: u16) {
+        let slot = usize::from(head);
+        let is_taken = self.batch.iter().any(|request| slot_of(request.tag) == slot);
+        if is_taken || self.device.is_awaited(slot) {
+            notices::head_in_use(self.queue, head);
+            self.device.count_malformed(1);
+            self.ring.is_broken = true;
+        } else {
+            // It is that of a request which will never end, of a ring that was set up again since.
+            self.requests.set_aside(head);
+        }
     }
 
     /// Answers the chains of the batch that are not the domain's, up to the first request that the
