@@ -125,8 +125,10 @@ impl Operations for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{Puppets, Silent};
     use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
     use proxy::{Counts, DomainRecord, State};
+    use std::sync::atomic::AtomicU64;
 
     #[test]
     fn a_status_has_the_devices_members_and_the_daemons() {
@@ -172,5 +174,100 @@ mod tests {
         members.remove("connected");
         members.remove("features");
         assert_eq!(told, serde_json::to_value(&status).unwrap());
+    }
+
+    /// A device of puppets, and how often its end was asked for.
+    fn device(puppets: &Puppets) -> (Device, Arc<AtomicU64>) {
+        let stops = Arc::<AtomicU64>::default();
+        let count = Arc::clone(&stops);
+        let stop = move || _ = count.fetch_add(1, Ordering::Relaxed);
+        (Device::new(Arc::clone(&puppets.proxy), stop), stops)
+    }
+
+    fn upgrade(puppets: &Puppets, name: &str, script: &[&str]) -> UpgradeRequest {
+        UpgradeRequest {
+            name: name.into(),
+            params: puppets.stage.params("b", script),
+            mode: UpgradeMode::Auto,
+            drain_timeout: Duration::from_millis(20),
+            starved_timeout: Duration::ZERO,
+            when_busy: WhenBusy::Queue,
+        }
+    }
+
+    const ROLLBACK: RollbackRequest = RollbackRequest {
+        drain_timeout: Duration::from_millis(20),
+        starved_timeout: Duration::ZERO,
+        when_busy: WhenBusy::Queue,
+    };
+
+    #[test]
+    fn an_upgrade_and_a_rollback_answer_with_reports_and_are_remembered() {
+        let puppets = Puppets::start(1, &[]);
+        let (device, _) = device(&puppets);
+        assert_eq!(device.status()["generation"], 1);
+        let before = device.last_event();
+        let label = || device.status()["domain"]["params"]["label"].clone();
+        let report = device.upgrade(upgrade(&puppets, "plain", &[])).unwrap();
+        assert_eq!((&report["generation"], label()), (&2.into(), "b".into()));
+        let report = device.rollback(ROLLBACK).unwrap();
+        assert_eq!((&report["generation"], label()), (&3.into(), "a".into()));
+        assert_eq!(device.history().as_array().map(Vec::len), Some(2));
+        let (number, _) = device.next_event(before, Duration::ZERO).unwrap();
+        assert_eq!(number, before + 1);
+        assert_eq!(device.next_event(device.last_event(), Duration::ZERO), None);
+    }
+
+    #[test]
+    fn each_mode_is_the_one_that_was_asked_for() {
+        let puppets = Puppets::start(1, &["swap=true"]);
+        let (device, _) = device(&puppets);
+        for (mode, protocol) in [
+            (UpgradeMode::Handover, "handover"),
+            (UpgradeMode::Swap, "swap"),
+            (UpgradeMode::Auto, "swap"),
+        ] {
+            let request = UpgradeRequest { mode, ..upgrade(&puppets, "plain", &["swap=true"]) };
+            let report = device.upgrade(request).unwrap();
+            assert_eq!(report["mode"], protocol, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_has_its_code_and_its_blame_and_changes_nothing() {
+        let puppets = Puppets::start(1, &["hold=true"]);
+        let (device, _) = device(&puppets);
+        let error = device.upgrade(upgrade(&puppets, "nowhere", &[])).unwrap_err();
+        assert_eq!(error.code, "module_not_found");
+        let error = device.upgrade(upgrade(&puppets, "plain", &["fail=prepare"])).unwrap_err();
+        assert_eq!(error.code, "prepare_failed");
+        assert!(error.message.contains("fail=prepare"), "{error}");
+        assert_eq!(device.rollback(ROLLBACK).unwrap_err().code, "no_standby");
+        // A request that does not end is told of with its queue.
+        let mut worker = puppets.proxy.worker(0, 4, Box::new(Silent)).unwrap();
+        let mut requests = [domain_abi::RawRequest::flush()];
+        worker.tags().name(&mut requests[0], 0);
+        assert_eq!(worker.submit(&mut requests, |_| {}), 1);
+        while !worker.sleep() {}
+        let error = std::thread::scope(|scope| {
+            let upgrade = || device.upgrade(upgrade(&puppets, "plain", &[]));
+            scope.spawn(upgrade).join().unwrap().unwrap_err()
+        });
+        assert_eq!(error.code, "drain_timeout");
+        assert!(error.data.is_some(), "{error:?}");
+        puppets.stage.release.store(true, Ordering::Release);
+        worker.reap(|_| {});
+        assert_eq!(device.status()["generation"], 1);
+    }
+
+    #[test]
+    fn a_shutdown_asks_for_the_end_and_a_frontend_shows() {
+        let puppets = Puppets::start(1, &[]);
+        let (device, stops) = device(&puppets);
+        device.shutdown();
+        assert_eq!(stops.load(Ordering::Relaxed), 1);
+        assert_eq!(device.status()["connected"], false);
+        device.connected().store(true, Ordering::Relaxed);
+        assert_eq!(device.status()["connected"], true);
     }
 }
