@@ -10,6 +10,10 @@ use domain_host::{Identity, LoadError, LoadedModule, Residency, VerifiedModule};
 
 /// A domain that is linked into this program instead of loaded: for tests and for measuring what
 /// the ABI costs.
+///
+/// What is loaded is unmapped with its instance; this is not, so a domain must not leave a copy of
+/// its `Host` or of a `Region` behind its end, not in a static and not on a thread of its own: the
+/// table behind it is gone then.
 #[derive(Debug)]
 pub struct StaticModule {
     vtable: &'static ModuleVtable,

@@ -31,7 +31,8 @@ pub enum Step<J> {
     Offload(OffloadTask),
     /// Begin again when a range is free.
     Blocked,
-    /// Begin again now, without the range that it has.
+    /// Begin again now, without the range that it has. Only if something has changed that `begin`
+    /// sees, or it never ends.
     Again,
     /// Have the worker serve it from beginning to end, without the range that it has.
     Serve,
