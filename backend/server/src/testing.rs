@@ -23,7 +23,7 @@ pub(crate) const WRITE: u16 = 2;
 
 /// Where things are in guest memory; what is behind `END` is in no region.
 const TABLE: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
+pub(crate) const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const HEADERS: u64 = 0x4000;
 const STATUS: u64 = 0x5000;

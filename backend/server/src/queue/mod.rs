@@ -9,6 +9,8 @@ mod ring;
 mod worker;
 
 #[cfg(test)]
+mod race_tests;
+#[cfg(test)]
 mod tests;
 
 pub(crate) use worker::{BatchInputs, QueueWorker};

@@ -1,0 +1,162 @@
+//! What a driver does between two steps of a worker that is about to sleep.
+//!
+//! The worker asks whether the ring is on, once after it has said that it sleeps, and then turns
+//! notifications on: a ring that does something when it is asked lets a test be quicker than that.
+
+use super::tests::Bench;
+use crate::testing::{AVAIL, Kind, Puppets};
+use std::cell::Cell;
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::Error;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// A ring that calls `asked` each time that it is asked how it is.
+struct Interposed<F> {
+    ring: VringMutex,
+    asked: F,
+}
+
+impl<'a, F: 'a> VringStateGuard<'a, Memory> for Interposed<F> {
+    type G = <VringMutex as VringStateGuard<'a, Memory>>::G;
+}
+
+impl<'a, F: 'a> VringStateMutGuard<'a, Memory> for Interposed<F> {
+    type G = <VringMutex as VringStateMutGuard<'a, Memory>>::G;
+}
+
+impl<F: Fn() + 'static> VringT<Memory> for Interposed<F> {
+    fn new(_: Memory, _: u16) -> Result<Self, Error> {
+        Err(Error::QueueNotReady)
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+        (self.asked)();
+        self.ring.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        self.ring.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), Error> {
+        self.ring.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.ring.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, Error> {
+        self.ring.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), Error> {
+        self.ring.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, Error> {
+        self.ring.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.ring.set_enabled(enabled);
+    }
+
+    fn set_queue_info(&self, desc: u64, avail: u64, used: u64) -> Result<(), Error> {
+        self.ring.set_queue_info(desc, avail, used)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.ring.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.ring.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.ring.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, Error> {
+        self.ring.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.ring.set_queue_size(num);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.ring.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.ring.set_queue_ready(ready);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        self.ring.set_kick(file);
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.ring.read_kick()
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.ring.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.ring.set_err(file);
+    }
+}
+
+/// Sets `avail.idx` in memory, as the driver does.
+fn set_avail_idx(memory: &Memory, idx: u16) {
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+    memory.memory().write_obj(idx, GuestAddress(AVAIL + 2)).expect("guest memory");
+}
+
+#[test]
+fn what_comes_before_kicks_are_turned_on_needs_none() {
+    for has_event_idx in [false, true] {
+        let mut bench = Bench::with(Puppets::start(1, &[]), has_event_idx, Duration::ZERO);
+        bench.guest.reads(0..1);
+        let second = bench.guest.request(1, Kind::Read(512));
+        bench.guest.put(1, second);
+        bench.guest.set_avail_idx(1);
+        // The first was served when the worker asks; the driver has not been asked for kicks yet.
+        let memory = bench.guest.memory.clone();
+        let asked = move || set_avail_idx(&memory, 2);
+        let ring = Interposed { ring: bench.vring.clone(), asked };
+        bench.serve_between(&ring, |_| false);
+        assert_eq!(bench.guest.used().len(), 2, "event indices: {has_event_idx}");
+    }
+}
+
+#[test]
+fn a_driver_that_announces_what_does_not_come_keeps_no_worker_running() {
+    let mut bench = Bench::new(&[]);
+    bench.guest.reads(0..1);
+    let memory = bench.guest.memory.clone();
+    let times = Cell::new(0);
+    let asked = move || {
+        times.set(times.get() + 1);
+        set_avail_idx(&memory, 2);
+        assert!(times.get() < 1000, "it runs in circles");
+    };
+    let ring = Interposed { ring: bench.vring.clone(), asked };
+    // By the time that the worker looks there is nothing.
+    let memory = bench.guest.memory.clone();
+    bench.serve_between(&ring, |_| {
+        set_avail_idx(&memory, 1);
+        false
+    });
+    assert_eq!(bench.guest.used().len(), 1);
+    assert_eq!(bench.puppets.proxy.status().queues[0].malformed, 1, "the ring makes no sense");
+}
