@@ -322,6 +322,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
 /// Memory follows what is in flight, and not what could be.
 #[test]
 fn rings_that_are_not_used_cost_no_memory() {
+    use guest_tests::client::raw::{Descriptor, FREE, GUEST_BASE, NEXT, WRITE};
     const SLACK_KIB: u64 = 2048;
     // A session with all its workers, in KiB: idle, then with a deep queue on one of them.
     let resident = |size: &str| {
@@ -330,9 +331,16 @@ fn rings_that_are_not_used_cost_no_memory() {
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
         assert_one_read(&mut raw);
         let idle = daemon.rss_kib();
-        raw.put(guest_tests::client::raw::FREE, &[0; 16]).expect("memory");
-        (0..64).for_each(|_| raw.offer(0).expect("a kick"));
-        for _ in 0..64 {
+        raw.put(FREE, &[0; 16]).expect("memory");
+        // A header for each, and the data and status of all.
+        let at = GUEST_BASE + FREE;
+        raw.chain(62, &[(at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)]).expect("memory");
+        for head in 0..62 {
+            let header = Descriptor { addr: at, len: 16, flags: NEXT, next: 62 };
+            raw.describe(head, header).expect("memory");
+        }
+        (0..62).for_each(|head| raw.offer(head).expect("a kick"));
+        for _ in 0..62 {
             assert!(raw.used(5 * SECOND).expect("memory").is_some(), "no answer");
         }
         (idle, daemon.rss_kib())
