@@ -263,3 +263,27 @@ fn a_standby_that_is_told_something_for_too_long_ends_when_that_is_over() {
     device.until("still reported", || device.proxy.status().resident.is_empty());
     assert_eq!(device.stage.lines("a", "dropped").len(), 1);
 }
+
+#[test]
+fn what_is_let_go_of_is_not_waited_for_any_longer() {
+    // As long as it takes at best: the machine may be busy.
+    let mut shortest = Duration::MAX;
+    for _ in 0..10 {
+        let device = Device::start(1, &["swap=true", "hold=true"]);
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        std::thread::scope(|scope| {
+            let upgrade = scope.spawn(|| device.upgrade("plain", "b", &["swap=true"]));
+            let attached = |_: &Hand| !device.stage.lines("b", "attach0").is_empty();
+            hand.until(&device, "no swap", attached);
+            // Until it waits for the request.
+            std::thread::sleep(Duration::from_millis(10));
+            let released = std::time::Instant::now();
+            device.stage.release.store(true, Ordering::Release);
+            hand.until(&device, "the upgrade hangs", |_| upgrade.is_finished());
+            shortest = shortest.min(released.elapsed());
+            upgrade.join().expect("no panic").expect("committed");
+        });
+    }
+    assert!(shortest < Duration::from_millis(20), "{shortest:?}");
+}

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// How long a takeover is waited for by what has to tell the guest how something ended.
 pub(crate) const TAKEOVER_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long what has seen a domain die takes to say so, at most.
+const NOTICE_AFTER: Duration = Duration::from_millis(10);
+
 impl DomainProxy {
     /// Waits until no domain is dead that is still to be replaced; `false` after `deadline`, or
     /// when the device is about to end.
@@ -44,12 +47,11 @@ impl DomainProxy {
         give_up: impl Fn() -> bool,
         look: impl Fn() -> Option<T>,
     ) -> Option<T> {
-        let mut looks = 0u32;
+        let began = Instant::now();
         let found = self.signal.wait(deadline, || {
             // What saw it die says so in a moment, and knows how. Again and again, because there
             // may have been no thread for the takeover.
-            looks += 1;
-            if looks > 1 {
+            if began.elapsed() >= NOTICE_AFTER {
                 self.notice_death();
             }
             match look() {
