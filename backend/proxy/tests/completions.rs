@@ -90,7 +90,7 @@ fn what_runs_a_third_time_keeps_its_place() {
     let device = Device::start(1, &["swap=true", "hold=true", "take=2"]);
     device
         .upgrade("plain", "b", &["swap=true", "hold=true", "die_at=6"])
-        .expect("nobody is there to be disturbed");
+        .expect("no worker is disturbed");
     let mut hand = device.worker(0);
     assert_eq!(hand.submit([5, 3, 9, 1, 7, 2]), 6);
     hand.until(&device, "no takeover", |_| device.stage.lines("a", "got") == ["0:5", "0:3"]);

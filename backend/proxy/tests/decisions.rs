@@ -1,4 +1,4 @@
-//! What an upgrade decides before anybody is paused: swap or handover, or no, with a code; and what
+//! What an upgrade decides before a queue is paused: swap or handover, or no, with a code; and what
 //! it leaves behind.
 
 mod common;

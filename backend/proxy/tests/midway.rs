@@ -108,7 +108,7 @@ fn an_upgrade_goes_on_after_the_takeover_that_it_finds() {
 }
 
 #[test]
-fn a_successor_that_does_not_fit_whoever_took_over_is_refused_as_such() {
+fn a_successor_that_does_not_fit_what_took_over_is_refused_as_such() {
     let device = Device::start(1, &[]);
     device.upgrade("plain", "b", &["break=cache1", "wait=drop"]).expect("committed");
     std::thread::scope(|scope| {
@@ -205,7 +205,7 @@ fn the_predecessor_comes_back_if_its_successor_dies_while_it_is_still_in_use() {
             one.step();
             two.step();
         }
-        // Nobody waits for the grace period: it was `a` that it was for, and `a` is back.
+        // The grace period is not waited for: it was `a` that it was for, and `a` is back.
         assert!(started.elapsed() < std::time::Duration::from_secs(1), "{:?}", started.elapsed());
         assert_eq!((one.ended.len(), two.ended.len()), (0, 0));
         device.stage.release.store(true, Ordering::Release);
@@ -229,7 +229,7 @@ fn the_predecessor_dies_too_and_its_requests_are_errors_and_not_silence() {
             two.step();
             device.proxy.status().counts.takeovers == 1
         });
-        // Nobody is left behind `a`.
+        // There is no domain behind `a`.
         one.worker.cancel();
         device.until("not faulted", || {
             one.step();

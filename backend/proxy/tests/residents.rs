@@ -69,7 +69,7 @@ fn a_worker_that_hangs_in_the_old_instance_holds_the_next_upgrade_up_until_it_co
             assert_eq!(hand.take_ended(), well([5, 6]));
         });
         device.until("not inside", || device.stage.lines("a", "got").len() == 2);
-        swap(device, &mut other, "b").expect("a swap waits for nobody");
+        swap(device, &mut other, "b").expect("a swap waits for no worker");
         assert_eq!(label(device).as_deref(), Some("b"));
         assert_eq!(device.proxy.status().resident.len(), 1);
         assert_eq!(
@@ -78,7 +78,7 @@ fn a_worker_that_hangs_in_the_old_instance_holds_the_next_upgrade_up_until_it_co
         );
         device.stage.release.store(true, Ordering::Release);
         other.until(device, "still resident", |_| device.proxy.status().resident.is_empty());
-        assert_eq!(swap(device, &mut other, "c").expect("nobody is inside").generation, 3);
+        assert_eq!(swap(device, &mut other, "c").expect("no worker is inside").generation, 3);
         done.store(true, Ordering::Release);
     });
 }
@@ -100,7 +100,7 @@ fn a_module_with_a_thread_that_does_not_end_is_reported_until_it_ends() {
     assert!(device.proxy.stop().is_empty(), "nothing is left behind");
 }
 
-/// Nobody answers what is in flight on `hand`, and nobody runs it again, however often one looks.
+/// What is in flight on `hand` is not answered, and not run again, however often it is looked for.
 #[track_caller]
 fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
     for _ in 0..20 {
@@ -111,8 +111,8 @@ fn assert_unanswered(device: &Device, hand: &mut Hand, count: usize) {
     assert_eq!(device.proxy.status().queues[0].replayed, 0);
 }
 
-/// Waits until `device` is faulted because somebody died and cannot be ended, for the reason `why`:
-/// the two requests that he had stay unanswered.
+/// Waits until `device` is faulted because a domain died and cannot be ended, for the reason `why`:
+/// the two requests that it had stay unanswered.
 #[track_caller]
 fn assert_not_ended(device: &Device, hand: &mut Hand, why: &str) {
     hand.until(device, "not found dead", |_| device.proxy.status().state == State::Faulted);
@@ -158,9 +158,9 @@ fn a_replaced_instance_that_dies_and_cannot_be_ended_leaves_its_requests_unanswe
     assert_eq!(hand.submit([7]), 1);
     assert_eq!(hand.take_ended(), well([7]));
     assert_eq!(device.stage.lines("b", "got"), ["0:7"]);
-    swap(&device, &mut hand, "c").expect("what nobody can end is no reason to refuse");
+    swap(&device, &mut hand, "c").expect("what cannot be ended is no reason to refuse");
     assert_unanswered(&device, &mut hand, 2);
-    // Nor when the thread ends at last: nobody knows what it has written until then.
+    // Nor when the thread ends at last: it is not known what it has written until then.
     device.stage.end.store(true, Ordering::Release);
     hand.until(&device, "still reported", |_| device.proxy.status().resident.is_empty());
     assert_unanswered(&device, &mut hand, 2);

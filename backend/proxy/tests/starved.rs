@@ -121,7 +121,7 @@ fn a_worker_that_is_not_given_a_cpu_is_given_time() {
             goes_round,
             || upgrade(&device, 5 * MS, PATIENCE * 6),
         );
-        assert_eq!(result.expect("nobody hangs").generation, 2);
+        assert_eq!(result.expect("nothing hangs").generation, 2);
     }
 }
 
@@ -182,7 +182,7 @@ fn workers_that_are_all_starved_are_given_time_together() {
         || {
             for round in 0..5 {
                 let report = upgrade(&device, 50 * MS, PATIENCE);
-                assert_eq!(report.expect("nobody hangs").generation, round + 2);
+                assert_eq!(report.expect("nothing hangs").generation, round + 2);
             }
         },
     );
@@ -307,7 +307,7 @@ fn an_upgrade_waits_for_a_starved_worker_to_let_go_of_the_one_before() {
         || {
             for (round, label) in ["b", "c", "d"].into_iter().enumerate() {
                 let report = device.upgrade_with("plain", label, &["swap=true"], options);
-                assert_eq!(report.expect("nobody hangs").generation, round as u64 + 2);
+                assert_eq!(report.expect("nothing hangs").generation, round as u64 + 2);
             }
         },
     );

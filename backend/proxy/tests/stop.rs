@@ -67,7 +67,7 @@ const DEATHS: &[Death] = &[
         let mut hand = device.worker(0);
         hand.submit([0]);
         hand.worker.cancel();
-        hand.until(device, "nobody took over", |hand| hand.worker.awaited() == 0);
+        hand.until(device, "no takeover", |hand| hand.worker.awaited() == 0);
     }),
     // In a request, which runs again.
     (&["break=submit"], |device| {
@@ -140,7 +140,7 @@ fn a_standby_that_dies_in_the_last_flush_too_is_said_and_ends() {
 
 #[test]
 fn a_dead_domain_that_cannot_be_ended_is_said_although_there_is_a_standby() {
-    // It may still write: nobody else may serve, and nobody can say what is on the disk.
+    // It may still write: no other may serve, and it is not known what is on the disk.
     let device = Device::start(1, &[]);
     device.upgrade("plain", "b", &["break=submit,drop"]).expect("committed");
     let left = device.proxy.stop();
@@ -210,7 +210,7 @@ fn a_session_that_begins_before_a_takeover_is_told_of_what_comes_out_of_it() {
         let offered = device.proxy.offer(common::PATIENCE, |info| info.capabilities);
         let offered = offered.expect("there is a device").capabilities;
         assert_eq!(offered, Capabilities::FLUSH, "the standby has no more than that");
-        // Had the guest been offered what the dead one had, nobody could have taken over.
+        // Had the guest been offered what the dead one had, none could have taken over.
         let mut hand = device.worker(0);
         hand.step();
         hand.submit([0]);
@@ -234,12 +234,12 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
     let device = Device::start(1, &[&more]);
     let offer = |patience| device.proxy.offer(patience, |info| info.capabilities);
     std::thread::scope(|scope| {
-        // Nobody is connected, so it may lack what the live one has.
+        // No guest is connected, so it may lack what the live one has.
         let upgrade = scope.spawn(|| device.upgrade("plain", "b", &["wait=activate"]));
         device.until("not begun", || !device.stage.lines("b", "waits").is_empty());
         assert!(
             offer(Duration::from_millis(20)).is_none(),
-            "nobody knows yet what there is to be offered"
+            "it is not known yet what there is to be offered"
         );
         let session = scope.spawn(|| offer(common::PATIENCE));
         std::thread::sleep(Duration::from_millis(20));

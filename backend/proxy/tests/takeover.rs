@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// A device whose live domain is `b`, with `script`, and whose standby is `a`.
 fn with_standby(queues: usize, script: &[&str]) -> Device {
     let device = Device::start(queues, &[]);
-    device.upgrade("plain", "b", script).expect("nobody is there to be disturbed");
+    device.upgrade("plain", "b", script).expect("no worker is disturbed");
     device
 }
 
@@ -84,8 +84,8 @@ fn two_queues_that_panic_at_once_make_one_takeover() {
                     hand.submit([0, 1]);
                     hand.until(device, "no replay", |hand| hand.ended.len() == 2);
                     done.fetch_add(1, Ordering::Relaxed);
-                    // Whoever is done first must not keep the other one waiting: a worker that does
-                    // not come by is inside.
+                    // The one that is done first must not keep the other one waiting: a worker that
+                    // does not come by is inside.
                     hand.until(device, "the other one hangs", |_| {
                         done.load(Ordering::Relaxed) == 2
                     });
@@ -134,13 +134,13 @@ fn an_upgrade_that_is_prepared_slowly_is_still_under_way_when_a_takeover_has_end
     assert_serving(&device, 4);
 }
 
-/// Steps until somebody else serves, and sees it serve.
+/// Steps until another domain serves, and sees it serve.
 #[track_caller]
 fn assert_taken_over(device: &Device, hand: &mut Hand) {
     // As workers do: they look whether the gate is open before they submit.
     hand.step();
     hand.submit([0]);
-    hand.until(device, "nobody took over", |hand| hand.ended.len() == 1);
+    hand.until(device, "no takeover", |hand| hand.ended.len() == 1);
     assert_eq!(hand.take_ended(), well([0]));
     assert_eq!(device.stage.lines("a", "got").last().map(String::as_str), Some("0:0"));
     device.until("not counted", || takeovers(device) == 1);
@@ -166,8 +166,8 @@ fn a_domain_that_died_since_the_gate_was_passed_is_not_given_anything() {
         let mut hand = device.worker(0);
         assert!(hand.step());
         device.proxy.set_write_cache(true);
-        let (dead, next) = if standby { ("b", "a") } else { ("a", "nobody") };
-        assert_eq!(hand.submit([3]), 1, "taken, by whoever comes");
+        let (dead, next) = if standby { ("b", "a") } else { ("a", "none") };
+        assert_eq!(hand.submit([3]), 1, "taken, by what comes");
         hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
         assert_eq!(device.stage.lines(dead, "got"), [] as [&str; 0]);
         let expected = if standby { vec!["0:3"] } else { vec![] };
@@ -186,7 +186,7 @@ fn a_panic_about_the_write_cache_is_a_death_too() {
 }
 
 #[test]
-fn the_write_cache_is_off_when_whoever_lives_has_turned_it_off() {
+fn the_write_cache_is_off_when_the_live_domain_has_turned_it_off() {
     // It dies in being told, or has died just before.
     for broken in ["cache", "memory"] {
         for _ in 0..50 {
@@ -205,7 +205,7 @@ fn the_write_cache_is_off_when_whoever_lives_has_turned_it_off() {
 }
 
 #[test]
-fn the_write_cache_is_turned_off_by_whoever_brings_the_device_back() {
+fn the_write_cache_is_turned_off_by_what_brings_the_device_back() {
     let device = Device::start(1, &["break=cache"]);
     device.proxy.set_write_cache(false);
     device.until("not faulted", || device.proxy.status().state == State::Faulted);
@@ -220,7 +220,7 @@ fn a_successor_that_cannot_turn_the_write_cache_off_does_not_take_over() {
     let device = Device::start(1, &["break=cache2"]);
     device.upgrade("plain", "b", &["break=cache1"]).expect("committed");
     device.proxy.set_write_cache(false);
-    device.until("nobody noticed", || device.proxy.status().state == State::Faulted);
+    device.until("not noticed", || device.proxy.status().state == State::Faulted);
     let left = device.proxy.stop();
     assert!(left.len() == 1 && left[0].contains("nobody was there to flush"), "{left:?}");
 }
@@ -236,7 +236,7 @@ fn a_write_cache_that_a_takeover_does_not_turn_off_in_time_is_not_lost_in_silenc
 }
 
 #[test]
-fn a_panic_while_nobody_is_connected_is_noticed_by_who_comes_next() {
+fn a_panic_without_a_session_is_noticed_by_the_next_worker() {
     let device = with_standby(1, &["break=detach"]);
     drop(device.worker(0));
     let mut hand = device.worker(0);
@@ -244,7 +244,7 @@ fn a_panic_while_nobody_is_connected_is_noticed_by_who_comes_next() {
 }
 
 #[test]
-fn a_panic_while_nobody_is_connected_does_not_stop_upgrades() {
+fn a_panic_without_a_session_does_not_stop_upgrades() {
     let device = with_standby(1, &["break=detach"]);
     drop(device.worker(0));
     device.until("no upgrade gets through", || device.upgrade("plain", "c", &[]).is_ok());
@@ -257,7 +257,7 @@ fn a_panic_in_cancel_is_a_death_too() {
     let mut hand = device.worker(0);
     hand.submit([0]);
     hand.worker.cancel();
-    hand.until(&device, "nobody took over", |hand| hand.ended.len() == 1);
+    hand.until(&device, "no takeover", |hand| hand.ended.len() == 1);
     assert_eq!(hand.take_ended(), well([0]));
     assert_serving(&device, 3);
 }
@@ -349,7 +349,7 @@ fn completions_in_the_wrong_queue_or_of_another_generation_are_dropped() {
     assert_eq!(
         (one.ended.len(), two.ended.len()),
         (0, 0),
-        "an answer to somebody else's request was taken"
+        "an answer to another queue's request was taken"
     );
     assert_eq!((one.worker.owing(), two.worker.owing()), (1, 1));
 }

@@ -192,7 +192,7 @@ impl<D: BlockDomain> ModuleLoader for Linked<D> {
     }
 }
 
-/// Whoever waits looks again by himself. The descriptor is there because a file without one does
+/// What waits looks again by itself. The descriptor is there because a file without one does
 /// not use io_uring.
 struct Silent(OwnedFd);
 

@@ -79,7 +79,7 @@ impl Watch {
         Self { workers: workers.collect(), since: Instant::now() }
     }
 
-    /// What becomes of those who are `missing`, by the slot of their reader, if each may take
+    /// What becomes of those that are `missing`, by the slot of their reader, if each may take
     /// `patience` of its own time, and all of it together `bound` more.
     pub(crate) fn judge(&mut self, missing: &[usize], patience: Duration, bound: Duration) -> Late {
         let elapsed = self.since.elapsed();
@@ -121,7 +121,7 @@ impl Watch {
         self.since.elapsed()
     }
 
-    /// Which of those who are `missing` have been waiting for a CPU for a time that is worth a
+    /// Which of those that are `missing` have been waiting for a CPU for a time that is worth a
     /// word.
     pub(crate) fn starved(&self, missing: &[usize]) -> Vec<Starved> {
         let of = self.elapsed();

@@ -167,7 +167,7 @@ fn flush_on(
     deadline: Instant,
 ) -> Result<(), String> {
     let mut attachment = live.attach(queue).map_err(|error| {
-        // As for a worker: who cannot be attached to cannot serve.
+        // As for a worker: what cannot be attached to cannot serve.
         live.instance.mark_dead();
         error.to_string()
     })?;

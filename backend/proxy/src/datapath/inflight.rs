@@ -1,5 +1,5 @@
-//! The table of what is in flight on a queue: who has which request, what it is called, and what it
-//! was, to be run again.
+//! The table of what is in flight on a queue: which domain has which request, what it is called,
+//! and what it was, to be run again.
 //!
 //! A request that ends in the call that submits it never comes here; the batch that it is in says
 //! all that there is to know. What does not is entered when the call has returned. While the call
@@ -56,7 +56,7 @@ impl InflightTable {
         self.0[slot].request
     }
 
-    /// Enters a request, with who has it in its generation.
+    /// Enters a request, with the domain that has it in its generation.
     #[inline]
     pub(crate) fn enter(&mut self, request: &RawRequest, order: u64) {
         let slot = slot_of(request.tag);

@@ -64,7 +64,7 @@ pub(crate) struct QueueLine {
     pub(crate) replayed: AtomicU64,
 }
 
-/// Who serves a queue.
+/// What serves a queue.
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) queue: usize,
@@ -128,7 +128,7 @@ impl Queues {
             .and_then(|notifier| notifier.fd())
     }
 
-    /// Says who is the reader in `slot`.
+    /// Says what serves by the reader in `slot`.
     pub(crate) fn set_seat(&self, slot: usize, seat: Option<Seat>) {
         self.seats[slot].store(seat.map(Arc::new));
     }

@@ -1,4 +1,4 @@
-//! Events, numbered, for those who watch.
+//! Events, numbered, for clients that watch.
 
 use crate::record::report::Event;
 use crate::signal::lock;

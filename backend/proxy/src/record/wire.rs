@@ -18,7 +18,7 @@ impl Serialize for State {
     }
 }
 
-/// How `status` shows the device; `features` and `connected` are added by those who know them.
+/// How `status` shows the device; `features` and `connected` are the daemon's to add.
 impl Serialize for Status {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// Long enough for anything here, and the end of a test that hangs.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Nobody needs to be woken: the tests pump.
+/// No worker needs to be woken: the tests pump.
 struct Silent;
 
 impl Notifier for Silent {
