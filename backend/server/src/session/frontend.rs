@@ -3,7 +3,7 @@
 use super::lookout::SHARE;
 use super::queue_control::QueueControl;
 use super::rings::{Event, Vring};
-use super::session::{NotDrained, Session};
+use super::state::{NotDrained, Session};
 use crate::args::MAX_QUEUE_SIZE;
 use crate::log_limit;
 use crate::phase::Phase;

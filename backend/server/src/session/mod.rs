@@ -11,7 +11,7 @@
 //! second time.
 //!
 //! By file: `serve` (a session from beginning to end), `handle` (its end, from any thread),
-//! `frontend` (what the frontend's messages do), `session` (what there is, and how it ends),
+//! `frontend` (what the frontend's messages do), `state` (what there is, and how it ends),
 //! `queue_control` (a queue's thread, and what waits for it), `drain` (tickets), `rings` (the
 //! library's rings, with what it does not tell); `context`, `offer`, `memory`, `connection`,
 //! `lookout` and `config` are what all queues share, part by part. How far a session is stands in
@@ -34,8 +34,7 @@ mod offer;
 mod queue_control;
 mod rings;
 mod serve;
-#[allow(clippy::module_inception, reason = "it is the session itself")]
-mod session;
+mod state;
 #[cfg(test)]
 mod tests;
 

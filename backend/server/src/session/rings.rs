@@ -195,3 +195,98 @@ impl VringT<Memory> for Vring {
         self.ring.set_err(file);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raw_fd;
+    use std::sync::Mutex;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    const LARGEST: u16 = 64;
+
+    /// A ring, and what has been told of it.
+    fn ring() -> (Vring, Arc<Mutex<Vec<Event>>>) {
+        let memory = GuestMemoryAtomic::new(crate::testing::map());
+        let ring = Vring::new(memory, Vring::LARGEST).unwrap();
+        let told = Arc::<Mutex<Vec<Event>>>::default();
+        ring.listen(LARGEST, {
+            let told = Arc::clone(&told);
+            move |event| told.lock().unwrap().push(event)
+        });
+        (ring, told)
+    }
+
+    fn take(told: &Mutex<Vec<Event>>) -> Vec<Event> {
+        std::mem::take(&mut told.lock().unwrap())
+    }
+
+    #[test]
+    fn a_ring_has_the_largest_size_until_it_has_another() {
+        let (ring, told) = ring();
+        assert_eq!(ring.get_ref().get_queue().size(), LARGEST);
+        ring.set_queue_size(16);
+        assert_eq!((ring.get_ref().get_queue().size(), take(&told)), (16, vec![Event::HasSize]));
+    }
+
+    #[test]
+    fn a_size_that_cannot_be_is_refused_until_there_is_another() {
+        let (ring, told) = ring();
+        for size in [0, 48, 2 * LARGEST] {
+            ring.set_queue_size(size);
+            assert_eq!(take(&told), [Event::IsRefused(size)]);
+            assert!(ring.set_queue_info(0x1000, 0x2000, 0x3000).is_err(), "{size}");
+            ring.set_queue_ready(true);
+            assert!(!ring.get_ref().get_queue().ready(), "{size}");
+            assert_eq!(ring.get_ref().get_queue().size(), LARGEST, "{size}");
+            take(&told);
+        }
+        ring.set_queue_size(LARGEST);
+        ring.set_queue_info(0x1000, 0x2000, 0x3000).unwrap();
+        ring.set_queue_ready(true);
+        assert!(ring.get_ref().get_queue().ready());
+        assert_eq!(take(&told), [Event::HasSize, Event::Starts]);
+    }
+
+    #[test]
+    fn a_start_is_told_of_however_it_comes() {
+        let (ring, told) = ring();
+        ring.set_enabled(true);
+        assert_eq!(take(&told), [], "it is not ready");
+        ring.set_queue_ready(true);
+        assert_eq!(take(&told), [Event::Starts]);
+        ring.set_enabled(false);
+        ring.set_enabled(true);
+        assert_eq!(take(&told), [Event::Starts], "as after RESET_DEVICE");
+        ring.set_queue_ready(false);
+        assert_eq!(take(&told), []);
+    }
+
+    #[test]
+    fn a_position_from_elsewhere_is_told_of() {
+        let (ring, told) = ring();
+        for (base, is_elsewhere) in [(0, false), (7, true), (7, false), (0, false), (9, true)] {
+            ring.set_queue_next_avail(base);
+            let expected: &[_] = if is_elsewhere { &[Event::ComesFromElsewhere] } else { &[] };
+            assert_eq!(take(&told), expected, "{base}");
+            assert_eq!(ring.queue_next_avail(), base);
+        }
+    }
+
+    #[test]
+    fn a_new_call_descriptor_is_called() {
+        let (ring, _) = ring();
+        ring.set_call(None);
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        ring.set_call(Some(File::from(raw_fd::dup(&call).unwrap())));
+        assert_eq!(call.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_second_listener_is_not_told() {
+        let (ring, told) = ring();
+        ring.listen(2 * LARGEST, |_| panic!("it is told"));
+        ring.set_queue_size(2 * LARGEST);
+        assert_eq!(take(&told), [Event::IsRefused(2 * LARGEST)]);
+    }
+}

@@ -3,7 +3,7 @@
 use super::config::SessionConfig;
 use super::frontend::{Backend, Failure, Frontend};
 use super::handle::{Running, SessionHandle};
-use super::session::Session;
+use super::state::Session;
 use proxy::DomainProxy;
 use std::io;
 use std::os::unix::net::UnixListener;

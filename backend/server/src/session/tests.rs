@@ -6,7 +6,7 @@ use super::drain::Outcome;
 use super::frontend::{Backend, Frontend, how_to_size};
 use super::queue_control::QueueControl;
 use super::rings::Vring;
-use super::session::{NotDrained, Session};
+use super::state::{NotDrained, Session};
 use crate::phase::Phase;
 use crate::testing::{self, Guest, Kind, PATIENCE, Puppets, SIZE, Silent, until};
 use proxy::State;
