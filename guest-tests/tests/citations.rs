@@ -201,6 +201,18 @@ fn wrong_links(document: &Source, paths: &[String]) -> Vec<String> {
     wrong
 }
 
+/// The items of types that a document names in backticks and that are not there.
+fn wrong_items(document: &Source, items: &Items) -> Vec<String> {
+    let lines = document.text.lines().enumerate();
+    let cited = lines.flat_map(|(at, line)| cited(line).map(move |cited| (at + 1, cited)));
+    let is_wrong =
+        |cited: &str| type_and_item(cited).is_some_and(|(of, item)| !items.has(of, item));
+    cited
+        .filter(|(_, cited)| is_wrong(cited))
+        .map(|(line, cited)| format!("{}:{line}: `{cited}`", document.path))
+        .collect()
+}
+
 /// The paths of all files, from the workspace.
 fn all_paths() -> Vec<String> {
     let root = workspace();
@@ -225,9 +237,18 @@ fn what_documents_link_to_exists() {
     let read = |path: &String| {
         std::fs::read_to_string(workspace().join(path)).expect("a document in UTF-8")
     };
+    let items = Items::of(&sources());
     let wrong = documents
         .into_iter()
-        .flat_map(|path| wrong_links(&Source { path: path.clone(), text: read(path) }, &paths))
+        .flat_map(|path| {
+            let document = Source { path: path.clone(), text: read(path) };
+            let mut wrong = wrong_links(&document, &paths);
+            // What was decided once names what was there then.
+            if !path.contains("/decisions/") {
+                wrong.extend(wrong_items(&document, &items));
+            }
+            wrong
+        })
         .collect::<Vec<_>>();
     assert!(wrong.is_empty(), "documents name what is not there:\n{}", wrong.join("\n"));
 }
@@ -244,6 +265,11 @@ fn a_link_to_nothing_is_found() {
     ] {
         assert_eq!(wrong(good), Vec::<String>::new(), "{good}");
     }
+    let code = Source { path: "a.rs".into(), text: "struct Thing { field: u8 }".into() };
+    let document = |text: &str| Source { path: "A.md".into(), text: text.into() };
+    let items = Items::of(&[code]);
+    assert_eq!(wrong_items(&document("`Thing::field`, `a::b`"), &items), [""; 0]);
+    assert_eq!(wrong_items(&document("`Thing::gone`"), &items).len(), 1);
     for bad in ["[x](README.md)", "[x](../a/b.rs)", "see `backend/b`", "`a/c.rs`", "[x](c.md#d)"] {
         assert_eq!(wrong(bad).len(), 1, "{bad}");
     }

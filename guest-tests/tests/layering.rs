@@ -173,6 +173,62 @@ fn only_the_drawn_arrows_exist() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// The crates of the table in a document, and what each may know of ours.
+fn documented_arrows(document: &str) -> Vec<(String, BTreeSet<String>)> {
+    let rows = document.lines().filter(|line| line.starts_with("| `"));
+    let quoted = |cell: &str| cell.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    let rows = rows.map(|row| row.split(" | ").collect::<Vec<_>>());
+    rows.filter(|cells| cells.len() == 4)
+        .map(|cells| {
+            let names: Vec<String> = quoted(cells[0]);
+            (names.concat(), quoted(cells[3]).into_iter().collect())
+        })
+        .collect()
+}
+
+/// How a table of crates differs from the arrows. Its row `domain-*` stands for all domains.
+fn wrong_table(table: &[(String, BTreeSet<String>)], arrows: &[(&str, &[&str])]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (name, known) in arrows.iter().filter(|(name, _)| !is_domain(name)) {
+        let known: BTreeSet<String> = known.iter().map(|name| (*name).to_owned()).collect();
+        match table.iter().find(|(row, _)| row == name) {
+            None => wrong.push(format!("`{name}` is not in the table")),
+            Some((_, written)) if *written != known => {
+                wrong.push(format!("`{name}` knows {known:?}, and not {written:?}"));
+            }
+            Some(_) => {}
+        }
+    }
+    for (row, _) in table.iter().filter(|(row, _)| row != "domain-*") {
+        if !arrows.iter().any(|(name, _)| name == row) {
+            wrong.push(format!("`{row}` is no crate"));
+        }
+    }
+    wrong
+}
+
+#[test]
+fn the_drawn_arrows_are_those_of_the_architecture() {
+    let document = fs::read_to_string(workspace().join("backend/ARCHITECTURE.md")).unwrap();
+    let rooms = document.split("## Rooms").nth(1).expect("a table of rooms");
+    let rooms = rooms.split("\n## ").next().unwrap_or(rooms);
+    let wrong = wrong_table(&documented_arrows(rooms), ARROWS);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_table_that_differs_is_found() {
+    let table = "| crate | in | holds | knows |\n|---|---|---|---|\n\
+                 | `a` | `x/a` | `stuff` | nothing |\n| `b` | `x/b` | x | `a`, `c` |\n\
+                 | `c` | `x/c` | x | `a` |\n| `domain-*` | `y` | x | `a` |\n";
+    let table = documented_arrows(table);
+    let arrows: &[(&str, &[&str])] =
+        &[("a", &[]), ("b", &["c", "a"]), ("c", &["a"]), ("domain-x", &["a"])];
+    assert_eq!(wrong_table(&table, arrows), [""; 0]);
+    let other: &[(&str, &[&str])] = &[("a", &[]), ("b", &["a"]), ("d", &[])];
+    assert_eq!(wrong_table(&table, other).len(), 3, "{:?}", wrong_table(&table, other));
+}
+
 #[test]
 fn a_made_up_arrow_is_found() {
     let rooms: BTreeSet<String> = ARROWS.iter().map(|(name, _)| (*name).to_owned()).collect();
