@@ -467,3 +467,6 @@ impl DomainProxy {
         std::mem::take(&mut lock(&self.view).left)
     }
 }
+
+#[cfg(test)]
+mod tests;
