@@ -34,6 +34,8 @@ mod offer;
 mod queue_control;
 mod rings;
 mod serve;
+#[cfg(test)]
+mod serve_tests;
 mod state;
 #[cfg(test)]
 mod tests;
