@@ -29,6 +29,10 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_millis(30)
 }
 
+fn in_time() -> Instant {
+    Instant::now() + PATIENCE
+}
+
 /// A session of one queue, without a frontend.
 struct Bench {
     guest: Guest,
@@ -121,7 +125,7 @@ fn a_queue_with_nothing_in_flight_is_drained_at_once_and_goes_on() {
         assert_eq!(bench.session().drain_queue(0), Ok(()));
         bench.control().wake();
         until("answers", || bench.guest.used_idx() == 2);
-        assert_eq!(bench.control().wait_drained(soon()), Outcome::Clean);
+        assert_eq!(bench.control().wait_drained(in_time()), Outcome::Clean);
     });
 }
 
@@ -187,7 +191,7 @@ fn a_session_that_drains_takes_nothing_more() {
         control.wake();
         assert_eq!(control.wait_drained(soon()), Outcome::TimedOut);
         bench.release();
-        assert_eq!(control.wait_drained(Instant::now() + PATIENCE), Outcome::Clean);
+        assert_eq!(control.wait_drained(in_time()), Outcome::Clean);
         assert_eq!((bench.guest.used_idx(), bench.vring.queue_next_avail()), (2, 2));
         bench.session().close();
         assert!(!context.phase.is_at(Phase::GaveUp), "there was no need");
@@ -206,7 +210,7 @@ fn a_drain_in_vain_leaves_the_requests_and_says_so() {
         bench.session().close();
         assert!(started.elapsed() < Duration::from_secs(5), "there is no patience left");
         assert_eq!(bench.puppets.stage.lines("a", "cancel").len(), 1, "the domain was asked");
-        assert_eq!(bench.control().wait_drained(soon()), Outcome::Clean, "the worker has left");
+        assert_eq!(bench.control().wait_drained(in_time()), Outcome::Clean, "the worker has left");
     });
     assert_eq!(bench.guest.used_idx(), 0, "nothing is published any more");
     let left = bench.puppets.proxy.stop();
