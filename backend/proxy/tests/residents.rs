@@ -287,3 +287,21 @@ fn what_is_let_go_of_is_not_waited_for_any_longer() {
     }
     assert!(shortest < Duration::from_millis(20), "{shortest:?}");
 }
+
+#[test]
+fn a_dead_domain_that_was_left_with_requests_is_not_waited_for() {
+    let device = Device::start(1, &[]);
+    device.upgrade("plain", "b", &["hold=true", "break=cache"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    // The session ends, and the request does not.
+    drop(hand);
+    let began = std::time::Instant::now();
+    device.proxy.set_write_cache(true);
+    device.until("not found dead", || device.proxy.status().state == State::Faulted);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let status = device.proxy.status();
+    let fault = status.fault.as_deref().unwrap_or_default();
+    assert!(fault.contains("stay unanswered"), "{status:?}");
+    assert_eq!(device.stage.lines("a", "got"), [""; 0], "`b` may still write to it");
+}

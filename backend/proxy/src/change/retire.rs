@@ -301,6 +301,8 @@ impl DomainProxy {
         loop {
             shared = match shared.take() {
                 Ok(instance) => return Ok(instance),
+                // It has been left with requests in flight: there is nothing to wait for.
+                Err(left @ Shared::Instance(_)) => return Err(left),
                 Err(shared) => shared,
             };
             let waited = began.elapsed();
@@ -320,7 +322,7 @@ impl DomainProxy {
 /// An instance on its way out of what shares it.
 enum Shared {
     Domain(LoadedDomain),
-    /// It has been left with requests in flight, or is.
+    /// Nothing but queues that were left with requests in flight shares it.
     Instance(Arc<Instance>),
 }
 
