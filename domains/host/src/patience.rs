@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 /// Between two looks at a thread.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 /// A thread's id, from the moment that it has begun.
 #[derive(Debug, Default)]
 pub(crate) struct ThreadId(AtomicI32);
@@ -86,7 +87,8 @@ impl Patience {
         if since >= LOOK_AGAIN {
             let seen = thread.look();
             self.starved += match (self.seen, seen) {
-                (Look::NotBegun, Look::NotBegun) => since,
+                // Nor had it begun at any look before.
+                (_, Look::NotBegun) => since,
                 (Look::Ready(before), Look::Ready(ran)) => {
                     since.saturating_sub(ran.saturating_sub(before))
                 }
