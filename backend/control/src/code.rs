@@ -4,79 +4,62 @@
 //! ([`OperationError::code`](crate::OperationError)). `backend/ERRORS.md` lists all of them; a test
 //! holds it against [`Code::ALL`].
 
-/// Why a request, or a call of `hotswapctl`, has no result.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
+/// Makes the enum, its list and its words from one table: no code is missing in one of them.
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $word:literal,)*) => {
+        /// Why a request, or a call of `hotswapctl`, has no result.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Code {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Code {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The word for programs: `data.code` of an error reply. It does not change.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $word,)*
+                }
+            }
+        }
+    };
+}
+
+codes! {
     /// A line is no JSON.
-    ParseError,
+    ParseError = "parse_error",
     /// A line is JSON, but no request.
-    InvalidRequest,
+    InvalidRequest = "invalid_request",
     /// There is no such method.
-    MethodNotFound,
+    MethodNotFound = "method_not_found",
     /// A parameter is unknown, missing, of another type or out of range.
-    InvalidParams,
+    InvalidParams = "invalid_params",
     /// An operation has panicked.
-    InternalError,
+    InternalError = "internal_error",
     /// The peer is neither root nor the daemon's own user.
-    PermissionDenied,
+    PermissionDenied = "permission_denied",
     /// There are as many clients as are served, or an idle one had to make room.
-    TooManyConnections,
+    TooManyConnections = "too_many_connections",
     /// The daemon cannot start a thread for a client.
-    NoResources,
+    NoResources = "no_resources",
     /// The request is for a device that the daemon does not have.
-    UnknownDevice,
+    UnknownDevice = "unknown_device",
     /// The daemon could not be asked. This and what follows is `hotswapctl`'s own.
-    Unreachable,
+    Unreachable = "unreachable",
     /// The daemon has not answered in time.
-    Timeout,
+    Timeout = "timeout",
     /// The daemon has ended the connection.
-    Disconnected,
+    Disconnected = "disconnected",
     /// The answer makes no sense.
-    BadReply,
+    BadReply = "bad_reply",
     /// The answer could not be printed.
-    OutputFailed,
+    OutputFailed = "output_failed",
 }
 
 impl Code {
-    /// All of them.
-    pub const ALL: [Code; 14] = [
-        Code::ParseError,
-        Code::InvalidRequest,
-        Code::MethodNotFound,
-        Code::InvalidParams,
-        Code::InternalError,
-        Code::PermissionDenied,
-        Code::TooManyConnections,
-        Code::NoResources,
-        Code::UnknownDevice,
-        Code::Unreachable,
-        Code::Timeout,
-        Code::Disconnected,
-        Code::BadReply,
-        Code::OutputFailed,
-    ];
-
-    /// The word for programs: `data.code` of an error reply. It does not change.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Code::ParseError => "parse_error",
-            Code::InvalidRequest => "invalid_request",
-            Code::MethodNotFound => "method_not_found",
-            Code::InvalidParams => "invalid_params",
-            Code::InternalError => "internal_error",
-            Code::PermissionDenied => "permission_denied",
-            Code::TooManyConnections => "too_many_connections",
-            Code::NoResources => "no_resources",
-            Code::UnknownDevice => "unknown_device",
-            Code::Unreachable => "unreachable",
-            Code::Timeout => "timeout",
-            Code::Disconnected => "disconnected",
-            Code::BadReply => "bad_reply",
-            Code::OutputFailed => "output_failed",
-        }
-    }
-
     /// JSON-RPC's number for it; those that JSON-RPC does not know have -32000, as the refusals of
     /// operations.
     #[must_use]
@@ -101,11 +84,8 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn every_code_is_listed_once() {
+    fn every_code_has_a_word_of_its_own() {
         let words: BTreeSet<_> = Code::ALL.iter().map(|code| code.as_str()).collect();
         assert_eq!(words.len(), Code::ALL.len());
-        // A code that is added after the last one and not listed would be one too many.
-        assert_eq!(Code::OutputFailed as usize + 1, Code::ALL.len());
-        assert!(Code::ALL.iter().enumerate().all(|(at, code)| *code as usize == at));
     }
 }

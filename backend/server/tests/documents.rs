@@ -67,7 +67,7 @@ fn every_code_is_documented() {
     let documented =
         [first_column(&errors, "The control socket"), first_column(&errors, "`hotswapctl` itself")]
             .concat();
-    let control = control::Code::ALL.map(control::Code::as_str);
+    let control = control::Code::ALL.iter().map(|code| code.as_str());
     assert_eq!(differences(&documented, &strings(control)), [""; 0], "of the control socket");
 }
 

@@ -4,7 +4,7 @@
 //! A descriptor chain comes in from a guest that may be broken or hostile, and leaves as one of
 //! three things: a request that a domain can carry out without looking at it twice, an answer that
 //! needs no domain, or a chain that cannot be answered ([`Parsed`]). Everything that the guest can
-//! get wrong is found here and nowhere else.
+//! get wrong in a chain is found here; what it can get wrong in its rings, in `virtqueue`.
 //!
 //! Invariants: what reaches a domain is inside guest memory and inside the announced capacity; each
 //! byte that a decision depends on is read from guest memory once; nothing here panics, blocks or

@@ -4,7 +4,7 @@
 //! memory that the segments and the status byte lie in. So it alone decides when either may change:
 //!
 //! * an entry is that of a chain's first descriptor, its *head*, which names one chain at a time:
-//!   the driver must not offer it again before it was given back (virtio 1.3, 2.7.13);
+//!   the driver must not offer it again before it was given back (virtio 1.2, 2.7.13);
 //! * the list of an entry is written between [`Parser::next`] and the moment when the entry is in
 //!   use, and not before the entry is free again;
 //! * the snapshot is replaced by [`RequestTable::replace_snapshot`], which keeps the old one mapped

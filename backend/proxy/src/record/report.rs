@@ -131,7 +131,7 @@ pub struct Phases {
     /// The new domain takes the storage up.
     #[serde(serialize_with = "serialize::micros")]
     pub activate: Duration,
-    /// Gate shut to gate open.
+    /// Gate shut to gate open; in a takeover, the death until another domain serves.
     #[serde(serialize_with = "serialize::micros")]
     pub pause: Duration,
     /// Until the old instance was not used any more.
@@ -262,7 +262,7 @@ pub enum Event {
     Started {
         /// What was asked for.
         change: Change,
-        /// The module's name or path; the standby's name for a rollback.
+        /// The module's name or path; `standby` for a rollback.
         target: String,
     },
     /// A change ended.

@@ -12,7 +12,9 @@ pub enum State {
     Serving,
     /// It serves, and a change is under way.
     Upgrading,
-    /// It has panicked: requests end with I/O errors until an upgrade brings the device back.
+    /// A domain has died, and what it had cannot go on: requests of the live one end with I/O
+    /// errors until an upgrade brings the device back, or those of a replaced one are never
+    /// answered.
     Faulted,
 }
 
