@@ -302,9 +302,18 @@ struct Textbook {
     /// What a reader would use: sound while the gate is open.
     poisoned: AtomicBool,
     stop: AtomicBool,
+    /// With one CPU nothing happens between two steps, unless a thread gives the CPU away there.
+    has_one_cpu: bool,
 }
 
 impl Textbook {
+    /// Between two steps whose order matters.
+    fn between(&self) {
+        if self.has_one_cpu {
+            thread::yield_now();
+        }
+    }
+
     /// How many sections found what they must not.
     fn read(&self, counts_first: bool) -> u64 {
         let mut bad = 0;
@@ -314,10 +323,13 @@ impl Textbook {
                 fence(Ordering::SeqCst);
                 if self.shut.load(Ordering::SeqCst) {
                     self.inside.fetch_sub(1, Ordering::SeqCst);
+                    self.between();
                     continue;
                 }
             } else {
-                if self.shut.load(Ordering::SeqCst) {
+                let is_shut = self.shut.load(Ordering::SeqCst);
+                self.between();
+                if is_shut {
                     continue;
                 }
                 self.inside.fetch_add(1, Ordering::SeqCst);
@@ -333,8 +345,10 @@ impl Textbook {
         fence(Ordering::SeqCst);
         while self.inside.load(Ordering::SeqCst) != 0 {
             std::hint::spin_loop();
+            self.between();
         }
         self.poisoned.store(true, Ordering::SeqCst);
+        self.between();
         (0..100).for_each(|_| std::hint::spin_loop());
         self.poisoned.store(false, Ordering::SeqCst);
         self.shut.store(false, Ordering::SeqCst);
@@ -342,7 +356,8 @@ impl Textbook {
 
     /// Bad sections and upgrades, after `budget` or the first bad one that is noticed.
     fn run(counts_first: bool, budget: Duration) -> (u64, u64) {
-        let textbook = Self::default();
+        let has_one_cpu = thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1);
+        let textbook = Self { has_one_cpu, ..Self::default() };
         thread::scope(|scope| {
             let readers = [(); 2].map(|()| scope.spawn(|| textbook.read(counts_first)));
             let (started, mut upgrades) = (Instant::now(), 0);
@@ -350,6 +365,7 @@ impl Textbook {
                 textbook.upgrade();
                 upgrades += 1;
                 (0..200).for_each(|_| std::hint::spin_loop());
+                textbook.between();
             }
             textbook.stop.store(true, Ordering::Relaxed);
             (readers.into_iter().map(|reader| reader.join().unwrap()).sum(), upgrades)
