@@ -115,13 +115,6 @@ impl RequestTable {
         }
     }
 
-    /// How many entries are not in use.
-    #[must_use]
-    #[inline]
-    pub fn available(&self) -> usize {
-        self.limit - self.in_use()
-    }
-
     /// How many entries are in use.
     #[must_use]
     #[inline]

@@ -4,7 +4,7 @@
 //! notifications on: a ring that does something when it is asked lets a test be quicker than that.
 
 use super::tests::Bench;
-use crate::testing::{AVAIL, Kind, Puppets};
+use crate::testing::{AVAIL, Kind, NEXT, Puppets, SIZE, WRITE};
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
@@ -12,6 +12,9 @@ use std::time::Duration;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// The descriptor flag of a table.
+const INDIRECT: u16 = 4;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -159,4 +162,62 @@ fn a_driver_that_announces_what_does_not_come_keeps_no_worker_running() {
     });
     assert_eq!(bench.guest.used().len(), 1);
     assert_eq!(bench.puppets.proxy.status().queues[0].malformed, 1, "the ring makes no sense");
+}
+
+/// A bench whose domain has died with `count` requests that can never be answered; another serves,
+/// and the ring is set up again.
+fn with_lost(count: u16, submit: impl Fn(&mut Bench)) -> Bench {
+    let puppets = Puppets::with_standby(1, &["hold=true", "break=reap,drop"]);
+    let mut bench = Bench::with(puppets, false, Duration::ZERO);
+    submit(&mut bench);
+    bench.serve_until("requests", |bench| bench.worker.awaited() == usize::from(count));
+    bench.release();
+    bench.serve_until("a verdict", |bench| bench.worker.unanswerable() == usize::from(count));
+    bench.puppets.upgrade("c", &[]).expect("an upgrade");
+    bench.vring.set_queue_ready(false);
+    bench.serve();
+    bench.vring.set_queue_ready(true);
+    bench.serve();
+    bench
+}
+
+#[test]
+fn the_head_of_a_lost_request_that_comes_while_the_worker_lies_down_is_served() {
+    let mut bench = with_lost(2, |bench| bench.guest.reads(0..2));
+    let head = bench.guest.request(0, Kind::Read(512));
+    bench.guest.put(2, head);
+    bench.guest.set_avail_idx(2);
+    let memory = bench.guest.memory.clone();
+    let asked = move || set_avail_idx(&memory, 3);
+    let ring = Interposed { ring: bench.vring.clone(), asked };
+    bench.serve_between(&ring, |_| false);
+    bench.serve();
+    let malformed = bench.puppets.proxy.status().queues[0].malformed;
+    assert_eq!((bench.guest.used_idx(), malformed), (1, 0));
+}
+
+#[test]
+fn a_ring_whose_heads_are_all_those_of_lost_requests_is_served_when_it_is_set_up_again() {
+    // One descriptor each, of a table with two.
+    let flush = |bench: &Bench, head: u16| {
+        let (header, table) = (0x7000 + 16 * u64::from(head), 0x6000 + 64 * u64::from(head));
+        bench.guest.write(header, 4u32);
+        for (at, addr, len, flags) in
+            [(table, header, 16u32, NEXT), (table + 16, 0x5000 + u64::from(head), 1, WRITE)]
+        {
+            bench.guest.write(at, addr);
+            bench.guest.write(at + 8, len);
+            bench.guest.write(at + 12, flags);
+            bench.guest.write(at + 14, 1u16);
+        }
+        bench.guest.descriptor(head, table, 32, INDIRECT, 0);
+    };
+    let mut bench = with_lost(SIZE, |bench| {
+        for head in 0..SIZE {
+            flush(bench, head);
+            bench.guest.offer(head);
+        }
+    });
+    bench.guest.offer(0);
+    bench.serve_until("an answer", |bench| bench.guest.used_idx() == 1);
 }

@@ -4,9 +4,9 @@ use super::{BatchInputs, QueueWorker};
 use crate::phase::{Phase, PhaseCell};
 use crate::testing::{self, END, Guest, Kind, NEXT, NONE, PATIENCE, Puppets, SIZE, Silent, WRITE};
 use proxy::State;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_blk::{Limits, features};
@@ -22,9 +22,9 @@ pub(super) struct Bench {
     pub(super) puppets: Puppets,
     pub(super) vring: VringMutex,
     phase: Arc<PhaseCell>,
-    worker: QueueWorker,
+    pub(super) worker: QueueWorker,
     limits: Limits,
-    memory_version: u64,
+    memory_version: AtomicU64,
 }
 
 impl Bench {
@@ -41,7 +41,7 @@ impl Bench {
         let device = puppets.proxy.worker(0, slots, Box::new(Silent)).expect("a free slot");
         let worker = QueueWorker::new(device, 0, SIZE, poll, Arc::clone(&phase));
         let limits = Limits::new(&puppets.proxy.domain().info, features::FLUSH);
-        Self { guest, puppets, vring, phase, worker, limits, memory_version: 1 }
+        Self { guest, puppets, vring, phase, worker, limits, memory_version: AtomicU64::new(1) }
     }
 
     /// Serves until the worker would sleep; `between` is called before each batch, and says whether
@@ -61,18 +61,19 @@ impl Bench {
         worker.serve(vring, || BatchInputs {
             stop_popping: between(guest),
             limits,
-            memory_version: *memory_version,
+            memory_version: memory_version.load(Ordering::Acquire),
+            newest_version: memory_version,
             memory: &guest.memory,
         });
     }
 
-    fn serve(&mut self) {
+    pub(super) fn serve(&mut self) {
         self.serve_with(|_| false);
     }
 
     /// Serves again and again until `done`.
     #[track_caller]
-    fn serve_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+    pub(super) fn serve_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.serve();
@@ -84,7 +85,7 @@ impl Bench {
         }
     }
 
-    fn release(&self) {
+    pub(super) fn release(&self) {
         self.puppets.stage.release.store(true, Ordering::Release);
     }
 
@@ -406,7 +407,7 @@ fn a_new_memory_map_waits_for_what_is_in_flight_in_the_old_one() {
     copy(&before, &after);
     drop(before);
     bench.guest.memory.lock().expect("no panic").replace(after);
-    bench.memory_version = 2;
+    bench.memory_version.store(2, Ordering::Release);
     bench.guest.reads(1..2);
     bench.serve();
     assert!(old.upgrade().is_some(), "something in flight points to it");
@@ -416,6 +417,40 @@ fn a_new_memory_map_waits_for_what_is_in_flight_in_the_old_one() {
     assert!(old.upgrade().is_none());
     bench.serve_until("its answer", |bench| bench.worker.awaited() == 0);
     assert_eq!(bench.guest.status(1), OK);
+}
+
+#[test]
+fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
+    for has_served in [true, false] {
+        let mut bench = Bench::new(&[]);
+        bench.guest.reads(0..u16::from(has_served));
+        bench.serve();
+        let old = bench.guest.memory.memory().into_inner();
+        let is_done = Cell::new(false);
+        let Bench { guest, worker, vring, limits, memory_version, .. } = &mut bench;
+        worker.serve(vring, || {
+            let seen = memory_version.load(Ordering::Acquire);
+            if !is_done.replace(true) {
+                // Between the look at the version and the look at the ring.
+                let new = testing::map();
+                copy(&old, &new);
+                guest.memory.lock().expect("no panic").replace(new);
+                memory_version.store(2, Ordering::Release);
+                let head = guest.request(1, Kind::Read(512));
+                guest.put(u16::from(has_served), head);
+                // It is the same ring in both.
+                copy(&guest.memory.memory().into_inner(), &old);
+            }
+            BatchInputs {
+                stop_popping: false,
+                limits,
+                memory_version: seen,
+                newest_version: memory_version,
+                memory: &guest.memory,
+            }
+        });
+        assert_eq!((guest.status(1), guest.used_idx()), (OK, 1 + u16::from(has_served)));
+    }
 }
 
 /// Copies all of guest memory.

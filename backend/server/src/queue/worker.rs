@@ -26,6 +26,7 @@ use crate::phase::{Phase, PhaseCell};
 use domain_abi::{RawRequest, Status};
 use proxy::{Ended, Gate, Worker, slot_of};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
 use virtio_blk::{DescriptorTable, Limits};
@@ -56,8 +57,10 @@ pub(crate) struct BatchInputs<'a> {
     pub(crate) stop_popping: bool,
     /// What requests are held against.
     pub(crate) limits: &'a Limits,
-    /// Version of the memory map.
+    /// Version of the memory map when the batch begins.
     pub(crate) memory_version: u64,
+    /// Version of the memory map at any time, to be loaded with Acquire.
+    pub(crate) newest_version: &'a AtomicU64,
     /// The memory map.
     pub(crate) memory: &'a Memory,
 }
@@ -69,8 +72,21 @@ enum Progress {
     Took,
     /// Only what had ended was given back.
     GaveBack,
+    /// There is more in the ring, which was looked at in vain.
+    Again,
     /// Nothing to do.
     Idle,
+}
+
+/// What there was in the ring.
+enum Popped {
+    /// Nothing that can be taken.
+    Nothing,
+    /// Chains, which are in the batch now.
+    Batch,
+    /// Chains that can be taken at the next look: in a memory map that was just replaced, or with
+    /// a head that is free now.
+    Later,
 }
 
 /// One queue's worker.
@@ -78,6 +94,7 @@ pub(crate) struct QueueWorker {
     /// The queue's side of the device.
     device: Worker,
     queue: usize,
+    queue_size: u16,
     requests: RequestTable,
     ring: RingState,
     /// A chain was taken.
@@ -102,6 +119,7 @@ impl QueueWorker {
         Self {
             device,
             queue,
+            queue_size,
             requests: RequestTable::new(queue_size, BATCH),
             ring: RingState::default(),
             has_taken: false,
@@ -174,7 +192,7 @@ impl QueueWorker {
             match round {
                 Progress::Took => self.poller.guest_came(),
                 Progress::GaveBack => self.poller.device_came(),
-                Progress::Idle => {}
+                Progress::Again | Progress::Idle => {}
             }
             if round != Progress::Idle {
                 promised = false;
@@ -236,8 +254,7 @@ impl QueueWorker {
 
     /// Turns notifications on; whether chains have come meanwhile.
     fn more_came(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> bool {
-        if !self.serves(vring, inputs) || self.is_backpressured() || self.requests.available() == 0
-        {
+        if !self.serves(vring, inputs) || self.is_backpressured() || self.room() == 0 {
             return false;
         }
         let Some(snapshot) = self.requests.snapshot() else { return false };
@@ -285,8 +302,10 @@ impl QueueWorker {
         if inputs.stop_popping || self.is_backpressured() || !self.refresh(inputs) {
             return collected;
         }
-        if !self.pop(vring, inputs.limits) {
-            return collected;
+        match self.pop(vring, inputs) {
+            Popped::Batch => {}
+            Popped::Nothing => return collected,
+            Popped::Later => return Progress::Again,
         }
         self.used.clear();
         let Self { device, requests, used, batch, .. } = self;
@@ -334,16 +353,18 @@ impl QueueWorker {
         true
     }
 
-    /// Takes up to a batch of chains and parses them. Returns whether there were any.
-    fn pop(&mut self, vring: &impl VringT<Memory>, limits: &Limits) -> bool {
-        let Some(snapshot) = self.requests.snapshot() else { return false };
+    /// Takes up to a batch of chains and parses them.
+    fn pop(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> Popped {
+        let Some(snapshot) = self.requests.snapshot() else { return Popped::Nothing };
+        let room = self.room();
+        let is_outdated = || inputs.newest_version.load(Ordering::Acquire) != inputs.memory_version;
         let mut state = vring.get_mut();
         if !is_on(&state) {
             self.ring = RingState::default();
-            return false;
+            return Popped::Nothing;
         }
         if self.ring.is_broken {
-            return false;
+            return Popped::Nothing;
         }
         let queue: &mut Queue = state.get_queue_mut();
         let found = self.ring.views.view(snapshot, queue);
@@ -352,15 +373,24 @@ impl QueueWorker {
             Ok(found) => found,
             Err(error) => {
                 drop(state);
+                if is_outdated() {
+                    // The ring may lie in memory that has just been shared.
+                    return Popped::Later;
+                }
                 self.give_up(&error);
-                return false;
+                return Popped::Nothing;
             }
         };
         let first = queue.next_avail();
         self.ring.next_avail = first;
-        let take = usize::from(waiting).min(BATCH).min(self.requests.available()) as u16;
+        let take = usize::from(waiting).min(BATCH).min(room) as u16;
         if take == 0 {
-            return false;
+            return Popped::Nothing;
+        }
+        // A change of memory that was acknowledged holds for all that the driver sends after it.
+        // The version was looked at before the chains were seen, and both may have come in between.
+        if is_outdated() {
+            return Popped::Later;
         }
         if !self.ring.kicks_suppressed {
             // As long as the worker looks by itself.
@@ -374,13 +404,13 @@ impl QueueWorker {
         self.has_taken = true;
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
-        let Some(mut parser) = self.requests.parser() else { return false };
+        let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
         let tags = self.device.tags();
         let (mut bytes, mut in_use) = (0, None);
         while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.ring.next_avail);
             self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
-            match parser.next(table, chain, limits) {
+            match parser.next(table, chain, inputs.limits) {
                 Chain::Request(head, mut request) => {
                     bytes += request.len();
                     tags.name(&mut request, usize::from(head));
@@ -399,25 +429,35 @@ impl QueueWorker {
             }
         }
         queue.set_next_avail(self.ring.next_avail);
-        if let Some(head) = in_use {
-            self.offered_twice(head);
+        let has_taken = self.ring.next_avail != first;
+        match in_use {
+            Some(head) if !self.frees(head) && !has_taken => Popped::Nothing,
+            Some(_) if !has_taken => Popped::Later,
+            _ => Popped::Batch,
         }
-        true
     }
 
-    /// The driver offers a head whose entry is in use.
+    /// How many more requests there can be in flight: heads that are those of requests which will
+    /// never end are free.
+    fn room(&self) -> usize {
+        usize::from(self.queue_size).saturating_sub(self.device.awaited())
+    }
+
+    /// The driver offers a head whose entry is in use. Returns whether it can be taken after all;
+    /// else the ring is broken.
     #[cold]
-    fn offered_twice(&mut self, head: u16) {
+    fn frees(&mut self, head: u16) -> bool {
         let slot = usize::from(head);
         let is_taken = self.batch.iter().any(|request| slot_of(request.tag) == slot);
         if is_taken || self.device.is_awaited(slot) {
             notices::head_in_use(self.queue, head);
             self.device.count_malformed(1);
             self.ring.is_broken = true;
-        } else {
-            // It is that of a request which will never end, of a ring that was set up again since.
-            self.requests.set_aside(head);
+            return false;
         }
+        // It is that of a request which will never end, of a ring that was set up again since.
+        self.requests.set_aside(head);
+        true
     }
 
     /// Answers the chains of the batch that are not the domain's, up to the first request that the

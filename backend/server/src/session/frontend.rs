@@ -165,6 +165,14 @@ impl VhostUserBackend for Backend {
         for queue in 0..self.num_queues() {
             if let Err(error) = self.0.session.drain_queue(queue) {
                 log::error!("device reset: {error}");
+                if matches!(error, NotDrained::TimedOut { .. }) {
+                    // What is in flight must not be answered in the ring that the driver sets up
+                    // now.
+                    let context = &self.0.session.context;
+                    context.phase.advance_to(Phase::GaveUp);
+                    context.connection.end();
+                    return;
+                }
             }
         }
         self.0.session.context.offer.reset();

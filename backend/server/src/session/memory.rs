@@ -34,6 +34,11 @@ impl SharedMemory {
         self.version.load(Ordering::Acquire)
     }
 
+    /// The version, to be loaded with Acquire.
+    pub(super) const fn newest(&self) -> &AtomicU64 {
+        &self.version
+    }
+
     /// Whether the frontend has shared any.
     pub(super) fn was_shared(&self) -> bool {
         self.version.load(Ordering::Relaxed) > 1

@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled
 /// before: a guest that comes back must not find errors that were made by our leaving.
-pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// How often a thread that waits for a drain looks whether it still should.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -180,6 +180,7 @@ impl QueueControl {
             stop_popping: context.phase.is_at(Phase::Draining) || self.drain.newest() != ticket,
             limits: &limits,
             memory_version: context.memory.version(),
+            newest_version: context.memory.newest(),
             memory: context.memory.map(),
         });
         context.lookout.note(self.queue, worker.has_taken(), || worker.is_blank(vring));

@@ -331,3 +331,20 @@ fn a_ring_of_a_size_that_cannot_be_is_refused_with_a_cure() {
     assert!(how_to_size(256, 128).contains("--queue-size 256"));
     assert!(how_to_size(4096, 128).contains("is the most that there can be"));
 }
+
+#[test]
+fn a_reset_that_is_not_drained_in_time_ends_the_session() {
+    // After a swap the domain that keeps a request does not serve any more, so it can be left.
+    let mut bench = Bench::new(&["hold=true", "swap=true"]);
+    bench.submit(0..1);
+    bench.run(|| {
+        until("a request", || bench.in_flight() == 1);
+        bench.puppets.upgrade("b", &["swap=true"]).expect("a swap");
+        bench.control().wake();
+        bench.backend.reset_device();
+        assert!(bench.context().phase.is_at(Phase::GaveUp), "a new ring would get its answer");
+        bench.release();
+        assert_eq!(bench.control().wait_drained(in_time()), Outcome::Clean);
+        assert_eq!(bench.guest.used_idx(), 0, "nothing is published any more");
+    });
+}
