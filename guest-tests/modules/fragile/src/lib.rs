@@ -79,12 +79,14 @@ impl BlockDomain for Fragile {
         batch: &mut Batch<'_>,
         completions: &mut Completions<'_>,
     ) {
+        let room = completions.room();
         self.file.submit(queue, batch, completions);
         let left = self
             .calls
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |calls| calls.checked_sub(1));
         if left.is_err() {
-            assert!(self.in_reap, "as it was told to");
+            // On a busy machine the kernel may have answered by now, so that nothing is reaped.
+            assert!(self.in_reap && completions.room() == room, "as it was told to");
             self.is_due.store(true, Ordering::Relaxed);
         }
     }
