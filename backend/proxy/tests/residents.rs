@@ -305,3 +305,38 @@ fn a_dead_domain_that_was_left_with_requests_is_not_waited_for() {
     assert!(fault.contains("stay unanswered"), "{status:?}");
     assert_eq!(device.stage.lines("a", "got"), [""; 0], "`b` may still write to it");
 }
+
+#[test]
+fn an_end_that_hangs_holds_up_neither_a_look_nor_the_end_of_the_device() {
+    let device = Device::start(1, &["wait=cache,drop"]);
+    device.upgrade("plain", "b", &[]).expect("committed");
+    let second = Duration::from_secs(1);
+    let options = Options { drain_timeout: second, starved_timeout: second, ..Options::default() };
+    std::thread::scope(|scope| {
+        let upgrade =
+            scope.spawn(|| device.upgrade_with("plain", "c", &["wait=activate"], options));
+        device.until("not begun", || !device.stage.lines("c", "waits").is_empty());
+        let told = scope.spawn(|| device.proxy.set_write_cache(false));
+        device.until("not told", || !device.stage.lines("a", "cache").is_empty());
+        device.stage.go.store(true, Ordering::Release);
+        upgrade.join().expect("no panic").expect("committed");
+        device.stage.go.store(false, Ordering::Release);
+        device.stage.release.store(true, Ordering::Release);
+        told.join().expect("no panic");
+    });
+    // Nothing uses `a` any more, and it does not come back from its end.
+    let began = std::time::Instant::now();
+    for _ in 0..10 {
+        let resident = device.proxy.status().resident;
+        assert!(resident.len() == 1 && resident[0].contains("in use"), "{resident:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("in use"), "{left:?}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    device.stage.go.store(true, Ordering::Release);
+    // Without a look.
+    device.until("not ended", || !device.stage.lines("a", "dropped").is_empty());
+    device.until("still reported", || device.proxy.status().resident.is_empty());
+    assert_eq!(device.stage.lines("a", "dropped").len(), 1);
+}

@@ -23,9 +23,9 @@ use crate::device::{DomainProxy, Others, Retiring};
 use crate::domain::LoadedDomain;
 use crate::record::code::Code;
 use crate::record::report::{Options, Phases, Refusal, Report, timed};
-use crate::signal::lock;
+use crate::signal::{Signal, lock};
 use domain_host::{Instance, Residency, Resident};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// How long a committed change waits for its predecessor to be let go before it reports it as
@@ -43,6 +43,9 @@ const MOMENT: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether that has let go: it does not say so.
 const MOMENT_LOOK: Duration = Duration::from_millis(1);
+
+/// Why an instance stays that something uses.
+const STILL_IN_USE: &str = "it is still in use";
 
 /// How long a thread that looks after a retiring domain waits for it at a time.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -253,7 +256,7 @@ impl DomainProxy {
     /// to the requests that it has: the error says why.
     ///
     /// One that is being told something is waited for as long as `limit`, but not when the live
-    /// domain has died or the device is about to end. Then it ends at a later look.
+    /// domain has died or the device is about to end. Then a thread ends it when that is over.
     pub(crate) fn retire(
         &self,
         domain: LoadedDomain,
@@ -269,12 +272,16 @@ impl DomainProxy {
                     self.storage.reclaim(id);
                     (retired.destroyed, retired.residency)
                 }
-                Err(shared) => {
+                Err(Shared::Instance(_)) => {
+                    (Ok(()), Residency::Running(Resident::for_good(STILL_IN_USE)))
+                }
+                Err(Shared::Domain(domain)) => {
                     let storage = Arc::clone(&self.storage);
                     let reclaim = move || {
                         storage.reclaim(id);
                     };
-                    (Ok(()), Residency::Running(ends_later(shared, reclaim)))
+                    let signal = Arc::clone(&self.signal);
+                    (Ok(()), Residency::Running(Latecomer::resident(domain, signal, reclaim)))
                 }
             });
         phases.retire += spent;
@@ -310,11 +317,7 @@ impl DomainProxy {
             if waited >= limit.max(MOMENT) || is_over {
                 return Err(shared);
             }
-            let is_free = || (!shared.is_used()).then_some(());
-            if self.signal.wait(Instant::now() + LOOK_EVERY, is_free).is_some() {
-                // But something still looks at it.
-                std::thread::sleep(MOMENT_LOOK);
-            }
+            shared.wait(&self.signal);
         }
     }
 }
@@ -335,40 +338,114 @@ impl Shared {
         Arc::try_unwrap(instance).map_err(Self::Instance)
     }
 
-    fn is_used(&self) -> bool {
+    /// Whether something uses it that will leave it.
+    fn is_awaited(&self) -> bool {
         match self {
-            Self::Domain(domain) => domain.is_used(),
-            Self::Instance(_) => true,
+            Self::Domain(domain) => domain.is_awaited(),
+            Self::Instance(_) => false,
+        }
+    }
+
+    /// Waits until nothing uses it, or for a while; it may then be there to be taken.
+    fn wait(&self, signal: &Signal) {
+        let is_free = || (!self.is_awaited()).then_some(());
+        if signal.wait(Instant::now() + LOOK_EVERY, is_free).is_some() {
+            // But something still looks at it.
+            std::thread::sleep(MOMENT_LOOK);
         }
     }
 }
 
-/// An instance that is still being told something: a look ends it when that is over.
-fn ends_later(instance: Shared, ended: impl Fn() + Send + Sync + 'static) -> Resident {
-    /// What is left of it.
-    enum Left {
-        Used(Shared),
-        Mapped(Resident),
-        Nothing,
+/// An instance that is still being told something. A thread of its own ends it when that is over:
+/// its end takes as long as the domain likes, so a look never waits for it.
+struct Latecomer {
+    left: Mutex<Left>,
+    signal: Arc<Signal>,
+    /// Called when it has ended.
+    ended: Box<dyn Fn() + Send + Sync>,
+}
+
+/// What is left of an instance that is ended late.
+enum Left {
+    /// It waits for a thread.
+    Used(LoadedDomain),
+    /// A thread ends it, or waits until it can.
+    Ending,
+    Mapped(Resident),
+    Nothing,
+}
+
+impl Latecomer {
+    fn resident(
+        domain: LoadedDomain,
+        signal: Arc<Signal>,
+        ended: impl Fn() + Send + Sync + 'static,
+    ) -> Resident {
+        let (left, ended) = (Mutex::new(Left::Used(domain)), Box::new(ended));
+        let late = Arc::new(Self { left, signal, ended });
+        late.look();
+        Resident::new(STILL_IN_USE, move || late.look())
     }
-    let left = Mutex::new(Left::Used(instance));
-    Resident::new("it is still in use", move || {
-        let mut left = lock(&left);
-        *left = match std::mem::replace(&mut *left, Left::Nothing) {
-            Left::Used(instance) => match instance.take() {
-                Err(shared) => Left::Used(shared),
-                Ok(instance) => {
-                    let residency = instance.retire().residency;
-                    ended();
-                    match residency {
-                        Residency::Gone => Left::Nothing,
-                        Residency::Resident(left) | Residency::Running(left) => Left::Mapped(left),
-                    }
-                }
-            },
-            Left::Mapped(resident) if !resident.is_gone() => Left::Mapped(resident),
-            Left::Mapped(_) | Left::Nothing => Left::Nothing,
+
+    /// Whether it is gone. Has a thread end it, if none does yet.
+    fn look(self: &Arc<Self>) -> bool {
+        let mut left = lock(&self.left);
+        let resident = match std::mem::replace(&mut *left, Left::Ending) {
+            Left::Used(domain) => {
+                *left = self.begin(domain);
+                return false;
+            }
+            Left::Ending => return false,
+            Left::Mapped(resident) => resident,
+            Left::Nothing => {
+                *left = Left::Nothing;
+                return true;
+            }
         };
-        matches!(*left, Left::Nothing)
-    })
+        *left = Left::Mapped(resident.clone());
+        drop(left);
+        resident.is_gone()
+    }
+
+    /// Gives `domain` to a thread. If there is none, a later look tries again.
+    fn begin(self: &Arc<Self>, domain: LoadedDomain) -> Left {
+        let (give, given) = mpsc::channel();
+        let late = Arc::clone(self);
+        let end = move || {
+            if let Ok(domain) = given.recv() {
+                late.end(domain);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("ending".to_owned()).spawn(end) {
+            log::warn!("no thread to end {}: {error}; `status` tries again", domain.label());
+            return Left::Used(domain);
+        }
+        match give.send(domain) {
+            Ok(()) => Left::Ending,
+            Err(mpsc::SendError(domain)) => Left::Used(domain),
+        }
+    }
+
+    fn end(&self, domain: LoadedDomain) {
+        let label = domain.label();
+        let mut shared = Shared::Domain(domain);
+        let instance = loop {
+            shared = match shared.take() {
+                Ok(instance) => break instance,
+                // It has been left with requests in flight: it stays.
+                Err(Shared::Instance(_)) => return,
+                Err(shared) => shared,
+            };
+            shared.wait(&self.signal);
+        };
+        let retired = instance.retire();
+        if let Err(error) = retired.destroyed {
+            log::warn!("{label} did not end well: {error}");
+        }
+        (self.ended)();
+        *lock(&self.left) = match retired.residency {
+            Residency::Gone => Left::Nothing,
+            Residency::Resident(left) | Residency::Running(left) => Left::Mapped(left),
+        };
+    }
 }

@@ -20,7 +20,7 @@ impl Residents {
     /// What is mapped now though nothing needs it, and why.
     pub(crate) fn look(&self) -> Vec<String> {
         let known = lock(&self.0).clone();
-        // Without the lock: a look may have to end a module.
+        // Without the lock: a look may have to finish and unmap a module.
         let (gone, there): (Vec<_>, Vec<_>) =
             known.into_iter().partition(|(_, left)| left.is_gone());
         lock(&self.0).retain(|(label, left)| {
