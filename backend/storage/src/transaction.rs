@@ -97,7 +97,11 @@ impl Storage {
 
     /// Gives everything to `to`; the cost follows the number of objects.
     pub fn move_to(&self, to: DomainId) {
-        let inner = self.lock();
+        self.move_all(&self.lock(), to);
+    }
+
+    /// The same, for what has the lock: the owner does not change between a look and this.
+    fn move_all(&self, inner: &Inner, to: DomainId) {
         let from = self.owner();
         let moved = |result: Result<(), HeapError>| {
             result.expect("the storage's objects belong to the storage's owner");
@@ -120,8 +124,7 @@ impl Storage {
             bytes: BTreeMap::new(),
             files: BTreeMap::new(),
         });
-        drop(inner);
-        self.move_to(to);
+        self.move_all(&inner, to);
     }
 
     /// The owner has taken the storage up: what was replaced since [`begin`](Self::begin) is not
@@ -145,17 +148,18 @@ impl Storage {
         put_back(&self.heap, &mut inner.regions, transaction.regions, owner);
         put_back(&self.heap, &mut inner.bytes, transaction.bytes, owner);
         put_back(&self.heap, &mut inner.files, transaction.files, owner);
-        drop(inner);
-        self.move_to(transaction.from);
+        self.move_all(&inner, transaction.from);
     }
 
     /// Frees what the instance `id`, which has ended, still owned; never the storage, which the
     /// host holds until a successor takes it up. Says how many objects were freed.
     pub fn reclaim(&self, id: DomainId) -> usize {
+        let inner = self.lock();
         if self.owner() == id {
             // It died as the owner.
-            self.move_to(HOST);
+            self.move_all(&inner, HOST);
         }
+        drop(inner);
         self.heap.reclaim(id).objects
     }
 
@@ -435,6 +439,30 @@ mod tests {
                 );
                 assert!(b.set_schema(5).is_err() && a.set_schema(3).is_ok());
             }
+        }
+    }
+
+    #[test]
+    fn what_is_reclaimed_of_one_that_gives_the_storage_away_is_not_taken_from_the_next() {
+        let storage = Storage::default();
+        storage.move_to(DomainId(1));
+        // So many that it takes its time to give them away.
+        for key in 0..200 {
+            storage.set_bytes(DomainId(1), &format!("{key}"), b"x").unwrap();
+        }
+        for round in 0..if cfg!(miri) { 3 } else { 500 } {
+            let (old, next) = (DomainId(2 * round + 1), DomainId(2 * round + 2));
+            storage.move_to(old);
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    storage.reclaim(old);
+                });
+                start.wait();
+                storage.move_to(next);
+            });
+            assert_eq!(storage.owner(), next, "in round {round}");
         }
     }
 }
