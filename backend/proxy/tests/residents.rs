@@ -340,3 +340,21 @@ fn an_end_that_hangs_holds_up_neither_a_look_nor_the_end_of_the_device() {
     device.until("still reported", || device.proxy.status().resident.is_empty());
     assert_eq!(device.stage.lines("a", "dropped").len(), 1);
 }
+
+#[test]
+fn a_dead_standby_that_is_rolled_back_to_is_ended_and_reported_as_long_as_it_stays() {
+    let device = Device::start(1, &["break=cache1", "thread=true"]);
+    device.upgrade("plain", "b", &[]).expect("committed");
+    // `a` dies of it.
+    device.proxy.set_write_cache(true);
+    device.rollback().expect_err("it is dead");
+    assert_eq!(device.stage.lines("a", "dropped").len(), 1);
+    let status = device.proxy.status();
+    assert!(status.standby.is_none(), "{status:?}");
+    assert!(
+        status.resident.len() == 1 && status.resident[0].contains("thread `puppet`"),
+        "{status:?}"
+    );
+    device.stage.end.store(true, Ordering::Release);
+    device.until("still reported", || device.proxy.status().resident.is_empty());
+}

@@ -90,8 +90,13 @@ impl DomainProxy {
             };
             let kept = Arc::clone(&standby);
             let result = self.replace(others, standby, options, Phases::default());
-            if result.is_err() && !kept.is_dead() {
-                others.standby = Some(kept);
+            if result.is_err() {
+                if kept.is_dead() {
+                    // It was replaced before, and has no requests.
+                    let _ = self.retire(kept, options.limit(), &mut Phases::default());
+                } else {
+                    others.standby = Some(kept);
+                }
             }
             result
         })
