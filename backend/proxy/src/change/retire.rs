@@ -35,7 +35,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 /// About as long as it takes a worker to be woken and to attach.
 const SOON: Duration = Duration::from_micros(50);
 
-/// How long a change waits for the predecessor of the one before to be let go.
+/// How long a change waits, at least, for the predecessor of the one before to be let go.
 const EARLIER_PATIENCE: Duration = Duration::from_millis(100);
 
 /// How long what has only looked at an instance takes to let go of it, at most.
@@ -215,6 +215,8 @@ impl DomainProxy {
         others: &mut Others,
         options: Options,
     ) -> Result<(), Refusal> {
+        // No request waits for this: the gate is open.
+        let patience = EARLIER_PATIENCE.max(options.drain_timeout);
         let mut watch = None;
         while let Some(retiring) = &others.retiring {
             let domain = Arc::clone(&retiring.domain);
@@ -227,7 +229,7 @@ impl DomainProxy {
             }
             let watch = watch.get_or_insert_with(|| Watch::begin(&self.queues));
             let users = self.queues.slots_of(domain.attached());
-            match watch.judge(&users, EARLIER_PATIENCE, self.patience(options)) {
+            match watch.judge(&users, patience, self.patience(options)) {
                 Late::Wait(longer) => {
                     let is_over = || (!domain.is_used() || self.live_has_died()).then_some(());
                     self.signal.wait(Instant::now() + longer, is_over);
