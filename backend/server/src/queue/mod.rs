@@ -1,8 +1,10 @@
 //! A virtqueue's worker: the way of a request from kick to call.
 //!
-//! By file: `worker` (the loop), `ring` (what is known of a ring while it is on), `poller` (look
-//! again, or sleep?), `notices` (what the log is told of a guest's mistakes).
+//! By file: `worker` (the loop), `inputs` (what it is given for each batch), `ring` (what is known
+//! of a ring while it is on), `poller` (look again, or sleep?), `notices` (what the log is told of
+//! a guest's mistakes).
 
+mod inputs;
 mod notices;
 mod poller;
 mod ring;
@@ -13,4 +15,5 @@ mod race_tests;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use worker::{BatchInputs, QueueWorker};
+pub(crate) use inputs::BatchInputs;
+pub(crate) use worker::QueueWorker;

@@ -19,6 +19,7 @@
 //! Deliberately absent: which domain serves (`proxy`), and when sessions begin and end
 //! (`session/`).
 
+use super::inputs::{BatchInputs, Memory};
 use super::notices;
 use super::poller::{Awaited, Poller};
 use super::ring::{RingState, is_on};
@@ -26,16 +27,12 @@ use crate::phase::{Phase, PhaseCell};
 use domain_abi::{RawRequest, Status};
 use proxy::{Ended, Gate, Worker, slot_of};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost_user_backend::{VringState, VringT};
-use virtio_blk::{DescriptorTable, Limits};
+use virtio_blk::DescriptorTable;
 use virtio_queue::{Error, Queue, QueueT};
 use virtqueue::{Chain, RequestTable, Snapshot, Used, ViewCache};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-
-/// Guest memory, as the frontend's messages replace it.
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
 /// and the control messages never wait long, and that a driver that sleeps is being woken by the
@@ -49,21 +46,6 @@ const BATCH_BYTES: u64 = 8 << 20;
 /// of the CPU each time: about half a microsecond, which is how long an upgrade's gate or a control
 /// message may wait for it.
 const SPINS: u32 = 16;
-
-/// What the session says to a worker between two batches.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct BatchInputs<'a> {
-    /// Take nothing more.
-    pub(crate) stop_popping: bool,
-    /// What requests are held against.
-    pub(crate) limits: &'a Limits,
-    /// Version of the memory map when the batch begins.
-    pub(crate) memory_version: u64,
-    /// Version of the memory map at any time, to be loaded with Acquire.
-    pub(crate) newest_version: &'a AtomicU64,
-    /// The memory map.
-    pub(crate) memory: &'a Memory,
-}
 
 /// How a round went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

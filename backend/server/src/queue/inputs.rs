@@ -1,0 +1,23 @@
+//! What a worker is given for each batch.
+
+use std::sync::atomic::AtomicU64;
+use virtio_blk::Limits;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Guest memory, as the frontend's messages replace it.
+pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// What the session says to a worker between two batches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BatchInputs<'a> {
+    /// Take nothing more.
+    pub(crate) stop_popping: bool,
+    /// What requests are held against.
+    pub(crate) limits: &'a Limits,
+    /// Version of the memory map when the batch begins.
+    pub(crate) memory_version: u64,
+    /// Version of the memory map at any time, to be loaded with Acquire.
+    pub(crate) newest_version: &'a AtomicU64,
+    /// The memory map.
+    pub(crate) memory: &'a Memory,
+}
