@@ -358,3 +358,53 @@ fn a_dead_standby_that_is_rolled_back_to_is_ended_and_reported_as_long_as_it_sta
     device.stage.end.store(true, Ordering::Release);
     device.until("still reported", || device.proxy.status().resident.is_empty());
 }
+
+/// What CPU time this thread has had.
+fn cpu_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("this kernel counts");
+    let ran = text.split_whitespace().next().and_then(|ran| ran.parse().ok());
+    Duration::from_nanos(ran.expect("a number of nanoseconds"))
+}
+
+#[test]
+fn a_worker_that_does_not_pass_is_waited_for_asleep_and_the_takeover_gets_its_turn() {
+    let device = Device::start(1, &["swap=true", "die_at=1"]);
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    hand.until(&device, "no verdict", |hand| !hand.ended.is_empty());
+    // From now on it does not come by, and is attached to nothing.
+    std::thread::scope(|scope| {
+        let upgrade = |label| {
+            let drain_timeout = Duration::from_millis(100);
+            let options = Options { drain_timeout, ..Options::default() };
+            device.upgrade_with("plain", label, &["swap=true"], options)
+        };
+        for label in ["b", "c"] {
+            let report = scope.spawn(move || upgrade(label)).join().expect("no panic");
+            report.expect("committed");
+        }
+        assert!(device.stage.lines("b", "attach").is_empty());
+        let status = device.proxy.status();
+        assert!(status.standby.is_none() && status.resident.len() == 1, "{status:?}");
+        let spent = scope.spawn(move || {
+            let before = cpu_time();
+            let refusal = upgrade("d").expect_err("in use");
+            assert_eq!(refusal.code.as_str(), "previous_in_use");
+            cpu_time() - before
+        });
+        let spent = spent.join().expect("no panic");
+        assert!(spent < Duration::from_millis(20), "{spent:?} of 100 ms");
+        // What looks after `b` holds the lock for moments only.
+        let mut offered = 0;
+        let began = std::time::Instant::now();
+        while began.elapsed() < Duration::from_millis(500) {
+            let patience = Duration::from_micros(100);
+            offered +=
+                usize::from(device.proxy.offer(patience, |info| info.capabilities).is_some());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(offered > 50, "{offered}");
+    });
+    hand.until(&device, "still resident", |_| device.proxy.status().resident.is_empty());
+    assert!(device.proxy.status().standby.is_some());
+}

@@ -38,6 +38,9 @@ const SOON: Duration = Duration::from_micros(50);
 /// How long a change waits, at least, for the predecessor of the one before to be let go.
 const EARLIER_PATIENCE: Duration = Duration::from_millis(100);
 
+/// How long a change that comes later waits for a grace period at a time.
+const GRACE_LOOK: Duration = Duration::from_millis(10);
+
 /// How long what has only looked at an instance takes to let go of it, at most.
 const MOMENT: Duration = Duration::from_secs(1);
 
@@ -108,10 +111,14 @@ impl DomainProxy {
                 if !others.retiring.as_ref().is_some_and(is_it) {
                     return;
                 }
-                if proxy.release(&mut others, LOOK_EVERY) {
+                if proxy.release(&mut others, Duration::ZERO) {
                     proxy.finish_retiring(&mut others, RELEASE_TIMEOUT, &mut Phases::default());
                     return;
                 }
+                // A grace period does not say that it is over. It is not waited for with the lock.
+                drop(others);
+                drop(proxy);
+                std::thread::sleep(LOOK_EVERY);
             }
         };
         if let Err(error) = std::thread::Builder::new().name("retiring".to_owned()).spawn(look) {
@@ -220,7 +227,9 @@ impl DomainProxy {
         let mut watch = None;
         while let Some(retiring) = &others.retiring {
             let domain = Arc::clone(&retiring.domain);
-            if self.release(others, Duration::ZERO) {
+            // A grace period does not say that it is over, so it is waited for here.
+            let pause = if retiring.grace.is_some() { GRACE_LOOK } else { Duration::ZERO };
+            if self.release_unless(others, pause, || self.live_has_died()) {
                 break;
             }
             if self.live_has_died() {
