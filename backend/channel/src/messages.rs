@@ -1,0 +1,308 @@
+//! What is said, and what it means.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Of the messages. A side that is told of another one says so, and does not go on.
+pub const VERSION: u32 = 1;
+
+/// Names a descriptor that was sent once, for as long as the channel is open. Numbers are the
+/// server's, and come once.
+pub type Kept = u64;
+
+/// What a server is told once, before anything else, and what does not change while it lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Number of queues.
+    pub queues: u16,
+    /// Largest size of a queue.
+    pub queue_size: u16,
+    /// How long a worker polls before it sleeps, in microseconds.
+    pub poll_us: u64,
+    /// Which CPU each worker is kept on, in turn; none if empty.
+    #[serde(default)]
+    pub worker_cpus: Vec<usize>,
+    /// Where modules are looked up.
+    pub domain_dirs: Vec<PathBuf>,
+}
+
+/// What a server begins with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// With an empty storage and this module: a name or a path, and its parameters.
+    First {
+        /// Name or path.
+        domain: String,
+        /// Parameters.
+        params: BTreeMap<String, String>,
+    },
+    /// With what another server has left. Its descriptors come with the message, in the order of
+    /// [`Vault::objects`].
+    Vault(Vault),
+}
+
+/// A module whose bytes are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Module {
+    /// The domain's name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// Of its bytes, in hexadecimal.
+    pub sha256: String,
+    /// What it was prepared with, inherited parameters included.
+    pub params: BTreeMap<String, String>,
+    /// Its bytes: a sealed memfd.
+    pub image: Kept,
+}
+
+/// Memory of the storage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Region {
+    /// Its key.
+    pub key: String,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Its memfd.
+    pub memfd: Kept,
+}
+
+/// Bytes of the storage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bytes {
+    /// Their key.
+    pub key: String,
+    /// A memfd whose whole content they are.
+    pub memfd: Kept,
+}
+
+/// A file of the storage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// Its key.
+    pub key: String,
+    /// A descriptor of the same open file description, with its locks and its errors.
+    pub file: Kept,
+}
+
+/// What must outlive a server: everything that the next one needs to be the same device.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Vault {
+    /// Number of the live instance.
+    pub generation: u64,
+    /// The live module; none if the device is faulted.
+    pub live: Option<Module>,
+    /// The standby.
+    #[serde(default)]
+    pub standby: Option<Module>,
+    /// Why nothing serves, if nothing does.
+    #[serde(default)]
+    pub fault: Option<String>,
+    /// Number of the storage's schema, 0 while it is empty.
+    pub schema: u32,
+    /// Memory.
+    #[serde(default)]
+    pub regions: Vec<Region>,
+    /// Bytes.
+    #[serde(default)]
+    pub bytes: Vec<Bytes>,
+    /// Files.
+    #[serde(default)]
+    pub files: Vec<Stored>,
+    /// Why something that was written may be lost.
+    #[serde(default)]
+    pub failure: Option<String>,
+    /// What instances have counted.
+    #[serde(default)]
+    pub counters: BTreeMap<String, u64>,
+    /// Capabilities that a guest relies on, a bit each.
+    #[serde(default)]
+    pub required: u64,
+}
+
+impl Vault {
+    /// All that it refers to, without doubles, in a fixed order.
+    #[must_use]
+    pub fn objects(&self) -> Vec<Kept> {
+        let modules = self.live.iter().chain(&self.standby).map(|module| module.image);
+        let regions = self.regions.iter().map(|region| region.memfd);
+        let bytes = self.bytes.iter().map(|bytes| bytes.memfd);
+        let files = self.files.iter().map(|file| file.file);
+        let mut objects = Vec::new();
+        for object in modules.chain(regions).chain(bytes).chain(files) {
+            if !objects.contains(&object) {
+                objects.push(object);
+            }
+        }
+        objects
+    }
+}
+
+/// A request that is not to be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Its queue.
+    pub queue: u16,
+    /// Its first descriptor.
+    pub head: u16,
+    /// Its counter in the in-flight region.
+    pub counter: u64,
+}
+
+/// Where an in-flight region lies in its memfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InflightRegion {
+    /// Bytes before it.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Number of queues that it has room for.
+    pub queues: u16,
+    /// Number of entries of each queue.
+    pub queue_size: u16,
+}
+
+/// A session that begins: a frontend's, or one that is replayed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Session {
+    /// The supervisor's number of it; comes back with [`ToSupervisor::SessionEnded`].
+    pub number: u64,
+    /// The in-flight region, whose memfd is the second descriptor of the message.
+    #[serde(default)]
+    pub inflight: Option<InflightRegion>,
+    /// What is marked in flight is run one at a time, the oldest first, before anything new.
+    #[serde(default)]
+    pub cautious: bool,
+    /// Requests that are answered with an I/O error instead of being run.
+    #[serde(default)]
+    pub quarantined: Vec<Quarantined>,
+}
+
+/// What the supervisor says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToServer {
+    /// The first message: be this device. Answered with [`ToSupervisor::Ready`],
+    /// [`ToSupervisor::Prepared`] or [`ToSupervisor::Failed`].
+    Start {
+        /// [`VERSION`] of the supervisor.
+        version: u32,
+        /// What does not change.
+        settings: Settings,
+        /// What to begin with.
+        start: Start,
+        /// The device belongs to another server still: verify, load and prepare, and wait for
+        /// [`ToServer::Activate`].
+        prepare_only: bool,
+    },
+    /// The device is this server's now, as the vault has it. Its descriptors come as those of
+    /// [`Start::Vault`] do. Answered with [`ToSupervisor::Ready`] or [`ToSupervisor::Failed`].
+    Activate {
+        /// What the other server has left.
+        vault: Vault,
+    },
+    /// A frontend's connection waits at the listening socket that comes with this, the first
+    /// descriptor. Served when the session before has ended.
+    Session(Session),
+    /// The running session has another in-flight region from its next ring start on; its memfd
+    /// comes with this. Answered with [`ToSupervisor::InflightTaken`].
+    Inflight(InflightRegion),
+    /// A client of the control socket, which may command; its stream comes with this.
+    Client,
+    /// Stop serving at a batch boundary, with nothing in flight, and give the storage up. Answered
+    /// with [`ToSupervisor::Stopped`] or [`ToSupervisor::NotStopped`].
+    Stop {
+        /// How long to wait for requests in flight.
+        drain_timeout_ms: u64,
+    },
+    /// After [`ToServer::Stop`]: go on as before. Answered with [`ToSupervisor::Resumed`].
+    Resume,
+    /// After [`ToServer::Stop`]: end at once. Another server has the device.
+    Exit,
+    /// End as after SIGTERM: what is in flight is answered, the last flush done. The process's exit
+    /// status says whether all of it went well.
+    Shutdown {
+        /// Why, for the log.
+        why: String,
+    },
+    /// Are the workers alive? Answered with [`ToSupervisor::Pong`].
+    Ping {
+        /// Comes back.
+        number: u64,
+    },
+}
+
+/// What the server says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToSupervisor {
+    /// The device is this server's, and it serves.
+    Ready {
+        /// [`VERSION`] of the server.
+        version: u32,
+        /// Of the program.
+        program: String,
+        /// One sentence for the log.
+        serves: String,
+    },
+    /// All is ready but for what belongs to another server.
+    Prepared {
+        /// [`VERSION`] of the server.
+        version: u32,
+        /// Of the program.
+        program: String,
+    },
+    /// It cannot be this device; the process ends.
+    Failed {
+        /// A stable word.
+        code: String,
+        /// A sentence.
+        message: String,
+    },
+    /// What the next server needs, from now on. Descriptors come for the objects that were not
+    /// sent before, named by `new` in the same order.
+    Vault {
+        /// All there is.
+        vault: Vault,
+        /// The objects whose descriptors come with this.
+        new: Vec<Kept>,
+    },
+    /// A session is over, and everything of it has left.
+    SessionEnded {
+        /// [`Session::number`].
+        number: u64,
+        /// What went wrong, if something did.
+        error: Option<String>,
+    },
+    /// The region of the last [`ToServer::Inflight`] is used from the next ring start on.
+    InflightTaken,
+    /// The device is not this server's any more. The vault was sent before.
+    Stopped {
+        /// How long the rings had to be waited for, in nanoseconds.
+        drain_ns: u64,
+    },
+    /// It serves on.
+    NotStopped {
+        /// A stable word.
+        code: String,
+        /// A sentence.
+        message: String,
+    },
+    /// It serves again.
+    Resumed,
+    /// The answer to [`ToServer::Ping`].
+    Pong {
+        /// [`ToServer::Ping`]'s.
+        number: u64,
+        /// Queues whose worker has not come by since the last one, and is not asleep.
+        stuck: Vec<u16>,
+    },
+    /// The guest is to look at the configuration space again.
+    ConfigChanged,
+    /// A client has asked for the end.
+    ShutdownWanted,
+}

@@ -1,0 +1,4 @@
+//! The supervisor: what holds the frontend's connection, the control socket and the vault, so that
+//! the server beside it can die or be exchanged.
+
+#![forbid(unsafe_code)]
