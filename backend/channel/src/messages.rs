@@ -40,7 +40,7 @@ pub enum Start {
     },
     /// With what another server has left. Its descriptors come with the message, in the order of
     /// [`Vault::objects`].
-    Vault(Vault),
+    Vault(Box<Vault>),
 }
 
 /// A module whose bytes are kept.
@@ -203,7 +203,7 @@ pub enum ToServer {
     /// [`Start::Vault`] do. Answered with [`ToSupervisor::Ready`] or [`ToSupervisor::Failed`].
     Activate {
         /// What the other server has left.
-        vault: Vault,
+        vault: Box<Vault>,
     },
     /// A frontend's connection waits at the listening socket that comes with this, the first
     /// descriptor. Served when the session before has ended.
@@ -267,7 +267,7 @@ pub enum ToSupervisor {
     /// sent before, named by `new` in the same order.
     Vault {
         /// All there is.
-        vault: Vault,
+        vault: Box<Vault>,
         /// The objects whose descriptors come with this.
         new: Vec<Kept>,
     },

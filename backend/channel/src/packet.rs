@@ -210,7 +210,7 @@ mod tests {
             r#"{"vault":{"vault":{"generation":3,"live":null,"schema":1,"later":[]},"new":[]}}"#;
         let read: ToSupervisor = serde_json::from_str(newer).unwrap();
         let vault = Vault { generation: 3, schema: 1, ..Vault::default() };
-        assert_eq!(read, ToSupervisor::Vault { vault, new: Vec::new() });
+        assert_eq!(read, ToSupervisor::Vault { vault: Box::new(vault), new: Vec::new() });
     }
 
     #[test]
