@@ -29,6 +29,8 @@ pub struct LoadOptions {
     pub patience: Duration,
     /// Start of the random numbers; printed, and taken from `HOTSWAP_SEED` when that is set.
     pub seed: u64,
+    /// Print nothing.
+    pub is_quiet: bool,
 }
 
 impl LoadOptions {
@@ -48,6 +50,7 @@ impl LoadOptions {
             unknown_content: false,
             patience: Duration::from_secs(20),
             seed: given.unwrap_or(clock),
+            is_quiet: false,
         }
     }
 
@@ -78,6 +81,7 @@ pub(super) struct Shared {
 pub struct Load {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<LoadReport>>,
+    is_quiet: bool,
 }
 
 impl Load {
@@ -92,7 +96,9 @@ impl Load {
 
     /// Connects and goes on where an earlier load, whose ledgers these are, has ended.
     pub fn resume(socket: &Path, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
-        println!("load: HOTSWAP_SEED={}", options.seed);
+        if !options.is_quiet {
+            println!("load: HOTSWAP_SEED={}", options.seed);
+        }
         assert_eq!(ledgers.len(), options.client.queues, "one ledger per queue");
         let client =
             Client::connect(socket, &options.client).unwrap_or_else(|e| panic!("connecting: {e}"));
@@ -109,7 +115,7 @@ impl Load {
                 thread::spawn(move || verifier.run())
             })
             .collect();
-        Load { shared, threads }
+        Load { shared, threads, is_quiet: options.is_quiet }
     }
 
     /// Requests answered OK so far.
@@ -152,7 +158,9 @@ impl Load {
         for thread in self.threads {
             report.merge(thread.join().expect("a load thread does not panic"));
         }
-        println!("load: {report:?}");
+        if !self.is_quiet {
+            println!("load: {report:?}");
+        }
         report
     }
 }

@@ -36,7 +36,8 @@ impl LoadReport {
         assert!(self.ios > 0, "the load did nothing: {self:?}");
     }
 
-    pub(super) fn merge(&mut self, other: LoadReport) {
+    /// Adds what another load has seen; its ledgers come behind.
+    pub fn merge(&mut self, other: LoadReport) {
         self.ios += other.ios;
         self.errors += other.errors;
         self.mismatches += other.mismatches;
