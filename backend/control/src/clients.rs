@@ -19,7 +19,7 @@ use crate::limits::Limits;
 use crate::rpc::{self, RpcError};
 
 /// Tells a client why it is not served, if it can be told at once.
-pub(crate) fn refuse(stream: &UnixStream, error: RpcError) {
+pub fn refuse(stream: &UnixStream, error: RpcError) {
     let line = format!("{}\n", rpc::reply(Value::Null, Err(error)));
     // A fresh connection has room for it. If it cannot be told, it sees the end of the connection.
     if let Err(e) =

@@ -47,6 +47,22 @@ codes! {
     NoResources = "no_resources",
     /// The request is for a device that the daemon does not have.
     UnknownDevice = "unknown_device",
+    /// The daemon runs as one process, which cannot be exchanged.
+    NoSupervisor = "no_supervisor",
+    /// The server died while it had the request, which may have been carried out.
+    ServerDied = "server_died",
+    /// There is no server to carry out the request, which was not begun.
+    NoServer = "no_server",
+    /// Another exchange of the daemon is under way.
+    ExchangeRuns = "exchange_runs",
+    /// The new program cannot be run, or is none of ours.
+    ProgramUnusable = "program_unusable",
+    /// The new program has not answered in time.
+    ProgramSilent = "program_silent",
+    /// The new program cannot go on with what the running one has.
+    StateRefused = "state_refused",
+    /// The server could not be exchanged; the old one goes on.
+    ExchangeFailed = "exchange_failed",
     /// The daemon could not be asked. This and what follows is `hotswapctl`'s own.
     Unreachable = "unreachable",
     /// The daemon has not answered in time.

@@ -69,7 +69,7 @@ impl<O: Operations> Connection<O> {
         // Whether the client has ended its side. One that watches may still be listening.
         let mut ended = false;
         loop {
-            let line = self.lines.next();
+            let line = self.lines.next_line();
             let idle = line.is_none();
             match line {
                 Some(_) if stopping.load(Ordering::Relaxed) => return Ok(()),
@@ -102,21 +102,7 @@ impl<O: Operations> Connection<O> {
     }
 
     fn answer(&mut self, line: Line) -> io::Result<()> {
-        let parsed = match &line {
-            Line::Whole(line) => rpc::parse(line),
-            Line::TooLong => {
-                let most = self.limits.line;
-                let error = RpcError::invalid_request(format!(
-                    "a line has at most {most} bytes; this one is skipped"
-                ));
-                Err((Value::Null, error))
-            }
-            Line::Half => Err((
-                Value::Null,
-                RpcError::new(Code::ParseError, "the last line has no end; it is ignored"),
-            )),
-        };
-        let call = match parsed {
+        let call = match rpc::parse_line(&line, self.limits.line) {
             Ok(call) => call,
             Err((id, error)) => return self.send(&rpc::reply(id, Err(error))),
         };
@@ -135,7 +121,7 @@ impl<O: Operations> Connection<O> {
     /// Does what a method says; a panic in it is the client's to hear of, and not its thread's end.
     fn perform(&mut self, method: Method) -> Result<Value, RpcError> {
         let operations = &*self.operations;
-        self.check_device(method.device.as_deref())?;
+        method.check_device(operations.device())?;
         let watching = &mut self.watching;
         // Unwind safety: all that a panic can leave half done is behind `operations`, whose own
         // affair it is.
@@ -144,6 +130,10 @@ impl<O: Operations> Connection<O> {
             Action::History => Ok(operations.history()),
             Action::Upgrade(request) => Ok(operations.upgrade(request)?),
             Action::Rollback(request) => Ok(operations.rollback(request)?),
+            Action::UpgradeDaemon(_) => Err(RpcError::new(
+                Code::NoSupervisor,
+                "this daemon is one process, and cannot be exchanged under its guest; start it anew",
+            )),
             Action::Watch => {
                 // Watching twice is watching.
                 watching.get_or_insert_with(|| operations.last_event());
@@ -158,23 +148,6 @@ impl<O: Operations> Connection<O> {
                 "the daemon has failed at this; its log says where",
             ))
         })
-    }
-
-    /// A request that names another device than the one that is there is not carried out.
-    fn check_device(&self, asked: Option<&str>) -> Result<(), RpcError> {
-        let device = self.operations.device();
-        match asked {
-            Some(asked) if asked != device => {
-                let asked: String = asked.chars().take(64).flat_map(char::escape_debug).collect();
-                Err(RpcError::new(
-                    Code::UnknownDevice,
-                    format!(
-                        "there is no device `{asked}`; this daemon's is `{device}`, or leave `device` out"
-                    ),
-                ))
-            }
-            _ => Ok(()),
-        }
     }
 
     fn pass_event_on(&mut self, after: u64, timeout: Duration) -> io::Result<()> {

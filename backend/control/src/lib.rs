@@ -1,12 +1,12 @@
 //! The control socket: how an operator commands a running daemon.
 //!
 //! JSON-RPC 2.0 over a Unix stream socket, one object per line in both directions; the methods are
-//! `status`, `upgrade`, `rollback`, `history`, `watch` and `shutdown`. This crate knows the
-//! protocol and the socket, on both sides: the server in a daemon, and `hotswapctl`. What the
-//! methods *do* is behind [`Operations`], so that all of it can be tested without a device.
+//! `status`, `upgrade`, `rollback`, `upgrade_daemon`, `history`, `watch` and `shutdown`. This crate
+//! knows the protocol and the socket, on both sides: the server in a daemon, and `hotswapctl`. What
+//! the methods *do* is behind [`Operations`], so that all of it can be tested without a device.
 //!
 //! The parts: [`messages`] are the methods' parameters, [`Code`] the words for what goes wrong,
-//! `rpc` turns one line into a call and a result into one line; `connection` is the life of one
+//! [`rpc`] turns one line into a call and a result into one line; `connection` is the life of one
 //! client, [`Server`] accepts clients and ends them, [`SocketFile`] is the path that they connect
 //! to; [`client`] is the other side.
 //!
@@ -27,16 +27,18 @@ mod code;
 mod connection;
 mod credentials;
 mod limits;
-mod lines;
+pub mod lines;
 pub mod messages;
 mod operations;
 mod peer;
-mod rpc;
+pub mod rpc;
 mod server;
 mod socket;
 
+pub use clients::refuse;
 pub use code::Code;
 pub use limits::Limits;
 pub use operations::{OperationError, Operations};
+pub use peer::Commanders;
 pub use server::Server;
 pub use socket::{SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};

@@ -7,7 +7,7 @@ const CHUNK: usize = 16 << 10;
 
 /// What came in.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Line {
+pub enum Line {
     /// A line, without its end.
     Whole(Vec<u8>),
     /// A line of more than the allowed bytes. Said once, as soon as that is clear; its rest is
@@ -18,7 +18,7 @@ pub(crate) enum Line {
 }
 
 /// Cuts a stream of bytes into lines of bounded length.
-pub(crate) struct Lines {
+pub struct Lines {
     most: usize,
     buffer: Vec<u8>,
     /// Where in `buffer` the next line begins; before it is what has been taken.
@@ -30,12 +30,13 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    pub(crate) fn new(most: usize) -> Self {
+    /// No bytes yet; `most` bytes may a line have.
+    pub fn new(most: usize) -> Self {
         Self { most, buffer: Vec::new(), begin: 0, searched: 0, skipping: false }
     }
 
     /// The next line, if it is here.
-    pub(crate) fn next(&mut self) -> Option<Line> {
+    pub fn next_line(&mut self) -> Option<Line> {
         loop {
             let end = self.buffer[self.searched..]
                 .iter()
@@ -66,7 +67,7 @@ impl Lines {
     }
 
     /// Reads more; `false` at the end of the stream.
-    pub(crate) fn fill(&mut self, mut stream: impl Read) -> io::Result<bool> {
+    pub fn fill(&mut self, mut stream: impl Read) -> io::Result<bool> {
         self.buffer.drain(..self.begin);
         self.searched -= self.begin;
         self.begin = 0;
@@ -84,7 +85,7 @@ impl Lines {
     }
 
     /// At the end of the stream: what is left without an end, once.
-    pub(crate) fn finish(&mut self) -> Option<Line> {
+    pub fn finish(&mut self) -> Option<Line> {
         let half = self.buffer.len() > self.begin && !self.skipping;
         self.clear();
         half.then_some(Line::Half)
@@ -107,7 +108,7 @@ mod tests {
         let mut found = Vec::new();
         for piece in bytes.chunks(step) {
             assert!(lines.fill(piece).unwrap());
-            found.extend(std::iter::from_fn(|| lines.next()));
+            found.extend(std::iter::from_fn(|| lines.next_line()));
         }
         found.extend(lines.finish());
         found
@@ -136,7 +137,7 @@ mod tests {
         let mut lines = Lines::new(4);
         for _ in 0..1000 {
             lines.fill(&[b'x'; 100][..]).unwrap();
-            while lines.next().is_some() {}
+            while lines.next_line().is_some() {}
             assert!(lines.buffer.capacity() < 1000);
         }
     }

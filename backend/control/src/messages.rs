@@ -9,6 +9,7 @@
 //! What is answered belongs to the device: its reports serialize themselves.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use domain_abi::Params;
@@ -88,6 +89,31 @@ pub struct UpgradeParams {
     pub when_busy: Option<WhenBusy>,
 }
 
+/// One of the two processes that a daemon is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    /// What serves the rings.
+    Server,
+    /// What holds the connections.
+    Supervisor,
+}
+
+/// The parameters of `upgrade_daemon`, none of them needed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpgradeDaemonParams {
+    /// Which device, if it is said.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The new program, an absolute path. The one that runs, as it lies on disk now, if left out.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Which part is exchanged; both if left out.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub only: Option<Part>,
+}
+
 /// The parameters of `rollback`: as those of `upgrade`, and none of them needed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -127,6 +153,15 @@ pub struct UpgradeRequest {
     pub starved_timeout: Duration,
     /// What to do if another upgrade is running.
     pub when_busy: WhenBusy,
+}
+
+/// An exchange of the daemon's program that was asked for, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeDaemonRequest {
+    /// The new program; the one that runs, as it lies on disk now, if there is none.
+    pub path: Option<PathBuf>,
+    /// Which part is exchanged; both if there is none.
+    pub only: Option<Part>,
 }
 
 /// A rollback that was asked for, checked, with its defaults filled in.
@@ -174,6 +209,25 @@ impl UpgradeParams {
             starved_timeout,
             when_busy: self.when_busy.unwrap_or_default(),
         })
+    }
+}
+
+impl UpgradeDaemonParams {
+    /// The request that they are.
+    ///
+    /// # Errors
+    /// A sentence that names the member that is out of range.
+    pub fn check(self) -> Result<UpgradeDaemonRequest, String> {
+        let bad = |path: &String| {
+            !path.starts_with('/') || path.len() > NAME_LIMIT || path.contains(char::is_control)
+        };
+        if self.path.as_ref().is_some_and(bad) {
+            return Err(format!(
+                "`path` must be a program's absolute path, of at most {NAME_LIMIT} bytes and \
+                 without control characters"
+            ));
+        }
+        Ok(UpgradeDaemonRequest { path: self.path.map(PathBuf::from), only: self.only })
     }
 }
 
@@ -247,5 +301,24 @@ mod tests {
             when_busy: WhenBusy::Queue,
         };
         assert_eq!(params.check(), Ok(expected));
+        let all = json!({"device": "0", "path": "/usr/bin/new", "only": "server"});
+        let params: UpgradeDaemonParams = serde_json::from_value(all.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&params).unwrap(), all);
+        let expected =
+            UpgradeDaemonRequest { path: Some("/usr/bin/new".into()), only: Some(Part::Server) };
+        assert_eq!(params.check(), Ok(expected));
+    }
+
+    #[test]
+    fn a_program_is_named_by_an_absolute_path_or_not_at_all() {
+        let check = |path: Option<&str>| {
+            let path = path.map(str::to_owned);
+            UpgradeDaemonParams { path, ..UpgradeDaemonParams::default() }.check()
+        };
+        assert_eq!(check(None), Ok(UpgradeDaemonRequest { path: None, only: None }));
+        let long = format!("/{}", "x".repeat(NAME_LIMIT));
+        for bad in ["", "new", "./new", "/a\nb", "/a\0b", &long] {
+            assert!(check(Some(bad)).unwrap_err().contains("`path`"), "{bad:?}");
+        }
     }
 }

@@ -22,7 +22,7 @@ const ALL_USERS: u64 = u32::MAX as u64;
 
 /// Who may command.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Commanders {
+pub struct Commanders {
     /// The daemon's own user.
     own: u32,
     /// The number that stands for all users without one, if there are such.
@@ -31,7 +31,7 @@ pub(crate) struct Commanders {
 
 impl Commanders {
     /// Those of this process, in its user namespace.
-    pub(crate) fn of_this_process() -> Commanders {
+    pub fn of_this_process() -> Commanders {
         // A map that cannot be read is taken to say that there are users without a number.
         let all = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| maps_all(&map));
         let read_overflow = || {
@@ -48,7 +48,7 @@ impl Commanders {
     }
 
     /// Whether the peer is one of them; if not, why.
-    pub(crate) fn check(self, stream: &UnixStream) -> Result<(), RpcError> {
+    pub fn check(self, stream: &UnixStream) -> Result<(), RpcError> {
         let refused = |message: String| Err(RpcError::new(Code::PermissionDenied, message));
         let Peer { pid, uid } = match peer(stream) {
             Ok(peer) => peer,

@@ -14,12 +14,16 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess
 use serde_json::{Map, Value, json};
 
 use crate::code::{Code, OPERATION_REFUSED};
-use crate::messages::{NoParams, RollbackParams, RollbackRequest, UpgradeParams, UpgradeRequest};
+use crate::lines::Line;
+use crate::messages::{
+    NoParams, RollbackParams, RollbackRequest, UpgradeDaemonParams, UpgradeDaemonRequest,
+    UpgradeParams, UpgradeRequest,
+};
 use crate::operations::OperationError;
 
 /// A line that is a request: whether and how to answer it, and what it wants.
 #[derive(Debug)]
-pub(crate) struct Call {
+pub struct Call {
     /// What the reply carries; `None` is a notification, which is not answered, whatever becomes of
     /// it.
     pub id: Option<Value>,
@@ -29,7 +33,7 @@ pub(crate) struct Call {
 
 /// A method with its parameters, checked.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Method {
+pub struct Method {
     /// Which device it is for, if that is said.
     pub device: Option<String>,
     /// What to do with it.
@@ -38,18 +42,26 @@ pub(crate) struct Method {
 
 /// What a method does.
 #[derive(Debug, PartialEq)]
-pub(crate) enum Action {
+pub enum Action {
+    /// The state of the device.
     Status,
+    /// Another domain.
     Upgrade(UpgradeRequest),
+    /// The domain before.
     Rollback(RollbackRequest),
+    /// Another program.
+    UpgradeDaemon(UpgradeDaemonRequest),
+    /// What has happened.
     History,
+    /// What happens from now on.
     Watch,
+    /// The end of the daemon.
     Shutdown,
 }
 
 /// An error reply's content.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct RpcError {
+pub struct RpcError {
     /// JSON-RPC's number.
     number: i32,
     /// The stable word.
@@ -59,11 +71,13 @@ pub(crate) struct RpcError {
 }
 
 impl RpcError {
-    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+    /// An error with a code of the socket's own.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self { number: code.number(), code: code.as_str(), message: message.into(), data: None }
     }
 
-    pub(crate) fn invalid_request(message: impl Into<String>) -> Self {
+    /// What is no request.
+    pub fn invalid_request(message: impl Into<String>) -> Self {
         Self::new(Code::InvalidRequest, message)
     }
 
@@ -80,7 +94,7 @@ impl From<OperationError> for RpcError {
 }
 
 /// The reply to the call with `id`.
-pub(crate) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
+pub fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
     match result {
         Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
         Err(error) => {
@@ -97,7 +111,7 @@ pub(crate) fn reply(id: Value, result: Result<Value, RpcError>) -> Value {
 }
 
 /// The notification of event `number`, which its parameters carry as `sequence`.
-pub(crate) fn event(number: u64, event: Value) -> Value {
+pub fn event(number: u64, event: Value) -> Value {
     let mut params = match event {
         Value::Object(members) => members,
         other => Map::from_iter([("event".to_owned(), other)]),
@@ -106,12 +120,29 @@ pub(crate) fn event(number: u64, event: Value) -> Value {
     json!({"jsonrpc": "2.0", "method": "event", "params": params})
 }
 
+/// Reads what a client has said; a line may have `most` bytes.
+///
+/// # Errors
+/// As for [`parse`]; a line that is too long or has no end is no request.
+pub fn parse_line(line: &Line, most: usize) -> Result<Call, (Value, RpcError)> {
+    let no_request = |error| Err((Value::Null, error));
+    match line {
+        Line::Whole(line) => parse(line),
+        Line::TooLong => no_request(RpcError::invalid_request(format!(
+            "a line has at most {most} bytes; this one is skipped"
+        ))),
+        Line::Half => {
+            no_request(RpcError::new(Code::ParseError, "the last line has no end; it is ignored"))
+        }
+    }
+}
+
 /// Reads one line.
 ///
 /// # Errors
 /// What is no request at all; it is answered even without an id, with the id if there is a good
 /// one, else null.
-pub(crate) fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
+pub fn parse(line: &[u8]) -> Result<Call, (Value, RpcError)> {
     let members = match parse_strictly(line) {
         Ok(Value::Object(members)) => members,
         Ok(Value::Array(_)) => {
@@ -168,6 +199,25 @@ fn check_envelope(mut members: Map<String, Value>) -> Result<(String, Option<Val
 }
 
 impl Method {
+    /// A request that names another device than the one that is there is not carried out.
+    ///
+    /// # Errors
+    /// It names another one.
+    pub fn check_device(&self, device: &str) -> Result<(), RpcError> {
+        match self.device.as_deref() {
+            Some(asked) if asked != device => {
+                let asked: String = asked.chars().take(64).flat_map(char::escape_debug).collect();
+                Err(RpcError::new(
+                    Code::UnknownDevice,
+                    format!(
+                        "there is no device `{asked}`; this daemon's is `{device}`, or leave `device` out"
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn read(method: &str, params: Option<Value>) -> Result<Self, RpcError> {
         let plain = |action: Action, params: Option<Value>| {
             read_params(params).map(|NoParams { device }| Self { device, action })
@@ -189,10 +239,17 @@ impl Method {
                 let request = params.check().map_err(RpcError::invalid_params)?;
                 Ok(Self { device, action: Action::Rollback(request) })
             }
+            "upgrade_daemon" => {
+                let mut params: UpgradeDaemonParams = read_params(params)?;
+                let device = params.device.take();
+                let request = params.check().map_err(RpcError::invalid_params)?;
+                Ok(Self { device, action: Action::UpgradeDaemon(request) })
+            }
             _ => Err(RpcError::new(
                 Code::MethodNotFound,
                 format!(
-                    "there is no method `{method}`; there are status, upgrade, rollback, history, watch and shutdown"
+                    "there is no method `{method}`; there are status, upgrade, rollback, \
+                     upgrade_daemon, history, watch and shutdown"
                 ),
             )),
         }
@@ -316,6 +373,8 @@ mod tests {
         }
         let upgrade = r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a","device":"b"}}"#;
         assert_eq!(method(upgrade).device.as_deref(), Some("b"));
+        let daemon = r#"{"jsonrpc":"2.0","method":"upgrade_daemon","params":{"device":"b"}}"#;
+        assert_eq!(method(daemon).device.as_deref(), Some("b"));
         let rollback = r#"{"jsonrpc":"2.0","method":"rollback","params":{"device":"b"}}"#;
         assert_eq!(method(rollback).device.as_deref(), Some("b"));
     }

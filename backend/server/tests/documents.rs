@@ -64,9 +64,9 @@ fn every_code_is_documented() {
     let documented =
         [first_column(&errors, "The new domain"), first_column(&errors, "The change")].concat();
     assert_eq!(differences(&documented, &strings(device)), [""; 0], "of the device");
-    let documented =
-        [first_column(&errors, "The control socket"), first_column(&errors, "`hotswapctl` itself")]
-            .concat();
+    let documented = ["The control socket", "The daemon's program", "`hotswapctl` itself"]
+        .map(|heading| first_column(&errors, heading))
+        .concat();
     let control = control::Code::ALL.iter().map(|code| code.as_str());
     assert_eq!(differences(&documented, &strings(control)), [""; 0], "of the control socket");
 }

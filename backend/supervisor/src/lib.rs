@@ -2,3 +2,6 @@
 //! the server beside it can die or be exchanged.
 
 #![forbid(unsafe_code)]
+
+pub mod front;
+pub mod reexec;

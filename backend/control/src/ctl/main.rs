@@ -14,7 +14,7 @@ mod print;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use control::Code;
 use control::client::{Client, Failure};
 use control::messages::{
-    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, RollbackParams, UpgradeMode,
-    UpgradeParams, WhenBusy,
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, Part, RollbackParams,
+    UpgradeDaemonParams, UpgradeMode, UpgradeParams, WhenBusy,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -74,6 +74,15 @@ enum Command {
     Rollback {
         #[command(flatten)]
         limits: UpgradeLimits,
+    },
+    /// Replace the daemon's program under the running guest
+    UpgradeDaemon {
+        /// The new program [default: the one that runs, as it lies on disk now]
+        #[arg(value_name = "PATH")]
+        path: Option<PathBuf>,
+        /// Replace only what serves the guest, or only what holds the connections
+        #[arg(long, value_name = "PART", value_parser = PossibleValuesParser::new(["server", "supervisor"]).try_map(|word| part(&word)))]
+        only: Option<Part>,
     },
     /// Show what has happened
     History,
@@ -178,6 +187,11 @@ impl Request {
                 };
                 Request::new("rollback", &params, limits.answer_timeout())
             }
+            Command::UpgradeDaemon { path, only } => {
+                let path = path.as_deref().map(absolute_path).transpose()?;
+                let params = UpgradeDaemonParams { device: None, path, only: *only };
+                Request::new("upgrade_daemon", &params, UPGRADE_TIMEOUT)
+            }
             Command::Upgrade { name, params: pairs, mode, limits } => {
                 let params = UpgradeParams {
                     device: None,
@@ -204,6 +218,11 @@ fn mode(word: &str) -> Result<UpgradeMode, String> {
     serde_json::from_value(word.into()).map_err(|e| e.to_string())
 }
 
+/// What `--only` takes.
+fn part(word: &str) -> Result<Part, String> {
+    serde_json::from_value(word.into()).map_err(|e| e.to_string())
+}
+
 /// A name as it is; a path as seen from everywhere, because the daemon lives in another directory.
 fn absolute(name: &str) -> Result<String, String> {
     if name.is_empty() {
@@ -212,11 +231,13 @@ fn absolute(name: &str) -> Result<String, String> {
     if !name.contains('/') {
         return Ok(name.to_owned());
     }
-    let path =
-        std::path::absolute(name).map_err(|e| format!("cannot make {name} absolute: {e}"))?;
-    path.into_os_string()
-        .into_string()
-        .map_err(|_| "the current directory's path is not UTF-8".to_owned())
+    absolute_path(Path::new(name))
+}
+
+fn absolute_path(path: &Path) -> Result<String, String> {
+    let path = std::path::absolute(path)
+        .map_err(|e| format!("cannot make {} absolute: {e}", path.display()))?;
+    path.into_os_string().into_string().map_err(|_| "the path is not UTF-8".to_owned())
 }
 
 fn pairs_to_map(pairs: &[String]) -> Result<BTreeMap<String, String>, String> {
@@ -240,6 +261,7 @@ fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
         _ if cli.json => result.to_string(),
         Command::Status => print::status(&result),
         Command::Upgrade { .. } | Command::Rollback { .. } => print::upgrade(&result),
+        Command::UpgradeDaemon { .. } => print::upgrade_daemon(&result),
         Command::History => print::history(&result),
         Command::Watch | Command::Shutdown => "the daemon is shutting down".to_owned(),
     };

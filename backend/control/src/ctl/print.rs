@@ -14,21 +14,51 @@ use serde_json::{Map, Value};
 /// The phases of an upgrade in their order.
 const PHASES: [&str; 8] =
     ["verify", "load", "prepare", "drain", "quiesce", "activate", "grace", "retire"];
+/// The phases of an exchange of the daemon in their order.
+const DAEMON_PHASES: [&str; 4] = ["start", "prepare", "stop", "replay"];
 /// Members of `status` that are shown first, in this order; the others follow by name.
-const STATUS_FIRST: [&str; 8] =
-    ["state", "generation", "domain", "standby", "connected", "capacity", "features", "upgrades"];
+const STATUS_FIRST: [&str; 10] = [
+    "state",
+    "generation",
+    "domain",
+    "standby",
+    "connected",
+    "capacity",
+    "features",
+    "supervisor",
+    "server",
+    "upgrades",
+];
 /// What a queue's columns are, in this order; others follow by name.
 const QUEUE_FIRST: [&str; 6] =
     ["index", "in_flight", "oldest_age_us", "requests", "errors", "parks"];
 
 /// An upgrade's or a rollback's reply: what happened, and below it how long each phase took.
 pub fn upgrade(reply: &Value) -> String {
-    let phases = &reply["phases_us"];
-    let times: Vec<String> = PHASES
+    with_times(sentence(reply), &reply["phases_us"], &PHASES)
+}
+
+/// The reply to `upgrade-daemon`: what was replaced by what, and below it how long it took.
+pub fn upgrade_daemon(reply: &Value) -> String {
+    let mut text = match reply.get("what") {
+        Some(what) => shown(what),
+        None => "done".to_owned(),
+    };
+    if let (Some(from), Some(to)) = (reply.get("from"), reply.get("to")) {
+        let _ = write!(text, ": {} -> {}", domain(from), domain(to));
+    }
+    if let Some(pause) = reply["phases_us"].get("pause") {
+        text += &format!(", pause {} us", number(pause));
+    }
+    with_times(text, &reply["phases_us"], &DAEMON_PHASES)
+}
+
+/// `text`, and below it how long each of `names` took, as far as it is known.
+fn with_times(mut text: String, phases: &Value, names: &[&str]) -> String {
+    let times: Vec<String> = names
         .iter()
         .filter_map(|phase| Some(format!("{phase} {}", number(phases.get(*phase)?))))
         .collect();
-    let mut text = sentence(reply);
     if !times.is_empty() {
         let _ = write!(text, "\n  in us: {}", times.join(", "));
     }
@@ -252,6 +282,21 @@ mod tests {
     }
 
     #[test]
+    fn an_exchange_of_the_daemon_is_told_in_two_lines() {
+        let reply = json!({
+            "what": ["supervisor", "server"],
+            "from": {"name": "vhost-hotswap", "version": "0.1.0"},
+            "to": {"name": "vhost-hotswap", "version": "0.2.0"},
+            "phases_us": {"start": 3000, "prepare": 41, "stop": 12, "replay": 900.25, "pause": 950},
+        });
+        let text = "supervisor, server: vhost-hotswap 0.1.0 -> vhost-hotswap 0.2.0, pause 950 us\n  \
+                    in us: start 3000, prepare 41, stop 12, replay 900.2";
+        assert_eq!(upgrade_daemon(&reply), text);
+        assert_eq!(upgrade_daemon(&json!({})), "done");
+        assert_eq!(upgrade_daemon(&json!({"what": ["server"]})), "server");
+    }
+
+    #[test]
     fn an_entry_says_when_and_what_and_why() {
         let refused = json!({
             "sequence": 4, "event": "ended", "change": "upgrade", "outcome": "refused", "time_ms": 1_795_393_819_672_i64,
@@ -276,6 +321,7 @@ mod tests {
         ];
         for value in odd {
             upgrade(&value);
+            upgrade_daemon(&value);
             status(&value);
             history(&value);
             event(&value);
