@@ -5,7 +5,7 @@ use super::lane::Lane;
 use super::static_module::StaticModule;
 use super::test_host::{TestHost, TestStorage};
 use domain_api::{BlockDomain, Params, QueueIndex};
-use domain_host::{CallError, HostServices, Instance, Residency};
+use domain_host::{CallError, HostServices, Instance, LoadedModule, Residency};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,10 +29,18 @@ impl Bench {
         storage: &Arc<TestStorage>,
         params: &Params,
     ) -> Result<Self, CallError> {
+        Self::of(StaticModule::of::<D>(), storage, params)
+    }
+
+    /// The same, of a module.
+    pub(crate) fn of(
+        module: Box<dyn LoadedModule>,
+        storage: &Arc<TestStorage>,
+        params: &Params,
+    ) -> Result<Self, CallError> {
         let host = TestHost::new(storage);
         let services: Arc<dyn HostServices> = Arc::<TestHost>::clone(&host);
-        let instance = Instance::prepare(StaticModule::of::<D>(), services, params)
-            .map_err(|(error, _)| error)?;
+        let instance = Instance::prepare(module, services, params).map_err(|(error, _)| error)?;
         instance.set_generation(host.number);
         Ok(Self { host, instance: Arc::new(instance), deadline: Duration::from_secs(10) })
     }

@@ -1,10 +1,11 @@
 //! Checks of what requests do to the data, against a shadow copy of the disk.
 
 use super::bench::Bench;
+use super::domain::Domain;
 use super::lane::{Job, Lane};
 use super::test_host::TestStorage;
 use super::{Options, Random, Violation, ensure};
-use domain_api::{BlockDomain, Capabilities, DeviceInfo, Status};
+use domain_api::{Capabilities, DeviceInfo, Status};
 use std::sync::Arc;
 
 /// Largest disk that the suite takes.
@@ -18,9 +19,9 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    pub(super) fn activated<D: BlockDomain>(options: &Options) -> Result<Self, Violation> {
+    pub(super) fn activated(domain: Domain, options: &Options) -> Result<Self, Violation> {
         let storage = TestStorage::new();
-        let bench = prepare::<D>(&storage, options)?;
+        let bench = prepare(domain, &storage, options)?;
         bench.activate().map_err(|error| Violation::new(format!("activate failed: {error}")))?;
         let info = info(&bench)?;
         ensure(
@@ -49,11 +50,12 @@ impl Subject {
     }
 }
 
-pub(super) fn prepare<D: BlockDomain>(
+pub(super) fn prepare(
+    domain: Domain,
     storage: &Arc<TestStorage>,
     options: &Options,
 ) -> Result<Bench, Violation> {
-    let mut bench = Bench::prepare::<D>(storage, &options.params)
+    let mut bench = Bench::of(domain.module(), storage, &options.params)
         .map_err(|error| Violation::new(format!("prepare failed: {error}")))?;
     bench.deadline = options.deadline;
     Ok(bench)
@@ -147,8 +149,8 @@ impl Shadow {
 
 /// A kind of request that does not exist yet is answered, not dropped. A write to a read-only disk
 /// fails.
-pub(super) fn unknown_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn unknown_requests(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let status = lane.one(Job::of_kind(4711))?.status;
     ensure(status == Status::Unsupported, || {
@@ -165,8 +167,8 @@ pub(super) fn unknown_requests<D: BlockDomain>(options: &Options) -> Result<(), 
 }
 
 /// The disk can be read from end to end, and reads the same twice.
-pub(super) fn reads<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn reads(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let block = u64::from(subject.info.block_size);
     let shadow = subject.load(options, &mut lane)?;
@@ -180,8 +182,8 @@ pub(super) fn reads<D: BlockDomain>(options: &Options) -> Result<(), Violation> 
 
 /// Data survives any way of cutting it into pieces, at both ends of the disk, and nothing beside it
 /// changes.
-pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn segments(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let mut shadow = subject.load(options, &mut lane)?;
     if subject.writable() {
@@ -211,8 +213,8 @@ pub(super) fn segments<D: BlockDomain>(options: &Options) -> Result<(), Violatio
 
 /// What is neither read nor write, on ranges that are no whole pages; nothing beside the range
 /// changes.
-pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn other_requests(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
@@ -256,8 +258,8 @@ pub(super) fn other_requests<D: BlockDomain>(options: &Options) -> Result<(), Vi
 }
 
 /// Many more requests than fit in flight: all are answered, once.
-pub(super) fn deep_queue<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn deep_queue(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
@@ -286,8 +288,8 @@ pub(super) fn deep_queue<D: BlockDomain>(options: &Options) -> Result<(), Violat
 }
 
 /// Each queue works on a band of the disk of its own, from a thread of its own.
-pub(super) fn several_queues<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn several_queues(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     std::thread::scope(|scope| {
         let subject = &subject;
         let workers: Vec<_> = (0..options.queues)

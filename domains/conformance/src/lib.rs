@@ -15,6 +15,7 @@
 mod bench;
 mod data;
 pub mod direct;
+mod domain;
 mod guest;
 mod lane;
 mod lifecycle;
@@ -26,6 +27,7 @@ pub use lane::{Done, Job, Lane};
 pub use static_module::StaticModule;
 pub use test_host::{TestHost, TestStorage};
 
+use domain::Domain;
 use domain_api::{BlockDomain, Params};
 use std::time::Duration;
 
@@ -102,31 +104,35 @@ pub fn run<D: BlockDomain>(options: &Options) -> Coverage {
 /// # Errors
 /// The first violation.
 pub fn check<D: BlockDomain>(options: &Options) -> Result<Coverage, Violation> {
-    type Check = fn(&Options) -> Result<(), Violation>;
+    every_check(Domain::of::<D>(), options)
+}
+
+fn every_check(domain: Domain, options: &Options) -> Result<Coverage, Violation> {
+    type Check = fn(Domain, &Options) -> Result<(), Violation>;
     let mut checks: Vec<(&'static str, Check)> = vec![
-        ("constants", lifecycle::constants::<D>),
-        ("parameters", lifecycle::parameters::<D>),
-        ("preparing", lifecycle::preparing::<D>),
-        ("announcement", lifecycle::announcement::<D>),
-        ("unknown requests", data::unknown_requests::<D>),
-        ("reads", data::reads::<D>),
-        ("segments", data::segments::<D>),
-        ("flush, discard, write zeroes", data::other_requests::<D>),
-        ("deep queue", data::deep_queue::<D>),
-        ("random requests on several queues", data::several_queues::<D>),
-        ("queue moves between threads", lifecycle::moving_queue::<D>),
-        ("optional calls", lifecycle::optional_calls::<D>),
-        ("handover and rollback", lifecycle::handover::<D>),
-        ("upgrade given up", lifecycle::given_up::<D>),
-        ("side by side", lifecycle::side_by_side::<D>),
-        ("death", lifecycle::death::<D>),
+        ("constants", lifecycle::constants),
+        ("parameters", lifecycle::parameters),
+        ("preparing", lifecycle::preparing),
+        ("announcement", lifecycle::announcement),
+        ("unknown requests", data::unknown_requests),
+        ("reads", data::reads),
+        ("segments", data::segments),
+        ("flush, discard, write zeroes", data::other_requests),
+        ("deep queue", data::deep_queue),
+        ("random requests on several queues", data::several_queues),
+        ("queue moves between threads", lifecycle::moving_queue),
+        ("optional calls", lifecycle::optional_calls),
+        ("handover and rollback", lifecycle::handover),
+        ("upgrade given up", lifecycle::given_up),
+        ("side by side", lifecycle::side_by_side),
+        ("death", lifecycle::death),
     ];
     if options.panics.is_some() {
-        checks.push(("panic", lifecycle::panic::<D>));
+        checks.push(("panic", lifecycle::panic));
     }
     let mut coverage = Coverage::default();
     for (name, check) in checks {
-        check(options).map_err(|violation| violation.during(name))?;
+        check(domain, options).map_err(|violation| violation.during(name))?;
         coverage.checks.push(name);
     }
     Ok(coverage)

@@ -3,22 +3,25 @@
 
 use super::bench::Bench;
 use super::data::{Shadow, Subject, info, prepare};
+use super::domain::Domain;
 use super::lane::Job;
 use super::test_host::TestStorage;
 use super::{Options, Random, Violation, ensure};
 use domain_abi::descriptor::{Description, Descriptor};
-use domain_api::{BlockDomain, Capabilities, DeviceInfo, Exported, Params, Swap};
+use domain_api::{Capabilities, DeviceInfo, Params, Swap};
 
 /// The constants make a descriptor that a host reads back.
-pub(super) fn constants<D: BlockDomain>(_: &Options) -> Result<(), Violation> {
-    let descriptor = Exported::<D>::DESCRIPTOR;
+pub(super) fn constants(domain: Domain, _: &Options) -> Result<(), Violation> {
     // SAFETY: `Descriptor` is `repr(C)` of integers and byte arrays whose sizes are multiples of 4:
     // no padding.
     let bytes = unsafe {
-        std::slice::from_raw_parts((&raw const descriptor).cast::<u8>(), size_of::<Descriptor>())
+        std::slice::from_raw_parts(
+            std::ptr::from_ref(domain.descriptor).cast::<u8>(),
+            size_of::<Descriptor>(),
+        )
     };
     let read = Description::parse(bytes).map_err(|error| Violation::new(error.to_string()))?;
-    ensure(read.name == D::NAME && read.version == D::VERSION, || {
+    ensure(read.name == domain.name && read.version == domain.version, || {
         "its name or version is cut".to_owned()
     })?;
     ensure(read.schema != 0 && read.accepted_schemas.contains(&read.schema), || {
@@ -37,9 +40,9 @@ fn with(params: &Params, key: &str, value: &str) -> Params {
     params
 }
 
-fn refused<D: BlockDomain>(params: &Params, key: &str, value: &str) -> Result<(), Violation> {
+fn refused(domain: Domain, params: &Params, key: &str, value: &str) -> Result<(), Violation> {
     let storage = TestStorage::new();
-    match Bench::prepare::<D>(&storage, &with(params, key, value)) {
+    match Bench::of(domain.module(), &storage, &with(params, key, value)) {
         Ok(_) => Err(Violation::new(format!("it accepts the parameter `{key}={value}`"))),
         Err(domain_host::CallError::Panicked(text)) => {
             Err(Violation::new(format!("the parameter `{key}={value}` makes it panic: {text}")))
@@ -51,8 +54,8 @@ fn refused<D: BlockDomain>(params: &Params, key: &str, value: &str) -> Result<()
 }
 
 /// What it does not take is refused, by name; so are values that make no sense.
-pub(super) fn parameters<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    refused::<D>(&options.params, "no-such-parameter", "1")?;
+pub(super) fn parameters(domain: Domain, options: &Options) -> Result<(), Violation> {
+    refused(domain, &options.params, "no-such-parameter", "1")?;
     let known: [(&str, &[&str]); 4] = [
         ("size", &["", "0", "many", "-1", "513", "64MB", "99999999999999999999"]),
         ("serial", &["a-serial-that-has-21-b", "two\nlines"]),
@@ -60,28 +63,28 @@ pub(super) fn parameters<D: BlockDomain>(options: &Options) -> Result<(), Violat
         ("readonly", &["", "no", "1"]),
     ];
     for (key, values) in known {
-        if D::PARAMS.contains(&key) {
+        if domain.params.contains(&key) {
             for value in values {
-                refused::<D>(&options.params, key, value)?;
+                refused(domain, &options.params, key, value)?;
             }
         }
     }
-    options.refused.iter().try_for_each(|(key, value)| refused::<D>(&options.params, key, value))
+    options.refused.iter().try_for_each(|(key, value)| refused(domain, &options.params, key, value))
 }
 
 /// Preparing, and dropping what was prepared, leaves the storage alone.
-pub(super) fn preparing<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
+pub(super) fn preparing(domain: Domain, options: &Options) -> Result<(), Violation> {
     let storage = TestStorage::new();
-    let bench = prepare::<D>(&storage, options)?;
+    let bench = prepare(domain, &storage, options)?;
     info(&bench)?;
     bench.retire()?;
     ensure(storage.schema() == 0, || "preparing set the storage's schema".to_owned())
 }
 
 /// The announcement makes sense, and is the same whenever and from wherever it is asked for.
-pub(super) fn announcement<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
+pub(super) fn announcement(domain: Domain, options: &Options) -> Result<(), Violation> {
     let storage = TestStorage::new();
-    let bench = prepare::<D>(&storage, options)?;
+    let bench = prepare(domain, &storage, options)?;
     let first = info(&bench)?;
     sane(&first)?;
     bench.activate().map_err(|error| Violation::new(format!("activate failed: {error}")))?;
@@ -89,13 +92,17 @@ pub(super) fn announcement<D: BlockDomain>(options: &Options) -> Result<(), Viol
         scope.spawn(|| info(&bench)).join().unwrap_or_else(|_| Err(Violation::new("info panicked")))
     })?;
     ensure(info(&bench)? == first && elsewhere == first, || "its announcement changes".to_owned())?;
-    ensure(storage.schema() == D::SCHEMA, || {
-        format!("activating leaves the schema number at {}, not {}", storage.schema(), D::SCHEMA)
+    ensure(storage.schema() == domain.schema, || {
+        format!(
+            "activating leaves the schema number at {}, not {}",
+            storage.schema(),
+            domain.schema
+        )
     })?;
-    if D::PARAMS.contains(&"serial") {
+    if domain.params.contains(&"serial") {
         let serial = "S/N 0123456789abcdef";
         let params = with(&options.params, "serial", serial);
-        let named = prepare::<D>(&TestStorage::new(), &Options { params, ..options.clone() })?;
+        let named = prepare(domain, &TestStorage::new(), &Options { params, ..options.clone() })?;
         let said = info(&named)?.serial;
         ensure(said == serial, || format!("its serial number is `{said}`, not `{serial}`"))?;
         named.retire()?;
@@ -133,8 +140,8 @@ fn sane(info: &DeviceInfo) -> Result<(), Violation> {
 }
 
 /// A queue can be let go of and served by another thread; and each queue by itself.
-pub(super) fn moving_queue<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn moving_queue(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
     let block = u64::from(subject.info.block_size);
@@ -156,8 +163,8 @@ pub(super) fn moving_queue<D: BlockDomain>(options: &Options) -> Result<(), Viol
 }
 
 /// Calls that a domain may ignore do not disturb it.
-pub(super) fn optional_calls<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn optional_calls(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut lane = subject.bench.lane(0)?;
     let mut shadow = subject.load(options, &mut lane)?;
     let mut random = Random::new(options.seed);
@@ -216,13 +223,13 @@ fn exercise(
 }
 
 /// The disk passes to a successor that was prepared while its predecessor served, and back again.
-pub(super) fn handover<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn handover(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
     let (info_before, queues) = (&subject.info, options.queues);
     exercise(&subject.bench, info_before, &mut shadow, &mut random, queues)?;
-    let next = prepare::<D>(&subject.storage, options)?;
+    let next = prepare(domain, &subject.storage, options)?;
     ensure(info(&next)? == *info_before, || {
         "a successor with the same parameters announces another device".to_owned()
     })?;
@@ -244,15 +251,15 @@ pub(super) fn handover<D: BlockDomain>(options: &Options) -> Result<(), Violatio
 
 /// An instance that was quiesced and resumed goes on, whether or not a successor has tried to take
 /// up the storage.
-pub(super) fn given_up<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn given_up(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     let mut shadow = subject.load(options, &mut subject.bench.lane(0)?)?;
     let mut random = Random::new(options.seed);
     for successor in [false, true] {
         exercise(&subject.bench, &subject.info, &mut shadow, &mut random, options.queues)?;
         phase("quiesce", subject.bench.instance.quiesce())?;
         if successor {
-            let next = prepare::<D>(&subject.storage, options)?;
+            let next = prepare(domain, &subject.storage, options)?;
             phase("activate", next.activate())?;
             next.retire()?;
             subject.bench.host.own_storage();
@@ -266,12 +273,12 @@ pub(super) fn given_up<D: BlockDomain>(options: &Options) -> Result<(), Violatio
 
 /// Two instances on the same backing serve at the same time, and each sees what the other has
 /// completed.
-pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let subject = Subject::activated::<D>(options)?;
+pub(super) fn side_by_side(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let subject = Subject::activated(domain, options)?;
     if subject.info.swap != Swap::SameBacking {
         return subject.bench.retire();
     }
-    let next = prepare::<D>(&subject.storage, options)?;
+    let next = prepare(domain, &subject.storage, options)?;
     let (mine, theirs) = (&subject.info, info(&next)?);
     ensure(
         (mine.backing_id, mine.backing_cache) == (theirs.backing_id, theirs.backing_cache),
@@ -303,22 +310,22 @@ pub(super) fn side_by_side<D: BlockDomain>(options: &Options) -> Result<(), Viol
 }
 
 /// An instance that is gone without a quiesce takes nothing with it.
-pub(super) fn death<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
-    let Subject { storage, bench, info } = Subject::activated::<D>(options)?;
+pub(super) fn death(domain: Domain, options: &Options) -> Result<(), Violation> {
+    let Subject { storage, bench, info } = Subject::activated(domain, options)?;
     let mut random = Random::new(options.seed);
     let mut shadow = Shadow::load(&mut bench.lane(0)?, &info, options, 0, info.capacity)?;
     exercise(&bench, &info, &mut shadow, &mut random, options.queues)?;
     bench.retire()?;
-    let next = prepare::<D>(&storage, options)?;
+    let next = prepare(domain, &storage, options)?;
     phase("activate", next.activate())?;
     exercise(&next, &info, &mut shadow, &mut random, options.queues)?;
     next.retire()
 }
 
 /// A panic ends the instance, not the process, and a successor goes on with the disk.
-pub(super) fn panic<D: BlockDomain>(options: &Options) -> Result<(), Violation> {
+pub(super) fn panic(domain: Domain, options: &Options) -> Result<(), Violation> {
     let Some(params) = options.panics.clone() else { return Ok(()) };
-    let subject = Subject::activated::<D>(&Options { params, ..options.clone() })?;
+    let subject = Subject::activated(domain, &Options { params, ..options.clone() })?;
     let mut lane = subject.bench.lane(0)?;
     let block = u64::from(subject.info.block_size);
     let panicked = (0..10_000).find_map(|_| lane.one(Job::read(0, block)).err());
@@ -329,7 +336,7 @@ pub(super) fn panic<D: BlockDomain>(options: &Options) -> Result<(), Violation> 
         "it can be called after a panic".to_owned()
     })?;
     drop(lane);
-    let next = prepare::<D>(&subject.storage, options)?;
+    let next = prepare(domain, &subject.storage, options)?;
     phase("activate", next.activate())?;
     subject.bench.retire()?;
     let mut shadow =
