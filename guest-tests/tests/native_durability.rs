@@ -184,7 +184,10 @@ fn survives(params: &[&str], write_cache: bool) {
         books.load(queue, first);
         thread::scope(|scope| {
             // What one instance wrote is covered by flushes of the next one.
-            let upgrade = scope.spawn(|| daemon.call(&["upgrade", "file"]));
+            let upgrade = scope.spawn(|| {
+                // The disk may be busy with what others write.
+                daemon.call(&["upgrade", "file", "--drain-timeout-ms", "10000"])
+            });
             let deadline = Instant::now() + LIMIT;
             while !upgrade.is_finished() && Instant::now() < deadline {
                 books.load(queue, 10);

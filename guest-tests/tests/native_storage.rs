@@ -310,7 +310,7 @@ fn data_that_is_lost_at_the_end_is_no_success() {
 fn sectors_survive(daemon: &Daemon, image: &Path, direct: bool) {
     sectors_survive_meanwhile(daemon, image, direct, |round| {
         let change: &[&str] = if round % 2 == 0 { &["upgrade", "file"] } else { &["rollback"] };
-        daemon.call(change);
+        daemon.call(&[change, &["--drain-timeout-ms", BUSY_DISK]].concat());
     });
 }
 
