@@ -41,4 +41,4 @@ pub use limits::Limits;
 pub use operations::{OperationError, Operations};
 pub use peer::Commanders;
 pub use server::Server;
-pub use socket::{SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};
+pub use socket::{KeptName, SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};

@@ -18,6 +18,7 @@ pub enum Line {
 }
 
 /// Cuts a stream of bytes into lines of bounded length.
+#[derive(Debug)]
 pub struct Lines {
     most: usize,
     buffer: Vec<u8>,
@@ -91,6 +92,18 @@ impl Lines {
         half.then_some(Line::Half)
     }
 
+    /// What has arrived and was not taken, and whether it is the rest of a line that was too long.
+    #[must_use]
+    pub fn rest(&self) -> (&[u8], bool) {
+        (&self.buffer[self.begin..], self.skipping)
+    }
+
+    /// Goes on with the [`rest`](Self::rest) of another one.
+    #[must_use]
+    pub fn resume(most: usize, buffer: Vec<u8>, skipping: bool) -> Self {
+        Self { most, buffer, begin: 0, searched: 0, skipping }
+    }
+
     fn clear(&mut self) {
         self.buffer.clear();
         self.begin = 0;
@@ -129,6 +142,22 @@ mod tests {
                 [Line::TooLong, Line::TooLong, Line::Half]
             );
             assert_eq!(lines(b"ab\n123456789", step), [whole("ab"), Line::TooLong], "{step}");
+        }
+    }
+
+    #[test]
+    fn lines_go_on_wherever_they_are_resumed() {
+        let bytes = b"ab\n1234567890\n1234\nab";
+        for first in 0..=bytes.len() {
+            let mut before = Lines::new(4);
+            before.fill(&bytes[..first]).unwrap();
+            let mut found: Vec<_> = std::iter::from_fn(|| before.next_line()).take(1).collect();
+            let (rest, skipping) = before.rest();
+            let mut after = Lines::resume(4, rest.to_vec(), skipping);
+            after.fill(&bytes[first..]).unwrap();
+            found.extend(std::iter::from_fn(|| after.next_line()));
+            found.extend(after.finish());
+            assert_eq!(found, lines(bytes, bytes.len()), "{first}");
         }
     }
 

@@ -38,6 +38,7 @@ use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat}
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::geteuid;
+use serde::{Deserialize, Serialize};
 
 /// How many clients may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -101,6 +102,14 @@ impl SocketName {
     }
 }
 
+/// What another program in the same process needs to go on with a [`SocketFile`], beside its
+/// descriptor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptName {
+    path: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
 /// A listening socket and its name in the file system, which goes when this is dropped.
 #[derive(Debug)]
 pub struct SocketFile {
@@ -141,6 +150,21 @@ impl SocketFile {
             }
         }
         Err(SocketError::InUse(path.to_owned()))
+    }
+
+    /// What [`resume`](Self::resume) needs of its name.
+    #[must_use]
+    pub fn keep(&self) -> KeptName {
+        let identity = *self.name.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        KeptName { path: self.name.path.clone(), identity }
+    }
+
+    /// Goes on with a socket that another program has made in this process.
+    #[must_use]
+    pub fn resume(kept: KeptName, listener: OwnedFd) -> Self {
+        let KeptName { path, identity } = kept;
+        let name = SocketName { path, identity: Mutex::new(identity) };
+        SocketFile { listener: UnixListener::from(listener), name: Arc::new(name) }
     }
 
     /// The socket to accept from.

@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use control::{Server, SocketError, SocketFile};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -255,5 +256,20 @@ fn a_name_is_removed_once_and_only_if_it_is_ours() {
     drop(second);
     assert!(path.exists(), "an owner without a name has removed another's");
     drop(third);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_is_resumed_with_its_name_and_removes_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let socket = SocketFile::listen(&path, 0o600).unwrap();
+    let kept = serde_json::to_string(&socket.keep()).unwrap();
+    let listener = socket.listener().as_fd().try_clone_to_owned().unwrap();
+    // As if its process had another program now.
+    std::mem::forget(socket);
+    let resumed = SocketFile::resume(serde_json::from_str(&kept).unwrap(), listener);
+    UnixStream::connect(&path).unwrap();
+    drop(resumed);
     assert!(!path.exists());
 }

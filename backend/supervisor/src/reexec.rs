@@ -27,12 +27,26 @@ impl<'a> Packing<'a> {
         self.descriptors.push(descriptor);
         Slot(self.descriptors.len() - 1)
     }
+
+    /// A duplicate of each, in the order of their slots.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn duplicates(&self) -> std::io::Result<Vec<OwnedFd>> {
+        self.descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned()).collect()
+    }
 }
 
 /// The descriptors of a state that is being unpacked.
 #[derive(Debug, Default)]
 pub struct Unpacking {
     descriptors: Vec<Option<OwnedFd>>,
+}
+
+impl From<Vec<OwnedFd>> for Unpacking {
+    fn from(descriptors: Vec<OwnedFd>) -> Self {
+        Self { descriptors: descriptors.into_iter().map(Some).collect() }
+    }
 }
 
 /// A packed state refers to a descriptor that it does not have, or has given away.

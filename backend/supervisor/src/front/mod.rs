@@ -16,22 +16,52 @@
 //!    whenever there is news: [`Front::tell`], [`Front::event`], [`Front::answer`];
 //! 4. after all of these, [`Front::wishes`] says what the loop is to do for it.
 
+mod answers;
+mod client;
 mod facts;
+mod pipe;
+#[cfg(test)]
+mod tests;
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
+use control::lines::Line;
 use control::messages::UpgradeDaemonRequest;
 use control::rpc::RpcError;
-use control::{Limits, SocketFile};
+use control::{Code, Commanders, KeptName, Limits, SocketFile, refuse};
 use rustix::event::PollFlags;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use answers::Said;
+use client::{Client, PackedClient, Server, Shared};
 pub use facts::{Facts, Phase, ServerFacts, SupervisorFacts};
+use pipe::Pipe;
+
+use crate::reexec::{Missing, Packing, Slot, Unpacking};
+
+/// How long a request waits for a server before it is answered with `no_server`. `hotswapctl`
+/// waits twice as long for the quickest answers.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to let accepting rest when the process has no descriptor left for a client.
+const EXHAUSTED: Duration = Duration::from_millis(100);
 
 /// Names one of the front's descriptors, until the next call of [`Front::polled`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token(u64);
+
+impl Token {
+    const LISTENER: Self = Self(u64::MAX);
+    const OBSERVER: Self = Self(u64::MAX - 1);
+
+    const fn of(client: u64, is_server: bool) -> Self {
+        Self(client << 1 | is_server as u64)
+    }
+}
 
 /// A descriptor to look at.
 #[derive(Debug)]
@@ -45,9 +75,7 @@ pub struct Polled<'a> {
 }
 
 /// Names a request that the loop answers.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ticket(u64);
 
 /// What the loop is to do for the front.
@@ -64,71 +92,355 @@ pub enum Wish {
 /// All clients of the control socket.
 #[derive(Debug)]
 pub struct Front {
-    #[expect(dead_code, reason = "what is behind this face comes next")]
     socket: SocketFile,
-    #[expect(dead_code, reason = "as above")]
-    limits: Limits,
+    commanders: Commanders,
+    clients: BTreeMap<u64, Client>,
+    next_client: u64,
+    shared: Shared,
+    /// Asks for the device's state, so that it is known when no server lives.
+    observer: Option<Pipe>,
+    /// Accepting rests until then.
+    accept_again: Option<Instant>,
+}
+
+/// A [`Front`] in a packed state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PackedFront {
+    listener: Slot,
+    name: KeptName,
+    clients: BTreeMap<u64, PackedClient>,
+    next_client: u64,
+    server: Server,
+    facts: Option<Facts>,
+    last_status: Option<Value>,
+    next_ticket: u64,
+    last_event: u64,
+    events_before: u64,
 }
 
 impl Front {
-    /// Serves the clients of `socket`.
+    /// Serves the clients of `socket`. There is no server yet.
     ///
     /// # Errors
     /// The socket cannot be made one that does not wait.
-    pub fn new(socket: SocketFile, limits: Limits) -> std::io::Result<Self> {
+    pub fn new(socket: SocketFile, limits: Limits) -> io::Result<Self> {
         socket.listener().set_nonblocking(true)?;
-        Ok(Self { socket, limits })
+        Ok(Self {
+            socket,
+            commanders: Commanders::of_this_process(),
+            clients: BTreeMap::new(),
+            next_client: 0,
+            shared: Shared {
+                limits,
+                patience: PATIENCE,
+                server: Server::Gone,
+                facts: None,
+                last_status: None,
+                is_stale: false,
+                wishes: Vec::new(),
+                next_ticket: 0,
+                last_event: 0,
+                events_before: 0,
+            },
+            observer: None,
+            accept_again: None,
+        })
+    }
+
+    /// The socket that clients connect to.
+    #[must_use]
+    pub const fn socket(&self) -> &SocketFile {
+        &self.socket
     }
 
     /// What to look at.
     #[must_use]
     pub fn polled(&self) -> Vec<Polled<'_>> {
-        Vec::new()
+        let mut polled = Vec::new();
+        let look = |token, pipe: &Pipe, hear| Some((token, pipe.interest(hear)?));
+        if self.accept_again.is_none() {
+            let fd = self.socket.listener().as_fd();
+            polled.push(Polled { token: Token::LISTENER, fd, interest: PollFlags::IN });
+        }
+        for (&number, client) in &self.clients {
+            if let Some((token, interest)) =
+                look(Token::of(number, false), &client.pipe, client.can_speak())
+            {
+                polled.push(Polled { token, fd: client.pipe.as_fd(), interest });
+            }
+            // Its end would be said again and again while there is no room for what came before.
+            let server = client.server.as_ref().filter(|_| client.pipe.is_sent());
+            if let Some(server) = server
+                && let Some((token, interest)) = look(Token::of(number, true), server, true)
+            {
+                polled.push(Polled { token, fd: server.as_fd(), interest });
+            }
+        }
+        if let Some(observer) = &self.observer
+            && let Some((token, interest)) = look(Token::OBSERVER, observer, true)
+        {
+            polled.push(Polled { token, fd: observer.as_fd(), interest });
+        }
+        polled
     }
 
     /// When [`Front::tick`] is due at the latest.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        None
+        let clients = self.clients.values().filter_map(|client| client.deadline(&self.shared));
+        clients.chain(self.accept_again).min()
     }
 
     /// Something has happened on a descriptor.
     pub fn ready(&mut self, token: Token, what: PollFlags) {
-        let _ = (token, what);
+        match token {
+            Token::LISTENER => self.accept(),
+            Token::OBSERVER => self.observe(),
+            Token(number) => self.with_client(number >> 1, |client, shared| {
+                let is_gone = what.intersects(PollFlags::HUP | PollFlags::ERR);
+                if number & 1 == 0 && is_gone {
+                    client.pipe.hang_up();
+                } else if number & 1 == 0 {
+                    client.pipe.flush()?;
+                } else if let Some(server) = &mut client.server {
+                    // If it cannot be sent, the stream's end is found by reading.
+                    let _ = server.flush();
+                }
+                client.advance(shared)
+            }),
+        }
+        self.ask_state();
     }
 
     /// Time has passed.
-    pub fn tick(&mut self) {}
+    pub fn tick(&mut self) {
+        let now = Instant::now();
+        self.accept_again = self.accept_again.filter(|&again| again > now);
+        let is_due = |client: &Client| client.deadline(&self.shared).is_some_and(|due| due <= now);
+        let due = self.clients.iter().filter(|(_, client)| is_due(client));
+        for number in due.map(|(&number, _)| number).collect::<Vec<_>>() {
+            self.with_client(number, Client::advance);
+        }
+        self.ask_state();
+    }
 
     /// What is to be done for the front. Each is said once.
     pub fn wishes(&mut self) -> Vec<Wish> {
-        Vec::new()
+        std::mem::take(&mut self.shared.wishes)
     }
 
     /// A server serves from now on (it has said `Ready`, or `Resumed` after [`Front::hold`]).
-    pub fn server_up(&mut self) {}
+    pub fn server_up(&mut self) {
+        self.shared.server = Server::Up;
+        self.shared.is_stale = true;
+        self.ask_state();
+        self.with_all(|client, shared| {
+            client.server_up();
+            client.advance(shared)
+        });
+    }
 
     /// Pass nothing on from now on: the server is about to be stopped. What it has been given
     /// already is still answered by it.
-    pub fn hold(&mut self) {}
+    pub fn hold(&mut self) {
+        self.shared.server = Server::Held;
+    }
 
     /// The server is dead, or has been told to exit. What it had and has not answered is answered
     /// here. Its last words are heard first.
-    pub fn server_gone(&mut self) {}
+    pub fn server_gone(&mut self) {
+        self.observe();
+        self.observer = None;
+        self.with_all(|client, shared| client.server_gone(shared).map(|()| true));
+        self.shared.server = Server::Gone;
+        // The next server counts from 1.
+        self.shared.events_before = self.shared.last_event;
+        self.with_all(Client::advance);
+    }
 
     /// What `status` says of the processes, from now on.
     pub fn tell(&mut self, facts: Facts) {
-        let _ = facts;
+        self.shared.facts = Some(facts);
     }
 
     /// Something has happened that those who watch should know: `event` names it, `members` has
     /// what else there is to say.
     pub fn event(&mut self, event: &str, members: Value) {
-        let _ = (event, members);
+        let Value::Object(event) = answers::event(event, members) else { return };
+        self.shared.last_event += 1;
+        self.with_all(|client, shared| client.tell(&event, shared).map(|()| true));
     }
 
     /// A request that was wished for is answered.
     pub fn answer(&mut self, ticket: Ticket, answer: Result<Value, RpcError>) {
-        let _ = (ticket, answer);
+        self.with_all(|client, shared| match client.settle(ticket, &answer)? {
+            true => client.advance(shared),
+            false => Ok(true),
+        });
+        self.ask_state();
+    }
+
+    /// Packs everything for the next program. The loop has done all [`wishes`](Self::wishes)
+    /// before.
+    pub fn pack<'a>(&'a self, packing: &mut Packing<'a>) -> PackedFront {
+        PackedFront {
+            listener: packing.put(self.socket.listener().as_fd()),
+            name: self.socket.keep(),
+            clients: self.clients.iter().map(|(&number, it)| (number, it.pack(packing))).collect(),
+            next_client: self.next_client,
+            server: self.shared.server,
+            facts: self.shared.facts.clone(),
+            last_status: self.shared.last_status.clone(),
+            next_ticket: self.shared.next_ticket,
+            last_event: self.shared.last_event,
+            events_before: self.shared.events_before,
+        }
+    }
+
+    /// Goes on with what another program has packed.
+    ///
+    /// # Errors
+    /// A descriptor is missing.
+    pub fn unpack(
+        packed: PackedFront,
+        limits: Limits,
+        unpacking: &mut Unpacking,
+    ) -> Result<Self, Missing> {
+        let listener = unpacking.take(packed.listener)?;
+        let clients = packed.clients.into_iter().map(|(number, client)| {
+            Client::unpack(client, &limits, unpacking).map(|client| (number, client))
+        });
+        Ok(Self {
+            clients: clients.collect::<Result<_, _>>()?,
+            socket: SocketFile::resume(packed.name, listener),
+            commanders: Commanders::of_this_process(),
+            next_client: packed.next_client,
+            shared: Shared {
+                limits,
+                patience: PATIENCE,
+                server: packed.server,
+                facts: packed.facts,
+                last_status: packed.last_status,
+                is_stale: false,
+                wishes: Vec::new(),
+                next_ticket: packed.next_ticket,
+                last_event: packed.last_event,
+                events_before: packed.events_before,
+            },
+            observer: None,
+            accept_again: None,
+        })
+    }
+
+    fn with_client(
+        &mut self,
+        number: u64,
+        act: impl FnOnce(&mut Client, &mut Shared) -> io::Result<bool>,
+    ) {
+        let Some(client) = self.clients.get_mut(&number) else { return };
+        let stays = act(client, &mut self.shared).unwrap_or_else(|error| {
+            if error.kind() == io::ErrorKind::TimedOut {
+                log::warn!(
+                    "a client of the control socket does not read what it asked for; it is cut off"
+                );
+            } else {
+                log::debug!("a client of the control socket is gone: {error}");
+            }
+            false
+        });
+        if !stays {
+            self.clients.remove(&number);
+        }
+    }
+
+    fn with_all(&mut self, mut act: impl FnMut(&mut Client, &mut Shared) -> io::Result<bool>) {
+        for number in self.clients.keys().copied().collect::<Vec<_>>() {
+            self.with_client(number, &mut act);
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.socket.listener().accept() {
+                Ok((stream, _)) => {
+                    if let Err((stream, error)) = self.admit(stream) {
+                        refuse(&stream, error);
+                    }
+                }
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => {
+                        log::warn!("cannot accept a client on the control socket: {error}");
+                        self.accept_again = Some(Instant::now() + EXHAUSTED);
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Gives a client a place, or says why not.
+    fn admit(&mut self, stream: UnixStream) -> Result<(), (UnixStream, RpcError)> {
+        if let Err(error) = self.commanders.check(&stream) {
+            return Err((stream, error));
+        }
+        let most = self.shared.limits.connections;
+        if self.clients.len() >= most && !self.make_room() {
+            let message = format!(
+                "there are {most} connections to the control socket, the most it serves; close one"
+            );
+            return Err((stream, RpcError::new(Code::TooManyConnections, message)));
+        }
+        match Client::new(stream, &self.shared.limits) {
+            Ok(client) => {
+                self.clients.insert(self.next_client, client);
+                self.next_client += 1;
+            }
+            Err(error) => log::warn!("cannot serve a client of the control socket: {error}"),
+        }
+        Ok(())
+    }
+
+    /// Evicts the client that has been idle longest, and long enough. Whether there was one.
+    fn make_room(&mut self) -> bool {
+        let idle = self.clients.iter().filter(|(_, client)| client.is_idle());
+        let longest = idle.min_by_key(|(_, client)| client.active);
+        let long_enough =
+            longest.filter(|(_, client)| client.active.elapsed() >= self.shared.limits.idle);
+        let Some((&number, _)) = long_enough else { return false };
+        let message =
+            "this connection was idle, and another client needed its place; connect again";
+        let error = RpcError::new(Code::TooManyConnections, message);
+        self.with_client(number, |client, _| {
+            client.pipe.say(&answers::line(&Value::Null, Err(error))).map(|()| false)
+        });
+        true
+    }
+
+    /// Asks the server for the device's state if it may have changed.
+    fn ask_state(&mut self) {
+        if self.shared.is_stale && self.shared.server == Server::Up && self.observer.is_none() {
+            self.shared.is_stale = false;
+            let asked = self.shared.connect().and_then(|mut pipe| {
+                pipe.say(answers::STATUS)?;
+                Ok(pipe)
+            });
+            self.observer = asked.ok();
+        }
+    }
+
+    fn observe(&mut self) {
+        let Some(observer) = &mut self.observer else { return };
+        match observer.next_line() {
+            Ok(None) if !observer.is_over() => return,
+            Ok(Some(Line::Whole(line))) => {
+                if let Some(Said::Answer(Some(state))) = answers::read(&line) {
+                    self.shared.last_status = Some(state);
+                }
+            }
+            _ => {}
+        }
+        self.observer = None;
     }
 }
