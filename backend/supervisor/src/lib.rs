@@ -3,5 +3,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod deaths;
+pub mod descriptor;
 pub mod front;
+pub mod journal;
+pub mod process;
 pub mod reexec;
+pub mod region;
+pub mod relay;
+pub mod request;
+pub mod vault;
+pub mod wire;

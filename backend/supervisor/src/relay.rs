@@ -1,0 +1,434 @@
+//! One frontend's session: what becomes of each message, in both directions.
+//!
+//! A pure state machine: messages go in, [`Effect`]s come out, and nothing here waits or touches a
+//! socket. The frontend is heard one message at a time. Each one that the server can do is passed
+//! on, always with the wish to be told how it went, so that what is in the [`Journal`] is what the
+//! server has carried out. What was passed on when the server died is asked again of the next one,
+//! after the journal was replayed; its answer is the one that the frontend gets.
+//!
+//! Done here, whatever the server can do: protocol features, in-flight regions, the connection for
+//! requests in the other direction.
+
+use crate::descriptor::Descriptor;
+use crate::journal::{Journal, sort_table, u64_message};
+use crate::region::Region;
+use crate::request::{self, Refusal, protocol};
+use crate::wire::Message;
+use channel::InflightRegion;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeSet, VecDeque};
+
+/// Bytes of the configuration space's head in a message: offset, size, flags.
+const CONFIG_HEAD: usize = 12;
+/// Bytes of what is said of an in-flight region: length, offset, queues, size of a queue.
+const INFLIGHT: usize = 20;
+/// How many kinds of unknown requests are told of in the log.
+const KINDS: usize = 16;
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// A message goes to the frontend.
+    Frontend(Message),
+    /// A message goes to the server.
+    Server(Message),
+    /// The server is to use this region; it says when it does ([`Relay::inflight_taken`]).
+    Inflight(Region),
+    /// What these kick is to be looked at.
+    Kick(Vec<Descriptor>),
+    /// A message goes to the frontend through its other connection.
+    Backend(Descriptor, Message),
+    /// The frontend's connection is to be ended, after what is on its way to it.
+    Close(String),
+}
+
+/// Why the server was asked something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Why {
+    /// The frontend has, and wants to be told.
+    Frontend { needs_reply: bool },
+    /// It is to be what the one before was.
+    Replay,
+    /// The frontend may not know the disk's size any more.
+    Capacity,
+}
+
+/// A message that was passed on, as it came, and is not answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Asked {
+    message: Message,
+    why: Why,
+}
+
+/// What there is behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Link {
+    /// No server.
+    Down,
+    /// One that is told what was.
+    Replaying,
+    /// One that serves.
+    Up,
+}
+
+/// A frontend's session.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Relay {
+    journal: Journal,
+    region: Region,
+    link: Link,
+    asked: VecDeque<Asked>,
+    /// What is asked again.
+    interrupted: Option<Asked>,
+    /// The server has not said yet that it uses the region.
+    waits_for_region: bool,
+    /// Nothing is passed on, because the server is to stand still.
+    is_paused: bool,
+    /// The frontend may ask to be told how a message went.
+    has_acks: bool,
+    /// What the server's side of the protocol can do.
+    offered: u64,
+    backend: Option<Descriptor>,
+    /// The disk's size that the frontend was told last, in sectors.
+    told: Option<u64>,
+    was_running: bool,
+    unknown: BTreeSet<u32>,
+}
+
+impl Relay {
+    /// A session that begins, with no server behind it yet. `told` is the size of the disk that
+    /// the last frontend was told.
+    #[must_use]
+    pub fn new(region: Region, told: Option<u64>) -> Self {
+        Self {
+            journal: Journal::default(),
+            region,
+            link: Link::Down,
+            asked: VecDeque::new(),
+            interrupted: None,
+            waits_for_region: false,
+            is_paused: false,
+            has_acks: false,
+            offered: 0,
+            backend: None,
+            told,
+            was_running: false,
+            unknown: BTreeSet::new(),
+        }
+    }
+
+    /// What is known of the session.
+    #[must_use]
+    pub const fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// The in-flight region.
+    #[must_use]
+    pub const fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// The size of the disk that the frontend was told last.
+    #[must_use]
+    pub const fn told(&self) -> Option<u64> {
+        self.told
+    }
+
+    /// Whether the frontend's next message has to wait.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.is_paused || self.link != Link::Up || !self.is_idle()
+    }
+
+    /// Whether the server owes nothing.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.asked.is_empty() && !self.waits_for_region
+    }
+
+    /// Whether a server serves.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.link == Link::Up
+    }
+
+    /// Holds the frontend's next message, or does not any more.
+    pub const fn pause(&mut self, on: bool) {
+        self.is_paused = on;
+    }
+
+    /// The server is gone. What it was asked is asked of the next one.
+    pub fn server_is_lost(&mut self) {
+        self.link = Link::Down;
+        let is_frontend = |asked: &Asked| matches!(asked.why, Why::Frontend { .. });
+        if let Some(asked) = self.asked.drain(..).find(is_frontend) {
+            self.interrupted = Some(asked);
+        }
+        // The next one begins with it.
+        self.waits_for_region = false;
+    }
+
+    /// There is a server, with a session that is new to it and this region.
+    pub fn server_is_found(&mut self) -> Vec<Effect> {
+        self.link = Link::Replaying;
+        let mut effects = Vec::new();
+        let negotiation = [
+            Message::new(request::GET_FEATURES, [], Vec::new()),
+            Message::new(request::GET_PROTOCOL_FEATURES, [], Vec::new()),
+            u64_message(request::SET_PROTOCOL_FEATURES, protocol::PASSED_ON),
+        ];
+        for message in negotiation.into_iter().chain(self.journal.replay()) {
+            self.ask(message, Why::Replay, &mut effects);
+        }
+        effects
+    }
+
+    /// Asks the server.
+    fn ask(&mut self, message: Message, why: Why, effects: &mut Vec<Effect>) {
+        let mut passed = message.clone();
+        if !request::has_answer(message.request) {
+            passed = passed.with_need_reply();
+        }
+        effects.push(Effect::Server(passed));
+        self.asked.push_back(Asked { message, why });
+    }
+
+    /// A message has come from the frontend, which is not [held](Self::is_held).
+    pub fn from_frontend(&mut self, message: Message) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if message.is_reply() {
+            effects.push(Effect::Close("it answers what it was not asked".to_owned()));
+            return effects;
+        }
+        match message.request {
+            request::GET_PROTOCOL_FEATURES => {
+                let all = self.offered & protocol::PASSED_ON | protocol::ADDED;
+                effects.push(Effect::Frontend(reply(&message, all.to_le_bytes())));
+            }
+            request::SET_PROTOCOL_FEATURES => match message.u64_at(0) {
+                Some(taken) => {
+                    self.has_acks = taken & protocol::REPLY_ACK != 0;
+                    self.acknowledge(&message, true, &mut effects);
+                }
+                None => effects.push(Effect::Close("it takes no protocol features".to_owned())),
+            },
+            request::SET_BACKEND_REQ_FD => {
+                self.backend = message.files.first().cloned();
+                self.acknowledge(&message, self.backend.is_some(), &mut effects);
+            }
+            request::GET_INFLIGHT_FD => self.make_region(&message, &mut effects),
+            request::SET_INFLIGHT_FD => self.take_region(&message, &mut effects),
+            known if request::is_passed_on(known) => self.pass_on(message, &mut effects),
+            _ => self.refuse(&message, &mut effects),
+        }
+        effects
+    }
+
+    fn pass_on(&mut self, mut message: Message, effects: &mut Vec<Effect>) {
+        let needs_reply = message.needs_reply();
+        if message.request == request::SET_MEM_TABLE {
+            if Journal::has_overlap(&message) {
+                effects.push(Effect::Close("memory regions overlap each other".to_owned()));
+                return;
+            }
+            sort_table(&mut message);
+        }
+        self.ask(message, Why::Frontend { needs_reply }, effects);
+    }
+
+    /// Tells the frontend how its message went, if it wants to be told.
+    fn acknowledge(&self, message: &Message, is_done: bool, effects: &mut Vec<Effect>) {
+        if self.has_acks && message.needs_reply() {
+            let code = u64::from(!is_done);
+            effects.push(Effect::Frontend(reply(message, code.to_le_bytes())));
+        }
+    }
+
+    fn refuse(&mut self, message: &Message, effects: &mut Vec<Effect>) {
+        let request = message.request;
+        if self.unknown.len() < KINDS && self.unknown.insert(request) {
+            log::warn!("the frontend sends request {request}, which this backend does not know");
+        }
+        match request::refusal(request) {
+            Refusal::Ignore => self.acknowledge(message, false, effects),
+            Refusal::Disconnect => effects.push(Effect::Close(format!(
+                "it waits for the answer to request {request}, which this backend does not know"
+            ))),
+        }
+    }
+
+    fn make_region(&mut self, message: &Message, effects: &mut Vec<Effect>) {
+        let Some(wanted) = inflight(message) else {
+            effects.push(Effect::Close("it asks for no in-flight region".to_owned()));
+            return;
+        };
+        match Region::new(wanted.queues, wanted.queue_size) {
+            Ok(region) => {
+                let mut body = [region.place.len.to_le_bytes(), [0; 8]].concat();
+                body.extend(&message.body[16..]);
+                let answer = Message::reply(message.request, body, vec![region.memfd]);
+                effects.push(Effect::Frontend(answer));
+            }
+            Err(error) => effects.push(Effect::Close(format!("no in-flight region: {error}"))),
+        }
+    }
+
+    fn take_region(&mut self, message: &Message, effects: &mut Vec<Effect>) {
+        let region = match (inflight(message), message.files.first()) {
+            (Some(place), Some(memfd)) => Region::given(place, memfd.clone()),
+            _ => Err("there is none in the message".to_owned()),
+        };
+        match region {
+            Ok(region) if region == self.region => self.acknowledge(message, true, effects),
+            Ok(region) => {
+                self.region = region.clone();
+                self.waits_for_region = true;
+                effects.push(Effect::Inflight(region));
+                self.acknowledge(message, true, effects);
+            }
+            Err(why) => {
+                self.acknowledge(message, false, effects);
+                effects.push(Effect::Close(format!("its in-flight region is refused: {why}")));
+            }
+        }
+    }
+
+    /// The server uses the region.
+    pub const fn inflight_is_taken(&mut self) {
+        self.waits_for_region = false;
+    }
+
+    /// A message has come from the server.
+    pub fn from_server(&mut self, answer: Message) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let is_awaited = |asked: &Asked| {
+            answer.is_reply() && asked.message.request == answer.request
+        };
+        let Some(asked) = self.asked.pop_front_if(|asked| is_awaited(asked)) else {
+            let request = answer.request;
+            effects.push(Effect::Close(format!("the server answers request {request} unasked")));
+            return effects;
+        };
+        let is_done =
+            request::has_answer(answer.request) || answer.u64_at(0).is_some_and(|code| code == 0);
+        match asked.why {
+            Why::Replay => self.replayed(&asked.message, &answer, is_done, &mut effects),
+            Why::Frontend { needs_reply } => {
+                if is_done {
+                    self.carried_out(&asked.message, &answer);
+                }
+                if request::has_answer(answer.request) || needs_reply && self.has_acks {
+                    effects.push(Effect::Frontend(answer));
+                }
+                self.look_at_rings(&mut effects);
+            }
+            Why::Capacity => {
+                let is_other = capacity(&answer).is_some_and(|now| self.told != Some(now));
+                if is_other {
+                    effects.extend(self.config_has_changed());
+                }
+            }
+        }
+        effects
+    }
+
+    fn carried_out(&mut self, message: &Message, answer: &Message) {
+        self.journal.note(message, Some(answer));
+        match message.request {
+            request::GET_CONFIG => self.told = capacity(answer).or(self.told),
+            request::GET_VRING_BASE => {
+                if let Some(queue) = message.u32_at(0) {
+                    self.region.ring_has_stopped(queue);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn replayed(
+        &mut self,
+        message: &Message,
+        answer: &Message,
+        is_done: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        if !is_done {
+            let request = message.request;
+            effects.push(Effect::Close(format!("the new server refuses request {request}")));
+            return;
+        }
+        if message.request == request::GET_PROTOCOL_FEATURES {
+            self.offered = answer.u64_at(0).unwrap_or(0);
+        }
+        if !self.asked.is_empty() {
+            return;
+        }
+        self.link = Link::Up;
+        let kicks = self.journal.kicks();
+        if !kicks.is_empty() {
+            effects.push(Effect::Kick(kicks));
+        }
+        if let Some(Asked { message, why }) = self.interrupted.take() {
+            self.ask(message, why, effects);
+        } else if self.was_running {
+            self.ask_for_capacity(effects);
+        }
+    }
+
+    /// A frontend that connects again does not read the configuration space; if the disk has
+    /// another size than it was told, it has to be told when its rings run.
+    fn look_at_rings(&mut self, effects: &mut Vec<Effect>) {
+        let is_running = self.journal.is_running();
+        if is_running && !self.was_running {
+            self.ask_for_capacity(effects);
+        }
+        self.was_running = is_running;
+    }
+
+    fn ask_for_capacity(&mut self, effects: &mut Vec<Effect>) {
+        if self.told.is_none() || self.backend.is_none() {
+            return;
+        }
+        let words = [0_u32, 8, 0];
+        let mut body: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        body.extend([0; 8]);
+        let message = Message::new(request::GET_CONFIG, body, Vec::new());
+        self.ask(message, Why::Capacity, effects);
+    }
+
+    /// The frontend is to read the configuration space again.
+    pub fn config_has_changed(&self) -> Option<Effect> {
+        let backend = self.backend.clone()?;
+        let message = Message::new(request::CONFIG_CHANGE_MSG, [], Vec::new());
+        Some(Effect::Backend(backend, message))
+    }
+
+    /// The connection for requests in the other direction has failed.
+    pub fn backend_is_lost(&mut self) {
+        self.backend = None;
+    }
+}
+
+fn reply(message: &Message, body: [u8; 8]) -> Message {
+    Message::reply(message.request, body, Vec::new())
+}
+
+fn inflight(message: &Message) -> Option<InflightRegion> {
+    if message.body.len() < INFLIGHT {
+        return None;
+    }
+    let sizes = message.u32_at(16)?;
+    Some(InflightRegion {
+        len: message.u64_at(0)?,
+        offset: message.u64_at(8)?,
+        queues: sizes as u16,
+        queue_size: (sizes >> 16) as u16,
+    })
+}
+
+/// The disk's size in sectors, if an answer to GET_CONFIG says it.
+fn capacity(answer: &Message) -> Option<u64> {
+    let is_head = answer.u32_at(0)? == 0 && answer.u32_at(4)? >= 8;
+    is_head.then(|| answer.u64_at(CONFIG_HEAD)).flatten()
+}
