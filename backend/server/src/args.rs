@@ -92,6 +92,18 @@ pub struct Args {
     #[arg(long, value_name = "LIST", value_parser = worker_cpus)]
     worker_cpus: Option<Cpus>,
 
+    /// Serve by a second process, which can die or be exchanged under the guest
+    #[arg(long, hide = true)]
+    supervisor: bool,
+
+    /// With --supervisor: have another server ready for when the one that serves dies
+    #[arg(long, hide = true, requires = "supervisor")]
+    spare: bool,
+
+    /// With --supervisor: end a server whose workers have not moved for so long [default: never]
+    #[arg(long, value_name = "N", hide = true, requires = "supervisor", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    hang_timeout_ms: Option<u32>,
+
     /// Print what this backend can do, as JSON, and exit; all other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -128,6 +140,17 @@ pub struct Config {
     pub poll: Duration,
     /// Which CPU each worker is kept on, in turn; none if empty.
     pub worker_cpus: Vec<usize>,
+    /// How a second process is to serve; none if this one does.
+    pub supervision: Option<Supervision>,
+}
+
+/// How the process that serves is looked after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Supervision {
+    /// Another one is ready for when it dies.
+    pub has_spare: bool,
+    /// It is ended when its workers have not moved for so long.
+    pub hang_timeout: Option<Duration>,
 }
 
 /// What a command line asks for.
@@ -223,7 +246,12 @@ impl Args {
             }
             set_once(&mut params, "readonly", "true", "--read-only")?;
         }
+        let supervision = self.supervisor.then(|| Supervision {
+            has_spare: self.spare,
+            hang_timeout: self.hang_timeout_ms.map(|ms| Duration::from_millis(ms.into())),
+        });
         Ok(Config {
+            supervision,
             listen,
             control_path,
             domain,

@@ -21,6 +21,7 @@ pub mod raw_fd;
 pub mod session;
 pub mod shutdown;
 pub mod signals;
+pub mod supervision;
 mod sync;
 #[cfg(test)]
 mod testing;

@@ -17,7 +17,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use vhost_hotswap::args::{Args, Config, Listen};
+use vhost_hotswap::args::{Args, Config, Listen, Supervision};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
@@ -34,18 +34,34 @@ fn main() -> ExitCode {
     signals::ignore_strays();
     let config = Args::from_command_line();
     logging::start();
+    if let Some(supervision) = config.supervision {
+        return match supervise(config, supervision) {
+            Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+            Err(sentence) => refused(&sentence),
+        };
+    }
     match run(config) {
         Ok(left) if left.is_empty() => ExitCode::SUCCESS,
         Ok(left) => {
             left.iter().for_each(|what| log::error!("left behind: {what}"));
             ExitCode::FAILURE
         }
-        Err(sentence) => {
-            // It may not be possible to say it; that is no reason to panic.
-            let _ = writeln!(std::io::stderr(), "vhost-hotswap: {sentence}");
-            ExitCode::FAILURE
-        }
+        Err(sentence) => refused(&sentence),
     }
+}
+
+fn refused(sentence: &str) -> ExitCode {
+    // It may not be possible to say it; that is no reason to panic.
+    let _ = writeln!(std::io::stderr(), "vhost-hotswap: {sentence}");
+    ExitCode::FAILURE
+}
+
+/// What both kinds of process need; then the supervisor.
+fn supervise(config: Config, supervision: Supervision) -> Result<i32, String> {
+    check_proc()?;
+    cpus::check(&config.worker_cpus)?;
+    raise_descriptor_limit();
+    vhost_hotswap::supervision::supervise(config, supervision)
 }
 
 /// What there is to listen on, before it is listened on.

@@ -78,6 +78,8 @@ pub struct Deaths {
     of_module: Option<(String, u32)>,
     suspects: Vec<(Quarantined, u32)>,
     quarantined: Vec<Quarantined>,
+    /// The next death is a crash, whatever it looks like.
+    is_blamed: bool,
     /// How many requests were not run again, of all times.
     pub quarantined_count: u64,
 }
@@ -90,13 +92,15 @@ impl Deaths {
             let (count, quarantined_count) = (self.count, self.quarantined_count);
             *self = Self { count, quarantined_count, ..Self::default() };
         }
-        self.soon = if death.served.is_some_and(|served| served >= SERVED) { 0 } else { self.soon + 1 };
+        self.soon =
+            if death.served.is_some_and(|served| served >= SERVED) { 0 } else { self.soon + 1 };
         self.starts = if death.served.is_some() { 0 } else { self.starts + 1 };
-        if death.is_crash {
+        let is_crash = std::mem::take(&mut self.is_blamed) || death.is_crash;
+        if is_crash {
             self.crashes += 1;
             self.suspect(&death.oldest);
         }
-        let takes_standby = death.is_crash && self.blame(death) && choices.has_standby;
+        let takes_standby = is_crash && self.blame(death) && choices.has_standby;
         if takes_standby {
             self.of_module = None;
         }
@@ -130,7 +134,8 @@ impl Deaths {
     fn suspect(&mut self, oldest: &[Quarantined]) {
         let before = std::mem::take(&mut self.suspects);
         for &request in oldest {
-            let count = before.iter().find(|(one, _)| *one == request).map_or(0, |(_, count)| *count);
+            let count =
+                before.iter().find(|(one, _)| *one == request).map_or(0, |(_, count)| *count);
             if count + 1 >= CRASHES_OF_A_REQUEST && !self.quarantined.contains(&request) {
                 self.quarantined.push(request);
                 self.quarantined_count += 1;
@@ -149,6 +154,11 @@ impl Deaths {
     #[must_use]
     pub fn quarantined(&self) -> &[Quarantined] {
         &self.quarantined
+    }
+
+    /// The server is about to be ended for what it does.
+    pub const fn blame_the_next(&mut self) {
+        self.is_blamed = true;
     }
 
     /// The frontend is another, or the module is: what was blamed was not its doing.

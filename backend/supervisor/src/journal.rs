@@ -29,9 +29,8 @@ struct Region {
 
 impl Region {
     fn read(bytes: &[u8], file: &Descriptor) -> Option<Self> {
-        let word = |at: usize| {
-            Some(u64::from_le_bytes(bytes.get(at * 8..at * 8 + 8)?.try_into().ok()?))
-        };
+        let word =
+            |at: usize| Some(u64::from_le_bytes(bytes.get(at * 8..at * 8 + 8)?.try_into().ok()?));
         let (guest, size, user, offset) = (word(0)?, word(1)?, word(2)?, word(3)?);
         Some(Self { guest, size, user, offset, file: file.clone() })
     }
@@ -102,8 +101,9 @@ impl Journal {
             request::SET_MEM_TABLE => {
                 let regions = message.body.get(8..)?.chunks_exact(REGION);
                 let regions = regions.zip(&message.files);
-                self.memory =
-                    regions.map(|(bytes, file)| Region::read(bytes, file)).collect::<Option<_>>()?;
+                self.memory = regions
+                    .map(|(bytes, file)| Region::read(bytes, file))
+                    .collect::<Option<_>>()?;
             }
             request::ADD_MEM_REG => {
                 self.memory.push(Region::read(message.body.get(8..)?, message.files.first()?)?);
@@ -163,9 +163,8 @@ impl Journal {
         // Without this feature rings are on from the beginning, and cannot be turned.
         if self.features.is_some_and(|bits| bits & request::F_PROTOCOL_FEATURES != 0) {
             for (&index, ring) in &self.rings {
-                let turn = |on: bool| {
-                    state_message(request::SET_VRING_ENABLE, index, u32::from(on))
-                };
+                let turn =
+                    |on: bool| state_message(request::SET_VRING_ENABLE, index, u32::from(on));
                 messages.extend(ring.is_enabled.map(turn));
             }
         }
@@ -208,11 +207,10 @@ impl Journal {
     /// Whether a ring serves its driver.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        let always =
-            self.features.is_some_and(|bits| bits & request::F_PROTOCOL_FEATURES == 0);
-        self.rings.values().any(|ring| {
-            ring.kick.is_some() && (always || ring.is_enabled == Some(true))
-        })
+        let always = self.features.is_some_and(|bits| bits & request::F_PROTOCOL_FEATURES == 0);
+        self.rings
+            .values()
+            .any(|ring| ring.kick.is_some() && (always || ring.is_enabled == Some(true)))
     }
 
     /// Memory regions that a table in a message has, if they overlap each other.

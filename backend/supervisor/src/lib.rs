@@ -12,5 +12,7 @@ pub mod reexec;
 pub mod region;
 pub mod relay;
 pub mod request;
+pub mod session;
+pub mod supervisor;
 pub mod vault;
 pub mod wire;

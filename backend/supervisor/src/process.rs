@@ -90,6 +90,8 @@ pub struct Server {
     pub version: Option<String>,
     /// Why it cannot be the device, in its words.
     pub failure: Option<(String, String)>,
+    /// Nothing more is to be heard of it.
+    pub is_silent: bool,
     pidfd: OwnedFd,
 }
 
@@ -122,6 +124,7 @@ impl Server {
             ready: None,
             version: None,
             failure: None,
+            is_silent: false,
             pidfd,
         })
     }

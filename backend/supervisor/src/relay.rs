@@ -302,9 +302,8 @@ impl Relay {
     /// A message has come from the server.
     pub fn from_server(&mut self, answer: Message) -> Vec<Effect> {
         let mut effects = Vec::new();
-        let is_awaited = |asked: &Asked| {
-            answer.is_reply() && asked.message.request == answer.request
-        };
+        let is_awaited =
+            |asked: &Asked| answer.is_reply() && asked.message.request == answer.request;
         let Some(asked) = self.asked.pop_front_if(|asked| is_awaited(asked)) else {
             let request = answer.request;
             effects.push(Effect::Close(format!("the server answers request {request} unasked")));

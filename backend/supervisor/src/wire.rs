@@ -90,7 +90,9 @@ impl Message {
         Some(u32::from_le_bytes(bytes.try_into().ok()?))
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    /// As it goes over a socket, but for the descriptors.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER + self.body.len());
         for word in [self.request, self.flags, self.body.len() as u32] {
             bytes.extend_from_slice(&word.to_le_bytes());
@@ -229,12 +231,8 @@ impl Connection {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let received = recvmsg(
-                &self.socket,
-                &mut [IoSliceMut::new(&mut bytes)],
-                &mut ancillary,
-                flags,
-            );
+            let received =
+                recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags);
             let received = match received {
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => return Incoming::Nothing,

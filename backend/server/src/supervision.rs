@@ -1,0 +1,69 @@
+//! The process as a supervisor: what it is given, and what asks for its end.
+//!
+//! It serves nothing itself. What it does is in the crate `supervisor`.
+
+use crate::args::{Config, Listen, Supervision};
+use crate::raw_fd::inherited;
+use crate::signals;
+use channel::Settings;
+use control::SocketFile;
+use signal_hook::low_level::pipe;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use supervisor::process::Program;
+use supervisor::supervisor::{ListenSocket, Options, run};
+
+/// Supervises servers until told to stop. Returns the exit status.
+///
+/// # Errors
+/// There is no device: a sentence that says why.
+pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String> {
+    // First of all that is opened, while no other descriptor can have the number.
+    let given = match &config.listen {
+        Listen::Fd(fd) => Some(inherited(*fd)?),
+        Listen::Path(_) => None,
+    };
+    let program = Program::own().map_err(|error| format!("cannot read this program: {error}"))?;
+    let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
+    signals::unblock();
+    // A process that sees the socket may end this one, so signals are handled by then.
+    let frontends = match (given, config.listen) {
+        (Some(listener), _) => ListenSocket::Inherited(listener),
+        (None, Listen::Path(path)) => {
+            ListenSocket::Path(SocketFile::listen(&path, 0o600).map_err(|error| error.to_string())?)
+        }
+        (None, Listen::Fd(_)) => return Err("there is no listening socket".to_owned()),
+    };
+    let poll_us = u64::try_from(config.poll.as_micros()).unwrap_or(u64::MAX);
+    run(Options {
+        frontends,
+        control_path: config.control_path,
+        program,
+        settings: Settings {
+            queues: config.queues,
+            queue_size: config.queue_size,
+            poll_us,
+            worker_cpus: config.worker_cpus,
+            domain_dirs: config.domain_dirs,
+        },
+        domain: config.domain,
+        params: config
+            .params
+            .iter()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect(),
+        has_spare: supervision.has_spare,
+        hang_timeout: supervision.hang_timeout,
+        ends,
+    })
+}
+
+/// For each signal that ends the daemon, what is readable once it has come.
+fn signal_ends() -> std::io::Result<Vec<(String, OwnedFd)>> {
+    let end = |signal| {
+        let (ours, theirs) = UnixStream::pair()?;
+        pipe::register(signal, theirs)?;
+        Ok((format!("signal {signal}"), ours.into()))
+    };
+    signals::ending().map(end).collect()
+}

@@ -1,0 +1,229 @@
+//! A frontend's session with its two sockets: the frontend's, and the one to the server.
+//!
+//! [`Relay`] says what becomes of a message; this does it. Nothing here waits.
+
+use crate::deaths::Deaths;
+use crate::descriptor::Descriptor;
+use crate::relay::{Effect, Relay};
+use crate::wire::{Connection, Incoming, Message};
+use channel::{Channel, ToServer};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname,
+    listen, socket_with,
+};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// How many messages are looked at before others have their turn.
+const TURN: usize = 64;
+
+/// A frontend's session.
+#[derive(Debug)]
+pub struct Session {
+    /// Its number, which the server gives back at its end.
+    pub number: u64,
+    /// What becomes of its messages.
+    pub relay: Relay,
+    /// A server has been told of it, and has not said that it is over.
+    pub was_given: bool,
+    frontend: Connection,
+    inner: Option<Connection>,
+    /// Why it is over, once it is.
+    over: Option<String>,
+    /// The frontend is gone, but what it has said before is still to be heard.
+    has_hung_up: bool,
+}
+
+impl Session {
+    /// One that begins, with no server behind it yet.
+    #[must_use]
+    pub fn new(number: u64, frontend: OwnedFd, relay: Relay) -> Self {
+        let frontend = Connection::new(frontend);
+        Self {
+            number,
+            relay,
+            was_given: false,
+            frontend,
+            inner: None,
+            over: None,
+            has_hung_up: false,
+        }
+    }
+
+    /// Gives the session to a server, and has it made what it was.
+    ///
+    /// # Errors
+    /// The server is gone, or there are no descriptors left.
+    pub fn give_to(&mut self, channel: &Channel, deaths: &Deaths) -> io::Result<()> {
+        let (listener, inner) = inner_connection()?;
+        let region = self.relay.region();
+        let session = channel::Session {
+            number: self.number,
+            inflight: Some(region.place),
+            cautious: deaths.is_cautious(),
+            quarantined: deaths.quarantined().to_vec(),
+        };
+        channel.send(&ToServer::Session(session), &[listener.as_fd(), region.memfd.as_fd()])?;
+        self.inner = Some(Connection::new(inner));
+        self.was_given = true;
+        let effects = self.relay.server_is_found();
+        self.apply(effects, Some(channel));
+        Ok(())
+    }
+
+    /// The server is gone, or is to have the session no more. What it has said is heard before.
+    pub fn take_back(&mut self) {
+        self.hear_server(None);
+        self.inner = None;
+        self.was_given = false;
+        self.relay.server_is_lost();
+    }
+
+    /// Hears what the server has said of it, and what is still to be sent to the frontend is.
+    pub fn server_has_ended_it(&mut self, error: Option<String>) {
+        self.hear_server(None);
+        self.inner = None;
+        self.end(error.unwrap_or_else(|| "the server has ended it".to_owned()));
+    }
+
+    fn end(&mut self, why: String) {
+        self.frontend.flush();
+        self.over.get_or_insert(why);
+    }
+
+    /// Why it is over, once it is.
+    #[must_use]
+    pub fn over(&self) -> Option<&str> {
+        self.over.as_deref()
+    }
+
+    /// Whether a server has it.
+    #[must_use]
+    pub const fn is_given(&self) -> bool {
+        self.inner.is_some()
+    }
+
+    /// What to look for at the frontend's socket, if at anything.
+    #[must_use]
+    pub fn frontend(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, !self.relay.is_held() && !self.frontend.is_stuck());
+        flags.set(PollFlags::OUT, self.frontend.is_stuck());
+        (!self.has_hung_up).then(|| (self.frontend.as_fd(), flags))
+    }
+
+    /// What to look for at the server's socket, if there is one.
+    #[must_use]
+    pub fn inner(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let inner = self.inner.as_ref()?;
+        let mut flags = PollFlags::IN;
+        flags.set(PollFlags::OUT, inner.is_stuck());
+        Some((inner.as_fd(), flags))
+    }
+
+    /// Something has happened at the frontend's socket.
+    pub fn frontend_is_ready(&mut self, what: PollFlags) {
+        if what.intersects(PollFlags::HUP | PollFlags::ERR) {
+            // It is found by reading, unless there is no server that could be told what is read.
+            self.has_hung_up = true;
+            if !self.relay.is_up() {
+                self.end("the frontend has disconnected".to_owned());
+            }
+        }
+    }
+
+    /// Does all that can be done now.
+    pub fn pump(&mut self, channel: Option<&Channel>) {
+        for _ in 0..TURN {
+            self.frontend.flush();
+            self.hear_server(channel);
+            if self.over.is_some() || self.relay.is_held() || self.frontend.is_stuck() {
+                break;
+            }
+            match self.frontend.receive() {
+                Incoming::Message(message) => {
+                    let effects = self.relay.from_frontend(message);
+                    self.apply(effects, channel);
+                }
+                Incoming::Nothing => break,
+                Incoming::End => self.end("the frontend has disconnected".to_owned()),
+                Incoming::Malformed(why) => self.end(why.to_string()),
+            }
+        }
+        if let Some(inner) = &mut self.inner {
+            inner.flush();
+        }
+    }
+
+    fn hear_server(&mut self, channel: Option<&Channel>) {
+        while let Some(inner) = &mut self.inner {
+            match inner.receive() {
+                Incoming::Message(message) => {
+                    let effects = self.relay.from_server(message);
+                    self.apply(effects, channel);
+                }
+                Incoming::Nothing => break,
+                // It says by the other channel what this means, or dies.
+                Incoming::End | Incoming::Malformed(_) => self.inner = None,
+            }
+        }
+    }
+
+    /// Does what the relay says.
+    pub fn apply(&mut self, effects: impl IntoIterator<Item = Effect>, channel: Option<&Channel>) {
+        for effect in effects {
+            match effect {
+                Effect::Frontend(message) => self.frontend.send(&message),
+                Effect::Server(message) => {
+                    // Without a connection the server is about to be known as lost.
+                    if let Some(inner) = &mut self.inner {
+                        inner.send(&message);
+                    }
+                }
+                Effect::Inflight(region) => {
+                    if let Some(channel) = channel {
+                        let message = ToServer::Inflight(region.place);
+                        // As above.
+                        let _ = channel.send(&message, &[region.memfd.as_fd()]);
+                    }
+                }
+                Effect::Kick(kicks) => kicks.iter().for_each(kick),
+                Effect::Backend(backend, message) => self.tell(&backend, &message),
+                Effect::Close(why) => self.end(why),
+            }
+        }
+    }
+
+    fn tell(&mut self, backend: &Descriptor, message: &Message) {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let bytes = message.bytes();
+        if rustix::net::send(backend, &bytes, flags) != Ok(bytes.len()) {
+            log::warn!("the frontend does not hear what it is told of the disk");
+            self.relay.backend_is_lost();
+        }
+    }
+}
+
+/// A connection, and the listening socket that its other end is accepted from. Its name is the
+/// kernel's choice, and goes with the socket.
+fn inner_connection() -> io::Result<(OwnedFd, OwnedFd)> {
+    let socket =
+        || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let (listener, inner) = (socket()?, socket()?);
+    bind(&listener, &SocketAddrUnix::new_unnamed())?;
+    listen(&listener, 1)?;
+    let name = SocketAddrUnix::try_from(getsockname(&listener)?)?;
+    connect(&inner, &name)?;
+    Ok((listener, inner))
+}
+
+/// Kicks a ring; spurious kicks are legal. What would have to be waited for is no event descriptor,
+/// or was kicked enough.
+fn kick(kick: &Descriptor) {
+    let mut fds = [PollFd::new(kick, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if poll(&mut fds, Some(&now)) == Ok(1) && fds[0].revents() == PollFlags::OUT {
+        let _ = rustix::io::write(kick, &1_u64.to_ne_bytes());
+    }
+}

@@ -1,0 +1,498 @@
+//! The loop: one thread that never waits for anything but all of it at once.
+//!
+//! What is looked at: signals, the frontends' listening socket, the session's two sockets, the
+//! channel and the death of each server, the control front's clients, and the clock.
+
+mod exchange;
+mod serving;
+
+use crate::deaths::Deaths;
+use crate::front::{Front, Token, Wish};
+use crate::process::{Program, Server};
+use crate::session::Session;
+use crate::vault::Vault;
+use channel::{Received, Settings, ToServer, ToSupervisor};
+use control::{Limits, SocketFile};
+use exchange::{Candidate, Exchange};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long a server may take to end. It has a bound of 15 s of its own.
+const END_PATIENCE: Duration = Duration::from_secs(16);
+/// How long a server may take that was told to leave at once.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long frontends are left alone when one could not be served: it may come again at once.
+const AFTER_A_FAILURE: Duration = Duration::from_millis(100);
+
+/// Where frontends come in.
+#[derive(Debug)]
+pub enum ListenSocket {
+    /// A socket of our own, whose name is removed at the end.
+    Path(SocketFile),
+    /// A socket that was given.
+    Inherited(UnixListener),
+}
+
+impl ListenSocket {
+    fn listener(&self) -> &UnixListener {
+        match self {
+            Self::Path(socket) => socket.listener(),
+            Self::Inherited(listener) => listener,
+        }
+    }
+}
+
+/// What a supervisor is started with.
+#[derive(Debug)]
+pub struct Options {
+    /// Where frontends come in.
+    pub frontends: ListenSocket,
+    /// Where clients of `hotswapctl` come in, from when there is a device on.
+    pub control_path: PathBuf,
+    /// What servers run.
+    pub program: Program,
+    /// What does not change.
+    pub settings: Settings,
+    /// The first module: a name or a path.
+    pub domain: String,
+    /// Its parameters.
+    pub params: BTreeMap<String, String>,
+    /// A second server is ready ahead of a death.
+    pub has_spare: bool,
+    /// A server whose workers do not move for so long is ended.
+    pub hang_timeout: Option<Duration>,
+    /// What asks for the end: a word for the log, and a descriptor that is readable then.
+    pub ends: Vec<(String, OwnedFd)>,
+}
+
+/// Which of the servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// The one that has the device, or is about to.
+    Current,
+    /// The one that had it, and may get it back.
+    Stopped,
+    /// The one that may get it.
+    Candidate,
+    /// One that was told to leave.
+    Leaving(usize),
+}
+
+/// Something that is looked at.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    End(usize),
+    Frontends,
+    Frontend,
+    Inner,
+    Channel(Which),
+    Death(Which),
+    Front(Token),
+}
+
+/// The end, once it is wanted.
+#[derive(Debug)]
+struct Ending {
+    deadline: Instant,
+}
+
+/// How the servers are asked whether they live.
+#[derive(Debug)]
+struct Pulse {
+    timeout: Duration,
+    number: u64,
+    asked: Option<Instant>,
+    next: Instant,
+    stuck: Vec<u16>,
+}
+
+/// All that there is.
+#[derive(Debug)]
+pub struct Supervisor {
+    options: Options,
+    since: SystemTime,
+    vault: Vault,
+    deaths: Deaths,
+    recoveries: u64,
+    /// The program that has served before the current one.
+    program_before: Option<Program>,
+    server: Option<Server>,
+    stopped: Option<Server>,
+    candidate: Option<Candidate>,
+    exchange: Option<Exchange>,
+    leaving: Vec<(Server, Instant)>,
+    /// When another server is to be started.
+    start_at: Option<Instant>,
+    /// When the last server died, until another one serves.
+    died_at: Option<Instant>,
+    has_served: bool,
+    is_given_up: bool,
+    session: Option<Session>,
+    sessions: u64,
+    /// The session that the server has not left yet.
+    ending_session: Option<u64>,
+    /// Frontends are not heard before.
+    accept_at: Option<Instant>,
+    /// The size of the disk that a frontend was told last.
+    told: Option<u64>,
+    front: Option<Front>,
+    pulse: Option<Pulse>,
+    ending: Option<Ending>,
+    /// The process's exit status, or why there is no device.
+    over: Option<Result<i32, String>>,
+}
+
+/// Serves until told to stop. Returns the process's exit status.
+///
+/// # Errors
+/// There is no device: a sentence that says why.
+pub fn run(options: Options) -> Result<i32, String> {
+    let mut supervisor = Supervisor::new(options);
+    loop {
+        supervisor.settle();
+        if let Some(over) = supervisor.over.take() {
+            return over;
+        }
+        let happened = supervisor.wait().map_err(|error| format!("cannot wait: {error}"))?;
+        for (source, what) in happened {
+            supervisor.happened(source, what);
+        }
+    }
+}
+
+impl Supervisor {
+    fn new(options: Options) -> Self {
+        let pulse = options.hang_timeout.map(|timeout| Pulse {
+            timeout,
+            number: 0,
+            asked: None,
+            next: Instant::now() + timeout,
+            stuck: Vec::new(),
+        });
+        Self {
+            options,
+            since: SystemTime::now(),
+            vault: Vault::default(),
+            deaths: Deaths::default(),
+            recoveries: 0,
+            program_before: None,
+            server: None,
+            stopped: None,
+            candidate: None,
+            exchange: None,
+            leaving: Vec::new(),
+            start_at: Some(Instant::now()),
+            died_at: None,
+            has_served: false,
+            is_given_up: false,
+            session: None,
+            sessions: 0,
+            ending_session: None,
+            accept_at: None,
+            told: None,
+            front: None,
+            pulse,
+            ending: None,
+            over: None,
+        }
+    }
+
+    fn which(&self, which: Which) -> Option<&Server> {
+        match which {
+            Which::Current => self.server.as_ref(),
+            Which::Stopped => self.stopped.as_ref(),
+            Which::Candidate => self.candidate.as_ref().map(|candidate| &candidate.server),
+            Which::Leaving(at) => self.leaving.get(at).map(|(server, _)| server),
+        }
+    }
+
+    /// A server that serves.
+    fn serving(&self) -> Option<&Server> {
+        self.server.as_ref().filter(|server| server.ready.is_some())
+    }
+
+    fn whiches(&self) -> impl Iterator<Item = Which> + use<> {
+        let leaving = (0..self.leaving.len()).rev().map(Which::Leaving);
+        [Which::Current, Which::Stopped, Which::Candidate].into_iter().chain(leaving)
+    }
+
+    /// Whether a frontend can be served now.
+    fn takes_frontends(&self) -> bool {
+        let is_free = self.session.is_none() && self.ending_session.is_none();
+        let is_stable =
+            self.stopped.is_none() && !self.exchange.as_ref().is_some_and(Exchange::is_stopping);
+        is_free && is_stable && self.serving().is_some() && self.ending.is_none()
+    }
+
+    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+        let mut watched: Vec<(Source, BorrowedFd<'_>, PollFlags)> = Vec::new();
+        let now = Instant::now();
+        if self.ending.is_none() {
+            for (at, (_, end)) in self.options.ends.iter().enumerate() {
+                watched.push((Source::End(at), end.as_fd(), PollFlags::IN));
+            }
+        }
+        if self.takes_frontends() && self.accept_at.is_none_or(|at| at <= now) {
+            let listener = self.options.frontends.listener().as_fd();
+            watched.push((Source::Frontends, listener, PollFlags::IN));
+        }
+        if let Some(session) = &self.session {
+            let frontend = session.frontend().map(|(fd, flags)| (Source::Frontend, fd, flags));
+            let inner = session.inner().map(|(fd, flags)| (Source::Inner, fd, flags));
+            watched.extend(frontend.into_iter().chain(inner));
+        }
+        for which in self.whiches() {
+            let Some(server) = self.which(which) else { continue };
+            if !server.is_silent {
+                watched.push((Source::Channel(which), server.channel.as_fd(), PollFlags::IN));
+            }
+            watched.push((Source::Death(which), server.pidfd(), PollFlags::IN));
+        }
+        if let Some(front) = &self.front {
+            let polled = front.polled().into_iter();
+            watched.extend(polled.map(|one| (Source::Front(one.token), one.fd, one.interest)));
+        }
+        let mut fds: Vec<PollFd<'_>> = watched
+            .iter()
+            .map(|&(_, fd, interest)| PollFd::from_borrowed_fd(fd, interest))
+            .collect();
+        let timeout = self.deadline().map(|at| at.saturating_duration_since(now));
+        let timeout = timeout.map(|left| Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let happened = watched.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(happened.map(|((source, ..), fd)| (*source, fd.revents())).collect())
+    }
+
+    /// When there is something to do even if nothing happens.
+    fn deadline(&self) -> Option<Instant> {
+        let accept = self.accept_at.filter(|_| self.takes_frontends());
+        let accept = accept.filter(|&at| at > Instant::now());
+        [
+            self.start_at,
+            accept,
+            self.ending.as_ref().map(|ending| ending.deadline),
+            self.front.as_ref().and_then(Front::deadline),
+            self.pulse.as_ref().filter(|_| self.serving().is_some()).map(|pulse| pulse.next),
+            self.leaving.iter().map(|(_, deadline)| *deadline).min(),
+            self.exchange.as_ref().and_then(Exchange::deadline),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn happened(&mut self, source: Source, what: PollFlags) {
+        match source {
+            Source::End(at) => {
+                let why = self.options.ends[at].0.clone();
+                self.end(&why);
+            }
+            Source::Frontends => self.accept(),
+            Source::Frontend => {
+                if let Some(session) = &mut self.session {
+                    session.frontend_is_ready(what);
+                }
+            }
+            // Pumped whenever something has happened.
+            Source::Inner => {}
+            Source::Channel(which) => self.hear(which),
+            Source::Death(which) => self.bury(which),
+            Source::Front(token) => {
+                if let Some(front) = &mut self.front {
+                    front.ready(token, what);
+                }
+            }
+        }
+    }
+
+    /// Hears all that a server has said.
+    fn hear(&mut self, which: Which) {
+        while let Some(server) = self.which(which) {
+            match server.channel.try_receive::<ToSupervisor>() {
+                Ok(Received::Message(message, files)) => self.told_by(which, message, files),
+                Ok(Received::Nothing) => break,
+                Ok(Received::End) => {
+                    // It is about to die, or has to.
+                    self.set_silent(which);
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    log::warn!("the server says what is not understood: {error}");
+                }
+                Err(error) => {
+                    log::error!("the server is not heard any more: {error}");
+                    server.kill();
+                    self.set_silent(which);
+                    break;
+                }
+            }
+        }
+    }
+
+    fn set_silent(&mut self, which: Which) {
+        let server = match which {
+            Which::Current => self.server.as_mut(),
+            Which::Stopped => self.stopped.as_mut(),
+            Which::Candidate => self.candidate.as_mut().map(|candidate| &mut candidate.server),
+            Which::Leaving(at) => self.leaving.get_mut(at).map(|(server, _)| server),
+        };
+        if let Some(server) = server {
+            server.is_silent = true;
+        }
+    }
+
+    /// A server has died, or not yet.
+    fn bury(&mut self, which: Which) {
+        self.hear(which);
+        let Some(ended) = self.which(which).and_then(Server::ended) else { return };
+        match which {
+            Which::Current => self.current_has_died(ended),
+            Which::Stopped => self.stopped_has_died(ended),
+            Which::Candidate => self.candidate_has_died(ended),
+            Which::Leaving(at) => drop(self.leaving.remove(at)),
+        }
+    }
+
+    fn send(&self, message: &ToServer) {
+        if let Some(server) = &self.server
+            && let Err(error) = server.channel.send(message, &[])
+        {
+            log::debug!("the server is not told: {error}");
+        }
+    }
+
+    /// Does all that is due.
+    fn settle(&mut self) {
+        let now = Instant::now();
+        self.settle_session();
+        if self.start_at.is_some_and(|at| at <= now) {
+            self.start_at = None;
+            self.start_server();
+        }
+        self.settle_exchange(now);
+        self.settle_pulse(now);
+        self.settle_front();
+        for (server, deadline) in &mut self.leaving {
+            if *deadline <= now {
+                server.kill();
+                *deadline = now + LEAVE_PATIENCE;
+            }
+        }
+        if self.ending.as_ref().is_some_and(|ending| ending.deadline <= now) {
+            log::error!("the server does not end; what is in flight is left");
+            if let Some(server) = &self.server {
+                server.kill();
+            }
+            self.over = Some(Ok(1));
+        }
+    }
+
+    fn settle_session(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        session.pump(self.server.as_ref().map(|server| &server.channel));
+        self.told = session.relay.told();
+        let Some(why) = session.over() else {
+            if session.relay.is_up() {
+                self.session_is_up();
+            }
+            return;
+        };
+        log::debug!("session {}: {why}", session.number);
+        // The server knows of it, and says when it has left it.
+        self.ending_session = Some(session.number).filter(|_| session.was_given);
+        self.session = None;
+        self.deaths.forgive();
+    }
+
+    fn settle_pulse(&mut self, now: Instant) {
+        let (Some(pulse), Some(server)) = (&mut self.pulse, &self.server) else { return };
+        if pulse.next > now || server.ready.is_none() {
+            return;
+        }
+        let is_dead = pulse.asked.is_some_and(|asked| now - asked >= pulse.timeout);
+        if is_dead {
+            log::error!("the server has not moved for {:?}, and is ended", pulse.timeout);
+            server.kill();
+            self.deaths.blame_the_next();
+        }
+        if pulse.asked.is_none() {
+            pulse.number += 1;
+            pulse.asked = Some(now);
+            let _ = server.channel.send(&ToServer::Ping { number: pulse.number }, &[]);
+        }
+        pulse.next = now + pulse.timeout / 2;
+    }
+
+    fn settle_front(&mut self) {
+        let Some(front) = &mut self.front else { return };
+        front.tick();
+        for wish in front.wishes() {
+            match wish {
+                Wish::Client(stream) => {
+                    if let Some(server) = &self.server
+                        && let Err(error) =
+                            server.channel.send(&ToServer::Client, &[stream.as_fd()])
+                    {
+                        log::debug!("the server is given no client: {error}");
+                    }
+                }
+                Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
+                Wish::Shutdown => self.end("shutdown"),
+            }
+        }
+    }
+
+    fn make_front(&mut self) {
+        if self.front.is_some() {
+            return;
+        }
+        let socket = SocketFile::listen(&self.options.control_path, 0o600);
+        let front = socket
+            .map_err(|error| error.to_string())
+            .and_then(|socket| Front::new(socket, Limits::default()).map_err(|e| e.to_string()));
+        match front {
+            Ok(front) => self.front = Some(front),
+            Err(error) => {
+                if let Some(server) = &self.server {
+                    server.kill();
+                }
+                self.over = Some(Err(error));
+            }
+        }
+    }
+
+    /// The end is wanted.
+    fn end(&mut self, why: &str) {
+        if self.ending.is_some() {
+            return;
+        }
+        self.start_at = None;
+        self.give_exchange_up();
+        self.ending = Some(Ending { deadline: Instant::now() + END_PATIENCE });
+        if self.serving().is_some() {
+            self.send(&ToServer::Shutdown { why: why.to_owned() });
+            return;
+        }
+        if let Some(server) = &self.server {
+            server.kill();
+        }
+        if self.has_served {
+            log::error!("{why}: stopping, while no server serves");
+            self.over = Some(Ok(1));
+        } else {
+            log::info!("{why}: stopping before anything is served");
+            self.over = Some(Ok(0));
+        }
+    }
+}

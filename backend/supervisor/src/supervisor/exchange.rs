@@ -1,0 +1,492 @@
+//! A server that is ready beside the one that serves: to be exchanged with it, or to go on after
+//! its death.
+//!
+//! An exchange: the candidate is started and prepared; the frontend is held, and the current server
+//! stopped with nothing in flight; the candidate is activated with what the other has left; it
+//! serves, and the other leaves. Whatever goes wrong before that, the other resumes.
+
+use super::serving::borrowed;
+use super::{LEAVE_PATIENCE, Supervisor};
+use crate::front::Ticket;
+use crate::process::{Ended, Program, Server};
+use channel::ToServer;
+use control::Code;
+use control::messages::{Part, UpgradeDaemonRequest};
+use control::rpc::RpcError;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// How long the current server may wait for what is in flight.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a candidate may take to be prepared.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the others may take for their part.
+const STEP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server that is ready, or about to be, and has no device.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub(super) server: Server,
+    pub(super) is_prepared: bool,
+    pub(super) prepared: Option<Instant>,
+    /// What it was prepared with.
+    live: Option<String>,
+}
+
+/// How far an exchange is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The candidate gets ready.
+    Preparing,
+    /// The frontend is held until the server owes it nothing.
+    Holding,
+    /// The current server was told to stop.
+    Stopping,
+    /// The candidate was given the device.
+    Activating,
+    /// It is told what the session was.
+    Replaying,
+    /// The current server was told to go on.
+    Resuming,
+}
+
+/// An exchange of the server.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    ticket: Ticket,
+    step: Step,
+    begun: Instant,
+    spawned: Instant,
+    prepared: Instant,
+    /// When the frontend was held.
+    held: Instant,
+    stopped: Instant,
+    activated: Instant,
+    deadline: Instant,
+    /// Why it fails, once it does.
+    failure: Option<String>,
+}
+
+impl Exchange {
+    pub(super) fn is_stopping(&self) -> bool {
+        self.step != Step::Preparing && self.step != Step::Replaying
+    }
+
+    pub(super) const fn deadline(&self) -> Option<Instant> {
+        Some(self.deadline)
+    }
+}
+
+fn failed(message: impl Into<String>) -> RpcError {
+    RpcError::new(Code::ExchangeFailed, message)
+}
+
+impl Supervisor {
+    fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
+        let server = Server::start(program)?;
+        let (message, descriptors) = self.start_message(true);
+        server.channel.send(&message, &borrowed(&descriptors))?;
+        let live = self.vault.live().map(ToOwned::to_owned);
+        Ok(Candidate { server, is_prepared: false, prepared: None, live })
+    }
+
+    /// Has a second server ready, if that is wanted.
+    pub(super) fn make_spare(&mut self) {
+        let is_wanted = self.options.has_spare && self.ending.is_none();
+        if !is_wanted || self.exchange.is_some() || self.serving().is_none() {
+            return;
+        }
+        if let Some(candidate) = &self.candidate {
+            if candidate.live.as_deref() == self.vault.live() {
+                return;
+            }
+            candidate.server.kill();
+            return;
+        }
+        if self.vault.live().is_none() {
+            return;
+        }
+        match self.start_candidate(&self.options.program) {
+            Ok(candidate) => self.candidate = Some(candidate),
+            Err(error) => log::warn!("there is no spare server: {error}"),
+        }
+    }
+
+    /// A client wants the daemon to be exchanged.
+    pub(super) fn upgrade_daemon(&mut self, ticket: Ticket, request: UpgradeDaemonRequest) {
+        if request.only == Some(Part::Supervisor) {
+            let refusal = RpcError::new(Code::StateRefused, "the supervisor stays as it is");
+            self.answer(ticket, Err(refusal));
+            return;
+        }
+        let path = request.path.unwrap_or_else(|| self.options.program.path.clone());
+        match Program::open(&path) {
+            Ok(program) => self.begin_exchange(ticket, program),
+            Err(error) => {
+                let message = format!("{}: {error}", path.display());
+                self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
+            }
+        }
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Result<Value, RpcError>) {
+        if let Some(front) = &mut self.front {
+            front.answer(ticket, answer);
+        }
+    }
+
+    fn begin_exchange(&mut self, ticket: Ticket, program: Program) {
+        let now = Instant::now();
+        if self.exchange.is_some() || self.stopped.is_some() || self.ending.is_some() {
+            let message = "another exchange of the daemon is under way";
+            self.answer(ticket, Err(RpcError::new(Code::ExchangeRuns, message)));
+            return;
+        }
+        if self.serving().is_none() {
+            // A program that serves is what a device without a server needs.
+            self.program_before = None;
+            self.options.program = program;
+            if self.is_given_up {
+                self.deaths.forgive();
+                self.is_given_up = false;
+                self.start_at = Some(now);
+            }
+            let message = "no server serves; the next one is started from this program";
+            self.answer(ticket, Err(RpcError::new(Code::NoServer, message)));
+            return;
+        }
+        if let Some(spare) = self.candidate.take() {
+            spare.server.kill();
+            self.leaving.push((spare.server, now + LEAVE_PATIENCE));
+        }
+        match self.start_candidate(&program) {
+            Ok(candidate) => {
+                let spawned = Instant::now();
+                self.candidate = Some(candidate);
+                self.exchange = Some(Exchange {
+                    ticket,
+                    step: Step::Preparing,
+                    begun: now,
+                    spawned,
+                    prepared: spawned,
+                    held: spawned,
+                    stopped: spawned,
+                    activated: spawned,
+                    deadline: now + PREPARE_PATIENCE,
+                    failure: None,
+                });
+                self.tell_facts();
+            }
+            Err(error) => {
+                let message = format!("the program cannot be started: {error}");
+                self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
+            }
+        }
+    }
+
+    /// The candidate waits for the device.
+    pub(super) fn candidate_is_prepared(&mut self) {
+        let Some(candidate) = &self.candidate else { return };
+        if !candidate.is_prepared {
+            candidate.server.kill();
+            return;
+        }
+        if self.server.is_none() && self.start_at.is_none() && self.died_at.is_some() {
+            self.promote_candidate();
+            return;
+        }
+        let now = Instant::now();
+        if let Some(exchange) = &mut self.exchange
+            && exchange.step == Step::Preparing
+        {
+            (exchange.prepared, exchange.held) = (now, now);
+            (exchange.step, exchange.deadline) = (Step::Holding, now + STEP_PATIENCE);
+            if let Some(session) = &mut self.session {
+                session.relay.pause(true);
+            }
+            if let Some(front) = &mut self.front {
+                front.hold();
+            }
+        }
+    }
+
+    pub(super) fn settle_exchange(&mut self, now: Instant) {
+        let Some(exchange) = &mut self.exchange else { return };
+        match exchange.step {
+            Step::Holding => {
+                let is_idle = self.session.as_ref().is_none_or(|session| session.relay.is_idle());
+                if is_idle && self.ending_session.is_none() {
+                    exchange.held = now;
+                    (exchange.step, exchange.deadline) = (Step::Stopping, now + STEP_PATIENCE);
+                    let drain_timeout_ms = DRAIN_TIMEOUT.as_millis() as u64;
+                    self.send(&ToServer::Stop { drain_timeout_ms });
+                    return;
+                }
+            }
+            Step::Replaying => {
+                if self.session.is_none() {
+                    self.session_is_up();
+                    return;
+                }
+            }
+            Step::Preparing | Step::Stopping | Step::Activating | Step::Resuming => {}
+        }
+        if self.exchange.as_ref().is_some_and(|exchange| exchange.deadline <= now) {
+            self.exchange_takes_too_long();
+        }
+    }
+
+    fn exchange_takes_too_long(&mut self) {
+        let Some(exchange) = &mut self.exchange else { return };
+        exchange.deadline = Instant::now() + STEP_PATIENCE;
+        match exchange.step {
+            Step::Preparing => self.fail("the new server does not get ready in time"),
+            Step::Holding => self.fail("the server does not answer in time"),
+            // It has the device, and cannot be asked for it.
+            Step::Stopping | Step::Resuming => {
+                log::error!("the server does not say whether it has stopped, and is ended");
+                if let Some(server) = &self.server {
+                    server.kill();
+                }
+            }
+            Step::Activating | Step::Replaying => {
+                log::error!("the new server does not take the device in time, and is ended");
+                if let Some(server) = &self.server {
+                    server.kill();
+                }
+            }
+        }
+    }
+
+    /// The exchange fails, before the current server was stopped.
+    fn fail(&mut self, why: &str) {
+        if let Some(candidate) = self.candidate.take() {
+            candidate.server.kill();
+            self.leaving.push((candidate.server, Instant::now() + LEAVE_PATIENCE));
+        }
+        if let Some(exchange) = self.exchange.take() {
+            log::warn!("the server is not exchanged: {why}");
+            self.answer(exchange.ticket, Err(failed(why)));
+        }
+        self.go_on();
+    }
+
+    /// The current server goes on as before.
+    fn go_on(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.relay.pause(false);
+        }
+        if let Some(front) = &mut self.front
+            && self.server.is_some()
+        {
+            front.server_up();
+        }
+        self.tell_facts();
+    }
+
+    /// No exchange goes on, and no candidate stays.
+    pub(super) fn give_exchange_up(&mut self) {
+        let is_early = self
+            .exchange
+            .as_ref()
+            .is_none_or(|exchange| matches!(exchange.step, Step::Preparing | Step::Holding));
+        if is_early && (self.exchange.is_some() || self.candidate.is_some()) {
+            self.fail("something has come between");
+        }
+    }
+
+    /// The current server has nothing in flight, and given the storage up.
+    pub(super) fn has_stopped(&mut self, drain_ns: u64) {
+        let now = Instant::now();
+        let Some(exchange) = &mut self.exchange else { return };
+        if exchange.step != Step::Stopping {
+            return;
+        }
+        log::debug!("the server has stopped, {} us after it was asked", drain_ns / 1000);
+        exchange.stopped = now;
+        let Some(candidate) = self.candidate.take() else {
+            exchange.failure.get_or_insert_with(|| "the new server has died".to_owned());
+            exchange.step = Step::Resuming;
+            self.send(&ToServer::Resume);
+            return;
+        };
+        (exchange.step, exchange.deadline) = (Step::Activating, now + STEP_PATIENCE);
+        self.stopped = self.server.take();
+        self.activate(candidate);
+    }
+
+    fn activate(&mut self, candidate: Candidate) {
+        let Some((vault, descriptors)) = self.vault.give() else {
+            log::error!("there is nothing that a server could go on with");
+            candidate.server.kill();
+            self.server = Some(candidate.server);
+            return;
+        };
+        let message = ToServer::Activate { vault: Box::new(vault) };
+        if let Err(error) = candidate.server.channel.send(&message, &borrowed(&descriptors)) {
+            log::error!("the new server is given no device: {error}");
+            candidate.server.kill();
+        }
+        self.server = Some(candidate.server);
+    }
+
+    /// After a death: the candidate goes on, if there is one. `false` if not.
+    pub(super) fn promote_candidate(&mut self) -> bool {
+        let Some(candidate) = self.candidate.take_if(|candidate| {
+            candidate.is_prepared && candidate.live.as_deref() == self.vault.live()
+        }) else {
+            return false;
+        };
+        if let Some(exchange) = self.exchange.take() {
+            let died = "the server has died meanwhile; the new one goes on for it";
+            self.answer(exchange.ticket, Err(failed(died)));
+        }
+        if let Some(session) = &mut self.session {
+            session.relay.pause(false);
+        }
+        self.activate(candidate);
+        true
+    }
+
+    pub(super) fn has_not_stopped(&mut self, code: &str, message: &str) {
+        let is_stopping =
+            self.exchange.as_ref().is_some_and(|exchange| exchange.step == Step::Stopping);
+        if is_stopping {
+            self.fail(&format!("the server could not be stopped: {message} ({code})"));
+        }
+    }
+
+    pub(super) fn has_resumed(&mut self) {
+        let Some(exchange) = self.exchange.take_if(|one| one.step == Step::Resuming) else {
+            return;
+        };
+        let why = exchange.failure.as_deref().unwrap_or("the new server has died");
+        log::warn!("the server is not exchanged: {why}");
+        self.answer(exchange.ticket, Err(failed(why)));
+        self.go_on();
+    }
+
+    /// The new server serves: the one before leaves, and has the session no more.
+    pub(super) fn leave_stopped(&mut self) {
+        let Some(old) = self.stopped.take() else { return };
+        if let Err(error) = old.channel.send(&ToServer::Exit, &[]) {
+            log::debug!("the old server is not told to leave: {error}");
+        }
+        let now = Instant::now();
+        if let Some(session) = &mut self.session {
+            session.take_back();
+            session.relay.pause(false);
+        }
+        self.ending_session = None;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.activated = now;
+            (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
+        }
+        self.program_before = Some(old.program.clone());
+        if let Some(server) = &self.server {
+            self.options.program = server.program.clone();
+        }
+        self.leaving.push((old, now + LEAVE_PATIENCE));
+        if let Some(front) = &mut self.front {
+            front.server_gone();
+        }
+    }
+
+    /// The session is what it was: an exchange is over.
+    pub(super) fn session_is_up(&mut self) {
+        let Some(exchange) = self.exchange.take_if(|one| one.step == Step::Replaying) else {
+            return;
+        };
+        let now = Instant::now();
+        let us = |from: Instant, to: Instant| {
+            u64::try_from(to.saturating_duration_since(from).as_micros()).unwrap_or(u64::MAX)
+        };
+        let phases = json!({
+            "start": us(exchange.begun, exchange.spawned),
+            "prepare": us(exchange.spawned, exchange.prepared),
+            "stop": us(exchange.held, exchange.stopped),
+            "activate": us(exchange.stopped, exchange.activated),
+            "replay": us(exchange.activated, now),
+            "pause": us(exchange.held, now),
+        });
+        log::info!("another server serves; the guest has waited {} us", us(exchange.held, now));
+        let version = self.server.as_ref().and_then(|server| server.version.clone());
+        let answer = json!({ "what": ["server"], "version": version, "phases_us": phases });
+        self.event("server_exchanged", json!({ "phases_us": phases }));
+        self.answer(exchange.ticket, Ok(answer));
+        self.tell_facts();
+        self.make_spare();
+    }
+
+    /// The current server has died while the one before can still go on. `false` if there is none.
+    pub(super) fn resume_stopped(&mut self, ended: Ended, died: &Server) -> bool {
+        let Some(old) = self.stopped.take() else {
+            if self.exchange.as_ref().is_some_and(|one| one.step != Step::Preparing) {
+                self.exchange_has_lost_its_server();
+            }
+            return false;
+        };
+        let why = match &died.failure {
+            Some((code, message)) => format!("{message} ({code})"),
+            None => format!("the new server has ended with {ended}"),
+        };
+        self.server = Some(old);
+        if let Some(exchange) = &mut self.exchange {
+            exchange.failure.get_or_insert(why);
+            exchange.step = Step::Resuming;
+            exchange.deadline = Instant::now() + STEP_PATIENCE;
+        }
+        // Its session is the same still.
+        self.send(&ToServer::Resume);
+        true
+    }
+
+    /// The server has died amid its own exchange.
+    fn exchange_has_lost_its_server(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.relay.pause(false);
+        }
+        let is_waiting = self.candidate.as_ref().is_some_and(|one| one.is_prepared);
+        if !is_waiting && let Some(exchange) = self.exchange.take() {
+            self.answer(exchange.ticket, Err(failed("the server has died meanwhile")));
+        }
+    }
+
+    pub(super) fn stopped_has_died(&mut self, ended: Ended) {
+        log::warn!("the old server has ended with {ended} before it was told to");
+        if let Some(old) = self.stopped.take() {
+            // It has nothing any more that is needed; what follows is as if it had left.
+            drop(old);
+            if let Some(session) = &mut self.session {
+                session.take_back();
+                session.relay.pause(false);
+            }
+            self.ending_session = None;
+            let now = Instant::now();
+            if let Some(exchange) = &mut self.exchange {
+                exchange.activated = now;
+                (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
+            }
+            if let Some(front) = &mut self.front {
+                front.server_gone();
+            }
+        }
+    }
+
+    pub(super) fn candidate_has_died(&mut self, ended: Ended) {
+        let Some(candidate) = self.candidate.take() else { return };
+        let why = match candidate.server.failure {
+            Some((code, message)) => format!("{message} ({code})"),
+            None => format!("the new server has ended with {ended}"),
+        };
+        let Some(exchange) = &mut self.exchange else {
+            log::warn!("the spare server is gone: {why}");
+            return;
+        };
+        match exchange.step {
+            Step::Preparing | Step::Holding => self.fail(&why),
+            // The current server says first whether it has stopped.
+            _ => exchange.failure = Some(why),
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! The server that has the device: its start, what it says, its death; and the frontend's session
+//! with it.
+
+use super::{AFTER_A_FAILURE, Supervisor, Which};
+use crate::deaths::{Choices, Death, Next};
+use crate::descriptor::Descriptor;
+use crate::front::{Facts, Phase, ServerFacts, SupervisorFacts};
+use crate::process::{Ended, Server};
+use crate::region::Region;
+use crate::relay::Relay;
+use crate::session::Session;
+use channel::{Start, ToServer, ToSupervisor, VERSION};
+use serde_json::json;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Instant, SystemTime};
+
+fn milliseconds(at: SystemTime) -> u64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The borrows that a packet takes.
+pub(super) fn borrowed(descriptors: &[Descriptor]) -> Vec<BorrowedFd<'_>> {
+    descriptors.iter().map(AsFd::as_fd).collect()
+}
+
+impl Supervisor {
+    /// What a server is told first.
+    pub(super) fn start_message(&self, prepare_only: bool) -> (ToServer, Vec<Descriptor>) {
+        let (start, descriptors) = match self.vault.give() {
+            Some((vault, objects)) => (Start::Vault(Box::new(vault)), objects),
+            None => {
+                let (domain, params) = (self.options.domain.clone(), self.options.params.clone());
+                (Start::First { domain, params }, Vec::new())
+            }
+        };
+        let settings = self.options.settings.clone();
+        (ToServer::Start { version: VERSION, settings, start, prepare_only }, descriptors)
+    }
+
+    pub(super) fn start_server(&mut self) {
+        if self.server.is_some() {
+            return;
+        }
+        let started = Server::start(&self.options.program).and_then(|server| {
+            let (message, descriptors) = self.start_message(false);
+            server.channel.send(&message, &borrowed(&descriptors)).map(|()| server)
+        });
+        match started {
+            Ok(server) => self.server = Some(server),
+            Err(error) => {
+                let sentence = format!("cannot start a server: {error}");
+                if self.has_served {
+                    log::error!("{sentence}");
+                    self.decide(Ended::Unknown, None, None);
+                } else {
+                    self.over = Some(Err(sentence));
+                }
+            }
+        }
+        self.tell_facts();
+    }
+
+    /// A server has said something.
+    pub(super) fn told_by(&mut self, which: Which, message: ToSupervisor, files: Vec<OwnedFd>) {
+        match message {
+            ToSupervisor::Ready { version, program, serves } => {
+                if which == Which::Current {
+                    self.is_ready(version, program, &serves);
+                }
+            }
+            ToSupervisor::Prepared { version, program } => {
+                if let (Which::Candidate, Some(candidate)) = (which, &mut self.candidate) {
+                    candidate.server.version = Some(program);
+                    candidate.is_prepared = version == VERSION;
+                    candidate.prepared = Some(Instant::now());
+                    self.candidate_is_prepared();
+                }
+            }
+            ToSupervisor::Failed { code, message } => {
+                log::debug!("a server says: {message} ({code})");
+                let server = match which {
+                    Which::Current => self.server.as_mut(),
+                    Which::Candidate => self.candidate.as_mut().map(|other| &mut other.server),
+                    Which::Stopped | Which::Leaving(_) => None,
+                };
+                if let Some(server) = server {
+                    server.failure = Some((code, message));
+                }
+            }
+            ToSupervisor::Vault { vault, new } => {
+                // Another one has nothing to say of the device.
+                if which == Which::Current
+                    && let Err(why) = self.vault.take(*vault, &new, files)
+                {
+                    log::error!("what the server wants to be kept is not: {why}");
+                }
+            }
+            ToSupervisor::SessionEnded { number, error } => {
+                if which == Which::Current {
+                    self.session_has_ended(number, error);
+                }
+            }
+            ToSupervisor::InflightTaken => {
+                if let (Which::Current, Some(session)) = (which, &mut self.session) {
+                    session.relay.inflight_is_taken();
+                }
+            }
+            ToSupervisor::Stopped { drain_ns } => {
+                if which == Which::Current {
+                    self.has_stopped(drain_ns);
+                }
+            }
+            ToSupervisor::NotStopped { code, message } => {
+                if which == Which::Current {
+                    self.has_not_stopped(&code, &message);
+                }
+            }
+            ToSupervisor::Resumed => {
+                if which == Which::Current {
+                    self.has_resumed();
+                }
+            }
+            ToSupervisor::Pong { number, stuck } => self.pong(number, stuck),
+            ToSupervisor::ConfigChanged => {
+                if let (Which::Current, Some(session)) = (which, &mut self.session) {
+                    let effect = session.relay.config_has_changed();
+                    session.apply(effect, None);
+                }
+            }
+            ToSupervisor::ShutdownWanted => self.end("shutdown"),
+        }
+    }
+
+    fn pong(&mut self, number: u64, stuck: Vec<u16>) {
+        let Some(pulse) = &mut self.pulse else { return };
+        if pulse.number != number {
+            return;
+        }
+        // Once may be a long request.
+        let is_stuck = stuck.iter().any(|queue| pulse.stuck.contains(queue));
+        if !is_stuck {
+            pulse.asked = None;
+        }
+        pulse.stuck = stuck;
+    }
+
+    fn is_ready(&mut self, version: u32, program: String, serves: &str) {
+        let Some(server) = &mut self.server else { return };
+        if version != VERSION {
+            log::error!("the server speaks version {version} of the channel, not {VERSION}");
+            server.kill();
+            return;
+        }
+        server.ready = Some(Instant::now());
+        server.since = SystemTime::now();
+        server.version = Some(program);
+        self.is_given_up = false;
+        if !self.has_served {
+            self.has_served = true;
+            let path = self.options.control_path.display();
+            log::info!("{serves}; commands at {path}");
+            self.make_front();
+        }
+        self.leave_stopped();
+        self.give_session();
+        if let Some(died_at) = self.died_at.take() {
+            self.recoveries += 1;
+            let ms = died_at.elapsed().as_millis();
+            log::info!("another server serves {ms} ms after the death of the one before");
+            self.event("recovered", json!({"after_ms": ms}));
+        }
+        if let Some(pulse) = &mut self.pulse {
+            (pulse.asked, pulse.next) = (None, Instant::now() + pulse.timeout);
+        }
+        self.tell_facts();
+        if let Some(front) = &mut self.front {
+            front.server_up();
+        }
+        self.make_spare();
+    }
+
+    /// Gives the frontend's session to the server that serves.
+    pub(super) fn give_session(&mut self) {
+        let (Some(server), Some(session)) = (&self.server, &mut self.session) else { return };
+        if server.ready.is_none() || session.is_given() {
+            return;
+        }
+        if let Err(error) = session.give_to(&server.channel, &self.deaths) {
+            // It is dead, which is about to be known, or there are no descriptors.
+            log::error!("the server gets no session: {error}");
+            server.kill();
+        }
+    }
+
+    pub(super) fn accept(&mut self) {
+        let stream = match self.options.frontends.listener().accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                log::warn!("a frontend cannot be let in: {error}");
+                self.accept_at = Some(Instant::now() + AFTER_A_FAILURE);
+                return;
+            }
+        };
+        match Region::own(self.options.settings.queues) {
+            Ok(region) => {
+                self.sessions += 1;
+                let relay = Relay::new(region, self.told);
+                self.session = Some(Session::new(self.sessions, stream.into(), relay));
+                self.give_session();
+            }
+            Err(error) => {
+                log::warn!("a frontend cannot be served: no in-flight region: {error}");
+                self.accept_at = Some(Instant::now() + AFTER_A_FAILURE);
+            }
+        }
+    }
+
+    fn session_has_ended(&mut self, number: u64, error: Option<String>) {
+        if self.ending_session == Some(number) {
+            self.ending_session = None;
+        }
+        if error.is_some() {
+            self.accept_at = Some(Instant::now() + AFTER_A_FAILURE);
+        }
+        if let Some(session) = &mut self.session
+            && session.number == number
+        {
+            session.server_has_ended_it(error);
+            // There is nothing left to end.
+            session.was_given = false;
+        }
+    }
+
+    pub(super) fn current_has_died(&mut self, ended: Ended) {
+        let Some(server) = self.server.take() else { return };
+        if self.stopped.is_none() {
+            self.ending_session = None;
+            if let Some(session) = &mut self.session {
+                session.take_back();
+            }
+        }
+        if self.ending.is_some() {
+            let status = match ended {
+                Ended::Exited(status) => status,
+                Ended::Signalled(_) | Ended::Unknown => 1,
+            };
+            if status != 0 && !matches!(ended, Ended::Exited(_)) {
+                log::error!("the server has ended with {ended}");
+            }
+            self.over = Some(Ok(status));
+            return;
+        }
+        if self.resume_stopped(ended, &server) {
+            return;
+        }
+        if let Some(front) = &mut self.front {
+            front.server_gone();
+        }
+        if !self.has_served {
+            self.over = Some(Err(match server.failure {
+                Some((_, message)) => message,
+                None => format!("the server has ended with {ended} before it served"),
+            }));
+            return;
+        }
+        let pid = server.pid;
+        match &server.failure {
+            Some((code, message)) => log::error!("server {pid}: {message} ({code})"),
+            None => log::error!("the server, process {pid}, has died: {ended}"),
+        }
+        self.died_at.get_or_insert_with(Instant::now);
+        self.event("server_died", json!({"pid": pid.as_raw_nonzero(), "how": ended.to_string()}));
+        let served = server.ready.map(|ready| ready.elapsed());
+        self.decide(ended, served, Some(server));
+        self.tell_facts();
+    }
+
+    /// What comes after a death.
+    fn decide(
+        &mut self,
+        ended: Ended,
+        served: Option<std::time::Duration>,
+        server: Option<Server>,
+    ) {
+        let oldest = self.session.as_ref().map(|session| session.relay.region().oldest());
+        let death = Death {
+            served,
+            is_crash: ended.is_crash(),
+            module: self.vault.live().map(ToOwned::to_owned),
+            oldest: oldest.unwrap_or_default(),
+        };
+        let choices = Choices {
+            has_program: self.program_before.is_some(),
+            has_standby: self.vault.has_standby(),
+        };
+        match self.deaths.died(&death, choices) {
+            Next::GiveUp => {
+                log::error!("no server lives: the device is faulted until it is upgraded");
+                self.is_given_up = true;
+                self.event("faulted", json!({}));
+            }
+            Next::Start { after, falls_back, takes_standby } => {
+                if takes_standby && let Some(name) = self.vault.fall_back() {
+                    log::error!("the domain has ended its server again: `{name}` goes on");
+                }
+                if falls_back && let Some(before) = self.program_before.take() {
+                    log::error!("the program does not serve: the one before goes on");
+                    self.options.program = before;
+                }
+                drop(server);
+                if takes_standby || falls_back {
+                    self.give_exchange_up();
+                }
+                if self.promote_candidate() {
+                    return;
+                }
+                self.start_at = Some(Instant::now() + after);
+            }
+        }
+        // At once, without another look at the clock.
+        if self.start_at.is_some_and(|at| at <= Instant::now()) {
+            self.start_at = None;
+            self.start_server();
+        }
+    }
+
+    pub(super) fn event(&mut self, event: &str, members: serde_json::Value) {
+        if let Some(front) = &mut self.front {
+            front.event(event, members);
+        }
+    }
+
+    /// Tells the control front what it says of the processes.
+    pub(super) fn tell_facts(&mut self) {
+        let phase = if self.is_given_up {
+            Phase::Faulted
+        } else if self.serving().is_none() {
+            Phase::Recovering
+        } else if self.exchange.is_some() {
+            Phase::Upgrading
+        } else {
+            Phase::Serving
+        };
+        let version = || env!("CARGO_PKG_VERSION").to_owned();
+        let server = self.server.as_ref();
+        let facts = Facts {
+            phase,
+            supervisor: SupervisorFacts {
+                pid: std::process::id(),
+                version: version(),
+                since: milliseconds(self.since),
+            },
+            server: ServerFacts {
+                pid: server.and_then(|server| server.pid.as_raw_nonzero().get().try_into().ok()),
+                version: server.and_then(|server| server.version.clone()).unwrap_or_else(version),
+                since: server.map_or(0, |server| milliseconds(server.since)),
+                deaths: self.deaths.count,
+                recoveries: self.recoveries,
+                quarantined: self.deaths.quarantined_count,
+            },
+        };
+        if let Some(front) = &mut self.front {
+            front.tell(facts);
+        }
+    }
+}
