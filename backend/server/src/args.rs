@@ -19,16 +19,15 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use domain_abi::Params;
 
+use crate::cpus::{Cpus, worker_cpus};
 use control::SOCKET_PATH_MAX;
+use supervisor::supervisor::Supervision;
 
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
 /// The largest queue size: as large as QEMU makes them.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
-
-/// CPUs are numbered from 0; Linux knows of no machine with more.
-const CPUS_MAX: usize = 1024;
 
 /// The option that QEMU's conventions let win over all others, whatever they say.
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
@@ -144,15 +143,6 @@ pub struct Config {
     pub supervision: Option<Supervision>,
 }
 
-/// How the process that serves is looked after.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Supervision {
-    /// Another one is ready for when it dies.
-    pub has_spare: bool,
-    /// It is ended when its workers have not moved for so long.
-    pub hang_timeout: Option<Duration>,
-}
-
 /// What a command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invocation {
@@ -263,27 +253,6 @@ impl Args {
             worker_cpus: self.worker_cpus.map(|Cpus(cpus)| cpus).unwrap_or_default(),
         })
     }
-}
-
-/// A list of CPUs, as `--worker-cpus` has it.
-#[derive(Debug, Clone)]
-struct Cpus(Vec<usize>);
-
-fn worker_cpus(text: &str) -> Result<Cpus, String> {
-    let number = |text: &str| match text.parse::<usize>() {
-        Ok(number) if number < CPUS_MAX => Ok(number),
-        _ => Err(format!("`{text}` is no number of a CPU; write a list like 2,4-7")),
-    };
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last) = (number(first)?, number(last)?);
-        if first > last {
-            return Err(format!("`{part}` ends before it begins"));
-        }
-        cpus.extend(first..=last);
-    }
-    Ok(Cpus(cpus))
 }
 
 fn socket_path(option: &str, path: PathBuf) -> Result<PathBuf, String> {

@@ -7,6 +7,31 @@
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
+/// CPUs are numbered from 0; Linux knows of no machine with more.
+const CPUS_MAX: usize = 1024;
+
+/// A list of CPUs, as `--worker-cpus` has it.
+#[derive(Debug, Clone)]
+pub(crate) struct Cpus(pub(crate) Vec<usize>);
+
+/// Reads such a list.
+pub(crate) fn worker_cpus(text: &str) -> Result<Cpus, String> {
+    let number = |text: &str| match text.parse::<usize>() {
+        Ok(number) if number < CPUS_MAX => Ok(number),
+        _ => Err(format!("`{text}` is no number of a CPU; write a list like 2,4-7")),
+    };
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("`{part}` ends before it begins"));
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(Cpus(cpus))
+}
+
 /// Whether this process may use all of `cpus`.
 ///
 /// # Errors

@@ -17,7 +17,8 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use vhost_hotswap::args::{Args, Config, Listen, Supervision};
+use supervisor::supervisor::Supervision;
+use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
@@ -26,6 +27,7 @@ use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
 use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
+use vhost_hotswap::supervision;
 
 /// How long frontends are left alone when one could not be served: it may come again at once.
 const AFTER_A_FAILURE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -61,7 +63,7 @@ fn supervise(config: Config, supervision: Supervision) -> Result<i32, String> {
     check_proc()?;
     cpus::check(&config.worker_cpus)?;
     raise_descriptor_limit();
-    vhost_hotswap::supervision::supervise(config, supervision)
+    supervision::supervise(config, supervision)
 }
 
 /// What there is to listen on, before it is listened on.

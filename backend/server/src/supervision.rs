@@ -2,7 +2,7 @@
 //!
 //! It serves nothing itself. What it does is in the crate `supervisor`.
 
-use crate::args::{Config, Listen, Supervision};
+use crate::args::{Config, Listen};
 use crate::raw_fd::inherited;
 use crate::signals;
 use channel::Settings;
@@ -11,7 +11,7 @@ use signal_hook::low_level::pipe;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use supervisor::process::Program;
-use supervisor::supervisor::{ListenSocket, Options, run};
+use supervisor::supervisor::{ListenSocket, Options, Supervision, run};
 
 /// Supervises servers until told to stop. Returns the exit status.
 ///
@@ -52,8 +52,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             .iter()
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .collect(),
-        has_spare: supervision.has_spare,
-        hang_timeout: supervision.hang_timeout,
+        supervision,
         ends,
     })
 }

@@ -47,6 +47,15 @@ impl ListenSocket {
     }
 }
 
+/// How the process that serves is looked after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Supervision {
+    /// Another one is ready for when it dies.
+    pub has_spare: bool,
+    /// It is ended when its workers have not moved for so long.
+    pub hang_timeout: Option<Duration>,
+}
+
 /// What a supervisor is started with.
 #[derive(Debug)]
 pub struct Options {
@@ -62,10 +71,8 @@ pub struct Options {
     pub domain: String,
     /// Its parameters.
     pub params: BTreeMap<String, String>,
-    /// A second server is ready ahead of a death.
-    pub has_spare: bool,
-    /// A server whose workers do not move for so long is ended.
-    pub hang_timeout: Option<Duration>,
+    /// How servers are looked after.
+    pub supervision: Supervision,
     /// What asks for the end: a word for the log, and a descriptor that is readable then.
     pub ends: Vec<(String, OwnedFd)>,
 }
@@ -167,7 +174,7 @@ pub fn run(options: Options) -> Result<i32, String> {
 
 impl Supervisor {
     fn new(options: Options) -> Self {
-        let pulse = options.hang_timeout.map(|timeout| Pulse {
+        let pulse = options.supervision.hang_timeout.map(|timeout| Pulse {
             timeout,
             number: 0,
             asked: None,

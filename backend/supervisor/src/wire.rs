@@ -3,7 +3,8 @@
 //! A message is a header of 12 bytes (request, flags, size of what follows), a body, and
 //! descriptors that come with the first byte. [`Parser`] makes messages of bytes; it says how many
 //! it wants next and is never given more, so that the descriptors that come along belong to the
-//! message that is being read. [`Connection`] is a socket with both directions; nothing in it waits.
+//! message that is being read. [`Connection`] is a socket with both directions; nothing in it
+//! waits.
 
 use crate::descriptor::Descriptor;
 use rustix::io::{Errno, IoSlice, IoSliceMut};

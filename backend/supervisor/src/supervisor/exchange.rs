@@ -92,7 +92,7 @@ impl Supervisor {
 
     /// Has a second server ready, if that is wanted.
     pub(super) fn make_spare(&mut self) {
-        let is_wanted = self.options.has_spare && self.ending.is_none();
+        let is_wanted = self.options.supervision.has_spare && self.ending.is_none();
         if !is_wanted || self.exchange.is_some() || self.serving().is_none() {
             return;
         }
