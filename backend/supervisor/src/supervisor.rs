@@ -4,6 +4,7 @@
 //! channel and the death of each server, the control front's clients, and the clock.
 
 mod exchange;
+mod options;
 mod serving;
 
 use crate::deaths::Deaths;
@@ -11,15 +12,13 @@ use crate::front::{Front, Token, Wish};
 use crate::process::{Program, Server};
 use crate::session::Session;
 use crate::vault::Vault;
-use channel::{Received, Settings, ToServer, ToSupervisor};
+use channel::{Received, ToServer, ToSupervisor};
 use control::{Limits, SocketFile};
 use exchange::{Candidate, Exchange};
+pub use options::{ListenSocket, Options, Supervision};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How long a server may take to end. It has a bound of 15 s of its own.
@@ -28,54 +27,6 @@ const END_PATIENCE: Duration = Duration::from_secs(16);
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long frontends are left alone when one could not be served: it may come again at once.
 const AFTER_A_FAILURE: Duration = Duration::from_millis(100);
-
-/// Where frontends come in.
-#[derive(Debug)]
-pub enum ListenSocket {
-    /// A socket of our own, whose name is removed at the end.
-    Path(SocketFile),
-    /// A socket that was given.
-    Inherited(UnixListener),
-}
-
-impl ListenSocket {
-    fn listener(&self) -> &UnixListener {
-        match self {
-            Self::Path(socket) => socket.listener(),
-            Self::Inherited(listener) => listener,
-        }
-    }
-}
-
-/// How the process that serves is looked after.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Supervision {
-    /// Another one is ready for when it dies.
-    pub has_spare: bool,
-    /// It is ended when its workers have not moved for so long.
-    pub hang_timeout: Option<Duration>,
-}
-
-/// What a supervisor is started with.
-#[derive(Debug)]
-pub struct Options {
-    /// Where frontends come in.
-    pub frontends: ListenSocket,
-    /// Where clients of `hotswapctl` come in, from when there is a device on.
-    pub control_path: PathBuf,
-    /// What servers run.
-    pub program: Program,
-    /// What does not change.
-    pub settings: Settings,
-    /// The first module: a name or a path.
-    pub domain: String,
-    /// Its parameters.
-    pub params: BTreeMap<String, String>,
-    /// How servers are looked after.
-    pub supervision: Supervision,
-    /// What asks for the end: a word for the log, and a descriptor that is readable then.
-    pub ends: Vec<(String, OwnedFd)>,
-}
 
 /// Which of the servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
