@@ -113,7 +113,7 @@ fn under_load(
         for (disk, done) in disks.iter_mut().zip(&mut found) {
             let mut driver = Driver::connect(disk.daemon.socket(), load)?;
             driver.warm_up(places.client)?;
-            cpu::pin_workers(disk.daemon.pid(), places.server)?;
+            cpu::pin_workers(disk.daemon.server_pid(), places.server)?;
             let operator = &mut disk.operator;
             // The load begins before the upgrades and ends after them.
             let beside = || {

@@ -110,7 +110,7 @@ fn upgrade(
     let epoch = Instant::now();
     let mut driver = Driver::connect_at(daemon.socket(), LOAD, epoch)?;
     driver.warm_up(places.client)?;
-    cpu::pin_workers(daemon.pid(), places.server)?;
+    cpu::pin_workers(daemon.server_pid(), places.server)?;
     let beside = || {
         thread::sleep(BEFORE);
         let event = epoch.elapsed();

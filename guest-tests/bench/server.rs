@@ -80,7 +80,7 @@ impl Server {
 
     pub(super) fn pid(&self) -> u32 {
         match self {
-            Server::Ours(daemon) => daemon.pid(),
+            Server::Ours(daemon) => daemon.server_pid(),
             Server::Peer(peer) => peer.child.id(),
         }
     }

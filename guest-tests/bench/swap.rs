@@ -99,7 +99,7 @@ fn cell(
     let mut driver = Driver::connect(daemon.socket(), load)?;
     let mut operator = Operator::new(&daemon, modules, "swap");
     driver.warm_up(places.client)?;
-    cpu::pin_workers(daemon.pid(), places.server)?;
+    cpu::pin_workers(daemon.server_pid(), places.server)?;
     operator.upgrade()?;
     let length = Duration::from_secs_f64(options.seconds / PIECES as f64);
     let (mut quiet, mut busy, mut upgrades): (Vec<Run>, Vec<Run>, Vec<Done>) = Default::default();

@@ -154,6 +154,13 @@ impl Daemon {
         self.child.id()
     }
 
+    /// The id of the process that serves the rings: the daemon's own, or its server's.
+    pub fn server_pid(&self) -> u32 {
+        let status = self.status();
+        let pid = status["server"]["pid"].as_u64().and_then(|pid| pid.try_into().ok());
+        pid.unwrap_or_else(|| self.pid())
+    }
+
     /// A new connection to the control socket.
     pub fn rpc(&self) -> Control {
         Control::connect(&self.control)
@@ -197,20 +204,21 @@ impl Daemon {
         self.call(&["status"])
     }
 
-    /// Number of open file descriptors of the daemon.
+    /// Number of open file descriptors of the process that serves.
     pub fn open_fds(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the daemon lives").count()
+        fs::read_dir(format!("/proc/{}/fd", self.server_pid())).expect("the daemon lives").count()
     }
 
-    /// Resident memory of the daemon in KiB.
+    /// Resident memory of the process that serves, in KiB.
     pub fn rss_kib(&self) -> u64 {
         self.memory_kib("status", "VmRSS:")
     }
 
-    /// A line of a file of the daemon's in `/proc` that gives an amount of memory, in KiB.
+    /// A line of a file in `/proc` that gives an amount of memory, in KiB, of the process that
+    /// serves.
     pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
-        let text =
-            fs::read_to_string(format!("/proc/{}/{file}", self.pid())).expect("the daemon lives");
+        let text = fs::read_to_string(format!("/proc/{}/{file}", self.server_pid()))
+            .expect("the daemon lives");
         let line = text
             .lines()
             .find_map(|line| line.strip_prefix(field))
@@ -230,9 +238,25 @@ impl Daemon {
         kill_process(Pid::from_child(&self.child), signal).expect("the daemon lives");
     }
 
-    /// As [`stop`](Self::stop), with another signal.
+    /// Kills all that there is of it at once, as a loss of power does.
+    pub fn kill_whole(&mut self) {
+        let server = Pid::from_raw(self.server_pid() as i32).expect("a process");
+        if server != Pid::from_child(&self.child) {
+            // What stands beside the server is not to start another one.
+            self.signal(Signal::STOP);
+            kill_process(server, Signal::KILL).expect("the server lives");
+        }
+        self.signal(Signal::KILL);
+        self.child.wait().expect("the child can be waited for");
+    }
+
+    /// As [`stop`](Self::stop), with another signal. SIGKILL is for [all](Self::kill_whole) of it.
     pub fn stop_with(&mut self, signal: Signal) -> (i32, Duration) {
         let started = Instant::now();
+        if signal == Signal::KILL {
+            self.kill_whole();
+            return (-1, started.elapsed());
+        }
         self.signal(signal);
         loop {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {

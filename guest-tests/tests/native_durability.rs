@@ -17,7 +17,6 @@ use guest_tests::client::{Client, Options, Queue, Request, Status, features};
 use guest_tests::daemon::Daemon;
 use guest_tests::power::Disk;
 use guest_tests::stamp::{BLOCK, Stamp};
-use rustix::process::{Pid, Signal, kill_process};
 
 const BLOCKS: usize = 256;
 const DEPTH: usize = 12;
@@ -172,7 +171,7 @@ fn survives(params: &[&str], write_cache: bool) {
         let path = format!("path={}", disk.path().display());
         let mut args = vec!["--domain", "file", "--param", &path];
         params.iter().for_each(|param| args.extend(["--param", param]));
-        let daemon = Daemon::start(&args);
+        let mut daemon = Daemon::start(&args);
         // Without FLUSH the driver has no way to empty a cache, so the device must have none
         // (virtio 1.2, 5.2.6.2).
         let wanted = if write_cache { features::USUAL } else { features::USUAL & !features::FLUSH };
@@ -198,8 +197,7 @@ fn survives(params: &[&str], write_cache: bool) {
         books.load(queue, last);
         // Whatever the client has not seen by now it was not promised.
         disk.cut_power();
-        kill_process(Pid::from_raw(daemon.pid() as i32).expect("a process"), Signal::KILL)
-            .expect("it lives");
+        daemon.kill_whole();
         disk.take_away();
         drop(daemon);
         let image = disk.image();

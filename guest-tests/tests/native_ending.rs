@@ -156,8 +156,8 @@ fn nothing_is_published_to_a_frontend_that_is_gone() {
 
 /// What the daemon has had of the CPUs (`utime` and `stime` in proc(5), hundredths of a second).
 fn cpu_time(daemon: &Daemon) -> Duration {
-    let stat =
-        fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("the daemon lives");
+    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.server_pid()))
+        .expect("the daemon lives");
     let after_name = stat.rsplit_once(')').expect("a name in parentheses").1;
     let ticks: u64 = after_name
         .split_whitespace()

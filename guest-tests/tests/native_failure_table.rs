@@ -101,7 +101,7 @@ fn read_into(raw: &mut RawSession, head: u16, to: u64) {
 
 fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
     let tasks =
-        std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives");
+        std::fs::read_dir(format!("/proc/{}/task", daemon.server_pid())).expect("the daemon lives");
     (daemon.open_fds(), tasks.count())
 }
 
@@ -388,7 +388,8 @@ fn ask(raw: &mut RawSession, head: u16, kind: u32, data: &[u8]) {
 
 /// The region that a `ramdisk` and its like keep their data in.
 fn memory_of_the_disk(daemon: &Daemon) -> File {
-    let fds = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("the daemon lives");
+    let fds =
+        std::fs::read_dir(format!("/proc/{}/fd", daemon.server_pid())).expect("the daemon lives");
     let is_disk = |path: &PathBuf| {
         std::fs::read_link(path)
             .is_ok_and(|name| name.to_string_lossy().starts_with("/memfd:hotswap-region-disk"))

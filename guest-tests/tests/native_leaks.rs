@@ -39,7 +39,7 @@ struct Footprint {
 }
 
 fn footprint(daemon: &Daemon) -> Footprint {
-    let proc = |file: &str| format!("/proc/{}/{file}", daemon.pid());
+    let proc = |file: &str| format!("/proc/{}/{file}", daemon.server_pid());
     Footprint {
         mappings: fs::read_to_string(proc("maps")).expect("the daemon lives").lines().count(),
         fds: daemon.open_fds(),

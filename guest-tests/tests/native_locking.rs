@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use guest_tests::daemon::{CtlOutput, Daemon, run_daemon};
 use guest_tests::stamp::{Load, LoadOptions};
-use rustix::process::Signal;
 use tempfile::TempDir;
 
 fn image() -> (TempDir, PathBuf) {
@@ -65,13 +64,13 @@ fn a_daemon_that_was_killed_leaves_no_lock() {
     let (_directory, path) = image();
     for more in [&[][..], &["--param", "direct=true"]] {
         let args = [&["--blk-file", text(&path), "--queues", "2"], more].concat();
-        let daemon = Daemon::start(&args);
+        let mut daemon = Daemon::start(&args);
         let load = Load::start(
             daemon.socket(),
             &LoadOptions { patience: Duration::from_secs(1), ..LoadOptions::new(2, 32) },
         );
         load.wait_for(500);
-        daemon.signal(Signal::KILL);
+        daemon.kill_whole();
         // As a supervisor does that restarts it at once.
         let next = Daemon::start(&args);
         assert_eq!(next.terminate(), 0);

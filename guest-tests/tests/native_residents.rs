@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 /// What is still mapped of modules called so.
 fn mappings(daemon: &Daemon, name: &str) -> usize {
-    let maps =
-        std::fs::read_to_string(format!("/proc/{}/maps", daemon.pid())).expect("the daemon lives");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", daemon.server_pid()))
+        .expect("the daemon lives");
     maps.lines().filter(|line| line.contains("hotswap-module") && line.contains(name)).count()
 }
 

@@ -159,7 +159,9 @@ fn a_thousand_sessions_leave_nothing_behind() {
 }
 
 fn threads(daemon: &Daemon) -> usize {
-    std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives").count()
+    std::fs::read_dir(format!("/proc/{}/task", daemon.server_pid()))
+        .expect("the daemon lives")
+        .count()
 }
 
 #[test]
@@ -268,7 +270,8 @@ fn workers_are_kept_on_the_cpus_that_are_asked_for() {
     }
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).expect("the daemon lives");
     let mut workers = 0;
-    for task in std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives")
+    for task in
+        std::fs::read_dir(format!("/proc/{}/task", daemon.server_pid())).expect("the daemon lives")
     {
         let task = task.expect("a thread").path();
         let is_worker = read(task.join("comm")).starts_with("vring_worker");

@@ -26,7 +26,8 @@ fn one_cpu() -> CpuSet {
 
 /// The threads of the daemon that serve its queues.
 fn workers(daemon: &Daemon) -> Vec<Pid> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon lives");
+    let tasks =
+        fs::read_dir(format!("/proc/{}/task", daemon.server_pid())).expect("the daemon lives");
     let tasks = tasks.map(|task| task.expect("an entry").path());
     let is_worker = |task: &std::path::PathBuf| {
         fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("vring_worker"))
