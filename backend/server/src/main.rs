@@ -21,6 +21,7 @@ use supervisor::supervisor::Supervision;
 use vhost_hotswap::args::{Args, Config, Listen};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
+use vhost_hotswap::inflight::SharedInflight;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
@@ -162,6 +163,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         queue_size: config.queue_size,
         poll: config.poll,
         worker_cpus: config.worker_cpus,
+        inflight: SharedInflight::default(),
     };
     while wait_for_frontend(socket.listener(), shutdown.wanted())? {
         match session::serve(

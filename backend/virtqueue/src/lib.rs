@@ -2,7 +2,8 @@
 //!
 //! By file: `memory` (a snapshot of the memory map), `view` (where both rings are in it, checked
 //! once), `ring` (what has come, what has ended, and which side wakes the other), `requests`
-//! (chains that become requests, and the table of those that are in flight).
+//! (chains that become requests, and the table of those that are in flight), `inflight` (marks of
+//! those in memory that outlives the process).
 //!
 //! Invariants: an address that was handed out stays mapped until its request has ended, or for
 //! ever; a request's list of segments is not touched while the request is in flight; everything in
@@ -13,6 +14,7 @@
 //! (`proxy`), when the rings are looked at and under which lock (the worker's), packed rings and
 //! dirty logging. Section numbers refer to virtio 1.2.
 
+pub mod inflight;
 mod memory;
 mod requests;
 mod ring;
@@ -20,5 +22,5 @@ mod view;
 
 pub use memory::Snapshot;
 pub use requests::{BatchEnd, Chain, Parser, RequestTable};
-pub use ring::{disable_notification, enable_notification, publish_used, waiting};
+pub use ring::{disable_notification, enable_notification, publish_tracked, publish_used, waiting};
 pub use view::{RingView, Used, ViewCache};

@@ -122,6 +122,12 @@ impl RequestTable {
         self.in_use
     }
 
+    /// Whether the entry of a head is in use.
+    #[must_use]
+    pub fn is_in_use(&self, head: u16) -> bool {
+        self.entries.get(usize::from(head)).is_some_and(Entry::is_in_use)
+    }
+
     /// Frees the head of a request that will never end, for the driver of a ring that was set up
     /// again. What the request points to stays.
     pub fn set_aside(&mut self, head: u16) {
@@ -201,6 +207,13 @@ impl RequestTable {
             used.push(chain.used);
         }
         end
+    }
+
+    /// The heads of the chains of the batch that are not for the domain and have `after` of its
+    /// requests before them, in their order.
+    pub fn immediate(&self, after: usize) -> impl DoubleEndedIterator<Item = u16> {
+        let is_there = move |chain: &&ImmediateAnswer| chain.after == after;
+        self.immediate.iter().filter(is_there).map(|chain| chain.used.head)
     }
 
     /// Ends a request: tells the guest its `status` (the domain's), and returns its element of the

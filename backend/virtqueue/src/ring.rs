@@ -9,6 +9,7 @@
 //! Deliberately absent: what is in a chain (`virtio-blk`), which domain serves it (`proxy`), and
 //! the lock around the queue (the worker's).
 
+use crate::inflight::Tracker;
 use crate::view::{RingView, Used};
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
@@ -35,6 +36,36 @@ pub fn publish_used(queue: &mut Queue, view: &RingView, used: &[Used]) -> bool {
         next = next.wrapping_add(1);
     }
     view.set_used_idx(next);
+    told(queue, view, old, next)
+}
+
+/// As [`publish_used`], of a queue whose requests are tracked.
+///
+/// The order is that of the specification, and all that stands between a process that is killed
+/// here and a request that is lost or done twice: which requests it is, then the used index, then
+/// that they are in flight no more (`inflight/mod.rs`).
+#[inline]
+pub fn publish_tracked(
+    queue: &mut Queue,
+    view: &RingView,
+    used: &[Used],
+    tracker: &mut Tracker,
+) -> bool {
+    let old = queue.next_used();
+    tracker.publishes(used, old);
+    let mut next = old;
+    for &entry in used {
+        view.set_used(next, entry);
+        next = next.wrapping_add(1);
+    }
+    view.set_used_idx(next);
+    tracker.published(used, next);
+    told(queue, view, old, next)
+}
+
+/// The used index went from `old` to `next`. Returns whether the driver wants to be told.
+#[inline(always)]
+fn told(queue: &mut Queue, view: &RingView, old: u16, next: u16) -> bool {
     queue.set_next_used(next);
     // The index is visible before we look whether the driver wants to know; the driver does it the
     // other way round.

@@ -8,6 +8,8 @@
 //! Deliberately absent: what the numbers mean, and in which order they are to be written
 //! (`ring.rs`).
 
+#[cfg(test)]
+use crate::inflight::trace;
 use crate::memory::Snapshot;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
@@ -169,6 +171,11 @@ impl RingView {
         };
         word(first).store(u32::from(entry.head).to_le(), Ordering::Relaxed);
         word(first + 1).store(entry.len.to_le(), Ordering::Relaxed);
+        #[cfg(test)]
+        {
+            trace::note(word(first), u64::from(u32::from(entry.head).to_le()));
+            trace::note(word(first + 1), u64::from(entry.len.to_le()));
+        }
     }
 
     /// Writes `used.idx`.
@@ -177,6 +184,8 @@ impl RingView {
         // Release: the driver that sees the index sees the elements, the data and the status bytes
         // (2.7.8.2).
         self.used_word(1).store(idx.to_le(), Ordering::Release);
+        #[cfg(test)]
+        trace::note(self.used_word(1), u64::from(idx.to_le()));
     }
 
     /// Writes `used.flags`.

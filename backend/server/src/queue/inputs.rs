@@ -1,5 +1,6 @@
 //! What a worker is given for each batch.
 
+use crate::inflight::SharedInflight;
 use std::sync::atomic::AtomicU64;
 use virtio_blk::Limits;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -20,4 +21,6 @@ pub(crate) struct BatchInputs<'a> {
     pub(crate) newest_version: &'a AtomicU64,
     /// The memory map.
     pub(crate) memory: &'a Memory,
+    /// Where what is in flight is marked.
+    pub(crate) inflight: &'a SharedInflight,
 }

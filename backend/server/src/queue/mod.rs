@@ -1,17 +1,21 @@
 //! A virtqueue's worker: the way of a request from kick to call.
 //!
 //! By file: `worker` (the loop), `inputs` (what it is given for each batch), `ring` (what is known
-//! of a ring while it is on), `poller` (look again, or sleep?), `notices` (what the log is told of
-//! a guest's mistakes).
+//! of a ring while it is on), `tracking` (where what is in flight is marked), `replay` (what does
+//! not go the usual way), `poller` (look again, or sleep?), `notices` (what the log is told of).
 
 mod inputs;
 mod notices;
 mod poller;
+mod replay;
 mod ring;
+mod tracking;
 mod worker;
 
 #[cfg(test)]
 mod race_tests;
+#[cfg(test)]
+mod recovery_tests;
 #[cfg(test)]
 mod tests;
 

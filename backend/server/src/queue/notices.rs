@@ -5,6 +5,7 @@ use log::Level;
 use std::io;
 use virtio_blk::MalformedChain;
 use virtio_queue::Error;
+use virtqueue::inflight::{Contradiction, Marked, RegionError};
 
 /// Says that the ring makes no sense, and is left alone.
 #[cold]
@@ -87,5 +88,44 @@ pub(super) fn not_notified(queue: usize, error: &io::Error) {
         Level::Warn,
         "not notified",
         format_args!("queue {queue}: the frontend was not notified: {error}"),
+    );
+}
+
+/// Says that the ring's region does not fit it, and that the ring is left alone: its requests could
+/// be lost, or done twice, by the next process.
+#[cold]
+pub(super) fn untracked(queue: usize, error: &RegionError) {
+    log_limit::say(
+        Level::Error,
+        "untracked",
+        format_args!("queue {queue}: {error}; the queue is not served until it is set up anew"),
+    );
+}
+
+/// Says that what the region says is in flight is not believed.
+#[cold]
+pub(super) fn contradictory_region(queue: usize, contradiction: Contradiction) {
+    log_limit::say(
+        Level::Error,
+        "contradictory region",
+        format_args!(
+            "queue {queue}: the in-flight region contradicts itself: {contradiction}; that is left out"
+        ),
+    );
+}
+
+/// Says that requests of an earlier process run again.
+#[cold]
+pub(super) fn replays(queue: usize, requests: usize, cautious: bool) {
+    let how = if cautious { ", one at a time" } else { "" };
+    log::info!("queue {queue}: {requests} requests were in flight, and run again{how}");
+}
+
+/// Says that a request does not run again.
+#[cold]
+pub(super) fn quarantined(queue: usize, request: Marked) {
+    let Marked { counter, head } = request;
+    log::error!(
+        "queue {queue}: the request at descriptor {head} (number {counter}) was in flight each time that the server died; it is answered with an I/O error"
     );
 }

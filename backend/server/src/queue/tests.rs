@@ -1,6 +1,7 @@
 //! A worker on a memory map and puppets, without a socket: what a guest's driver sees of it.
 
 use super::{BatchInputs, QueueWorker};
+use crate::inflight::SharedInflight;
 use crate::phase::{Phase, PhaseCell};
 use crate::testing::{self, END, Guest, Kind, NEXT, NONE, PATIENCE, Puppets, SIZE, Silent, WRITE};
 use proxy::State;
@@ -12,8 +13,8 @@ use vhost_user_backend::{VringMutex, VringT};
 use virtio_blk::{Limits, features};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
+pub(super) const OK: u8 = 0;
+pub(super) const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 
 /// A guest, its device, and the worker between them.
@@ -21,10 +22,11 @@ pub(super) struct Bench {
     pub(super) guest: Guest,
     pub(super) puppets: Puppets,
     pub(super) vring: VringMutex,
-    phase: Arc<PhaseCell>,
+    pub(super) phase: Arc<PhaseCell>,
     pub(super) worker: QueueWorker,
     limits: Limits,
     memory_version: AtomicU64,
+    pub(super) inflight: SharedInflight,
 }
 
 impl Bench {
@@ -33,7 +35,11 @@ impl Bench {
     }
 
     pub(super) fn with(puppets: Puppets, has_event_idx: bool, poll: Duration) -> Self {
-        let guest = Guest::new(has_event_idx);
+        Self::of(Guest::new(has_event_idx), puppets, poll)
+    }
+
+    /// Of a guest that may have been running before.
+    pub(super) fn of(guest: Guest, puppets: Puppets, poll: Duration) -> Self {
         let vring = VringMutex::new(guest.memory.clone(), SIZE).expect("a ring");
         guest.start(&vring);
         let phase = Arc::<PhaseCell>::default();
@@ -41,12 +47,13 @@ impl Bench {
         let device = puppets.proxy.worker(0, slots, Box::new(Silent)).expect("a free slot");
         let worker = QueueWorker::new(device, 0, SIZE, poll, Arc::clone(&phase));
         let limits = Limits::new(&puppets.proxy.domain().info, features::FLUSH);
-        Self { guest, puppets, vring, phase, worker, limits, memory_version: AtomicU64::new(1) }
+        let (memory_version, inflight) = (AtomicU64::new(1), SharedInflight::default());
+        Self { guest, puppets, vring, phase, worker, limits, memory_version, inflight }
     }
 
     /// Serves until the worker would sleep; `between` is called before each batch, and says whether
     /// nothing more is to be taken.
-    fn serve_with(&mut self, between: impl Fn(&Guest) -> bool) {
+    pub(super) fn serve_with(&mut self, between: impl Fn(&Guest) -> bool) {
         let vring = self.vring.clone();
         self.serve_between(&vring, between);
     }
@@ -57,13 +64,14 @@ impl Bench {
         vring: &impl VringT<GuestMemoryAtomic<GuestMemoryMmap>>,
         between: impl Fn(&Guest) -> bool,
     ) {
-        let Self { guest, worker, limits, memory_version, .. } = self;
+        let Self { guest, worker, limits, memory_version, inflight, .. } = self;
         worker.serve(vring, || BatchInputs {
             stop_popping: between(guest),
             limits,
             memory_version: memory_version.load(Ordering::Acquire),
             newest_version: memory_version,
             memory: &guest.memory,
+            inflight,
         });
     }
 
@@ -90,7 +98,7 @@ impl Bench {
     }
 
     /// Which slots the domain `label` got, in order.
-    fn got(&self, label: &str) -> Vec<String> {
+    pub(super) fn got(&self, label: &str) -> Vec<String> {
         self.puppets.stage.lines(label, "got")
     }
 }
@@ -427,7 +435,7 @@ fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
         bench.serve();
         let old = bench.guest.memory.memory().into_inner();
         let is_done = Cell::new(false);
-        let Bench { guest, worker, vring, limits, memory_version, .. } = &mut bench;
+        let Bench { guest, worker, vring, limits, memory_version, inflight, .. } = &mut bench;
         worker.serve(vring, || {
             let seen = memory_version.load(Ordering::Acquire);
             if !is_done.replace(true) {
@@ -447,6 +455,7 @@ fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
                 memory_version: seen,
                 newest_version: memory_version,
                 memory: &guest.memory,
+                inflight,
             }
         });
         assert_eq!((guest.status(1), guest.used_idx()), (OK, 1 + u16::from(has_served)));

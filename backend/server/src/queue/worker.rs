@@ -23,6 +23,7 @@ use super::inputs::{BatchInputs, Memory};
 use super::notices;
 use super::poller::{Awaited, Poller};
 use super::ring::{RingState, is_on};
+use super::tracking::Tracking;
 use crate::phase::{Phase, PhaseCell};
 use domain_abi::{RawRequest, Status};
 use proxy::{Ended, Gate, Worker, slot_of};
@@ -37,10 +38,10 @@ use virtqueue::{Chain, RequestTable, Snapshot, Used, ViewCache};
 /// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
 /// and the control messages never wait long, and that a driver that sleeps is being woken by the
 /// first of a deep queue while the rest is served.
-const BATCH: usize = 16;
+pub(super) const BATCH: usize = 16;
 
 /// Most bytes of a batch, but for one request: copying them is what an upgrade's gate waits for.
-const BATCH_BYTES: u64 = 8 << 20;
+pub(super) const BATCH_BYTES: u64 = 8 << 20;
 
 /// How often a worker that polls looks at the ring before it looks at everything else, with a pause
 /// of the CPU each time: about half a microsecond, which is how long an upgrade's gate or a control
@@ -61,7 +62,7 @@ enum Progress {
 }
 
 /// What there was in the ring.
-enum Popped {
+pub(super) enum Popped {
     /// Nothing that can be taken.
     Nothing,
     /// Chains, which are in the batch now.
@@ -74,17 +75,18 @@ enum Popped {
 /// One queue's worker.
 pub(crate) struct QueueWorker {
     /// The queue's side of the device.
-    device: Worker,
-    queue: usize,
+    pub(super) device: Worker,
+    pub(super) queue: usize,
     queue_size: u16,
-    requests: RequestTable,
-    ring: RingState,
+    pub(super) requests: RequestTable,
+    pub(super) ring: RingState,
+    pub(super) tracking: Tracking,
     /// A chain was taken.
     has_taken: bool,
-    batch: Vec<RawRequest>,
-    used: Vec<Used>,
+    pub(super) batch: Vec<RawRequest>,
+    pub(super) used: Vec<Used>,
     poller: Poller,
-    phase: Arc<PhaseCell>,
+    pub(super) phase: Arc<PhaseCell>,
     /// Generation of the instance that took less than it was offered; it is offered nothing more
     /// until something has ended.
     backpressured_by: Option<u64>,
@@ -104,6 +106,7 @@ impl QueueWorker {
             queue_size,
             requests: RequestTable::new(queue_size, BATCH),
             ring: RingState::default(),
+            tracking: Tracking::default(),
             has_taken: false,
             batch: Vec::with_capacity(BATCH),
             used: Vec::with_capacity(BATCH),
@@ -113,9 +116,11 @@ impl QueueWorker {
         }
     }
 
-    /// How many requests are in flight and will end.
+    /// How many requests are in flight and will end. Those that an earlier process had in flight
+    /// are, until there is no frontend that they could be answered to.
     pub(crate) fn awaited(&self) -> usize {
-        self.device.awaited()
+        let is_over = self.phase.is_at(Phase::Detached);
+        self.device.awaited() + if is_over { 0 } else { self.tracking.to_replay() }
     }
 
     /// How many requests are left unanswered for good.
@@ -201,13 +206,13 @@ impl QueueWorker {
             if !self.more_came(vring, &inputs) {
                 return;
             }
-            promised = true;
+            promised = !self.tracking.is_outdated(inputs.inflight);
         }
     }
 
     /// Looks at the ring for a moment, without the lock, until something comes.
     fn spin_poll(&self) {
-        let may_take = !self.is_backpressured();
+        let may_take = !self.is_backpressured() && self.tracking.replay.is_none();
         for _ in 0..SPINS {
             if may_take && self.ring.has_more() {
                 return;
@@ -227,11 +232,14 @@ impl QueueWorker {
         self.device.has_pending_replay() || self.device.owing_here() > 0 && has_taken_less()
     }
 
-    /// Whether the ring can be looked at: not, while the domain is full or something is in flight
-    /// with an older memory map.
+    /// Whether the ring can be looked at: not, while the domain is full, or something is in flight
+    /// with an older memory map or in another region, or has to run again first.
     fn may_take(&self, inputs: &BatchInputs<'_>) -> bool {
         let is_current = |snapshot: &Snapshot| snapshot.version() == inputs.memory_version;
-        !self.is_backpressured() && self.requests.snapshot().is_some_and(is_current)
+        !self.is_backpressured()
+            && self.tracking.replay.is_none()
+            && !self.tracking.is_outdated(inputs.inflight)
+            && self.requests.snapshot().is_some_and(is_current)
     }
 
     /// Turns notifications on; whether chains have come meanwhile.
@@ -239,9 +247,14 @@ impl QueueWorker {
         if !self.serves(vring, inputs) || self.is_backpressured() || self.room() == 0 {
             return false;
         }
+        if self.tracking.replay.is_some() {
+            // One is awaited before the next.
+            return false;
+        }
         let Some(snapshot) = self.requests.snapshot() else { return false };
-        if snapshot.version() != inputs.memory_version {
-            // Something is in flight with the old map: its end brings us back.
+        if snapshot.version() != inputs.memory_version || self.tracking.is_outdated(inputs.inflight)
+        {
+            // Something is in flight with the old map or region: its end brings us back.
             return self.device.awaited() == 0;
         }
         let state = vring.get_ref();
@@ -259,7 +272,7 @@ impl QueueWorker {
     }
 
     #[cold]
-    fn give_up(&mut self, error: &Error) {
+    pub(super) fn give_up(&mut self, error: &Error) {
         notices::broken_ring(self.queue, error);
         self.device.count_malformed(1);
         self.ring.is_broken = true;
@@ -281,15 +294,20 @@ impl QueueWorker {
     fn round(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> Progress {
         let collected =
             if self.device.awaited() > 0 { self.collect(vring) } else { Progress::Idle };
-        if inputs.stop_popping || self.is_backpressured() || !self.refresh(inputs) {
+        // What was in flight before this process began is popped already.
+        let is_replaying = self.tracking.replay.is_some();
+        if inputs.stop_popping && !is_replaying || self.is_backpressured() || !self.refresh(inputs)
+        {
             return collected;
         }
-        match self.pop(vring, inputs) {
+        self.used.clear();
+        let popped =
+            if is_replaying { self.pop_marked(vring, inputs) } else { self.pop(vring, inputs) };
+        match popped {
             Popped::Batch => {}
             Popped::Nothing => return collected,
             Popped::Later => return Progress::Again,
         }
-        self.used.clear();
         let Self { device, requests, used, batch, .. } = self;
         let mut accepted = 0;
         if !batch.is_empty() {
@@ -311,9 +329,7 @@ impl QueueWorker {
         self.backpressured_by = (unpopped > 0).then(|| self.device.tags().generation());
         let mut state = vring.get_mut();
         if unpopped > 0 {
-            let queue = state.get_queue_mut();
-            queue.set_next_avail(queue.next_avail().wrapping_sub(unpopped));
-            self.ring.next_avail = queue.next_avail();
+            self.return_chains(&mut state, unpopped);
         }
         self.publish_used(&mut state);
         if self.used.is_empty() && accepted == 0 { collected } else { Progress::Took }
@@ -337,17 +353,24 @@ impl QueueWorker {
 
     /// Takes up to a batch of chains and parses them.
     fn pop(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> Popped {
-        let Some(snapshot) = self.requests.snapshot() else { return Popped::Nothing };
         let room = self.room();
         let is_outdated = || inputs.newest_version.load(Ordering::Acquire) != inputs.memory_version;
         let mut state = vring.get_mut();
         if !is_on(&state) {
             self.ring = RingState::default();
+            self.tracking.ring_is_off(self.device.in_flight());
             return Popped::Nothing;
         }
         if self.ring.is_broken {
             return Popped::Nothing;
         }
+        // Looked at when the ring is seen to be on: what the frontend has said before holds.
+        if self.tracking.is_outdated(inputs.inflight)
+            && let Some(popped) = self.take_up(&mut state, inputs)
+        {
+            return popped;
+        }
+        let Some(snapshot) = self.requests.snapshot() else { return Popped::Nothing };
         let queue: &mut Queue = state.get_queue_mut();
         let found = self.ring.views.view(snapshot, queue);
         let found = found.and_then(|view| Ok((view, virtqueue::waiting(queue, view)?)));
@@ -388,12 +411,16 @@ impl QueueWorker {
         self.batch.clear();
         let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
         let tags = self.device.tags();
+        let tracker = &mut self.tracking.tracker;
         let (mut bytes, mut in_use) = (0, None);
         while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.ring.next_avail);
             self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
             match parser.next(table, chain, inputs.limits) {
                 Chain::Request(head, mut request) => {
+                    if let Some(tracker) = tracker {
+                        tracker.mark(head);
+                    }
                     bytes += request.len();
                     tags.name(&mut request, usize::from(head));
                     self.batch.push(request);
@@ -403,10 +430,17 @@ impl QueueWorker {
                     in_use = Some(head);
                     break;
                 }
-                Chain::Answer(None) => {}
-                Chain::Answer(Some(addr)) => notices::outside_of_memory(self.queue, addr),
+                Chain::Answer(outside) => {
+                    if let Some(tracker) = tracker {
+                        tracker.mark(chain);
+                    }
+                    outside.iter().for_each(|&addr| notices::outside_of_memory(self.queue, addr));
+                }
                 Chain::Malformed { head, reason, outside } => {
                     notices::malformed_chain(self.queue, head, reason, outside);
+                    if tracker.as_mut().is_some_and(|tracker| !tracker.mark_malformed(head)) {
+                        break;
+                    }
                 }
             }
         }
@@ -425,40 +459,6 @@ impl QueueWorker {
         usize::from(self.queue_size).saturating_sub(self.device.awaited())
     }
 
-    /// The driver offers a head whose entry is in use. Returns whether it can be taken after all;
-    /// else the ring is broken.
-    #[cold]
-    fn frees(&mut self, head: u16) -> bool {
-        let slot = usize::from(head);
-        let is_taken = self.batch.iter().any(|request| slot_of(request.tag) == slot);
-        if is_taken || self.device.is_awaited(slot) {
-            notices::head_in_use(self.queue, head);
-            self.device.count_malformed(1);
-            self.ring.is_broken = true;
-            return false;
-        }
-        // It is that of a request which will never end, of a ring that was set up again since.
-        self.requests.set_aside(head);
-        true
-    }
-
-    /// Answers the chains of the batch that are not the domain's, up to the first request that the
-    /// domain did not take. Returns how many chains go back to the ring: that request and all after
-    /// it.
-    fn end_batch(&mut self, accepted: usize) -> u16 {
-        let end = self.requests.end_batch(accepted, self.batch.len(), &mut self.used);
-        if end.answered > 0 {
-            self.device.count_answered(end.answered, end.errors);
-        }
-        if end.malformed > 0 {
-            self.device.count_malformed(end.malformed);
-        }
-        for request in &self.batch[accepted..] {
-            self.requests.discard(slot_of(request.tag));
-        }
-        end.returned as u16
-    }
-
     /// Publishes `self.used`.
     fn publish_used(&mut self, state: &mut VringState) {
         let Some(snapshot) = self.requests.snapshot() else { return };
@@ -469,7 +469,12 @@ impl QueueWorker {
         self.ring.answers += self.used.len();
         let queue = state.get_queue_mut();
         let view = self.ring.views.view(snapshot, queue);
-        match view.map(|view| virtqueue::publish_used(queue, view, &self.used)) {
+        let used = &self.used;
+        let published = view.map(|view| match &mut self.tracking.tracker {
+            None => virtqueue::publish_used(queue, view, used),
+            Some(tracker) => virtqueue::publish_tracked(queue, view, used, tracker),
+        });
+        match published {
             Ok(true) => {
                 if let Err(error) = state.signal_used_queue() {
                     notices::not_notified(self.queue, &error);
@@ -488,7 +493,7 @@ impl QueueWorker {
 
 /// Turns a request that has ended into its element of the used ring.
 #[inline(always)]
-fn end(requests: &mut RequestTable, used: &mut Vec<Used>, ended: Ended) {
+pub(super) fn end(requests: &mut RequestTable, used: &mut Vec<Used>, ended: Ended) {
     if let Some(element) = requests.end(ended.slot, ended.status as u32, ended.written) {
         used.push(element);
     }

@@ -1,5 +1,6 @@
 //! What does not change from session to session.
 
+use crate::inflight::SharedInflight;
 use std::time::Duration;
 
 /// The daemon's choices about queues.
@@ -13,4 +14,6 @@ pub struct SessionConfig {
     pub poll: Duration,
     /// Which CPU each worker is kept on, in turn; none if empty.
     pub worker_cpus: Vec<usize>,
+    /// Where what is in flight is marked.
+    pub inflight: SharedInflight,
 }

@@ -182,6 +182,7 @@ impl QueueControl {
             memory_version: context.memory.version(),
             newest_version: context.memory.newest(),
             memory: context.memory.map(),
+            inflight: &context.config.inflight,
         });
         context.lookout.note(self.queue, worker.has_taken(), || worker.is_blank(vring));
         self.is_owed_elsewhere.store(worker.is_owed_elsewhere(), Ordering::Relaxed);

@@ -3,6 +3,7 @@
 use super::config::SessionConfig;
 use super::handle::SessionHandle;
 use super::serve::serve;
+use crate::inflight::SharedInflight;
 use crate::testing::{PATIENCE, Puppets, SIZE, Silent, until};
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -40,6 +41,7 @@ impl Bench {
             queue_size: SIZE,
             poll: Duration::ZERO,
             worker_cpus: Vec::new(),
+            inflight: SharedInflight::default(),
         };
         let proxy = &self.puppets.proxy;
         serve(proxy, &config, &self.listener, &self.handle, &self.is_connected)

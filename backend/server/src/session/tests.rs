@@ -7,6 +7,7 @@ use super::frontend::{Backend, Frontend, how_to_size};
 use super::queue_control::QueueControl;
 use super::rings::Vring;
 use super::state::{NotDrained, Session};
+use crate::inflight::SharedInflight;
 use crate::phase::Phase;
 use crate::testing::{self, Guest, Kind, PATIENCE, Puppets, SIZE, Silent, until};
 use proxy::State;
@@ -22,7 +23,8 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// Of one queue.
 fn config(poll: Duration) -> SessionConfig {
-    SessionConfig { queues: 1, queue_size: SIZE, poll, worker_cpus: Vec::new() }
+    let (worker_cpus, inflight) = (Vec::new(), SharedInflight::default());
+    SessionConfig { queues: 1, queue_size: SIZE, poll, worker_cpus, inflight }
 }
 
 fn soon() -> Instant {

@@ -1,0 +1,102 @@
+//! What a worker has of the region in which requests in flight are marked.
+
+use crate::inflight::{Inflight, SharedInflight};
+use std::sync::Arc;
+use virtqueue::inflight::{Marked, Tracker};
+
+/// No version of what the session shares.
+const NONE: u64 = u64::MAX;
+
+/// The queue's part of the region. It outlives a [`RingState`](super::ring::RingState) as long as
+/// something is in flight, so that nothing which this process has in flight is taken for what an
+/// earlier one had.
+pub(super) struct Tracking {
+    /// The version that was taken up when the ring was turned on.
+    version: u64,
+    /// The marks; none without a region.
+    pub(super) tracker: Option<Tracker>,
+    /// What was in flight in an earlier process, until it is submitted.
+    pub(super) replay: Option<Replay>,
+}
+
+impl Default for Tracking {
+    fn default() -> Self {
+        Self { version: NONE, tracker: None, replay: None }
+    }
+}
+
+impl Tracking {
+    /// Of a version that is taken up, which may have no region.
+    pub(super) const fn new(
+        version: u64,
+        tracker: Option<Tracker>,
+        replay: Option<Replay>,
+    ) -> Self {
+        Self { version, tracker, replay }
+    }
+
+    /// Whether another region is to be taken up before anything is taken from the ring.
+    #[inline(always)]
+    pub(super) fn is_outdated(&self, shared: &SharedInflight) -> bool {
+        self.version != shared.version()
+    }
+
+    /// The ring is off. If nothing is in flight, what is turned on next is another one, as far as
+    /// can be known: its driver may have begun anew.
+    pub(super) fn ring_is_off(&mut self, in_flight: usize) {
+        if in_flight == 0 {
+            if let Some(tracker) = self.tracker.take() {
+                tracker.forget();
+            }
+            self.version = NONE;
+        }
+    }
+
+    /// How many requests of an earlier process are still to be submitted.
+    pub(super) fn to_replay(&self) -> usize {
+        self.replay.as_ref().map_or(0, |replay| replay.marked.len() - replay.next)
+    }
+}
+
+/// Requests that were in flight in an earlier process.
+pub(super) struct Replay {
+    /// All of them, in the order in which they run again.
+    marked: Vec<Marked>,
+    /// How many of them have been submitted.
+    next: usize,
+    inflight: Arc<Inflight>,
+}
+
+impl Replay {
+    /// None if there is nothing to replay.
+    pub(super) fn of(marked: Vec<Marked>, inflight: Arc<Inflight>) -> Option<Self> {
+        (!marked.is_empty()).then_some(Self { marked, next: 0, inflight })
+    }
+
+    /// Whether one request is awaited before the next is submitted.
+    pub(super) fn is_cautious(&self) -> bool {
+        self.inflight.cautious
+    }
+
+    /// Whether the request does not run again.
+    pub(super) fn is_quarantined(&self, queue: usize, marked: Marked) -> bool {
+        self.inflight.quarantine.iter().any(|other| {
+            (other.queue, other.head, other.counter) == (queue, marked.head, marked.counter)
+        })
+    }
+
+    /// What comes next.
+    pub(super) fn rest(&self) -> &[Marked] {
+        &self.marked[self.next..]
+    }
+
+    /// So many have been taken.
+    pub(super) fn took(&mut self, chains: usize) {
+        self.next += chains;
+    }
+
+    /// The last so many of what was taken were not submitted.
+    pub(super) fn returned(&mut self, chains: usize) {
+        self.next -= chains;
+    }
+}

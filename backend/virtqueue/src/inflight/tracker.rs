@@ -1,0 +1,162 @@
+//! One queue's marks.
+
+use super::layout::{Cell, FRESH, VERSION};
+use super::recovery::{Recovery, Ring, recover};
+use super::region::{Part, Region, RegionError};
+use crate::view::Used;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, compiler_fence};
+
+/// The marks of a queue whose ring is on. Only its worker has it.
+pub struct Tracker {
+    pub(super) part: Part,
+    /// The ring's size, less one: what a head is cut off with, so that each has an entry.
+    pub(super) mask: u16,
+    /// The number of the next chain.
+    pub(super) counter: u64,
+    pub(super) last_batch_head: u16,
+    /// Chains that were taken and cannot be marked, because their head is none of the ring's. Each
+    /// is the last of its batch, and answered, or given back, with it.
+    pub(super) unmarked: u16,
+}
+
+impl Tracker {
+    /// Begins to track what is in flight on a ring that is turned on, and says what was in flight
+    /// before.
+    ///
+    /// # Errors
+    /// The region is not made for this ring.
+    pub fn start(
+        region: &Arc<Region>,
+        queue: usize,
+        ring: Ring,
+    ) -> Result<(Self, Recovery), RegionError> {
+        let part = Part::new(region, queue)?;
+        let (size, desc_num) = (ring.size, part.len());
+        if size > desc_num || !size.is_power_of_two() {
+            return Err(RegionError::RingIsLarger { size, desc_num });
+        }
+        let (version, desc_num) = (part.header().version.get(), part.header().desc_num.get());
+        if version != FRESH && (version, desc_num) != (VERSION, part.len()) {
+            return Err(RegionError::OtherLayout { version, desc_num });
+        }
+        let recovery = recover(&part, ring);
+        let newest = recovery.resubmit.last().map_or(0, |newest| newest.counter);
+        let last_batch_head = part.header().last_batch_head.get();
+        let tracker = Self {
+            part,
+            mask: size - 1,
+            // No process lives to see it wrap.
+            counter: newest.wrapping_add(1),
+            last_batch_head,
+            unmarked: 0,
+        };
+        Ok((tracker, recovery))
+    }
+
+    /// Marks a chain whose head is one of the ring's, when it is taken and before anything is done
+    /// for it: its counter, then its mark (steps 2 to 4 of the specification's "When receiving
+    /// available buffers from the driver"). Chains are marked in the order of the ring.
+    #[inline(always)]
+    pub fn mark(&mut self, head: u16) {
+        // SAFETY: it is at most `mask`, and `start` has checked that there is an entry for it.
+        let entry = unsafe { self.part.entry_unchecked(head & self.mask) };
+        entry.counter.put_anywhere(self.counter);
+        self.counter = self.counter.wrapping_add(1);
+        // Release: the counter is there before it.
+        entry.inflight.put(1);
+    }
+
+    /// Marks a chain that may have a head of any number. Returns `false` if there is no such head:
+    /// then this chain must be the last of its batch.
+    #[cold]
+    pub fn mark_malformed(&mut self, head: u16) -> bool {
+        let is_head = head <= self.mask;
+        if is_head {
+            self.mark(head);
+        } else {
+            self.unmarked += 1;
+        }
+        is_head
+    }
+
+    /// Takes the mark off a chain that goes back to the ring. Chains go back from the last to the
+    /// first: so that what is marked is what the ring has in front of the next chain, always.
+    #[cold]
+    pub fn unmark(&mut self, head: u16) {
+        if head <= self.mask {
+            self.part.entry(head).inflight.put(0);
+        } else {
+            self.unmarked -= 1;
+        }
+    }
+
+    /// A ring was stopped with nothing in flight: whatever is started next begins with nothing.
+    pub fn forget(self) {
+        self.part.header().version.put(FRESH);
+    }
+
+    /// Writes down which requests are published next, before the ring's used index says so (steps 2
+    /// and 3 of the specification's "When supplying used buffers to the driver"). `used_idx` is the
+    /// ring's, as it is still.
+    #[inline(always)]
+    pub(crate) fn publishes(&mut self, used: &[Used], used_idx: u16) {
+        if self.unmarked > 0 {
+            return self.publishes_some(used, used_idx);
+        }
+        let mut last = self.last_batch_head;
+        for element in used {
+            let head = element.head & self.mask;
+            // SAFETY: as in `mark`.
+            let entry = unsafe { self.part.entry_unchecked(head) };
+            entry.next.put_anywhere(last);
+            last = head;
+        }
+        self.last_batch_head = last;
+        self.part.header().last_batch_head.put_anywhere(last);
+    }
+
+    /// The ring's used index is `used_idx`: takes the marks of what it has published off, and says
+    /// that this was done (steps 6 and 7).
+    #[inline(always)]
+    pub(crate) fn published(&mut self, used: &[Used], used_idx: u16) {
+        // No mark goes before the used index is there.
+        compiler_fence(Ordering::SeqCst);
+        if self.unmarked > 0 {
+            self.published_some(used);
+        } else {
+            for element in used {
+                // SAFETY: as in `mark`.
+                let entry = unsafe { self.part.entry_unchecked(element.head & self.mask) };
+                entry.inflight.put_anywhere(0);
+            }
+        }
+        // Release: the marks are off before it.
+        self.part.header().used_idx.put(used_idx);
+    }
+
+    /// As [`publishes`](Self::publishes), if some of it has no mark.
+    ///
+    /// That is not in the list, so the region's index goes ahead by its number before the ring's
+    /// goes. Once both have gone, they differ by the length of the list; until then, by more than
+    /// any list is long.
+    #[cold]
+    fn publishes_some(&mut self, used: &[Used], used_idx: u16) {
+        let header = self.part.header();
+        header.used_idx.put(used_idx.wrapping_add(self.unmarked));
+        for element in used.iter().filter(|element| element.head <= self.mask) {
+            self.part.entry(element.head).next.put(self.last_batch_head);
+            self.last_batch_head = element.head;
+        }
+        header.last_batch_head.put(self.last_batch_head);
+    }
+
+    /// As [`published`](Self::published), if some of it has no mark.
+    #[cold]
+    fn published_some(&mut self, used: &[Used]) {
+        for element in used.iter().filter(|element| element.head <= self.mask) {
+            self.part.entry(element.head).inflight.put(0);
+        }
+        self.unmarked = 0;
+    }
+}
