@@ -51,6 +51,8 @@ pub(crate) enum Error {
         "no sealed copy of it could be made in memory; check free memory, the limit of open files, and vm.memfd_noexec"
     )]
     NotSealed(#[source] io::Error),
+    #[error("its bytes are not those that were kept; upgrade to the module anew")]
+    OtherBytes,
     #[error("it is empty; build it again")]
     Empty,
     #[error("it is not an ELF file; give the path of a libdomain_*.so")]
@@ -100,7 +102,7 @@ impl Error {
     pub(crate) const fn code(&self) -> &'static str {
         match self {
             Self::UnknownName { .. } | Self::NoFile => "module_not_found",
-            Self::Unreadable(_) | Self::NotAFile(_) => "module_unreadable",
+            Self::Unreadable(_) | Self::NotAFile(_) | Self::OtherBytes => "module_unreadable",
             Self::TooLarge { .. } => "module_too_large",
             Self::NotSealed(_) => "module_not_sealed",
             Self::Empty | Self::NotElf => "module_not_elf",

@@ -43,6 +43,7 @@ use domain_host::{Identity, LoadError, LoadedModule, ModuleLoader, VerifiedModul
 use error::printable;
 use map::{Loaded, Mapped, Shelf};
 use sealed::Sealed;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -95,19 +96,44 @@ impl ModuleLoader for FileLoader {
             .map_err(|e| e.about(&format!("module `{}`", printable(&path.to_string_lossy()))))?;
         Ok(Box::new(verified))
     }
+
+    /// The bytes are copied once more, so that nothing depends on what another process has sealed,
+    /// or called its memfd.
+    fn verify_kept(
+        &self,
+        image: OwnedFd,
+        origin: &Identity,
+    ) -> Result<Box<dyn VerifiedModule>, LoadError> {
+        // Opened anew: a description that was sent has its position in common with its sender's.
+        let path = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd()));
+        let verified = self.verify_open(&path, &origin.path).and_then(|verified| {
+            if verified.checked().identity.sha256 == origin.sha256 {
+                Ok(verified)
+            } else {
+                Err(error::Error::OtherBytes)
+            }
+        });
+        let about = || format!("the kept module `{}`", printable(&origin.path));
+        Ok(Box::new(verified.map_err(|e| e.about(&about()))?))
+    }
 }
 
 impl FileLoader {
     fn verify_file(&self, path: &Path) -> Result<Verified, error::Error> {
+        self.verify_open(path, &path.to_string_lossy())
+    }
+
+    /// Checks what is at `path` now, and calls it `name`.
+    fn verify_open(&self, path: &Path, name: &str) -> Result<Verified, error::Error> {
         let (mut file, len) = sealed::open(path)?;
-        let name = path.to_string_lossy().into_owned();
+        let name = name.to_owned();
         let checked = match self.shelf.cache.take(&mut file, len) {
             Some(mut cached) => {
                 cached.identity.path = name;
                 cached
             }
             None => {
-                let sealed = Sealed::copy_of(&mut file, path)?;
+                let sealed = Sealed::copy_of(&mut file, Path::new(&name))?;
                 let bytes = sealed.bytes()?;
                 let facts = verify::inspect(&bytes, &self.policy)?;
                 let (description, build_id) = (facts.description, facts.build_id.map(hex));

@@ -29,6 +29,7 @@ use domain_abi::descriptor::Description;
 use domain_abi::{ENTRY_SYMBOL, ModuleVtable};
 use domain_host::{Identity, LoadedModule, Residency, Resident};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -185,6 +186,10 @@ unsafe impl LoadedModule for Loaded {
 
     fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    fn image(&self) -> Option<OwnedFd> {
+        self.mapped.parts.as_ref().and_then(|(_, sealed)| sealed.dup().ok())
     }
 
     fn unload(mut self: Box<Self>) -> Residency {

@@ -18,7 +18,7 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use sha2::{Digest, Sha256};
 use std::fs::{File, FileType};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,6 +104,11 @@ impl Sealed {
     /// Number of the copy, never used twice in this process.
     pub(crate) const fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Another descriptor of it.
+    pub(crate) fn dup(&self) -> io::Result<OwnedFd> {
+        self.memfd.try_clone().map(OwnedFd::from)
     }
 
     /// The descriptor, as long as the copy exists.

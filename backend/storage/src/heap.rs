@@ -52,6 +52,14 @@ impl<T> Clone for RRef<T> {
 
 impl<T> Copy for RRef<T> {}
 
+impl<T> RRef<T> {
+    /// Its number, which no other object of its heap ever has.
+    #[must_use]
+    pub const fn number(&self) -> u64 {
+        self.id
+    }
+}
+
 /// A reference to bytes, or other plain values, on the heap.
 pub type RRefVec<T> = RRef<Vec<T>>;
 

@@ -9,13 +9,18 @@
 //! the transaction is committed ([`Storage::commit`]); if not, everything that the successor made
 //! goes, and what it replaced comes back ([`Storage::rollback`]). What it wrote into a region that
 //! was there before cannot be undone: a domain does that only once it serves.
+//!
+//! What has to know what there is ([`Storage::contents`]) is told of each change
+//! ([`Storage::tell`]): of one outside of a transaction when it is made, of those in one when it is
+//! committed, of a failure at once.
 
+use crate::contents::{Contents, Filling, Numbered};
 use crate::heap::{DomainId, HeapError, RRef, RRefVec, SharedHeap};
 use domain_abi::DomainError;
 use domain_host::HostRegion;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What holds the storage while no instance does.
 const HOST: DomainId = DomainId(0);
@@ -28,6 +33,14 @@ struct Transaction {
     regions: BTreeMap<String, Option<RRef<HostRegion>>>,
     bytes: BTreeMap<String, Option<RRefVec<u8>>>,
     files: BTreeMap<String, Option<RRef<File>>>,
+}
+
+impl Transaction {
+    /// Whether something is not as it was at its beginning, with this schema.
+    fn has_changed(&self, schema: u32) -> bool {
+        let keys = self.regions.len() + self.bytes.len() + self.files.len();
+        keys != 0 || schema != self.schema
+    }
 }
 
 #[derive(Default)]
@@ -49,19 +62,97 @@ pub struct Storage {
     /// Its owner is the storage's.
     root: RRef<()>,
     inner: Mutex<Inner>,
+    /// Told of changes, without the lock.
+    listener: OnceLock<Listener>,
 }
+
+/// What is told of changes.
+type Listener = Box<dyn Fn() + Send + Sync>;
 
 impl Default for Storage {
     fn default() -> Self {
         let heap = SharedHeap::default();
         let root = heap.insert(HOST, (), 0);
-        Self { heap, root, inner: Mutex::default() }
+        Self { heap, root, inner: Mutex::default(), listener: OnceLock::new() }
     }
 }
 
 impl Storage {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `listener` told of each change from now on, on the thread that makes it. A second
+    /// listener is not told.
+    pub fn tell(&self, listener: impl Fn() + Send + Sync + 'static) {
+        let _ = self.listener.set(Box::new(listener));
+    }
+
+    /// Something has changed for good, unless there is a transaction.
+    fn changed(&self, inner: MutexGuard<'_, Inner>) {
+        let is_final = inner.transaction.is_none();
+        drop(inner);
+        if is_final {
+            self.notify();
+        }
+    }
+
+    fn notify(&self) {
+        if let Some(listener) = self.listener.get() {
+            listener();
+        }
+    }
+
+    /// What there is now. In a transaction it is what would be committed.
+    pub fn contents(&self) -> Contents {
+        let inner = self.lock();
+        Contents {
+            schema: inner.schema,
+            regions: self.numbered(&inner.regions),
+            bytes: self.numbered(&inner.bytes),
+            files: self.numbered(&inner.files),
+            failure: inner.failure.clone(),
+            counters: inner.counters.clone(),
+        }
+    }
+
+    fn numbered<T: Send + Sync + 'static>(
+        &self,
+        objects: &BTreeMap<String, RRef<T>>,
+    ) -> Vec<Numbered<T>> {
+        let numbered = objects.iter().filter_map(|(key, &reference)| {
+            let object = self.heap.get(reference).ok()?;
+            Some(Numbered { key: key.clone(), number: reference.number(), object })
+        });
+        numbered.collect()
+    }
+
+    /// Puts in what another storage held, in place of all that is in this one. To be called while
+    /// the host holds it and no transaction is open; nothing is told of it.
+    ///
+    /// # Panics
+    /// If an instance holds it.
+    pub fn fill(&self, filling: Filling) {
+        let mut inner = self.lock();
+        assert_eq!(self.owner(), HOST, "a storage is filled before an instance takes it up");
+        let Inner { regions, bytes, files, .. } = &mut *inner;
+        free(&self.heap, std::mem::take(regions).into_values(), HOST);
+        free(&self.heap, std::mem::take(bytes).into_values(), HOST);
+        free(&self.heap, std::mem::take(files).into_values(), HOST);
+        for (key, region) in filling.regions {
+            let len = region.len() as u64;
+            regions.insert(key, self.heap.insert(HOST, region, len));
+        }
+        for (key, value) in filling.bytes {
+            let len = value.len() as u64;
+            bytes.insert(key, self.heap.insert(HOST, value, len));
+        }
+        for (key, file) in filling.files {
+            files.insert(key, self.heap.insert(HOST, file, 0));
+        }
+        inner.schema = filling.schema;
+        inner.failure = filling.failure;
+        inner.counters = filling.counters;
     }
 
     /// The schema number, 0 while it is empty.
@@ -133,9 +224,13 @@ impl Storage {
         let mut inner = self.lock();
         let Some(transaction) = inner.transaction.take() else { return };
         let owner = self.owner();
+        let is_changed = transaction.has_changed(inner.schema);
         free(&self.heap, transaction.regions.into_values().flatten(), owner);
         free(&self.heap, transaction.bytes.into_values().flatten(), owner);
         free(&self.heap, transaction.files.into_values().flatten(), owner);
+        if is_changed {
+            self.changed(inner);
+        }
     }
 
     /// The owner could not take the storage up: it is again as it was at [`begin`](Self::begin),
@@ -168,7 +263,10 @@ impl Storage {
     /// # Errors
     /// `by` does not own the storage.
     pub fn set_schema(&self, by: DomainId, schema: u32) -> Result<(), DomainError> {
-        self.owned(by)?.schema = schema;
+        let mut inner = self.owned(by)?;
+        if std::mem::replace(&mut inner.schema, schema) != schema {
+            self.changed(inner);
+        }
         Ok(())
     }
 
@@ -207,7 +305,9 @@ impl Storage {
         let object = self.heap.insert(by, region, len);
         let earlier = transaction.as_mut().map(|transaction| &mut transaction.regions);
         put(&self.heap, regions, earlier, key, object, by);
-        self.heap.get(object).map_err(gone)
+        let region = self.heap.get(object).map_err(gone);
+        self.changed(inner);
+        region
     }
 
     /// The bytes at `key`.
@@ -226,6 +326,7 @@ impl Storage {
         let object = self.heap.insert(by, value.to_vec(), value.len() as u64);
         let earlier = transaction.as_mut().map(|transaction| &mut transaction.bytes);
         put(&self.heap, bytes, earlier, key, object, by);
+        self.changed(inner);
         Ok(())
     }
 
@@ -245,6 +346,7 @@ impl Storage {
         let object = self.heap.insert(by, file, 0);
         let earlier = transaction.as_mut().map(|transaction| &mut transaction.files);
         put(&self.heap, files, earlier, key, object, by);
+        self.changed(inner);
         Ok(())
     }
 
@@ -255,6 +357,8 @@ impl Storage {
         let is_first = inner.failure.is_none();
         if is_first {
             inner.failure = Some(sentence.to_owned());
+            drop(inner);
+            self.notify();
         }
         is_first
     }
@@ -440,6 +544,125 @@ mod tests {
                 assert!(b.set_schema(5).is_err() && a.set_schema(3).is_ok());
             }
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "regions are memfds")]
+    fn each_change_is_told_once_and_objects_keep_their_numbers() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let storage = Arc::new(Storage::default());
+        let told = Arc::<AtomicUsize>::default();
+        storage.tell({
+            let (storage, told) = (Arc::downgrade(&storage), Arc::clone(&told));
+            move || {
+                // It may look at the storage.
+                storage.upgrade().unwrap().contents();
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let news = || told.swap(0, Ordering::Relaxed);
+        let numbers = || {
+            let Contents { regions, bytes, files, .. } = storage.contents();
+            let number = |number: Option<u64>| number.unwrap_or_default();
+            [
+                number(regions.first().map(|object| object.number)),
+                number(bytes.first().map(|object| object.number)),
+                number(files.first().map(|object| object.number)),
+            ]
+        };
+        let (a, b) = (services(&storage, 1), services(&storage, 2));
+        storage.move_to(a.id);
+        a.region("disk", 4096).unwrap();
+        a.set_bytes("note", b"x").unwrap();
+        a.set_file("file", File::open("/dev/null").unwrap()).unwrap();
+        a.set_schema(1).unwrap();
+        assert_eq!(news(), 4);
+        a.set_schema(1).unwrap();
+        a.region("disk", 4096).unwrap();
+        assert_eq!(news(), 0, "nothing has changed");
+        let before = numbers();
+        // One that changes nothing, one that is taken back, one that is committed.
+        storage.begin(b.id);
+        b.region("disk", 4096).unwrap();
+        b.set_schema(1).unwrap();
+        storage.commit();
+        assert_eq!((news(), numbers()), (0, before));
+        storage.begin(a.id);
+        a.set_bytes("note", b"y").unwrap();
+        a.set_schema(2).unwrap();
+        storage.rollback();
+        assert_eq!((news(), numbers()), (0, before));
+        storage.begin(a.id);
+        a.set_bytes("note", b"y").unwrap();
+        assert_eq!(news(), 0, "not before it is committed");
+        assert!(storage.mark_failed("lost") && news() == 1, "a failure is told at once");
+        storage.mark_failed("another");
+        storage.commit();
+        assert_eq!(news(), 1);
+        let now = numbers();
+        assert_eq!((now[0], now[2]), (before[0], before[2]));
+        assert!(!before.contains(&now[1]), "another object has another number");
+        storage.begin(b.id);
+        b.set_schema(3).unwrap();
+        storage.commit();
+        assert_eq!(news(), 1, "of a schema alone");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "regions are memfds")]
+    fn another_storage_is_filled_with_what_there_is() {
+        let (old, new) = (Storage::default(), Storage::default());
+        let a = services(&old, 1);
+        old.move_to(a.id);
+        let region = a.region("disk", 8192).unwrap();
+        let memfd = |region: &HostRegion| File::from(region.memfd().try_clone_to_owned().unwrap());
+        std::os::unix::fs::FileExt::write_at(&memfd(&region), b"data", 100).unwrap();
+        a.set_bytes("note", b"x").unwrap();
+        a.set_file("file", File::open("/").unwrap()).unwrap();
+        a.set_schema(7).unwrap();
+        old.mark_failed("lost");
+        old.count("things", 3);
+        let contents = old.contents();
+        let filling = || Filling {
+            schema: contents.schema,
+            regions: contents
+                .regions
+                .iter()
+                .map(|region| {
+                    let len = region.object.len() as u64;
+                    let file = memfd(&region.object);
+                    assert!(HostRegion::from_memfd(file.try_clone().unwrap(), len + 1).is_err());
+                    (region.key.clone(), HostRegion::from_memfd(file, len).unwrap())
+                })
+                .collect(),
+            bytes: contents
+                .bytes
+                .iter()
+                .map(|bytes| (bytes.key.clone(), bytes.object.to_vec()))
+                .collect(),
+            files: contents
+                .files
+                .iter()
+                .map(|file| (file.key.clone(), file.object.try_clone().unwrap()))
+                .collect(),
+            failure: contents.failure.clone(),
+            counters: contents.counters.clone(),
+        };
+        for _ in 0..2 {
+            new.fill(filling());
+        }
+        assert_eq!(new.heap.owned(HOST).objects, 4, "the root and three objects");
+        new.begin(DomainId(5));
+        let b = services(&new, 5);
+        let mapped = b.region("disk", 8192).unwrap();
+        let mut read = [0; 4];
+        std::os::unix::fs::FileExt::read_at(&memfd(&mapped), &mut read, 100).unwrap();
+        assert_eq!((&read, b.schema()), (b"data", 7));
+        assert_eq!(b.bytes("note").unwrap().as_slice(), b"x");
+        assert!(b.file("file").unwrap().metadata().unwrap().is_dir());
+        assert_eq!(new.failure().as_deref(), Some("lost"));
+        assert_eq!(new.counters()["things"], 3);
+        new.commit();
     }
 
     #[test]

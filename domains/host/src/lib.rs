@@ -30,6 +30,7 @@ use resident::ResidentModule;
 use scratch::MessageBuffer;
 use services::HostSide;
 use std::ffi::c_void;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -129,6 +130,12 @@ impl Instance {
                 Err((error, residency))
             }
         }
+    }
+
+    /// The module's bytes, as a sealed memfd, where it has such a thing.
+    #[must_use]
+    pub fn image(&self) -> Option<OwnedFd> {
+        self.module.as_ref().and_then(|module| module.image())
     }
 
     /// What the module says about itself.

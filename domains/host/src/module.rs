@@ -2,6 +2,7 @@
 
 use domain_abi::ModuleVtable;
 use domain_abi::descriptor::Description;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Which module it is, by content.
@@ -96,6 +97,21 @@ pub trait ModuleLoader: Send + Sync {
     /// # Errors
     /// Whatever makes it unfit.
     fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError>;
+
+    /// Checks a module whose bytes were [kept](LoadedModule::image), in the same way. `origin` says
+    /// where it was read from, and which bytes it has to have.
+    ///
+    /// # Errors
+    /// Whatever makes it unfit; or this loader's modules have no bytes.
+    fn verify_kept(
+        &self,
+        image: OwnedFd,
+        origin: &Identity,
+    ) -> Result<Box<dyn VerifiedModule>, LoadError> {
+        drop(image);
+        let message = format!("`{}` has no bytes that could be kept", origin.path);
+        Err(LoadError { code: "module_not_found", message })
+    }
 }
 
 /// A module that was read and checked, and is not mapped yet.
@@ -123,6 +139,10 @@ pub unsafe trait LoadedModule: Send + Sync {
     fn description(&self) -> &Description;
     /// Which one it is.
     fn identity(&self) -> &Identity;
+    /// Its bytes, as a sealed memfd, where it has such a thing.
+    fn image(&self) -> Option<OwnedFd> {
+        None
+    }
     /// Unmaps it and looks whether it is gone.
     fn unload(self: Box<Self>) -> Residency;
 }

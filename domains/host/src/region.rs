@@ -8,7 +8,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// A mapped memfd.
 #[derive(Debug)]
@@ -52,6 +52,26 @@ impl HostRegion {
         Ok(Self { map, file })
     }
 
+    /// The region whose memfd `file` is, as [`fd`](Self::fd) has told another process of it.
+    ///
+    /// # Errors
+    /// It is no memfd of a sealed size, or has not `len` bytes; or what the kernel says.
+    pub fn from_memfd(file: File, len: u64) -> io::Result<Self> {
+        let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
+        // SAFETY: no pointers; the descriptor is open.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        let sized = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        if seals < 0 || seals & sized != sized {
+            return Err(invalid("it is no memfd whose size is sealed"));
+        }
+        if len == 0 || file.metadata()?.len() != len {
+            return Err(invalid("it has another length"));
+        }
+        let len = usize::try_from(len).map_err(|_| invalid("it is too long"))?;
+        let map = MmapOptions::new().len(len).map_raw(&file)?;
+        Ok(Self { map, file })
+    }
+
     /// First byte.
     #[must_use]
     pub fn base(&self) -> *mut u8 {
@@ -74,5 +94,11 @@ impl HostRegion {
     #[must_use]
     pub fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+
+    /// The memfd, to be sent to another process.
+    #[must_use]
+    pub fn memfd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
