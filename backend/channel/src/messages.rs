@@ -122,6 +122,10 @@ pub struct Vault {
     /// Capabilities that a guest relies on, a bit each.
     #[serde(default)]
     pub required: u64,
+    /// More that only servers understand: what the guest was told of the device, and what its
+    /// driver believes.
+    #[serde(default)]
+    pub told: serde_json::Value,
 }
 
 impl Vault {
@@ -169,7 +173,10 @@ pub struct InflightRegion {
 /// A session that begins: a frontend's, or one that is replayed.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Session {
-    /// The supervisor's number of it; comes back with [`ToSupervisor::SessionEnded`].
+    /// The supervisor's number of it; comes back with [`ToSupervisor::SessionEnded`]. It is the
+    /// same if another server had the session and its messages are said again: then its driver
+    /// goes on with what the vault says that it believes. No other session that the vault can know
+    /// of has it.
     pub number: u64,
     /// The in-flight region, whose memfd is the second descriptor of the message.
     #[serde(default)]

@@ -52,6 +52,30 @@ impl Channel {
     /// # Errors
     /// The other end is closed, or the message is too long for a packet.
     pub fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send_with(message, descriptors, SendFlags::empty())
+    }
+
+    /// As [`send`](Self::send), without waiting: `false` if there is no room for it now.
+    ///
+    /// # Errors
+    /// As for [`send`](Self::send).
+    pub fn try_send(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> io::Result<bool> {
+        match self.send_with(message, descriptors, SendFlags::DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            sent => sent.map(|()| true),
+        }
+    }
+
+    fn send_with(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> io::Result<()> {
         let packet = serde_json::to_vec(message)?;
         if packet.len() > MAX_PACKET || descriptors.len() > MAX_DESCRIPTORS {
             return Err(io::Error::new(
@@ -70,7 +94,7 @@ impl Channel {
                 &self.socket,
                 &[IoSlice::new(&packet)],
                 &mut ancillary,
-                SendFlags::NOSIGNAL,
+                flags | SendFlags::NOSIGNAL,
             ) {
                 Err(Errno::INTR) => {}
                 sent => return sent.map(drop).map_err(io::Error::from),
@@ -211,6 +235,27 @@ mod tests {
         let read: ToSupervisor = serde_json::from_str(newer).unwrap();
         let vault = Vault { generation: 3, schema: 1, ..Vault::default() };
         assert_eq!(read, ToSupervisor::Vault { vault: Box::new(vault), new: Vec::new() });
+    }
+
+    #[test]
+    fn what_does_not_fit_now_is_not_waited_for() {
+        let (ours, theirs) = channels();
+        let long = ToServer::Shutdown { why: "x".repeat(MAX_PACKET / 2) };
+        let mut sent = 0;
+        while ours.try_send(&long, &[]).unwrap() {
+            sent += 1;
+        }
+        assert!(sent > 1);
+        for _ in 0..sent {
+            assert!(theirs.receive::<ToServer>().unwrap().is_some());
+        }
+        assert!(ours.try_send(&ToServer::Exit, &[]).unwrap());
+        assert!(theirs.receive::<ToServer>().unwrap().is_some());
+        drop(theirs);
+        assert_eq!(
+            ours.try_send(&ToServer::Exit, &[]).unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
     }
 
     #[test]

@@ -40,5 +40,5 @@ pub use code::Code;
 pub use limits::Limits;
 pub use operations::{OperationError, Operations};
 pub use peer::Commanders;
-pub use server::Server;
+pub use server::{Adopting, Server};
 pub use socket::{KeptName, SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};

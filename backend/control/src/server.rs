@@ -10,6 +10,8 @@
 //! then the connections are cut; then the threads that are left, each inside an operation that does
 //! not come back, are counted and left alone.
 //!
+//! [`Adopting`] is the same without a socket: another process accepts.
+//!
 //! It does not know what is said on a connection.
 
 use std::io;
@@ -69,14 +71,13 @@ impl Server {
         let wake = Arc::new(wake);
         let clients = Arc::new(Clients::default());
         let name = Arc::clone(socket.name());
-        let acceptor = Acceptor {
-            socket,
+        let service = Service {
             commanders: Commanders::of_this_process(),
             operations,
             limits,
-            wake: Arc::clone(&wake),
             clients: Arc::clone(&clients),
         };
+        let acceptor = Acceptor { socket, service, wake: Arc::clone(&wake) };
         let thread = thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || acceptor.run())
@@ -118,11 +119,7 @@ impl Server {
             log::error!("the control socket's thread has panicked");
         }
         // No client is accepted from here on, so the clients that there are get fewer only.
-        let left = self.clients.end(self.stop_patience);
-        if left > 0 {
-            log::warn!("{left} client(s) of the control socket are left waiting for an operation");
-        }
-        left
+        end_clients(&self.clients, self.stop_patience)
     }
 }
 
@@ -132,14 +129,59 @@ impl Drop for Server {
     }
 }
 
-/// The thread that accepts.
-struct Acceptor<O> {
-    socket: SocketFile,
+/// What clients are served with.
+#[derive(Debug)]
+struct Service<O> {
     commanders: Commanders,
     operations: Arc<O>,
     limits: Limits,
-    wake: Arc<OwnedFd>,
     clients: Arc<Clients>,
+}
+
+/// A server without a socket: it is given its clients. Dropping it ends all connections.
+#[derive(Debug)]
+pub struct Adopting<O> {
+    service: Service<O>,
+}
+
+impl<O: Operations> Adopting<O> {
+    /// With no clients yet.
+    #[must_use]
+    pub fn new(operations: Arc<O>, limits: Limits) -> Self {
+        let commanders = Commanders::of_this_process();
+        Self { service: Service { commanders, operations, limits, clients: Arc::default() } }
+    }
+
+    /// Serves a client that another process has accepted; if it may not command, or there is no
+    /// place for it, it is told so.
+    pub fn adopt(&self, stream: UnixStream) {
+        if let Err((stream, error)) = self.service.serve(stream) {
+            refuse(&stream, error);
+        }
+    }
+}
+
+impl<O> Drop for Adopting<O> {
+    fn drop(&mut self) {
+        let Service { clients, limits, .. } = &self.service;
+        end_clients(clients, limits.stop_patience);
+    }
+}
+
+/// Ends all connections; how many clients are left inside an operation.
+fn end_clients(clients: &Clients, patience: Duration) -> usize {
+    let left = clients.end(patience);
+    if left > 0 {
+        log::warn!("{left} client(s) of the control socket are left waiting for an operation");
+    }
+    left
+}
+
+/// The thread that accepts.
+struct Acceptor<O> {
+    socket: SocketFile,
+    service: Service<O>,
+    wake: Arc<OwnedFd>,
 }
 
 impl<O: Operations> Acceptor<O> {
@@ -147,7 +189,7 @@ impl<O: Operations> Acceptor<O> {
         while !self.wait(true, None) {
             match self.socket.listener().accept() {
                 Ok((stream, _)) => {
-                    if let Err((stream, error)) = self.serve(stream) {
+                    if let Err((stream, error)) = self.service.serve(stream) {
                         refuse(&stream, error);
                     }
                 }
@@ -160,7 +202,7 @@ impl<O: Operations> Acceptor<O> {
                 Err(e) => {
                     // Descriptors or memory have run out; the client stays in the backlog
                     // meanwhile.
-                    self.operations.accept_failed(&e);
+                    self.service.operations.accept_failed(&e);
                     if self.wait(false, Some(&EXHAUSTED)) {
                         break;
                     }
@@ -180,7 +222,9 @@ impl<O: Operations> Acceptor<O> {
         let ready = rustix::event::poll(&mut fds, timeout);
         ready.is_ok() && !fds[0].revents().is_empty()
     }
+}
 
+impl<O: Operations> Service<O> {
     /// Gives a client a thread, or says why not.
     fn serve(&self, stream: UnixStream) -> Result<(), (Arc<UnixStream>, RpcError)> {
         let stream = Arc::new(stream);

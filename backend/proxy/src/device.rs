@@ -9,6 +9,7 @@ use crate::change::refusals::stopping;
 use crate::datapath::queue::Queues;
 use crate::domain::LoadedDomain;
 use crate::environment::Environment;
+use crate::keeping::Keeping;
 use crate::record::code::Code;
 use crate::record::events::Events;
 use crate::record::history::History;
@@ -19,7 +20,6 @@ use crate::signal::{Signal, lock};
 use domain_abi::{Capabilities, DeviceInfo, Params};
 use domain_host::{ModuleLoader, QUEUE_LIMIT};
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 use storage::{DomainId, Storage};
@@ -154,8 +154,9 @@ pub struct DomainProxy {
     /// between its phases.
     changes: Mutex<Others>,
     view: Mutex<View>,
-    /// What the guest was offered, as capabilities that a successor must have.
-    required: AtomicU64,
+    /// What must outlive the process. It has what the guest was offered, as capabilities that a
+    /// successor must have.
+    pub(crate) keeping: Arc<Keeping>,
     /// Since when the device is about to end.
     pub(crate) stopping: OnceLock<Instant>,
 }
@@ -183,10 +184,23 @@ impl DomainProxy {
             return Err(Refusal::new(Code::ActivateFailed, message));
         }
         first.instance.set_generation(1);
+        let (record, live) = (Arc::clone(&first.record), Live::Serving(Arc::clone(&first)));
+        Ok(Self::assemble(preparer, queues, Some(first), live, record, 1))
+    }
+
+    /// A device of what is ready. `published` is what workers find: what serves, if anything does.
+    pub(crate) fn assemble(
+        preparer: Preparer,
+        queues: usize,
+        published: Option<LoadedDomain>,
+        live: Live,
+        record: Arc<DomainRecord>,
+        generation: u64,
+    ) -> Arc<Self> {
         let view = View {
-            record: Arc::clone(&first.record),
-            generation: 1,
-            live: Live::Serving(Arc::clone(&first)),
+            record,
+            generation,
+            live,
             dying: HashSet::new(),
             unfenced: None,
             standby: None,
@@ -195,8 +209,9 @@ impl DomainProxy {
             history: History::default(),
             left: Vec::new(),
         };
-        Ok(Arc::new(Self {
-            cell: srcu::Cell::new(Some(first), queues),
+        Arc::new(Self {
+            cell: srcu::Cell::new(published, queues),
+            keeping: Keeping::new(&preparer.storage),
             storage: Arc::clone(&preparer.storage),
             queues: Arc::clone(&preparer.queues),
             environment: Arc::clone(&preparer.environment),
@@ -207,9 +222,8 @@ impl DomainProxy {
             operator: Mutex::default(),
             changes: Mutex::default(),
             view: Mutex::new(view),
-            required: AtomicU64::new(0),
             stopping: OnceLock::new(),
-        }))
+        })
     }
 
     /// Takes the lock of changes.
@@ -263,7 +277,10 @@ impl DomainProxy {
         } else {
             Live::Serving(Arc::clone(next))
         };
+        let generation = view.generation;
         drop(view);
+        self.keeping.serves(next, generation, None);
+        self.keeping.tell();
         self.signal.announce();
     }
 
@@ -281,6 +298,8 @@ impl DomainProxy {
     /// Nothing serves, because of `why`.
     pub(crate) fn set_faulted(&self, why: &str) {
         lock(&self.view).live = Live::Faulted(why.to_owned());
+        self.keeping.is_faulted(why);
+        self.keeping.tell();
         self.signal.announce();
     }
 
@@ -357,11 +376,12 @@ impl DomainProxy {
     /// Says which capabilities a guest relies on, so that every successor must have them. Called
     /// when a session ends, with those that were acknowledged.
     pub fn require(&self, capabilities: Capabilities) {
-        self.required.store(capabilities.0, Ordering::Relaxed);
+        self.keeping.require(capabilities);
+        self.keeping.tell();
     }
 
     pub(crate) fn required_capabilities(&self) -> Capabilities {
-        Capabilities(self.required.load(Ordering::Relaxed))
+        self.keeping.required()
     }
 
     /// Records that a frontend came or went.
@@ -394,12 +414,18 @@ impl DomainProxy {
             view.show(others);
         }
         drop(view);
+        if let Some(others) = others {
+            self.keeping.stands_by(others.standby.as_ref());
+            self.keeping.tell();
+        }
         self.events.push(Event::Ended(Box::new(entry)));
     }
 
     /// Shows which domains there are beside the live one.
     pub(crate) fn show(&self, others: &Others) {
         lock(&self.view).show(others);
+        self.keeping.stands_by(others.standby.as_ref());
+        self.keeping.tell();
     }
 
     /// What is mapped now though nothing needs it, and why.
@@ -468,5 +494,6 @@ impl DomainProxy {
     }
 }
 
+mod keep;
 #[cfg(test)]
 mod tests;

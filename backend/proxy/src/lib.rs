@@ -8,6 +8,7 @@
 //!   `retire.rs`, `stop.rs`.
 //! - `record/`: what is said about them: reports, codes, history, events.
 //! - `domain.rs`: a domain that is loaded, and what uses it; `environment.rs`: what it is told.
+//! - `keeping.rs`: what must outlive the process; `restore.rs`: another process goes on with it.
 //!
 //! Invariants: a request is completed by the instance that took it; the storage has one owner;
 //! generations grow by one with every committed change; nothing of an instance is used after it was
@@ -23,7 +24,9 @@ mod datapath;
 mod device;
 mod domain;
 mod environment;
+mod keeping;
 mod record;
+mod restore;
 mod services;
 mod signal;
 
@@ -32,6 +35,7 @@ pub use datapath::progress::{Ended, Gate};
 pub use datapath::queue::{Notifier, QueueStatus};
 pub use datapath::worker::Worker;
 pub use device::DomainProxy;
+pub use keeping::{Keeper, Kept, KeptModule};
 pub use record::code::Code;
 pub use record::history::Counts;
 pub use record::report::{
@@ -40,3 +44,4 @@ pub use record::report::{
 };
 pub use record::status::{State, Status};
 pub use record::wire::Blame;
+pub use restore::{Restoring, Saved};

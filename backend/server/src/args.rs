@@ -103,6 +103,10 @@ pub struct Args {
     #[arg(long, value_name = "N", hide = true, requires = "supervisor", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
     hang_timeout_ms: Option<u32>,
 
+    /// Be the server of the supervisor at this inherited descriptor; all other options are ignored
+    #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(RawFd).range(0..))]
+    serve_channel: Option<RawFd>,
+
     /// Print what this backend can do, as JSON, and exit; all other options are ignored
     #[arg(long)]
     print_capabilities: bool,
@@ -148,6 +152,8 @@ pub struct Config {
 pub enum Invocation {
     /// Serve a device.
     Serve(Config),
+    /// Serve the device that is said at the private channel, which this descriptor is.
+    ServeChannel(RawFd),
     /// Print [`CAPABILITIES`] and exit with 0.
     PrintCapabilities,
 }
@@ -169,6 +175,9 @@ impl Args {
             return Ok(Invocation::PrintCapabilities);
         }
         let args = <Args as Parser>::try_parse_from(args)?;
+        if let Some(fd) = args.serve_channel {
+            return Ok(Invocation::ServeChannel(fd));
+        }
         args.check()
             .map(Invocation::Serve)
             .map_err(|sentence| Args::command().error(ErrorKind::ValueValidation, sentence))
@@ -176,14 +185,14 @@ impl Args {
 
     /// Reads this process's command line; prints and exits where there is nothing to serve.
     #[must_use]
-    pub fn from_command_line() -> Config {
+    pub fn from_command_line() -> Invocation {
         match Args::parse_from(std::env::args_os()) {
-            Ok(Invocation::Serve(config)) => config,
             Ok(Invocation::PrintCapabilities) => {
                 use std::io::Write;
                 let printed = writeln!(std::io::stdout(), "{CAPABILITIES}");
                 std::process::exit(i32::from(printed.is_err()))
             }
+            Ok(invocation) => invocation,
             Err(e) => e.exit(),
         }
     }

@@ -22,6 +22,8 @@ pub mod raw_fd;
 pub mod session;
 pub mod shutdown;
 pub mod signals;
+pub mod startup;
+pub mod supervised;
 pub mod supervision;
 mod sync;
 #[cfg(test)]

@@ -10,7 +10,6 @@ use loader::FileLoader;
 use log::Level;
 use proxy::DomainProxy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -18,7 +17,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use supervisor::supervisor::Supervision;
-use vhost_hotswap::args::{Args, Config, Listen};
+use vhost_hotswap::args::{Args, Config, Invocation, Listen};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::inflight::SharedInflight;
@@ -28,6 +27,8 @@ use vhost_hotswap::raw_fd::inherited;
 use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
 use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
+use vhost_hotswap::startup::{check_proc, raise_descriptor_limit};
+use vhost_hotswap::supervised;
 use vhost_hotswap::supervision;
 
 /// How long frontends are left alone when one could not be served: it may come again at once.
@@ -35,15 +36,23 @@ const AFTER_A_FAILURE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 fn main() -> ExitCode {
     signals::ignore_strays();
-    let config = Args::from_command_line();
+    let invocation = Args::from_command_line();
     logging::start();
-    if let Some(supervision) = config.supervision {
-        return match supervise(config, supervision) {
-            Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
-            Err(sentence) => refused(&sentence),
-        };
-    }
-    match run(config) {
+    let ended = match invocation {
+        Invocation::Serve(config) => match config.supervision {
+            None => run(config),
+            Some(supervision) => {
+                return match supervise(config, supervision) {
+                    Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
+                    Err(sentence) => refused(&sentence),
+                };
+            }
+        },
+        Invocation::ServeChannel(fd) => supervised::run(fd),
+        // Printed by then.
+        Invocation::PrintCapabilities => Ok(Vec::new()),
+    };
+    match ended {
         Ok(left) if left.is_empty() => ExitCode::SUCCESS,
         Ok(left) => {
             left.iter().for_each(|what| log::error!("left behind: {what}"));
@@ -88,24 +97,6 @@ impl ListenSocket {
             Self::Inherited(listener) => listener,
         }
     }
-}
-
-/// As many descriptors as are allowed: a queue takes up to 22 in an upgrade, and what many systems
-/// begin with is 1024, for the sake of programs that use `select`.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        log::warn!("the limit of open descriptors stays {:?}: {error}", limit.current);
-    }
-}
-
-/// Descriptors are opened by their names in `/proc`: each module, and an image once more.
-fn check_proc() -> Result<(), String> {
-    std::fs::symlink_metadata("/proc/self/fd").map(drop).map_err(|error| {
-        format!(
-            "/proc is not that of this process, and modules are loaded by it: mount it ({error})"
-        )
-    })
 }
 
 /// Serves until told to stop. Returns what had to be left.

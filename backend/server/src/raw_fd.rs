@@ -1,5 +1,5 @@
-//! Descriptors that come or go as bare numbers: the listening socket of `--fd`, and the events that
-//! end a session's threads.
+//! Descriptors that come or go as bare numbers: the listening socket of `--fd`, the private channel
+//! of `--serve-channel`, and the events that end a session's threads.
 //!
 //! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is
 //! over: one descriptor lost per queue and session. So we keep the numbers and close them, once the
@@ -39,6 +39,26 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
         },
         Ok(false) => Err(wrong("is a socket that does not listen")),
         Err(error) => Err(wrong(&format!("is no socket ({error})"))),
+    }
+}
+
+/// Takes over a descriptor that is, as the parent process says, the private channel.
+///
+/// # Errors
+/// It is no such descriptor.
+pub fn inherited_channel(fd: RawFd) -> Result<OwnedFd, String> {
+    let wrong = |why: &str| format!("descriptor {fd} {why}; --serve-channel is the supervisor's");
+    if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        return Err(wrong("was not passed to this process"));
+    }
+    // SAFETY: it is open, and by the convention of `--serve-channel` it is ours alone; nothing else
+    // in this process has been opened yet that could have the number.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
+        .map_err(|error| wrong(&error.to_string()))?;
+    match rustix::net::sockopt::socket_type(&fd) {
+        Ok(rustix::net::SocketType::SEQPACKET) => Ok(fd),
+        Ok(_) | Err(_) => Err(wrong("is no socket of packets")),
     }
 }
 

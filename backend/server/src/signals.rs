@@ -96,6 +96,14 @@ pub fn ending() -> impl Iterator<Item = c_int> {
     })
 }
 
+/// Has the signals that end the daemon ignored as well: another process ends it.
+///
+/// # Errors
+/// What the kernel says.
+pub fn ignore_ending() -> io::Result<()> {
+    ending().try_for_each(ignore)
+}
+
 /// Lets all signals through to the calling thread, and to those that it starts from now on.
 ///
 /// To be called when what ends the daemon is handled: something may have been waiting since before

@@ -15,5 +15,7 @@ mod heap;
 mod transaction;
 
 pub use contents::{Contents, Filling, Numbered};
+/// What regions are made of.
+pub use domain_host::HostRegion;
 pub use heap::{DomainId, HeapError, RRef, RRefVec, Reclaimed, SharedHeap};
 pub use transaction::Storage;

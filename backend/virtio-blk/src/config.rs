@@ -9,7 +9,7 @@
 //! zones.
 
 use crate::features::{self, CONFIG_WCE, FLUSH};
-use crate::write_cache::WriteCache;
+use crate::write_cache::{Belief, WriteCache};
 use domain_abi::{Capabilities, DeviceInfo};
 
 /// The unit of `sector` and of lengths, whatever the block size is (5.2.4, 5.2.6.1).
@@ -145,6 +145,17 @@ impl ConfigSpace {
             config.put(at::WRITE_ZEROES_MAY_UNMAP, [1]);
         }
         config
+    }
+
+    /// The driver of a session that another process had goes on with this one, and believes this.
+    pub const fn resume(&mut self, belief: Belief) {
+        self.cache.resume(belief);
+    }
+
+    /// What its driver believes.
+    #[must_use]
+    pub const fn belief(&self) -> Belief {
+        self.cache.belief()
     }
 
     fn put<const N: usize>(&mut self, at: usize, value: [u8; N]) {

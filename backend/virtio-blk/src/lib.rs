@@ -30,3 +30,4 @@ pub use config::{
 pub use memory::{StatusSlot, Translator};
 pub use request::{Limits, Parsed, parse, used_len};
 pub use status::WireStatus;
+pub use write_cache::Belief;

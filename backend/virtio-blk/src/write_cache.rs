@@ -12,6 +12,23 @@
 
 use crate::features::{CONFIG_WCE, FLUSH};
 
+/// What a driver believes of its device, as far as the device's mode depends on it. It outlives the
+/// process that serves the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Belief {
+    /// What it finds in `writeback`, as far as that is known.
+    pub write_cache: Option<bool>,
+    /// No ring has been started since the session began or the device was reset.
+    pub is_fresh: bool,
+}
+
+impl Default for Belief {
+    /// That of a driver whose session begins.
+    fn default() -> Self {
+        Self { write_cache: None, is_fresh: true }
+    }
+}
+
 /// The mode of a device's write cache within one session. The table of the rule is this module's
 /// test.
 #[derive(Debug, Clone)]
@@ -31,6 +48,17 @@ impl WriteCache {
     /// That of a device which has a cache, or none, at the start of a session. It is off.
     pub(crate) const fn new(exists: bool) -> Self {
         Self { exists, acked: None, believed: None, is_fresh: true }
+    }
+
+    /// The driver of a session that another process had goes on with this one.
+    pub(crate) const fn resume(&mut self, belief: Belief) {
+        self.believed = belief.write_cache;
+        self.is_fresh = belief.is_fresh;
+    }
+
+    /// What its driver believes.
+    pub(crate) const fn belief(&self) -> Belief {
+        Belief { write_cache: self.believed, is_fresh: self.is_fresh }
     }
 
     /// Whether it is on: a completed write may be lost until it is flushed.

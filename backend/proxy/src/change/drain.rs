@@ -48,7 +48,8 @@ enum GivenUp {
 /// One time that the gate is shut.
 pub(crate) struct Drain<'a> {
     proxy: &'a DomainProxy,
-    live: &'a LoadedDomain,
+    /// Nothing, if the device is faulted.
+    live: Option<&'a LoadedDomain>,
     options: Options,
     /// Until when starved workers are waited for.
     deadline: Instant,
@@ -66,7 +67,7 @@ impl<'a> Drain<'a> {
     /// Before the gate is shut. Starved workers are waited for until `deadline`.
     pub(crate) fn begin(
         proxy: &'a DomainProxy,
-        live: &'a LoadedDomain,
+        live: Option<&'a LoadedDomain>,
         options: Options,
         deadline: Instant,
     ) -> Self {
@@ -104,7 +105,7 @@ impl<'a> Drain<'a> {
     }
 
     fn judge(&mut self) -> Result<Duration, GivenUp> {
-        if self.live.is_dead() {
+        if self.live.is_some_and(|live| live.is_dead()) {
             return Err(GivenUp::Dead);
         }
         if self.proxy.is_stopping() {

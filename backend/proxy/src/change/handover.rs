@@ -35,20 +35,51 @@ enum Tried {
 
 /// What the exchange tells the upgrading thread.
 #[derive(Default)]
-struct ExchangeNotes {
+pub(crate) struct ExchangeNotes {
     quiesce: Duration,
     activate: Duration,
     refusal: Option<Refusal>,
     /// The old domain could not be put back.
     fault: Option<String>,
+    /// The device was given to another process, and is this one's again.
+    pub(crate) came_back: bool,
 }
 
+impl ExchangeNotes {
+    /// The live domain writes down what only it knows. `None` if it does not: then it has resumed,
+    /// or died.
+    pub(crate) fn quiesce(&mut self, live: &LoadedDomain) -> Option<()> {
+        if live.is_dead() {
+            self.refusal = Some(preempted());
+            return None;
+        }
+        let Err(error) = timed(&mut self.quiesce, || live.instance.quiesce()) else {
+            return Some(());
+        };
+        if live.is_dead() {
+            // Since we looked, in a call that was no worker's.
+            self.refusal = Some(preempted());
+            return None;
+        }
+        self.resume(live);
+        self.refusal = Some(step_refusal(Step::Quiesce, &live.record, &error));
+        None
+    }
+
+    /// It serves again.
+    pub(crate) fn resume(&mut self, live: &LoadedDomain) {
+        if let Err(error) = live.instance.resume() {
+            self.fault = Some(format!("resume: {error}"));
+        }
+    }
+}
+
+/// Makes what is to run while every worker is at the gate.
+type MakeExchange<'a> =
+    &'a dyn Fn(Arc<Mutex<ExchangeNotes>>) -> srcu::Exchange<Option<LoadedDomain>>;
+
 impl DomainProxy {
-    /// Tries until the workers have come, they are not waited for any more, or one hangs.
-    ///
-    /// While the gate is shut for starved workers alone, it stays shut. Where a worker that has
-    /// come waits at it, too, the gate is opened between two tries, for ever longer: the requests
-    /// of that queue would wait for another queue's worker.
+    /// Brings `next` into service, with the gate shut.
     pub(crate) fn handover(
         self: &Arc<Self>,
         live: &LoadedDomain,
@@ -56,10 +87,27 @@ impl DomainProxy {
         options: Options,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
+        let exchange = |notes| exchange(self, live, next, notes);
+        self.at_the_gate(Some(live), options, phases, &exchange)
+    }
+
+    /// Tries until the workers have come, they are not waited for any more, or one hangs.
+    ///
+    /// While the gate is shut for starved workers alone, it stays shut. Where a worker that has
+    /// come waits at it, too, the gate is opened between two tries, for ever longer: the requests
+    /// of that queue would wait for another queue's worker.
+    pub(crate) fn at_the_gate(
+        self: &Arc<Self>,
+        live: Option<&LoadedDomain>,
+        options: Options,
+        phases: &mut Phases,
+        exchange: MakeExchange<'_>,
+    ) -> Result<(), Refusal> {
         let deadline = Instant::now() + options.limit();
         let mut open = OPEN_FIRST;
         loop {
-            let (refusal, pause) = match self.try_handover(live, next, options, deadline, phases)? {
+            let tried = self.try_at_the_gate(live, options, deadline, phases, exchange)?;
+            let (refusal, pause) = match tried {
                 Tried::Done => return Ok(()),
                 Tried::HeldUp { refusal, pause } => (refusal, pause),
             };
@@ -67,7 +115,8 @@ impl DomainProxy {
             if until >= deadline {
                 return Err(refusal);
             }
-            let is_over = || (live.is_dead() || self.is_stopping()).then_some(());
+            let has_died = || live.is_some_and(|live| live.is_dead());
+            let is_over = || (has_died() || self.is_stopping()).then_some(());
             if self.signal.wait(until, is_over).is_some() {
                 self.check_stopping()?;
                 return Err(preempted());
@@ -77,16 +126,16 @@ impl DomainProxy {
     }
 
     /// Shuts the gate once; starved workers are not waited for after `deadline`.
-    fn try_handover(
+    fn try_at_the_gate(
         self: &Arc<Self>,
-        live: &LoadedDomain,
-        next: &LoadedDomain,
+        live: Option<&LoadedDomain>,
         options: Options,
         deadline: Instant,
         phases: &mut Phases,
+        exchange: MakeExchange<'_>,
     ) -> Result<Tried, Refusal> {
         let notes = Arc::new(Mutex::new(ExchangeNotes::default()));
-        let exchange = exchange(self, live, next, &notes);
+        let exchange = exchange(Arc::clone(&notes));
         let mut drain = Drain::begin(self, live, options, deadline);
         let wake_owing = || self.queues.notify_all();
         let outcome =
@@ -100,7 +149,7 @@ impl DomainProxy {
         let mut notes = std::mem::take(&mut *lock(&notes));
         phases.quiesce = notes.quiesce;
         phases.activate = notes.activate;
-        if let Some(fault) = notes.fault.take() {
+        if let (Some(fault), Some(live)) = (notes.fault.take(), live) {
             self.died(live, &fault);
         }
         let (stalled, pause) = match outcome {
@@ -115,13 +164,14 @@ impl DomainProxy {
                 return match (old, notes.refusal) {
                     (Some(_old), None) => Ok(Tried::Done),
                     (None, Some(refusal)) => Err(refusal),
+                    (None, None) if notes.came_back => Ok(Tried::Done),
                     (old, refusal) => {
                         unreachable!("published: {}, refused: {refusal:?}", old.is_some())
                     }
                 };
             }
         };
-        if live.is_dead() {
+        if live.is_some_and(|live| live.is_dead()) {
             return Err(preempted());
         }
         let (is_over, refusal) = drain.refusal(&stalled.readers, pause);
@@ -134,39 +184,24 @@ fn exchange(
     proxy: &DomainProxy,
     live: &LoadedDomain,
     next: &LoadedDomain,
-    notes: &Arc<Mutex<ExchangeNotes>>,
+    notes: Arc<Mutex<ExchangeNotes>>,
 ) -> srcu::Exchange<Option<LoadedDomain>> {
     let (storage, generation) = (Arc::clone(&proxy.storage), proxy.next_generation());
     let (live, next) = (Arc::clone(live), Arc::clone(next));
-    let notes = Arc::clone(notes);
+    let keeping = Arc::clone(&proxy.keeping);
     Box::new(move |_| {
         let mut notes = lock(&notes);
-        if live.is_dead() {
-            notes.refusal = Some(preempted());
-            return None;
-        }
-        let resume = |notes: &mut ExchangeNotes| {
-            if let Err(error) = live.instance.resume() {
-                notes.fault = Some(format!("resume: {error}"));
-            }
-        };
-        if let Err(error) = timed(&mut notes.quiesce, || live.instance.quiesce()) {
-            if live.is_dead() {
-                // Since we looked, in a call that was no worker's.
-                notes.refusal = Some(preempted());
-                return None;
-            }
-            resume(&mut notes);
-            notes.refusal = Some(step_refusal(Step::Quiesce, &live.record, &error));
-            return None;
-        }
+        notes.quiesce(&live)?;
         storage.begin(next.id);
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
             storage.rollback();
-            resume(&mut notes);
+            notes.resume(&live);
             notes.refusal = Some(step_refusal(Step::Activate, &next.record, &error));
             return None;
         }
+        // What is kept for another server is told of in this, if the storage has changed: it could
+        // not go on with the old domain and what the new one has made of it.
+        keeping.serves(&next, generation, Some(&live));
         storage.commit();
         next.instance.set_generation(generation);
         Some(Some(next))

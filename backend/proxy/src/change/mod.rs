@@ -3,6 +3,7 @@
 pub(crate) mod compatible;
 pub(crate) mod drain;
 pub(crate) mod fence;
+pub(crate) mod handoff;
 pub(crate) mod handover;
 pub(crate) mod prepare;
 pub(crate) mod refusals;

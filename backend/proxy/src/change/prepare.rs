@@ -5,13 +5,14 @@ use crate::change::refusals;
 use crate::datapath::queue::Queues;
 use crate::domain::{Domain, LoadedDomain};
 use crate::environment::Environment;
+use crate::keeping::KeptModule;
 use crate::record::code::Code;
 use crate::record::report::{DomainRecord, Phases, Refusal, timed};
 use crate::record::residents::Residents;
 use crate::services::Services;
 use crate::signal::Signal;
 use domain_abi::Params;
-use domain_host::{CallError, Instance, LoadError, ModuleLoader};
+use domain_host::{CallError, Identity, Instance, LoadError, ModuleLoader, VerifiedModule};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use storage::{DomainId, Storage};
@@ -55,8 +56,38 @@ impl Preparer {
         is_wanted: impl FnOnce() -> Result<(), Refusal>,
         phases: &mut Phases,
     ) -> Result<LoadedDomain, Refusal> {
-        let loading = |error: LoadError| Refusal::new(Code::Module(error.code), error.message);
         let verified = timed(&mut phases.verify, || self.loader.verify(name)).map_err(loading)?;
+        self.prepare_verified(verified, given, live, is_wanted, phases)
+    }
+
+    /// As [`prepare`](Self::prepare), of a module that another process had, and with just the
+    /// parameters that it had there.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub(crate) fn prepare_kept(&self, module: &KeptModule) -> Result<LoadedDomain, Refusal> {
+        let origin = Identity {
+            path: module.path.clone(),
+            sha256: module.sha256.clone(),
+            ..Identity::default()
+        };
+        let image = module.image.try_clone().map_err(|error| {
+            let message = format!("no descriptor for the kept module `{}`: {error}", module.path);
+            Refusal::new(Code::Module("module_unreadable"), message)
+        })?;
+        let verified = self.loader.verify_kept(image, &origin).map_err(loading)?;
+        let params = module.params.clone();
+        self.prepare_verified(verified, params, None, || Ok(()), &mut Phases::default())
+    }
+
+    fn prepare_verified(
+        &self,
+        verified: Box<dyn VerifiedModule>,
+        given: Params,
+        live: Option<&DomainRecord>,
+        is_wanted: impl FnOnce() -> Result<(), Refusal>,
+        phases: &mut Phases,
+    ) -> Result<LoadedDomain, Refusal> {
         let description = verified.description().clone();
         let identity = verified.identity().clone();
         let label = format!("`{}` {}", description.name, description.version);
@@ -126,4 +157,8 @@ impl Preparer {
         self.environment.apply(&domain);
         Ok(domain)
     }
+}
+
+fn loading(error: LoadError) -> Refusal {
+    Refusal::new(Code::Module(error.code), error.message)
 }

@@ -136,6 +136,7 @@ impl DomainProxy {
             });
             match fits {
                 Ok(()) => {
+                    self.keeping.serves(&next, generation + 1, None);
                     self.storage.commit();
                     Ok(next)
                 }

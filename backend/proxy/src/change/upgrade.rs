@@ -171,7 +171,10 @@ impl DomainProxy {
     }
 
     /// Takes the lock of changes when no takeover is under way, or to come.
-    fn lock_after_takeover(self: &Arc<Self>, options: Options) -> Result<Changing<'_>, Refusal> {
+    pub(crate) fn lock_after_takeover(
+        self: &Arc<Self>,
+        options: Options,
+    ) -> Result<Changing<'_>, Refusal> {
         let patience = options.limit();
         let deadline = Instant::now() + patience;
         self.lock_alive(deadline, || self.is_stopping()).ok_or_else(|| {
@@ -205,7 +208,9 @@ impl DomainProxy {
             .and_then(|()| self.check_compatible(&from.info, &next))
             .and_then(|()| decide(options.mode, live.as_ref(), &next));
         let changed = match (decided, &live) {
-            (Ok(_), None) => self.recover(&next, &mut phases).map(|()| (Protocol::Handover, None)),
+            (Ok(_), None) => self
+                .recover(&next, self.next_generation(), &mut phases)
+                .map(|()| (Protocol::Handover, None)),
             (Ok(Protocol::Swap), Some(_)) => {
                 self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
             }
@@ -227,7 +232,12 @@ impl DomainProxy {
     }
 
     /// Brings the device back whose live domain has died.
-    fn recover(&self, next: &LoadedDomain, phases: &mut Phases) -> Result<(), Refusal> {
+    pub(crate) fn recover(
+        &self,
+        next: &LoadedDomain,
+        generation: u64,
+        phases: &mut Phases,
+    ) -> Result<(), Refusal> {
         self.storage.begin(next.id);
         // It was told of the write cache while the dead one may still have served.
         let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
@@ -235,8 +245,9 @@ impl DomainProxy {
             self.storage.rollback();
             return Err(step_refusal(Step::Activate, &next.record, &error));
         }
+        self.keeping.serves(next, generation, None);
         self.storage.commit();
-        next.instance.set_generation(self.next_generation());
+        next.instance.set_generation(generation);
         self.publish(next);
         Ok(())
     }
@@ -256,6 +267,7 @@ impl DomainProxy {
             self.storage.rollback();
             Refusal::new(Code::Busy, format!("the domain was not published: {error}"))
         })?;
+        self.keeping.serves(next, next.instance.generation(), None);
         self.storage.commit();
         Ok(grace)
     }

@@ -1,5 +1,6 @@
 //! The session as `vhost-user-backend` sees it: what the frontend's messages do.
 
+use super::beginning::Beginning;
 use super::lookout::SHARE;
 use super::queue_control::QueueControl;
 use super::rings::{Event, Vring};
@@ -10,7 +11,7 @@ use crate::phase::Phase;
 use log::Level;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserHandlerError};
 use virtio_blk::{ConfigSpace, Error};
@@ -43,11 +44,31 @@ pub(super) struct Frontend {
     pub(super) session: Session,
     /// Some ring was given a size that it can have.
     has_size: AtomicBool,
+    /// Rings that another process has left, and are still to be told where they go on, a bit each.
+    left_elsewhere: AtomicU64,
 }
 
 impl Frontend {
     pub(super) const fn new(session: Session) -> Self {
-        Self { session, has_size: AtomicBool::new(false) }
+        Self { session, has_size: AtomicBool::new(false), left_elsewhere: AtomicU64::new(0) }
+    }
+
+    /// Before the frontend is heard.
+    pub(super) fn begin(&self, beginning: Beginning) {
+        let offer = &self.session.context.offer;
+        if let Some(belief) = beginning.resumed {
+            offer.resume(belief);
+            self.left_elsewhere.store(u64::MAX, Ordering::Relaxed);
+        }
+        if let Some(tell) = beginning.believes {
+            offer.tell_belief(tell);
+        }
+    }
+
+    /// Whether `queue` goes on in this session for the first time, and where another process has
+    /// left it: its driver is the same.
+    fn goes_on(&self, queue: usize) -> bool {
+        self.left_elsewhere.fetch_and(!(1 << queue), Ordering::Relaxed) & 1 << queue != 0
     }
 
     /// What wake-ups are called at the library.
@@ -87,6 +108,12 @@ impl Frontend {
         if event == Event::HasSize {
             self.has_size.store(true, Ordering::Relaxed);
             return;
+        }
+        if matches!(event, Event::ComesFromElsewhere | Event::Starts) {
+            let goes_on = self.goes_on(queue);
+            if goes_on && event == Event::ComesFromElsewhere {
+                return;
+            }
         }
         let is_guarded = context.offer.configure(|space| match event {
             Event::IsRefused(_) | Event::HasSize => false,

@@ -59,6 +59,17 @@ impl SessionHandle {
         }
     }
 
+    /// Ends the session that runs now, without another word to its ring, and every later one at its
+    /// start: what its frontend has been told by now it may already go on from elsewhere. Does not
+    /// wait.
+    pub fn abandon(&self) {
+        let before = std::mem::replace(&mut *lock(&self.slot), Slot::Stopped);
+        if let Slot::Running(Running { connection, frontend }) = before {
+            frontend.session.context.phase.advance_to(Phase::Detached);
+            connection.shutdown();
+        }
+    }
+
     /// A session has begun.
     pub(super) fn begin(&self, running: Running) {
         let mut slot = lock(&self.slot);

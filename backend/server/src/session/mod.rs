@@ -14,14 +14,15 @@
 //! `frontend` (what the frontend's messages do), `state` (what there is, and how it ends),
 //! `queue_control` (a queue's thread, and what waits for it), `drain` (tickets), `rings` (the
 //! library's rings, with what it does not tell); `context`, `offer`, `memory`, `connection`,
-//! `lookout` and `config` are what all queues share, part by part. How far a session is stands in
-//! `phase.rs`.
+//! `lookout`, `beginning` and `config` are what all queues share, part by part. How far a
+//! session is stands in `phase.rs`.
 //!
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in
 //! silence); a ring that was stopped or reset has nothing in flight when the frontend gets its
 //! answer (one that was disabled takes nothing more); when a session is over, nothing of it is
 //! left: no thread, no descriptor, no mapping.
 
+mod beginning;
 mod config;
 mod connection;
 mod context;
@@ -40,7 +41,8 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use beginning::{Beginning, TellBelief};
 pub use config::SessionConfig;
 pub use frontend::Failure;
 pub use handle::SessionHandle;
-pub use serve::serve;
+pub use serve::{serve, serve_from};

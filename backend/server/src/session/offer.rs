@@ -1,14 +1,15 @@
 //! What a session's guest is offered, and what it has made of it: feature bits and the
 //! configuration space.
 
+use super::beginning::TellBelief;
 use super::config::SessionConfig;
 use crate::sync::lock;
 use domain_abi::DeviceInfo;
 use proxy::DomainProxy;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
-use virtio_blk::{ConfigSpace, Limits, features};
+use virtio_blk::{Belief, ConfigSpace, Limits, features};
 
 /// The device as one session's guest sees it.
 pub(super) struct Offer {
@@ -17,6 +18,8 @@ pub(super) struct Offer {
     space: Mutex<ConfigSpace>,
     limits: Mutex<Arc<Limits>>,
     acked: AtomicU64,
+    /// Told what the driver believes, under the lock of the space.
+    believes: OnceLock<TellBelief>,
 }
 
 impl Offer {
@@ -33,8 +36,21 @@ impl Offer {
             space: Mutex::new(space(&info)),
             limits: Mutex::new(Arc::new(Limits::new(&info, 0))),
             acked: AtomicU64::new(0),
+            believes: OnceLock::new(),
             info,
         })
+    }
+
+    /// The driver goes on with what another process has offered it, and believes this.
+    pub(super) fn resume(&self, belief: Belief) {
+        lock(&self.space).resume(belief);
+    }
+
+    /// Has `tell` told what the driver believes, from now on.
+    pub(super) fn tell_belief(&self, tell: TellBelief) {
+        let space = lock(&self.space);
+        tell(space.belief());
+        let _ = self.believes.set(tell);
     }
 
     /// The feature bits that are offered.
@@ -64,9 +80,15 @@ impl Offer {
     /// mode that it says.
     pub(super) fn configure<T>(&self, change: impl FnOnce(&mut ConfigSpace) -> T) -> T {
         let mut space = lock(&self.space);
+        let before = space.belief();
         let result = change(&mut space);
         // Under the lock, so that the last to change it is the last to tell.
         self.proxy.set_write_cache(space.write_cache());
+        if let Some(tell) = self.believes.get()
+            && space.belief() != before
+        {
+            tell(space.belief());
+        }
         result
     }
 

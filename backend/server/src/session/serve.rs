@@ -1,5 +1,6 @@
 //! A session from its beginning to its end.
 
+use super::beginning::Beginning;
 use super::config::SessionConfig;
 use super::frontend::{Backend, Failure, Frontend};
 use super::handle::{Running, SessionHandle};
@@ -26,12 +27,28 @@ pub fn serve(
     handle: &SessionHandle,
     connected: &AtomicBool,
 ) -> Result<(), Failure> {
+    serve_from(proxy, config, listener, handle, connected, Beginning::default())
+}
+
+/// As [`serve`], with what the frontend does not say.
+///
+/// # Errors
+/// As for [`serve`].
+pub fn serve_from(
+    proxy: &Arc<DomainProxy>,
+    config: &SessionConfig,
+    listener: &UnixListener,
+    handle: &SessionHandle,
+    connected: &AtomicBool,
+    beginning: Beginning,
+) -> Result<(), Failure> {
     use vhost::vhost_user::Error::{Disconnected, PartialMessage};
     use vhost_user_backend::Error::HandleRequest;
 
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let session = Session::new(proxy, config, memory.clone())?;
     let frontend = Arc::new(Frontend::new(session));
+    frontend.begin(beginning);
     let Session { context, queues, exit_events } = &frontend.session;
 
     let other = |error: vhost_user_backend::Error| io::Error::other(error.to_string());

@@ -1,0 +1,59 @@
+//! The device is given to another process: the bracket of a handover, without a successor here.
+//!
+//! ```text
+//!   gate -> drain -> quiesce -> (told) -> ........ workers stay at the gate ........
+//!                                             the other one serves: this process ends
+//!                                             it does not: resume -> open
+//! ```
+//!
+//! Invariants: from when it is told to when it is called back, nothing here touches a ring, guest
+//! memory or the storage; a domain that dies meanwhile is dealt with after that.
+
+use crate::change::handover::ExchangeNotes;
+use crate::device::DomainProxy;
+use crate::domain::LoadedDomain;
+use crate::record::report::{Options, Phases, Refusal};
+use crate::signal::lock;
+use std::sync::{Arc, Mutex, mpsc};
+
+impl DomainProxy {
+    /// Stops at a batch boundary, with nothing in flight, and says so with `stopped`; comes back
+    /// when `resume` says that the device is this process's again, and it serves.
+    ///
+    /// # Errors
+    /// Why it was not stopped; it serves on.
+    pub fn hand_off(
+        self: &Arc<Self>,
+        options: Options,
+        stopped: Arc<dyn Fn() + Send + Sync>,
+        resume: mpsc::Receiver<()>,
+    ) -> Result<(), Refusal> {
+        let _operator = lock(&self.operator);
+        self.check_stopping()?;
+        let mut others = self.lock_after_takeover(options)?;
+        self.finish_earlier(&mut others, options)?;
+        let live = self.live();
+        let resume = Arc::new(Mutex::new(resume));
+        let exchange = |notes: Arc<Mutex<ExchangeNotes>>| {
+            let (live, stopped, resume) = (live.clone(), Arc::clone(&stopped), Arc::clone(&resume));
+            let proxy = Arc::clone(self);
+            Box::new(move |_: &Option<LoadedDomain>| {
+                let mut notes = lock(&notes);
+                if let Some(live) = &live {
+                    notes.quiesce(live)?;
+                }
+                // With what quiescing has written down.
+                proxy.keeping.tell();
+                stopped();
+                // The other side is only gone when this process is about to end.
+                let _ = lock(&resume).recv();
+                if let Some(live) = &live {
+                    notes.resume(live);
+                }
+                notes.came_back = true;
+                None
+            }) as srcu::Exchange<Option<LoadedDomain>>
+        };
+        self.at_the_gate(live.as_ref(), options, &mut Phases::default(), &exchange)
+    }
+}

@@ -1,0 +1,276 @@
+//! What the supervisor says while there is a device.
+
+use super::told::Believed;
+use super::vault::{AsKeeper, VaultSender};
+use super::{Begun, Hold, HoldCell, PROGRAM, Said, leave_at_once, say};
+use crate::device::Device;
+use crate::log_limit::how_to_have_more;
+use crate::session::{self, Beginning, SessionConfig, SessionHandle};
+use crate::shutdown::Shutdown;
+use channel::{Channel, InflightRegion, Session, ToServer, ToSupervisor, VERSION};
+use control::{Adopting, Limits};
+use proxy::{DomainProxy, KeptModule, Options};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A session that is to be served, when the one before has ended.
+struct Order {
+    session: Session,
+    listener: UnixListener,
+    region: Option<(InflightRegion, OwnedFd)>,
+}
+
+/// What carries out the supervisor's commands.
+pub(super) struct Commands {
+    channel: Arc<Channel>,
+    hold: Arc<HoldCell>,
+    proxy: Arc<DomainProxy>,
+    sessions: Arc<SessionHandle>,
+    shutdown: Arc<Shutdown>,
+    clients: Adopting<Device>,
+    /// Sessions to serve, and the thread that does.
+    orders: mpsc::Sender<Order>,
+    server: JoinHandle<()>,
+    /// Calls a stopped device back.
+    resume: Option<mpsc::Sender<()>>,
+    /// The region that the running session is to use from its next ring start on.
+    region: Option<(InflightRegion, OwnedFd)>,
+}
+
+impl Commands {
+    /// Tells the supervisor what there is, and that it is served.
+    pub(super) fn new(
+        channel: Arc<Channel>,
+        hold: Arc<HoldCell>,
+        begun: Begun,
+        config: SessionConfig,
+    ) -> Result<Self, String> {
+        let Begun { proxy, standby, believed } = begun;
+        let sessions = Arc::new(SessionHandle::default());
+        let shutdown =
+            Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
+        shutdown.serving({
+            let (proxy, sessions) = (Arc::clone(&proxy), Arc::clone(&sessions));
+            move || {
+                proxy.begin_stop();
+                sessions.stop();
+            }
+        });
+        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed));
+        proxy.keep_with(Box::new(AsKeeper(Arc::clone(&vault))), standby.clone());
+        let device = {
+            let channel = Arc::clone(&channel);
+            let stop = move || say(&channel, &ToSupervisor::ShutdownWanted);
+            Arc::new(Device::new(Arc::clone(&proxy), stop))
+        };
+        let (orders, receiver) = mpsc::channel();
+        let service = SessionService {
+            channel: Arc::clone(&channel),
+            proxy: Arc::clone(&proxy),
+            config,
+            sessions: Arc::clone(&sessions),
+            device: Arc::clone(&device),
+            vault,
+        };
+        let server = std::thread::Builder::new()
+            .name("sessions".to_owned())
+            .spawn(move || service.serve_all(&receiver))
+            .map_err(|error| format!("no thread for sessions: {}", how_to_have_more(&error)))?;
+        let domain = proxy.domain();
+        let serves = format!(
+            "serving `{}` {} of {} bytes, generation {}",
+            domain.name,
+            domain.version,
+            domain.info.capacity,
+            proxy.status().generation
+        );
+        log::info!("{serves}");
+        say(&channel, &ToSupervisor::Ready { version: VERSION, program: PROGRAM.into(), serves });
+        if let Some(standby) = standby {
+            take_standby(&proxy, standby);
+        }
+        let clients = Adopting::new(device, Limits::default());
+        Ok(Self {
+            channel,
+            hold,
+            proxy,
+            sessions,
+            shutdown,
+            clients,
+            orders,
+            server,
+            resume: None,
+            region: None,
+        })
+    }
+
+    /// Until the end. Returns what had to be left.
+    pub(super) fn carry_out(mut self, said: &mpsc::Receiver<Said>) -> Result<Vec<String>, String> {
+        while let Ok(Said::Message(message, descriptors)) = said.recv() {
+            if !self.command(message, descriptors) {
+                return self.end();
+            }
+        }
+        // The supervisor is gone, and its frontend may be served by another one at any moment.
+        self.sessions.abandon();
+        self.shutdown.begin("the supervisor is gone");
+        self.end()
+    }
+
+    /// `false` if that was the end.
+    fn command(&mut self, message: ToServer, descriptors: Vec<OwnedFd>) -> bool {
+        let mut descriptors = descriptors.into_iter();
+        match message {
+            ToServer::Session(session) => self.begin_session(session, &mut descriptors),
+            ToServer::Inflight(region) => {
+                self.region = descriptors.next().map(|memfd| (region, memfd));
+                say(&self.channel, &ToSupervisor::InflightTaken);
+            }
+            ToServer::Client => {
+                if let Some(stream) = descriptors.next() {
+                    self.clients.adopt(UnixStream::from(stream));
+                }
+            }
+            ToServer::Stop { drain_timeout_ms } => self.stop(drain_timeout_ms),
+            ToServer::Resume => match self.resume.take() {
+                Some(resume) => _ = resume.send(()),
+                None => say(&self.channel, &ToSupervisor::Resumed),
+            },
+            ToServer::Exit => leave_at_once(),
+            ToServer::Shutdown { why } => {
+                if self.hold.get() == Hold::HandedOff {
+                    leave_at_once();
+                }
+                self.shutdown.begin(&why);
+                return false;
+            }
+            ToServer::Ping { number } => {
+                say(&self.channel, &ToSupervisor::Pong { number, stuck: Vec::new() });
+            }
+            ToServer::Start { .. } | ToServer::Activate { .. } => {
+                log::error!("the supervisor starts a device that is there already");
+            }
+        }
+        true
+    }
+
+    fn begin_session(&mut self, session: Session, descriptors: &mut impl Iterator<Item = OwnedFd>) {
+        let number = session.number;
+        let ended = |error: &str| ToSupervisor::SessionEnded { number, error: Some(error.into()) };
+        let Some(listener) = descriptors.next() else {
+            say(&self.channel, &ended("no listening socket came with it"));
+            return;
+        };
+        let region = session.inflight.zip(descriptors.next());
+        let order = Order { session, listener: UnixListener::from(listener), region };
+        if self.orders.send(order).is_err() {
+            say(&self.channel, &ended("nothing serves sessions any more"));
+        }
+    }
+
+    /// Has a thread give the device to another server.
+    fn stop(&mut self, drain_timeout_ms: u64) {
+        let (resume, resumed) = mpsc::channel();
+        let options = Options {
+            drain_timeout: Duration::from_millis(drain_timeout_ms),
+            ..Options::default()
+        };
+        let began = Instant::now();
+        let stopped: Arc<dyn Fn() + Send + Sync> = {
+            let (channel, hold) = (Arc::clone(&self.channel), Arc::clone(&self.hold));
+            Arc::new(move || {
+                hold.set(Hold::HandedOff);
+                let drain_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                say(&channel, &ToSupervisor::Stopped { drain_ns });
+            })
+        };
+        let (channel, hold, proxy) =
+            (Arc::clone(&self.channel), Arc::clone(&self.hold), Arc::clone(&self.proxy));
+        let hand_off = move || {
+            let answer = match proxy.hand_off(options, stopped, resumed) {
+                Ok(()) => {
+                    hold.set(Hold::Serving);
+                    ToSupervisor::Resumed
+                }
+                Err(refusal) => ToSupervisor::NotStopped {
+                    code: refusal.code.as_str().to_owned(),
+                    message: refusal.message,
+                },
+            };
+            say(&channel, &answer);
+        };
+        match std::thread::Builder::new().name("hand-off".to_owned()).spawn(hand_off) {
+            Ok(_) => self.resume = Some(resume),
+            Err(error) => {
+                let message = format!("no thread to stop: {}", how_to_have_more(&error));
+                let code = "busy".to_owned();
+                say(&self.channel, &ToSupervisor::NotStopped { code, message });
+            }
+        }
+    }
+
+    fn end(self) -> Result<Vec<String>, String> {
+        let Self { proxy, clients, orders, server, .. } = self;
+        drop(orders);
+        if server.join().is_err() {
+            log::error!("the thread that serves sessions has panicked");
+        }
+        drop(clients);
+        Ok(proxy.stop())
+    }
+}
+
+/// Loads what is to stand by, beside what serves.
+fn take_standby(proxy: &Arc<DomainProxy>, standby: KeptModule) {
+    let proxy = Arc::clone(proxy);
+    let take = move || {
+        if let Err(refusal) = proxy.take_standby(&standby) {
+            log::warn!("there is no standby any more ({}): {refusal}", refusal.code);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("standby".to_owned()).spawn(take) {
+        log::warn!("no thread to load the standby: {error}");
+    }
+}
+
+/// Serves one session after the other.
+struct SessionService {
+    channel: Arc<Channel>,
+    proxy: Arc<DomainProxy>,
+    config: SessionConfig,
+    sessions: Arc<SessionHandle>,
+    device: Arc<Device>,
+    vault: Arc<VaultSender>,
+}
+
+impl SessionService {
+    fn serve_all(&self, orders: &mpsc::Receiver<Order>) {
+        while let Ok(Order { session, listener, region }) = orders.recv() {
+            let (vault, number) = (Arc::clone(&self.vault), session.number);
+            let before = self.vault.believed();
+            let beginning = Beginning {
+                resumed: (before.session == number).then_some(before.belief),
+                believes: Some(Box::new(move |belief| {
+                    vault.believes(Believed { session: number, belief });
+                })),
+            };
+            let served = session::serve_from(
+                &self.proxy,
+                &self.config,
+                &listener,
+                &self.sessions,
+                self.device.connected(),
+                beginning,
+            );
+            drop(region);
+            let error = match served {
+                Ok(()) => None,
+                Err(session::Failure { error, .. }) => Some(how_to_have_more(&error).to_string()),
+            };
+            say(&self.channel, &ToSupervisor::SessionEnded { number: session.number, error });
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The server of a supervisor: the other end of the private channel.
+//!
+//! ```text
+//!   Start --> First, or Vault ----------------> Ready --> sessions, clients, ...
+//!        \--> Vault, prepare_only -> Prepared --Activate--^        |
+//!                                                                Stop
+//!              Exit: it leaves <--- Stopped (workers at the gate) <+
+//!                                      \--Resume--> Resumed --> ...
+//! ```
+//!
+//! By file: `commands` (what the supervisor says, and what it does here), `vault` (what must
+//! outlive this process), `told` (of it, what only servers understand).
+//!
+//! Invariants: the vault says at each moment what another server can go on with; once stopped,
+//! nothing of the device is touched until the supervisor says so; when the supervisor is gone, the
+//! frontend is told nothing more.
+//!
+//! Deliberately absent: when any of it happens. The supervisor decides, and signals are its own.
+
+mod commands;
+mod told;
+mod vault;
+
+use crate::cpus;
+use crate::log_limit::how_to_have_more;
+use crate::raw_fd::inherited_channel;
+use crate::session::SessionConfig;
+use crate::{signals, startup};
+use channel::{Channel, Settings, Start, ToServer, ToSupervisor, VERSION, Vault};
+use commands::Commands;
+use loader::FileLoader;
+use proxy::{DomainProxy, KeptModule, Refusal, Restoring};
+use rustix::process::{Signal, getpid, kill_process};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use told::Believed;
+
+/// Of the program.
+const PROGRAM: &str = env!("CARGO_PKG_VERSION");
+
+/// What this process has of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Hold {
+    /// Nothing yet.
+    Starting = 0,
+    /// It serves.
+    Serving = 1,
+    /// It is stopped, and another may serve.
+    HandedOff = 2,
+}
+
+/// That, for all threads.
+#[derive(Debug)]
+struct HoldCell(AtomicU8);
+
+impl HoldCell {
+    fn set(&self, hold: Hold) {
+        self.0.store(hold as u8, Ordering::Release);
+    }
+
+    fn get(&self) -> Hold {
+        match self.0.load(Ordering::Acquire) {
+            1 => Hold::Serving,
+            2 => Hold::HandedOff,
+            _ => Hold::Starting,
+        }
+    }
+}
+
+/// What comes from the supervisor.
+enum Said {
+    Message(ToServer, Vec<OwnedFd>),
+    /// It is gone.
+    End,
+}
+
+/// Ends the process at once. Nothing is written, told or unlocked, and no code of a domain runs:
+/// the device is another's, or there is none. By a signal, because an exit would run what modules
+/// have registered for it.
+fn leave_at_once() -> ! {
+    let _ = kill_process(getpid(), Signal::KILL);
+    // It cannot fail; and if it did, nothing is to go on.
+    std::process::abort()
+}
+
+/// Why there is no device.
+struct Unfit {
+    code: &'static str,
+    message: String,
+}
+
+impl From<Refusal> for Unfit {
+    fn from(refusal: Refusal) -> Self {
+        Self { code: refusal.code.as_str(), message: refusal.message }
+    }
+}
+
+/// A code for what a supervisor has said that makes no sense.
+const NOT_UNDERSTOOD: &str = "not_understood";
+
+fn not_understood(message: impl Into<String>) -> Unfit {
+    Unfit { code: NOT_UNDERSTOOD, message: message.into() }
+}
+
+/// A device that begins.
+struct Begun {
+    proxy: Arc<DomainProxy>,
+    standby: Option<KeptModule>,
+    believed: Believed,
+}
+
+/// Serves as the supervisor at descriptor `fd` says. Returns what had to be left.
+///
+/// # Errors
+/// In a sentence: there was no device.
+pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
+    // First of all that is opened, while no other descriptor can have the number.
+    let channel = Arc::new(Channel::from_socket(inherited_channel(fd)?));
+    signals::ignore_ending().map_err(|error| format!("cannot ignore signals: {error}"))?;
+    signals::unblock();
+    startup::check_proc()?;
+    startup::raise_descriptor_limit();
+    let hold = Arc::new(HoldCell(AtomicU8::new(Hold::Starting as u8)));
+    let said = listen(&channel, &hold)?;
+    let Ok(Said::Message(first, descriptors)) = said.recv() else { leave_at_once() };
+    let begun = begin(&channel, &said, first, descriptors);
+    let (begun, settings) = begun.map_err(|Unfit { code, message }| {
+        let failed = ToSupervisor::Failed { code: code.to_owned(), message: message.clone() };
+        say(&channel, &failed);
+        message
+    })?;
+    hold.set(Hold::Serving);
+    let config = SessionConfig {
+        queues: settings.queues,
+        queue_size: settings.queue_size,
+        poll: Duration::from_micros(settings.poll_us),
+        worker_cpus: settings.worker_cpus,
+    };
+    Commands::new(channel, hold, begun, config)?.carry_out(&said)
+}
+
+/// Tells the supervisor something, if it is there.
+fn say(channel: &Channel, message: &ToSupervisor) {
+    if let Err(error) = channel.send(message, &[]) {
+        log::debug!("the supervisor is not told: {error}");
+    }
+}
+
+/// Has a thread receive what the supervisor says. It ends the process where there is nothing to be
+/// ended in order.
+fn listen(channel: &Arc<Channel>, hold: &Arc<HoldCell>) -> Result<mpsc::Receiver<Said>, String> {
+    let (sender, receiver) = mpsc::channel();
+    let (channel, hold) = (Arc::clone(channel), Arc::clone(hold));
+    let receive = move || {
+        loop {
+            match channel.receive() {
+                Ok(Some((ToServer::Exit, _))) => leave_at_once(),
+                Ok(Some((message, descriptors))) => {
+                    if sender.send(Said::Message(message, descriptors)).is_err() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    log::warn!("the supervisor says what is not understood: {error}");
+                }
+                Ok(None) | Err(_) => {
+                    if hold.get() != Hold::Serving {
+                        leave_at_once();
+                    }
+                    let _ = sender.send(Said::End);
+                    return;
+                }
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("supervisor".to_owned())
+        .spawn(receive)
+        .map_err(|error| how_to_have_more(&error).to_string())?;
+    Ok(receiver)
+}
+
+/// Makes the device, as the first message says.
+fn begin(
+    channel: &Channel,
+    said: &mpsc::Receiver<Said>,
+    first: ToServer,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(Begun, Settings), Unfit> {
+    let ToServer::Start { version, settings, start, prepare_only } = first else {
+        return Err(not_understood("the first message is not `start`"));
+    };
+    if version != VERSION {
+        return Err(not_understood(format!(
+            "the supervisor speaks version {version} of the channel, this server {VERSION}"
+        )));
+    }
+    cpus::check(&settings.worker_cpus).map_err(not_understood)?;
+    let loader = Box::new(FileLoader::new(settings.domain_dirs.clone()));
+    let queues = usize::from(settings.queues);
+    let begun = match start {
+        Start::First { domain, params } => {
+            if prepare_only {
+                return Err(not_understood("there is nothing to prepare without a vault"));
+            }
+            let params = told::params(&params);
+            let proxy = DomainProxy::start(loader, &domain, params, queues)?;
+            Begun { proxy, standby: None, believed: Believed::default() }
+        }
+        Start::Vault(vault) => {
+            let (saved, mut believed) = saved(&vault, descriptors)?;
+            let mut restoring = Restoring::prepare(loader, saved, queues)?;
+            if prepare_only {
+                let prepared =
+                    ToSupervisor::Prepared { version: VERSION, program: PROGRAM.to_owned() };
+                say(channel, &prepared);
+                let (vault, descriptors) = wait_for_activate(said)?;
+                let (saved, now) = self::saved(&vault, descriptors)?;
+                restoring.update(saved)?;
+                believed = now;
+            }
+            let (proxy, standby) = restoring.activate()?;
+            Begun { proxy, standby, believed }
+        }
+    };
+    Ok((begun, settings))
+}
+
+fn saved(vault: &Vault, descriptors: Vec<OwnedFd>) -> Result<(proxy::Saved, Believed), Unfit> {
+    vault::saved_of(vault, descriptors).map_err(not_understood)
+}
+
+fn wait_for_activate(said: &mpsc::Receiver<Said>) -> Result<(Box<Vault>, Vec<OwnedFd>), Unfit> {
+    match said.recv() {
+        Ok(Said::Message(ToServer::Activate { vault }, descriptors)) => Ok((vault, descriptors)),
+        Ok(Said::Message(message, _)) => Err(not_understood(format!("not now: {message:?}"))),
+        Ok(Said::End) | Err(_) => leave_at_once(),
+    }
+}
