@@ -36,15 +36,14 @@ pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<St
     (0..count).map(copy).collect()
 }
 
-/// Builds a module, in a target directory of its own.
+/// Builds a module, where `scripts/build-modules` has what it needs.
 fn build(name: &str) -> String {
     let bin = binary("vhost-hotswap");
     let target = bin
         .parent()
         .and_then(|release| release.parent())
         .expect("TARGET/release/vhost-hotswap")
-        .join("modules")
-        .join(name);
+        .join("modules");
     let manifest =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("modules").join(name).join("Cargo.toml");
     let built = Command::new(env!("CARGO"))
@@ -62,6 +61,7 @@ fn build(name: &str) -> String {
         .arg(manifest)
         .arg("--target-dir")
         .arg(&target)
+        .args(["--", "-C", "strip=debuginfo"])
         .env_remove("RUSTFLAGS")
         .status()
         .expect("cargo runs");
