@@ -4,23 +4,26 @@ use super::told::Believed;
 use super::vault::{AsKeeper, VaultSender};
 use super::{Begun, Hold, HoldCell, PROGRAM, Said, leave_at_once, say};
 use crate::device::Device;
+use crate::inflight::{Inflight, Quarantined, SharedInflight};
 use crate::log_limit::how_to_have_more;
 use crate::session::{self, Beginning, SessionConfig, SessionHandle};
 use crate::shutdown::Shutdown;
 use channel::{Channel, InflightRegion, Session, ToServer, ToSupervisor, VERSION};
 use control::{Adopting, Limits};
 use proxy::{DomainProxy, KeptModule, Options};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use virtqueue::inflight::Region;
 
 /// A session that is to be served, when the one before has ended.
 struct Order {
     session: Session,
     listener: UnixListener,
-    region: Option<(InflightRegion, OwnedFd)>,
+    region: Option<Region>,
 }
 
 /// What carries out the supervisor's commands.
@@ -36,8 +39,8 @@ pub(super) struct Commands {
     server: JoinHandle<()>,
     /// Calls a stopped device back.
     resume: Option<mpsc::Sender<()>>,
-    /// The region that the running session is to use from its next ring start on.
-    region: Option<(InflightRegion, OwnedFd)>,
+    /// Where sessions mark what is in flight.
+    inflight: SharedInflight,
 }
 
 impl Commands {
@@ -66,6 +69,7 @@ impl Commands {
             let stop = move || say(&channel, &ToSupervisor::ShutdownWanted);
             Arc::new(Device::new(Arc::clone(&proxy), stop))
         };
+        let inflight = config.inflight.clone();
         let (orders, receiver) = mpsc::channel();
         let service = SessionService {
             channel: Arc::clone(&channel),
@@ -103,7 +107,7 @@ impl Commands {
             orders,
             server,
             resume: None,
-            region: None,
+            inflight,
         })
     }
 
@@ -126,7 +130,15 @@ impl Commands {
         match message {
             ToServer::Session(session) => self.begin_session(session, &mut descriptors),
             ToServer::Inflight(region) => {
-                self.region = descriptors.next().map(|memfd| (region, memfd));
+                match map(region, descriptors.next()) {
+                    Ok(region) => self.inflight.set(Some(Inflight {
+                        region: Arc::new(region),
+                        cautious: false,
+                        quarantine: Vec::new(),
+                        ignores_base: false,
+                    })),
+                    Err(error) => log::error!("an in-flight region is not used: {error}"),
+                }
                 say(&self.channel, &ToSupervisor::InflightTaken);
             }
             ToServer::Client => {
@@ -164,7 +176,14 @@ impl Commands {
             say(&self.channel, &ended("no listening socket came with it"));
             return;
         };
-        let region = session.inflight.zip(descriptors.next());
+        let region = session.inflight.map(|place| map(place, descriptors.next())).transpose();
+        let region = match region {
+            Ok(region) => region,
+            Err(error) => {
+                say(&self.channel, &ended(&format!("its in-flight region: {error}")));
+                return;
+            }
+        };
         let order = Order { session, listener: UnixListener::from(listener), region };
         if self.orders.send(order).is_err() {
             say(&self.channel, &ended("nothing serves sessions any more"));
@@ -223,6 +242,19 @@ impl Commands {
     }
 }
 
+/// The region at a place of a memfd.
+fn map(place: InflightRegion, memfd: Option<OwnedFd>) -> Result<Region, String> {
+    let InflightRegion { offset, len, queues, queue_size } = place;
+    let memfd = memfd.ok_or("no memfd came with it")?;
+    let region = Region::map(File::from(memfd), offset, len, queues, queue_size);
+    region.map_err(|error| error.to_string())
+}
+
+fn quarantined(request: &channel::Quarantined) -> Quarantined {
+    let &channel::Quarantined { queue, head, counter } = request;
+    Quarantined { queue: usize::from(queue), head, counter }
+}
+
 /// Loads what is to stand by, beside what serves.
 fn take_standby(proxy: &Arc<DomainProxy>, standby: KeptModule) {
     let proxy = Arc::clone(proxy);
@@ -257,6 +289,12 @@ impl SessionService {
                     vault.believes(Believed { session: number, belief });
                 })),
             };
+            self.config.inflight.set(region.map(|region| Inflight {
+                region: Arc::new(region),
+                cautious: session.cautious,
+                quarantine: session.quarantined.iter().map(quarantined).collect(),
+                ignores_base: before.session == number,
+            }));
             let served = session::serve_from(
                 &self.proxy,
                 &self.config,
@@ -265,7 +303,6 @@ impl SessionService {
                 self.device.connected(),
                 beginning,
             );
-            drop(region);
             let error = match served {
                 Ok(()) => None,
                 Err(session::Failure { error, .. }) => Some(how_to_have_more(&error).to_string()),

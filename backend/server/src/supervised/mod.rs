@@ -22,6 +22,7 @@ mod told;
 mod vault;
 
 use crate::cpus;
+use crate::inflight::SharedInflight;
 use crate::log_limit::how_to_have_more;
 use crate::raw_fd::inherited_channel;
 use crate::session::SessionConfig;
@@ -138,6 +139,7 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
         queue_size: settings.queue_size,
         poll: Duration::from_micros(settings.poll_us),
         worker_cpus: settings.worker_cpus,
+        inflight: SharedInflight::default(),
     };
     Commands::new(channel, hold, begun, config)?.carry_out(&said)
 }
