@@ -238,8 +238,9 @@ impl Daemon {
         kill_process(Pid::from_child(&self.child), signal).expect("the daemon lives");
     }
 
-    /// Kills all that there is of it at once, as a loss of power does.
-    pub fn kill_whole(&mut self) {
+    /// Kills all that there is of it at once, as a loss of power does, and does not wait for its end:
+    /// that waits for its storage.
+    pub fn kill_whole(&self) {
         let server = Pid::from_raw(self.server_pid() as i32).expect("a process");
         if server != Pid::from_child(&self.child) {
             // What stands beside the server is not to start another one.
@@ -247,7 +248,6 @@ impl Daemon {
             kill_process(server, Signal::KILL).expect("the server lives");
         }
         self.signal(Signal::KILL);
-        self.child.wait().expect("the child can be waited for");
     }
 
     /// As [`stop`](Self::stop), with another signal. SIGKILL is for [all](Self::kill_whole) of it.
@@ -255,9 +255,9 @@ impl Daemon {
         let started = Instant::now();
         if signal == Signal::KILL {
             self.kill_whole();
-            return (-1, started.elapsed());
+        } else {
+            self.signal(signal);
         }
-        self.signal(signal);
         loop {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
                 return (status.code().unwrap_or(-1), started.elapsed());

@@ -171,7 +171,7 @@ fn survives(params: &[&str], write_cache: bool) {
         let path = format!("path={}", disk.path().display());
         let mut args = vec!["--domain", "file", "--param", &path];
         params.iter().for_each(|param| args.extend(["--param", param]));
-        let mut daemon = Daemon::start(&args);
+        let daemon = Daemon::start(&args);
         // Without FLUSH the driver has no way to empty a cache, so the device must have none
         // (virtio 1.2, 5.2.6.2).
         let wanted = if write_cache { features::USUAL } else { features::USUAL & !features::FLUSH };

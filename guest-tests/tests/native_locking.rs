@@ -64,7 +64,7 @@ fn a_daemon_that_was_killed_leaves_no_lock() {
     let (_directory, path) = image();
     for more in [&[][..], &["--param", "direct=true"]] {
         let args = [&["--blk-file", text(&path), "--queues", "2"], more].concat();
-        let mut daemon = Daemon::start(&args);
+        let daemon = Daemon::start(&args);
         let load = Load::start(
             daemon.socket(),
             &LoadOptions { patience: Duration::from_secs(1), ..LoadOptions::new(2, 32) },
