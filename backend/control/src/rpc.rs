@@ -76,6 +76,13 @@ impl RpcError {
         Self { number: code.number(), code: code.as_str(), message: message.into(), data: None }
     }
 
+    /// The same, with more for programs: an object's members are sent beside the code.
+    #[must_use]
+    pub fn with_data(mut self, data: Value) -> Self {
+        self.data = Some(data);
+        self
+    }
+
     /// What is no request.
     pub fn invalid_request(message: impl Into<String>) -> Self {
         Self::new(Code::InvalidRequest, message)

@@ -36,6 +36,9 @@ const AFTER_A_FAILURE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 fn main() -> ExitCode {
     signals::ignore_strays();
+    if let Some(status) = supervision::of_another_program() {
+        return ExitCode::from(status);
+    }
     let invocation = Args::from_command_line();
     logging::start();
     let ended = match invocation {

@@ -1,5 +1,6 @@
 //! Descriptors that come or go as bare numbers: the listening socket of `--fd`, the private channel
-//! of `--serve-channel`, and the events that end a session's threads.
+//! of `--serve-channel`, the state of `--resume-state`, and the events that end a session's
+//! threads.
 //!
 //! `vhost-user-backend` takes each exit event's reading end and forgets it when the session is
 //! over: one descriptor lost per queue and session. So we keep the numbers and close them, once the
@@ -42,17 +43,18 @@ pub fn inherited(fd: RawFd) -> Result<UnixListener, String> {
     }
 }
 
-/// Takes over a descriptor that is, as the parent process says, the private channel.
+/// Takes over a descriptor that is, as the parent process says, the private channel; or, as the
+/// program before in this process says, the socket with its state.
 ///
 /// # Errors
 /// It is no such descriptor.
 pub fn inherited_channel(fd: RawFd) -> Result<OwnedFd, String> {
-    let wrong = |why: &str| format!("descriptor {fd} {why}; --serve-channel is the supervisor's");
+    let wrong = |why: &str| format!("descriptor {fd} {why}; only a supervisor passes it");
     if fd <= 2 || !std::path::Path::new(&format!("/proc/self/fd/{fd}")).exists() {
         return Err(wrong("was not passed to this process"));
     }
-    // SAFETY: it is open, and by the convention of `--serve-channel` it is ours alone; nothing else
-    // in this process has been opened yet that could have the number.
+    // SAFETY: it is open, and by the convention of `--serve-channel` and `--resume-state` it is
+    // ours alone; nothing else in this process has been opened yet that could have the number.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)
         .map_err(|error| wrong(&error.to_string()))?;

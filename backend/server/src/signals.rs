@@ -104,6 +104,16 @@ pub fn ignore_ending() -> io::Result<()> {
     ending().try_for_each(ignore)
 }
 
+/// Holds the signals that end the daemon back from the calling thread: they wait, also for another
+/// program in this process, until [`unblock`].
+pub fn block_ending() {
+    for signal in ending() {
+        if let Err(error) = vmm_sys_util::signal::block_signal(signal) {
+            log::debug!("signal {signal} is not held back: {error:?}");
+        }
+    }
+}
+
 /// Lets all signals through to the calling thread, and to those that it starts from now on.
 ///
 /// To be called when what ends the daemon is handled: something may have been waiting since before

@@ -3,15 +3,19 @@
 //! It serves nothing itself. What it does is in the crate `supervisor`.
 
 use crate::args::{Config, Listen};
-use crate::raw_fd::inherited;
+use crate::logging;
+use crate::raw_fd::{inherited, inherited_channel};
 use crate::signals;
 use channel::Settings;
 use control::SocketFile;
 use signal_hook::low_level::pipe;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use supervisor::process::Program;
-use supervisor::supervisor::{ListenSocket, Options, Supervision, run};
+use supervisor::reexec;
+use supervisor::supervisor::{
+    ListenSocket, Options, Signals, Supervision, check_state, resume, run,
+};
 
 /// Supervises servers until told to stop. Returns the exit status.
 ///
@@ -54,7 +58,44 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             .collect(),
         supervision,
         ends,
+        signals: SIGNALS,
     })
+}
+
+/// How signals are kept while the program is exchanged.
+const SIGNALS: Signals = Signals {
+    hold: signals::block_ending,
+    release: || {
+        // An exec that fails has set SIGPIPE back to what ends the process.
+        signals::ignore_strays();
+        signals::unblock();
+    },
+};
+
+/// If this process is called by a supervisor that may become this program, or just has: does what
+/// it is called for, and returns the exit status.
+#[must_use]
+pub fn of_another_program() -> Option<u8> {
+    if let Some(fd) = reexec::asked(reexec::CHECK_STATE) {
+        return Some(check_state(fd));
+    }
+    let fd = reexec::asked(reexec::RESUME_STATE)?;
+    logging::start();
+    Some(match go_on(fd) {
+        Ok(status) => u8::try_from(status).unwrap_or(1),
+        Err(sentence) => {
+            log::error!("the supervisor cannot go on: {sentence}");
+            1
+        }
+    })
+}
+
+fn go_on(fd: RawFd) -> Result<i32, String> {
+    let socket = inherited_channel(fd)?;
+    let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
+    // What has come since the program before held them is in `ends` now.
+    signals::unblock();
+    resume(socket, ends, SIGNALS)
 }
 
 /// For each signal that ends the daemon, what is readable once it has come.

@@ -65,6 +65,7 @@ pub struct Journal {
     has_owner: bool,
     features: Option<u64>,
     /// What was written to the configuration space, by place and length.
+    #[serde(with = "pairs")]
     config: BTreeMap<(u32, u32), Message>,
     memory: Vec<Region>,
     log: Option<Message>,
@@ -224,6 +225,22 @@ impl Journal {
             bytes.chunks_exact(REGION).map(|chunk| (word(chunk, 0), word(chunk, 8))).collect();
         ranges.sort_unstable();
         ranges.windows(2).any(|pair| pair[0].0.saturating_add(pair[0].1) > pair[1].0)
+    }
+}
+
+/// JSON has no keys but strings.
+mod pairs {
+    use super::{BTreeMap, Message};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    type Map = BTreeMap<(u32, u32), Message>;
+
+    pub(super) fn serialize<S: Serializer>(map: &Map, serializer: S) -> Result<S::Ok, S::Error> {
+        map.iter().collect::<Vec<_>>().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map, D::Error> {
+        Vec::deserialize(deserializer).map(|pairs| pairs.into_iter().collect())
     }
 }
 

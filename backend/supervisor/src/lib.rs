@@ -13,6 +13,7 @@ pub mod region;
 pub mod relay;
 pub mod request;
 pub mod session;
+pub mod slots;
 pub mod supervisor;
 pub mod vault;
 pub mod wire;

@@ -1,23 +1,26 @@
 //! A server's process: how it is started, talked to and known to be dead.
 
 use crate::descriptor::Descriptor;
+use crate::slots::{Missing, Packing, Slot, Unpacking};
 use channel::Channel;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
+use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// A program, held open: what is started is what was looked at, whatever lies at its path then.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
     /// Where it was found.
     pub path: PathBuf,
@@ -39,7 +42,39 @@ impl Program {
     /// As for [`open`](Self::open).
     pub fn own() -> io::Result<Self> {
         let file = OwnedFd::from(File::open("/proc/self/exe")?).into();
-        Ok(Self { path: std::env::current_exe()?, file })
+        Ok(Self { path: own_path()?, file })
+    }
+
+    /// A command that runs it.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        command.arg0(&self.path);
+        command
+    }
+}
+
+/// Where this process's own program lies, or has lain before another was put there.
+///
+/// # Errors
+/// It cannot be found out.
+pub fn own_path() -> io::Result<PathBuf> {
+    let path = std::env::current_exe()?.into_os_string().into_vec();
+    let path = path.strip_suffix(b" (deleted)").map_or(path.clone(), <[u8]>::to_vec);
+    Ok(OsString::from_vec(path).into())
+}
+
+/// How a child has ended, once it has.
+#[must_use]
+pub fn ended(pidfd: BorrowedFd<'_>) -> Option<Ended> {
+    match waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+        Ok(None) | Err(rustix::io::Errno::INTR) => None,
+        Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
+            (Some(status), _) => Ended::Exited(status),
+            (None, Some(signal)) => Ended::Signalled(signal),
+            (None, None) => Ended::Unknown,
+        }),
+        Err(_) => Some(Ended::Unknown),
     }
 }
 
@@ -95,6 +130,20 @@ pub struct Server {
     pidfd: OwnedFd,
 }
 
+/// A [`Server`] in a packed state.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct PackedServer {
+    pid: i32,
+    pidfd: Slot,
+    channel: Slot,
+    program: Program,
+    since: SystemTime,
+    ready_ms_ago: Option<u64>,
+    version: Option<String>,
+    failure: Option<(String, String)>,
+    is_silent: bool,
+}
+
 impl Server {
     /// Starts one.
     ///
@@ -103,9 +152,8 @@ impl Server {
     pub fn start(program: &Program) -> io::Result<Self> {
         let (channel, theirs) = channel::pair()?;
         fcntl_setfd(&theirs, FdFlags::empty())?;
-        let mut command = Command::new(format!("/proc/self/fd/{}", program.file.as_raw_fd()));
+        let mut command = program.command();
         command
-            .arg0(&program.path)
             .args([OsString::from("--serve-channel"), theirs.as_raw_fd().to_string().into()])
             .stdin(Stdio::null())
             // The terminal's signals are for the supervisor.
@@ -138,16 +186,44 @@ impl Server {
     /// How it has ended, once it has.
     #[must_use]
     pub fn ended(&self) -> Option<Ended> {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-        match waitid(WaitId::PidFd(self.pidfd.as_fd()), options) {
-            Ok(None) | Err(rustix::io::Errno::INTR) => None,
-            Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
-                (Some(status), _) => Ended::Exited(status),
-                (None, Some(signal)) => Ended::Signalled(signal),
-                (None, None) => Ended::Unknown,
-            }),
-            Err(_) => Some(Ended::Unknown),
+        ended(self.pidfd.as_fd())
+    }
+
+    /// Packs it for the next program of this process.
+    pub fn pack<'a>(&'a self, packing: &mut Packing<'a>) -> PackedServer {
+        let ago = |at: Instant| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        PackedServer {
+            pid: self.pid.as_raw_nonzero().get(),
+            pidfd: packing.put(self.pidfd.as_fd()),
+            channel: packing.put(self.channel.as_fd()),
+            program: self.program.clone(),
+            since: self.since,
+            ready_ms_ago: self.ready.map(ago),
+            version: self.version.clone(),
+            failure: self.failure.clone(),
+            is_silent: self.is_silent,
         }
+    }
+
+    /// Goes on with one that another program of this process has packed.
+    ///
+    /// # Errors
+    /// A descriptor is missing.
+    pub fn unpack(packed: PackedServer, unpacking: &mut Unpacking) -> Result<Self, Missing> {
+        let now = Instant::now();
+        let at = |ago| now.checked_sub(Duration::from_millis(ago)).unwrap_or(now);
+        Ok(Self {
+            // 0 is no process; 1 would not be ours, either.
+            pid: Pid::from_raw(packed.pid).unwrap_or(Pid::INIT),
+            pidfd: unpacking.take(packed.pidfd)?,
+            channel: Channel::from_socket(unpacking.take(packed.channel)?),
+            program: packed.program,
+            since: packed.since,
+            ready: packed.ready_ms_ago.map(at),
+            version: packed.version,
+            failure: packed.failure,
+            is_silent: packed.is_silent,
+        })
     }
 
     /// Ends it at once.

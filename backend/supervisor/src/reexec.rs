@@ -2,64 +2,274 @@
 //! same process, unpacks it and goes on.
 //!
 //! A part of the supervisor that has something to keep makes a plain structure of it with `serde`,
-//! in which descriptors stand as [`Slot`]s: [`Packing::put`] makes them, [`Unpacking::take`] gives
-//! the descriptors back. Descriptors keep their close-on-exec flag: they travel in a socket, not
-//! by number.
+//! in which descriptors stand as [`Slot`](crate::slots::Slot)s or as [`Descriptor`]s. They keep
+//! their close-on-exec flag: they travel in a socket, not by number. Only its other end is
+//! inherited.
+//!
+//! The new program is run first as a child, with the state but without its descriptors: [`Check`].
+//! `backend/decisions/0055-the-supervisor-is-exchanged-in-place.md` says what releases owe each
+//! other.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+mod check;
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+
+use channel::Channel;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::{FdFlags, fcntl_setfd};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-/// Stands for a descriptor in a packed state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Slot(usize);
+use crate::descriptor::Descriptor;
+use crate::process::Program;
+use crate::slots::{Missing, Packing, Unpacking};
 
-/// The descriptors of a state that is being packed.
-#[derive(Debug, Default)]
-pub struct Packing<'a> {
-    descriptors: Vec<BorrowedFd<'a>>,
+pub use check::{Check, CheckFailure, answer_check};
+
+/// Of the state. A program goes on only with a state of its own version. Members can come without
+/// another one: a program ignores what it does not know, and has a default for what it misses.
+pub const VERSION: u32 = 1;
+
+/// The option that has a program look at a state; a descriptor's number follows.
+pub const CHECK_STATE: &str = "--check-state";
+/// The option that has a program go on with a state; a descriptor's number follows, then
+/// [`BEFORE_ARGUMENTS`] and what the first program was called with, for people who look.
+pub const RESUME_STATE: &str = "--resume-state";
+/// Stands before the arguments of the first program.
+const BEFORE_ARGUMENTS: &str = "--";
+
+/// What a state begins with, whatever its version.
+#[derive(Debug, Serialize, Deserialize)]
+struct Envelope {
+    version: u32,
+    /// Which program has packed it.
+    program: String,
+    state: Value,
 }
 
-impl<'a> Packing<'a> {
-    /// The descriptor is to be kept.
-    pub fn put(&mut self, descriptor: BorrowedFd<'a>) -> Slot {
-        self.descriptors.push(descriptor);
-        Slot(self.descriptors.len() - 1)
-    }
+/// Why there is no going on with a state.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Of another version.
+    #[error(
+        "the state is of version {found} (of program {program}), and this program's is {VERSION}"
+    )]
+    Version {
+        /// Its version.
+        found: u32,
+        /// What has packed it.
+        program: String,
+    },
+    /// Not understood.
+    #[error("the state is not understood: {0}")]
+    NotUnderstood(#[from] serde_json::Error),
+    /// Not to be had.
+    #[error("the state cannot be read: {0}")]
+    Unreadable(#[from] io::Error),
+    /// A descriptor is not there.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// Another reason.
+    #[error("{0}")]
+    Other(String),
+}
 
-    /// A duplicate of each, in the order of their slots.
+/// A state that is written down, and the descriptors that it refers to.
+#[derive(Debug)]
+pub struct Written<'a> {
+    memfd: OwnedFd,
+    slots: Vec<BorrowedFd<'a>>,
+    descriptors: BTreeMap<RawFd, Descriptor>,
+}
+
+/// What goes over the socket: which numbers the descriptors of a packet had.
+#[derive(Debug, Serialize, Deserialize)]
+enum Packet {
+    /// The state itself.
+    State,
+    /// [`Slot`](crate::slots::Slot)s.
+    Slots(Vec<RawFd>),
+    /// [`Descriptor`]s.
+    Descriptors(Vec<RawFd>),
+}
+
+impl<'a> Written<'a> {
+    /// Writes a state down.
     ///
     /// # Errors
-    /// There are no descriptors left.
-    pub fn duplicates(&self) -> std::io::Result<Vec<OwnedFd>> {
-        self.descriptors.iter().map(|descriptor| descriptor.try_clone_to_owned()).collect()
+    /// There is no memory, or something in it cannot be said in JSON.
+    pub fn write(state: &impl Serialize, packing: Packing<'a>) -> io::Result<Self> {
+        let (state, descriptors) = Descriptor::written(|| serde_json::to_value(state));
+        let program = env!("CARGO_PKG_VERSION").to_owned();
+        let envelope = Envelope { version: VERSION, program, state: state? };
+        let memfd = memfd_create("hotswap-state", MemfdFlags::CLOEXEC)?;
+        let mut file = std::fs::File::from(memfd);
+        file.write_all(&serde_json::to_vec(&envelope)?)?;
+        Ok(Self { memfd: file.into(), slots: packing.into_descriptors(), descriptors })
+    }
+
+    /// Puts all of it into a socket, from whose end a program can [`read`] it.
+    pub(crate) fn send(&self) -> io::Result<OwnedFd> {
+        let (ours, theirs) = channel::pair()?;
+        ours.send(&Packet::State, &[self.memfd.as_fd()])?;
+        for part in self.slots.chunks(channel::MAX_DESCRIPTORS) {
+            let numbers = part.iter().map(AsRawFd::as_raw_fd).collect();
+            ours.send(&Packet::Slots(numbers), part)?;
+        }
+        let descriptors: Vec<_> = self.descriptors.values().map(AsFd::as_fd).collect();
+        for part in descriptors.chunks(channel::MAX_DESCRIPTORS) {
+            let numbers = part.iter().map(AsRawFd::as_raw_fd).collect();
+            ours.send(&Packet::Descriptors(numbers), part)?;
+        }
+        Ok(theirs)
+    }
+
+    /// Runs a program in place of this one, with the state. Comes back only if that fails; all is
+    /// as before then.
+    pub fn exec(&self, program: &Program) -> io::Error {
+        let socket = match self.send() {
+            Ok(socket) => socket,
+            Err(error) => return error,
+        };
+        // It is closed on the way back, so that its flag needs no care.
+        if let Err(error) = fcntl_setfd(&socket, FdFlags::empty()) {
+            return error.into();
+        }
+        let mut command = program.command();
+        command.args([RESUME_STATE, &socket.as_raw_fd().to_string(), BEFORE_ARGUMENTS]);
+        command.args(first_arguments(std::env::args_os().skip(1)));
+        command.exec()
     }
 }
 
-/// The descriptors of a state that is being unpacked.
-#[derive(Debug, Default)]
-pub struct Unpacking {
-    descriptors: Vec<Option<OwnedFd>>,
-}
-
-impl From<Vec<OwnedFd>> for Unpacking {
-    fn from(descriptors: Vec<OwnedFd>) -> Self {
-        Self { descriptors: descriptors.into_iter().map(Some).collect() }
+/// What the first program of this process was called with.
+fn first_arguments(own: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let own: Vec<OsString> = own.collect();
+    match own.first() {
+        Some(first) if first == OsStr::new(RESUME_STATE) => own.into_iter().skip(3).collect(),
+        _ => own,
     }
 }
 
-/// A packed state refers to a descriptor that it does not have, or has given away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the state has no descriptor {0}, or refers to it twice")]
-pub struct Missing(usize);
+/// The descriptor's number behind `option`, if that is what this process is called with.
+#[must_use]
+pub fn asked(option: &str) -> Option<RawFd> {
+    let mut arguments = std::env::args_os().skip(1);
+    let is_it = arguments.next()? == OsStr::new(option);
+    is_it.then(|| arguments.next()?.to_str()?.parse().ok()).flatten()
+}
 
-impl Unpacking {
-    /// The descriptor that `slot` stands for; each is given once.
-    ///
-    /// # Errors
-    /// It is not there.
-    pub fn take(&mut self, slot: Slot) -> Result<OwnedFd, Missing> {
-        self.descriptors.get_mut(slot.0).and_then(Option::take).ok_or(Missing(slot.0))
+/// Reads a state of this version out of a file.
+pub(crate) fn read_state<T: DeserializeOwned>(file: OwnedFd) -> Result<T, StateError> {
+    let mut file = std::fs::File::from(file);
+    file.rewind()?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
+    let envelope: Envelope = serde_json::from_slice(&text)?;
+    if envelope.version != VERSION {
+        let Envelope { version: found, program, .. } = envelope;
+        return Err(StateError::Version { found, program });
+    }
+    Ok(serde_json::from_value(envelope.state)?)
+}
+
+/// Reads what another program of this process has put into a socket.
+///
+/// # Errors
+/// It is of another version, or not understood.
+pub fn read<T: DeserializeOwned>(socket: OwnedFd) -> Result<(T, Unpacking), StateError> {
+    let socket = Channel::from_socket(socket);
+    let mut state = None;
+    let mut slots: BTreeMap<RawFd, OwnedFd> = BTreeMap::new();
+    let mut names = BTreeMap::new();
+    while let Some((packet, descriptors)) = socket.receive::<Packet>()? {
+        let mut descriptors = descriptors.into_iter();
+        match packet {
+            Packet::State => state = descriptors.next(),
+            Packet::Slots(numbers) => slots.extend(numbers.into_iter().zip(descriptors)),
+            Packet::Descriptors(numbers) => {
+                names.extend(numbers.into_iter().zip(descriptors.map(Descriptor::from)));
+            }
+        }
+    }
+    let state = state.ok_or_else(|| StateError::Other("there is no state".to_owned()))?;
+    let state = Descriptor::named(names, || read_state(state))?;
+    Ok((state, slots.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slots::Slot;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct State {
+        slot: Slot,
+        twice: [Descriptor; 2],
+        text: String,
+        #[serde(default)]
+        later: u32,
+    }
+
+    fn file(text: &str) -> OwnedFd {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file.into()
+    }
+
+    fn text(file: OwnedFd) -> String {
+        let mut file = std::fs::File::from(file);
+        file.rewind().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn a_state_comes_back_with_its_descriptors() {
+        let many: Vec<_> = (0..300).map(|at| file(&at.to_string())).collect();
+        let mut packing = Packing::default();
+        let slots: Vec<_> = many.iter().map(|file| packing.put(file.as_fd())).collect();
+        let shared = Descriptor::from(file("shared"));
+        let twice = [shared.clone(), shared];
+        let state = State { slot: slots[299], twice, text: "x".into(), later: 1 };
+        let socket = Written::write(&state, packing).unwrap().send().unwrap();
+        drop((many, state));
+        let (state, mut unpacking) = read::<State>(socket).unwrap();
+        assert_eq!((state.text.as_str(), state.later), ("x", 1));
+        assert_eq!(text(unpacking.take(state.slot).unwrap()), "299");
+        assert!(unpacking.take(state.slot).is_err());
+        assert_eq!(text(unpacking.take(slots[0]).unwrap()), "0");
+        let [one, other] = state.twice;
+        assert_eq!(one, other);
+        assert_eq!(text(one.as_fd().try_clone_to_owned().unwrap()), "shared");
+    }
+
+    #[test]
+    fn what_is_not_known_is_ignored_what_is_missed_has_a_default_and_versions_are_told() {
+        let any = Descriptor::from(file(""));
+        let read = |version: u32, state: &str| {
+            let state =
+                format!(r#"{{"version":{version},"program":"9","more":1,"state":{state}}}"#);
+            Descriptor::stand_in(any.clone(), || read_state::<State>(file(&state)))
+        };
+        let newer = r#"{"slot":3,"twice":[4,4],"text":"x","news":[]}"#;
+        assert_eq!(read(VERSION, newer).unwrap().later, 0);
+        let error = read(VERSION + 1, newer).unwrap_err().to_string();
+        assert!(error.contains("version 2 (of program 9)"), "{error}");
+        let error = read(VERSION, r#"{"slot":3}"#).unwrap_err().to_string();
+        assert!(error.contains("not understood: missing field"), "{error}");
+    }
+
+    #[test]
+    fn the_first_arguments_stay() {
+        let of = |words: &[&str]| first_arguments(words.iter().map(Into::into));
+        assert_eq!(of(&["--fd", "3"]), ["--fd", "3"]);
+        assert_eq!(of(&[RESUME_STATE, "7", "--", "--fd", "3"]), ["--fd", "3"]);
     }
 }

@@ -5,17 +5,21 @@
 
 mod exchange;
 mod options;
+mod packing;
+mod reexecution;
 mod serving;
 
 use crate::deaths::Deaths;
-use crate::front::{Front, Token, Wish};
+use crate::front::{Front, Ticket, Token, Wish};
 use crate::process::{Program, Server};
 use crate::session::Session;
 use crate::vault::Vault;
 use channel::{Received, ToServer, ToSupervisor};
 use control::{Limits, SocketFile};
 use exchange::{Candidate, Exchange};
-pub use options::{ListenSocket, Options, Supervision};
+pub use options::{ListenSocket, Options, Signals, Supervision};
+use reexecution::Reexecution;
+pub use reexecution::{check_state, resume};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -50,6 +54,7 @@ enum Source {
     Inner,
     Channel(Which),
     Death(Which),
+    Check,
     Front(Token),
 }
 
@@ -69,6 +74,13 @@ struct Pulse {
     stuck: Vec<u16>,
 }
 
+impl Pulse {
+    fn new(timeout: Duration) -> Self {
+        let next = Instant::now() + timeout;
+        Self { timeout, number: 0, asked: None, next, stuck: Vec::new() }
+    }
+}
+
 /// All that there is.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -83,6 +95,9 @@ pub struct Supervisor {
     stopped: Option<Server>,
     candidate: Option<Candidate>,
     exchange: Option<Exchange>,
+    reexecution: Option<Reexecution>,
+    /// What the client is told of the supervisor that waits for the server's exchange.
+    exchanged_self: Option<(Ticket, serde_json::Value)>,
     leaving: Vec<(Server, Instant)>,
     /// When another server is to be started.
     start_at: Option<Instant>,
@@ -110,28 +125,25 @@ pub struct Supervisor {
 /// # Errors
 /// There is no device: a sentence that says why.
 pub fn run(options: Options) -> Result<i32, String> {
-    let mut supervisor = Supervisor::new(options);
-    loop {
-        supervisor.settle();
-        if let Some(over) = supervisor.over.take() {
-            return over;
-        }
-        let happened = supervisor.wait().map_err(|error| format!("cannot wait: {error}"))?;
-        for (source, what) in happened {
-            supervisor.happened(source, what);
-        }
-    }
+    Supervisor::new(options).run()
 }
 
 impl Supervisor {
+    fn run(mut self) -> Result<i32, String> {
+        loop {
+            self.settle();
+            if let Some(over) = self.over.take() {
+                return over;
+            }
+            let happened = self.wait().map_err(|error| format!("cannot wait: {error}"))?;
+            for (source, what) in happened {
+                self.happened(source, what);
+            }
+        }
+    }
+
     fn new(options: Options) -> Self {
-        let pulse = options.supervision.hang_timeout.map(|timeout| Pulse {
-            timeout,
-            number: 0,
-            asked: None,
-            next: Instant::now() + timeout,
-            stuck: Vec::new(),
-        });
+        let pulse = options.supervision.hang_timeout.map(Pulse::new);
         Self {
             options,
             since: SystemTime::now(),
@@ -143,6 +155,8 @@ impl Supervisor {
             stopped: None,
             candidate: None,
             exchange: None,
+            reexecution: None,
+            exchanged_self: None,
             leaving: Vec::new(),
             start_at: Some(Instant::now()),
             died_at: None,
@@ -211,6 +225,9 @@ impl Supervisor {
             }
             watched.push((Source::Death(which), server.pidfd(), PollFlags::IN));
         }
+        if let Some(reexecution) = &self.reexecution {
+            watched.push((Source::Check, reexecution.pidfd(), PollFlags::IN));
+        }
         if let Some(front) = &self.front {
             let polled = front.polled().into_iter();
             watched.extend(polled.map(|one| (Source::Front(one.token), one.fd, one.interest)));
@@ -244,6 +261,7 @@ impl Supervisor {
             self.pulse.as_ref().filter(|_| self.serving().is_some()).map(|pulse| pulse.next),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
             self.exchange.as_ref().and_then(Exchange::deadline),
+            self.reexecution.as_ref().map(Reexecution::deadline),
         ]
         .into_iter()
         .flatten()
@@ -264,6 +282,8 @@ impl Supervisor {
             }
             // Pumped whenever something has happened.
             Source::Inner => {}
+            // Looked at at each turn.
+            Source::Check => {}
             Source::Channel(which) => self.hear(which),
             Source::Death(which) => self.bury(which),
             Source::Front(token) => {
@@ -340,6 +360,7 @@ impl Supervisor {
         }
         self.settle_exchange(now);
         self.settle_pulse(now);
+        self.settle_reexecution();
         self.settle_front();
         for (server, deadline) in &mut self.leaving {
             if *deadline <= now {
@@ -393,21 +414,32 @@ impl Supervisor {
     }
 
     fn settle_front(&mut self) {
-        let Some(front) = &mut self.front else { return };
-        front.tick();
-        for wish in front.wishes() {
-            match wish {
-                Wish::Client(stream) => {
-                    if let Some(server) = &self.server
-                        && let Err(error) =
-                            server.channel.send(&ToServer::Client, &[stream.as_fd()])
-                    {
-                        log::debug!("the server is given no client: {error}");
-                    }
-                }
-                Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
-                Wish::Shutdown => self.end("shutdown"),
+        if let Some(front) = &mut self.front {
+            front.tick();
+        }
+        // What is done for one wish may be the reason of the next.
+        loop {
+            let wishes = self.front.as_mut().map(Front::wishes).unwrap_or_default();
+            if wishes.is_empty() {
+                return;
             }
+            for wish in wishes {
+                self.grant(wish);
+            }
+        }
+    }
+
+    fn grant(&mut self, wish: Wish) {
+        match wish {
+            Wish::Client(stream) => {
+                if let Some(server) = &self.server
+                    && let Err(error) = server.channel.send(&ToServer::Client, &[stream.as_fd()])
+                {
+                    log::debug!("the server is given no client: {error}");
+                }
+            }
+            Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
+            Wish::Shutdown => self.end("shutdown"),
         }
     }
 

@@ -18,7 +18,7 @@ use super::answers::{self, Kind, Said};
 use super::facts::Facts;
 use super::pipe::{PackedPipe, Pipe};
 use super::{Ticket, Wish};
-use crate::reexec::{Missing, Packing, Unpacking};
+use crate::slots::{Missing, Packing, Unpacking};
 
 /// The longest line of a server that is believed; `hotswapctl` believes no longer one.
 const ANSWER_MAX: usize = 64 << 20;

@@ -42,7 +42,7 @@ use client::{Client, PackedClient, Server, Shared};
 pub use facts::{Facts, Phase, ServerFacts, SupervisorFacts};
 use pipe::Pipe;
 
-use crate::reexec::{Missing, Packing, Slot, Unpacking};
+use crate::slots::{Missing, Packing, Slot, Unpacking};
 
 /// How long a request waits for a server before it is answered with `no_server`. `hotswapctl`
 /// waits twice as long for the quickest answers.
@@ -151,6 +151,12 @@ impl Front {
     #[must_use]
     pub const fn socket(&self) -> &SocketFile {
         &self.socket
+    }
+
+    /// A number that no request has had.
+    #[cfg(test)]
+    pub(crate) const fn any_ticket(&mut self) -> Ticket {
+        self.shared.ticket()
     }
 
     /// What to look at.

@@ -9,7 +9,7 @@ use control::lines::{Line, Lines};
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::reexec::{Missing, Packing, Slot, Unpacking};
+use crate::slots::{Missing, Packing, Slot, Unpacking};
 
 /// A stream, what has come in and was not taken, and what was said and could not be sent.
 #[derive(Debug)]

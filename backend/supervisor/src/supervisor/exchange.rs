@@ -5,6 +5,7 @@
 //! stopped with nothing in flight; the candidate is activated with what the other has left; it
 //! serves, and the other leaves. Whatever goes wrong before that, the other resumes.
 
+use super::reexecution::program;
 use super::serving::borrowed;
 use super::{LEAVE_PATIENCE, Supervisor};
 use crate::front::Ticket;
@@ -63,6 +64,8 @@ pub(super) struct Exchange {
     stopped: Instant,
     activated: Instant,
     deadline: Instant,
+    /// The version of the program before.
+    from: Option<String>,
     /// Why it fails, once it does.
     failure: Option<String>,
 }
@@ -85,7 +88,8 @@ impl Supervisor {
     fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
         let server = Server::start(program)?;
         let (message, descriptors) = self.start_message(true);
-        server.channel.send(&message, &borrowed(&descriptors))?;
+        // If it cannot be told, it is dead, or has to be; that is found out as any death.
+        server.channel.send(&message, &borrowed(&descriptors)).unwrap_or_else(|_| server.kill());
         let live = self.vault.live().map(ToOwned::to_owned);
         Ok(Candidate { server, is_prepared: false, prepared: None, live })
     }
@@ -114,9 +118,8 @@ impl Supervisor {
 
     /// A client wants the daemon to be exchanged.
     pub(super) fn upgrade_daemon(&mut self, ticket: Ticket, request: UpgradeDaemonRequest) {
-        if request.only == Some(Part::Supervisor) {
-            let refusal = RpcError::new(Code::StateRefused, "the supervisor stays as it is");
-            self.answer(ticket, Err(refusal));
+        if request.only != Some(Part::Server) {
+            self.begin_reexecution(ticket, request);
             return;
         }
         let path = request.path.unwrap_or_else(|| self.options.program.path.clone());
@@ -129,15 +132,17 @@ impl Supervisor {
         }
     }
 
-    fn answer(&mut self, ticket: Ticket, answer: Result<Value, RpcError>) {
+    pub(super) fn answer(&mut self, ticket: Ticket, answer: Result<Value, RpcError>) {
+        let answer = self.complete(ticket, answer);
         if let Some(front) = &mut self.front {
             front.answer(ticket, answer);
         }
     }
 
-    fn begin_exchange(&mut self, ticket: Ticket, program: Program) {
+    pub(super) fn begin_exchange(&mut self, ticket: Ticket, program: Program) {
         let now = Instant::now();
-        if self.exchange.is_some() || self.stopped.is_some() || self.ending.is_some() {
+        let is_busy = self.exchange.is_some() || self.reexecution.is_some();
+        if is_busy || self.stopped.is_some() || self.ending.is_some() {
             let message = "another exchange of the daemon is under way";
             self.answer(ticket, Err(RpcError::new(Code::ExchangeRuns, message)));
             return;
@@ -173,6 +178,7 @@ impl Supervisor {
                     stopped: spawned,
                     activated: spawned,
                     deadline: now + PREPARE_PATIENCE,
+                    from: None,
                     failure: None,
                 });
                 self.tell_facts();
@@ -380,6 +386,7 @@ impl Supervisor {
         self.ending_session = None;
         if let Some(exchange) = &mut self.exchange {
             exchange.activated = now;
+            exchange.from.clone_from(&old.version);
             (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
         }
         self.program_before = Some(old.program.clone());
@@ -411,7 +418,8 @@ impl Supervisor {
         });
         log::info!("another server serves; the guest has waited {} us", us(exchange.held, now));
         let version = self.server.as_ref().and_then(|server| server.version.clone());
-        let answer = json!({ "what": ["server"], "version": version, "phases_us": phases });
+        let (from, to) = (program(exchange.from.as_deref()), program(version.as_deref()));
+        let answer = json!({ "what": ["server"], "from": from, "to": to, "phases_us": phases });
         self.event("server_exchanged", json!({ "phases_us": phases }));
         self.answer(exchange.ticket, Ok(answer));
         self.tell_facts();

@@ -36,6 +36,16 @@ pub struct Supervision {
     pub hang_timeout: Option<Duration>,
 }
 
+/// How the signals that end the daemon are kept from getting lost while the program is exchanged.
+#[derive(Debug, Clone, Copy)]
+pub struct Signals {
+    /// None is delivered from now on; over an `exec`, too.
+    pub hold: fn(),
+    /// What was held is delivered; what signals do is set again, in case a failed `exec` has
+    /// changed it.
+    pub release: fn(),
+}
+
 /// What a supervisor is started with.
 #[derive(Debug)]
 pub struct Options {
@@ -55,4 +65,6 @@ pub struct Options {
     pub supervision: Supervision,
     /// What asks for the end: a word for the log, and a descriptor that is readable then.
     pub ends: Vec<(String, OwnedFd)>,
+    /// How signals are held.
+    pub signals: Signals,
 }

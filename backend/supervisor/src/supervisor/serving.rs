@@ -42,9 +42,11 @@ impl Supervisor {
         if self.server.is_some() {
             return;
         }
-        let started = Server::start(&self.options.program).and_then(|server| {
+        let started = Server::start(&self.options.program).inspect(|server| {
             let (message, descriptors) = self.start_message(false);
-            server.channel.send(&message, &borrowed(&descriptors)).map(|()| server)
+            let told = server.channel.send(&message, &borrowed(&descriptors));
+            // It is dead, or has to be; that is found out as any death.
+            told.unwrap_or_else(|_| server.kill());
         });
         match started {
             Ok(server) => self.server = Some(server),

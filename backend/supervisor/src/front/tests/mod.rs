@@ -9,6 +9,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
+use crate::reexec::{Written, read};
 
 mod changes;
 
@@ -179,9 +180,9 @@ impl Stage {
     /// The program is exchanged.
     fn reexec(&mut self) {
         let mut packing = Packing::default();
-        let packed = serde_json::to_string(&self.front.pack(&mut packing)).unwrap();
-        let mut unpacking = Unpacking::from(packing.duplicates().unwrap());
-        let packed = serde_json::from_str(&packed).unwrap();
+        let packed = self.front.pack(&mut packing);
+        let socket = Written::write(&packed, packing).unwrap().send().unwrap();
+        let (packed, mut unpacking) = read::<PackedFront>(socket).unwrap();
         let limits = self.front.shared.limits;
         let next = Front::unpack(packed, limits, &mut unpacking).unwrap();
         // As a program ends that is exchanged: without a word.

@@ -1,0 +1,263 @@
+//! The supervisor's own program is exchanged, in the same process, while the server serves on.
+//!
+//! First the new program looks at the state as a child. If it can go on with it, and nothing else
+//! is under way, it is executed in place. Only after that is the server exchanged, if that is
+//! wanted, too: what carries that out is the new program, and a new program that is of no use has
+//! changed nothing by then.
+
+use super::packing::{Given, Order};
+use super::{LEAVE_PATIENCE, Signals, Supervisor};
+use crate::front::Ticket;
+use crate::process::{Program, own_path};
+use crate::reexec::{self, Check, CheckFailure, Written};
+use control::Code;
+use control::messages::{Part, UpgradeDaemonRequest};
+use control::rpc::RpcError;
+use serde_json::{Map, Value, json};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant, SystemTime};
+
+/// A program that is to take over this process.
+#[derive(Debug)]
+pub(super) struct Reexecution {
+    program: Program,
+    order: Order,
+    check: Check,
+    begun: Instant,
+}
+
+impl Reexecution {
+    pub(super) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.check.pidfd()
+    }
+
+    pub(super) const fn deadline(&self) -> Instant {
+        self.check.deadline()
+    }
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A program's version as answers have it.
+pub(super) fn program(version: Option<&str>) -> Value {
+    json!({ "name": "vhost-hotswap", "version": version })
+}
+
+impl Supervisor {
+    /// A client wants the supervisor to be exchanged, and perhaps the server as well.
+    pub(super) fn begin_reexecution(&mut self, ticket: Ticket, request: UpgradeDaemonRequest) {
+        let begun = Instant::now();
+        let refusal = if self.exchange.is_some() || self.stopped.is_some() {
+            Some("another exchange of the daemon is under way")
+        } else if self.reexecution.is_some() {
+            Some("another exchange of the supervisor is under way")
+        } else {
+            self.unrest()
+        };
+        if let Some(why) = refusal {
+            self.answer(ticket, Err(RpcError::new(Code::ExchangeRuns, why)));
+            return;
+        }
+        let path = request.path.map_or_else(own_path, Ok);
+        let opened = path.and_then(|path| {
+            Program::open(&path).map_err(|error| {
+                std::io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+            })
+        });
+        let program = match opened {
+            Ok(program) => program,
+            Err(error) => {
+                let error = RpcError::new(Code::ProgramUnusable, error.to_string());
+                self.answer(ticket, Err(error));
+                return;
+            }
+        };
+        let mut order = Order {
+            ticket,
+            then: (request.only != Some(Part::Supervisor)).then(|| program.clone()),
+            from: env!("CARGO_PKG_VERSION").to_owned(),
+            start_us: 0,
+            prepare_us: 0,
+            packed: SystemTime::now(),
+        };
+        let check = {
+            let (state, packing) = self.pack(order.clone());
+            Written::write(&state, packing).and_then(|state| Check::start(&program, &state))
+        };
+        match check {
+            Ok(check) => {
+                order.start_us = us(begun.elapsed());
+                self.reexecution =
+                    Some(Reexecution { program, order, check, begun: Instant::now() });
+            }
+            Err(error) => {
+                let message = format!("{} cannot be run: {error}", program.path.display());
+                self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
+            }
+        }
+    }
+
+    /// Why this is no moment for another program.
+    fn unrest(&self) -> Option<&'static str> {
+        if self.ending.is_some() {
+            Some("the daemon ends")
+        } else if self.serving().is_none() || self.start_at.is_some() {
+            Some("the server is being brought back; try again")
+        } else if self.exchange.is_some() || self.stopped.is_some() {
+            Some("the server is being exchanged; try again")
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn settle_reexecution(&mut self) {
+        let Some(reexecution) = &mut self.reexecution else { return };
+        let Some(result) = reexecution.check.result() else { return };
+        reexecution.order.prepare_us = us(reexecution.begun.elapsed());
+        // The front is packed without wishes.
+        self.settle_front();
+        let Some(Reexecution { program, order, .. }) = self.reexecution.take() else { return };
+        let ticket = order.ticket;
+        let path = program.path.display().to_string();
+        let refusal = match result {
+            Ok(_) => match self.unrest() {
+                Some(why) => (Code::ExchangeRuns, why.to_owned()),
+                None => (Code::ProgramUnusable, self.reexecute(&program, order)),
+            },
+            Err(CheckFailure::Unusable(why)) => (Code::ProgramUnusable, format!("{path}: {why}")),
+            Err(CheckFailure::Silent) => {
+                (Code::ProgramSilent, format!("{path} does not answer in time, and is ended"))
+            }
+            Err(CheckFailure::Refused(why)) => (Code::StateRefused, format!("{path}: {why}")),
+        };
+        log::warn!("the supervisor is not exchanged: {}", refusal.1);
+        self.answer(ticket, Err(RpcError::new(refusal.0, refusal.1)));
+    }
+
+    /// Runs the program in place of this one. Comes back only if that fails.
+    fn reexecute(&mut self, program: &Program, mut order: Order) -> String {
+        if let Some(spare) = self.candidate.take() {
+            spare.server.kill();
+            self.leaving.push((spare.server, Instant::now() + LEAVE_PATIENCE));
+        }
+        log::info!("the supervisor goes on as {}", program.path.display());
+        // What comes from now on waits until the next program handles signals.
+        (self.options.signals.hold)();
+        order.packed = SystemTime::now();
+        let error = {
+            let (state, packing) = self.pack(order);
+            match Written::write(&state, packing) {
+                Ok(state) => state.exec(program),
+                Err(error) => error,
+            }
+        };
+        (self.options.signals.release)();
+        self.make_spare();
+        format!("{} cannot be run: {error}", program.path.display())
+    }
+
+    /// The first thing that a program does which goes on for another one.
+    fn went_on(&mut self, order: Order, come: &[String]) {
+        let took = order.packed.elapsed().unwrap_or_default();
+        log::info!("the supervisor is another program, after {} us", us(took));
+        let phases = json!({
+            "start": order.start_us, "prepare": order.prepare_us, "replay": us(took), "pause": 0,
+        });
+        self.tell_facts();
+        let (from, to) = (program(Some(&order.from)), program(Some(env!("CARGO_PKG_VERSION"))));
+        self.event(
+            "supervisor_exchanged",
+            json!({ "from": &from, "to": &to, "phases_us": &phases }),
+        );
+        let answer = json!({ "what": ["supervisor"], "from": from, "to": to, "phases_us": phases });
+        let ticket = order.ticket;
+        match order.then {
+            None => self.answer(ticket, Ok(answer)),
+            Some(server) => {
+                self.exchanged_self = Some((ticket, answer));
+                self.begin_exchange(ticket, server);
+            }
+        }
+        if let Some(signal) = come.first() {
+            self.end(signal);
+        }
+        self.make_spare();
+    }
+
+    /// What the client is told that wanted both to be exchanged; `answer` is about the server.
+    pub(super) fn complete(
+        &mut self,
+        ticket: Ticket,
+        answer: Result<Value, RpcError>,
+    ) -> Result<Value, RpcError> {
+        let Some((_, own)) = self.exchanged_self.take_if(|(own, _)| *own == ticket) else {
+            return answer;
+        };
+        match answer {
+            Ok(server) => Ok(merged(own, server)),
+            Err(error) => Err(error.with_data(json!({ "done": own["what"] }))),
+        }
+    }
+}
+
+/// The answer about both, of those about the supervisor and the server.
+fn merged(mut own: Value, server: Value) -> Value {
+    let list = |value: &Value| value["what"].as_array().cloned().unwrap_or_default();
+    own["what"] = [list(&own), list(&server)].concat().into();
+    let mut phases: Map<String, Value> = own["phases_us"].as_object().cloned().unwrap_or_default();
+    for (phase, time) in server["phases_us"].as_object().into_iter().flatten() {
+        let before = phases.get(phase).and_then(Value::as_u64).unwrap_or(0);
+        phases.insert(phase.clone(), (before + time.as_u64().unwrap_or(0)).into());
+    }
+    own["phases_us"] = phases.into();
+    own
+}
+
+/// Goes on with what another program of this process has put into `socket`, until told to stop.
+/// Returns the process's exit status.
+///
+/// # Errors
+/// There is no going on: a sentence that says why.
+pub fn resume(
+    socket: OwnedFd,
+    ends: Vec<(String, OwnedFd)>,
+    signals: Signals,
+) -> Result<i32, String> {
+    let unpacked = reexec::read::<Given>(socket).and_then(|(state, mut unpacking)| {
+        Supervisor::unpack(state, ends, signals, &mut unpacking)
+    });
+    let (mut supervisor, order, come) = unpacked.map_err(|error| error.to_string())?;
+    supervisor.went_on(order, &come);
+    supervisor.run()
+}
+
+/// Says whether this program could go on with the state in descriptor `fd`. Returns the process's
+/// exit status.
+#[must_use]
+pub fn check_state(fd: RawFd) -> u8 {
+    reexec::answer_check::<Given>(fd, Given::find_fault)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_about_both_has_the_times_of_both() {
+        let own = json!({
+            "what": ["supervisor"], "from": program(Some("1")), "to": program(Some("2")),
+            "phases_us": {"start": 1, "prepare": 2, "replay": 3, "pause": 0},
+        });
+        let server = json!({
+            "what": ["server"], "from": program(Some("0")), "to": program(Some("2")),
+            "phases_us": {"start": 10, "prepare": 20, "stop": 5, "replay": 30, "pause": 40},
+        });
+        let both = json!({
+            "what": ["supervisor", "server"], "from": program(Some("1")), "to": program(Some("2")),
+            "phases_us": {"start": 11, "prepare": 22, "stop": 5, "replay": 33, "pause": 40},
+        });
+        assert_eq!(merged(own, server), both);
+    }
+}
