@@ -18,11 +18,15 @@ use std::time::{Duration, Instant};
 use channel::{
     Channel, Received, Session, Settings, Start, ToServer, ToSupervisor, VERSION, Vault,
 };
+use guest_tests::client::raw::RawSession;
+use guest_tests::client::{Client, Options, features};
 use guest_tests::daemon::{binary, run_daemon};
 use guest_tests::stamp::{Ledger, Load, LoadOptions, assert_intact};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 /// Number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
@@ -491,4 +495,126 @@ fn a_server_whose_supervisor_is_gone_ends_in_order_and_signals_do_not_end_it() {
     let status = server.child.wait().expect("it ends");
     assert!(status.success(), "{status:?}");
     load.abandon();
+}
+
+#[test]
+fn a_write_back_that_failed_is_known_to_the_next_server() {
+    let (_directory, path) = image();
+    let mut server = Server::start(first("file", &[("path", text(&path))]));
+    server.kill();
+    let mut keep = server.into_keep();
+    keep.vault.failure = Some("a test".to_owned());
+    keep.vault.counters.insert("things".to_owned(), 3);
+    let start = Start::Vault(Box::new(keep.vault));
+    let mut server = Server::spawn(start, &keep.objects, false);
+    server.wait_for(|message| matches!(message, ToSupervisor::Ready { .. }));
+    let status = server.status();
+    assert_eq!(status["storage_failure"], "a test", "{status}");
+    let vault = server.look();
+    assert_eq!((vault.failure.as_deref(), vault.counters["things"]), (Some("a test"), 3));
+    assert_eq!(server.shut_down().code(), Some(1), "the end is no success");
+}
+
+/// What is said of the write cache in the vault.
+fn write_cache(server: &mut Server) -> Value {
+    server.look().told["belief"]["write_cache"].clone()
+}
+
+fn read_config(raw: &mut RawSession) -> u8 {
+    let flags = VhostUserConfigFlags::empty();
+    let (_, config) = raw.frontend.get_config(0, 60, flags, &[0; 60]).expect("the configuration");
+    config[32]
+}
+
+#[test]
+fn a_driver_whose_session_goes_on_elsewhere_keeps_its_write_cache() {
+    let (_directory, path) = image();
+    let linux = features::USUAL | features::CONFIG_WCE;
+    for turns_off in [false, true] {
+        let mut server = Server::start(first("file", &[("path", text(&path))]));
+        let number = SESSIONS.fetch_add(1, Ordering::Relaxed);
+        let session = || Session { number, ..Session::default() };
+        let mut raw = RawSession::connect(&server.session_of(session()), linux).expect("a session");
+        assert_eq!(read_config(&mut raw), 1);
+        raw.share_memory().expect("memory");
+        raw.start_ring(64).expect("a ring");
+        if turns_off {
+            let flags = VhostUserConfigFlags::WRITABLE;
+            raw.frontend.set_config(32, flags, &[0]).expect("the cache is turned off");
+        }
+        assert_eq!(write_cache(&mut server), json!(!turns_off));
+        server.kill();
+        drop(raw);
+        // Its messages are said again, but for those that ask; its ring goes on where it was.
+        let mut server = server.next();
+        let mut raw = RawSession::connect(&server.session_of(session()), linux).expect("a session");
+        raw.share_memory().expect("memory");
+        raw.start_ring_at(64, 7).expect("a ring");
+        assert_eq!(write_cache(&mut server), json!(!turns_off));
+        assert_eq!(read_config(&mut raw), u8::from(!turns_off));
+        drop(raw);
+        // Another frontend's driver may believe anything.
+        let mut raw = RawSession::connect(&server.session(), linux).expect("a session");
+        raw.share_memory().expect("memory");
+        raw.start_ring_at(64, 7).expect("a ring");
+        assert_eq!(write_cache(&mut server), json!(false));
+        drop(raw);
+        assert!(server.shut_down().success());
+    }
+}
+
+/// The queues that are said to be stuck.
+fn stuck(server: &mut Server) -> Vec<u16> {
+    server.channel.send(&ToServer::Ping { number: 2 }, &[]).expect("a ping");
+    match server.wait_for(|message| matches!(message, ToSupervisor::Pong { number: 2, .. })) {
+        ToSupervisor::Pong { stuck, .. } => stuck,
+        other => unreachable!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_worker_that_hangs_is_named_and_one_that_has_nothing_to_do_is_not() {
+    let mut server = Server::start(first("faulty", &[("fault", "request:hang:300")]));
+    stuck(&mut server);
+    let options = LoadOptions { patience: Duration::from_secs(60), ..LoadOptions::new(1, 4) };
+    let load = Load::start(&server.session(), &options);
+    load.wait_for(200);
+    let deadline = Instant::now() + PATIENCE;
+    while stuck(&mut server) != [0] {
+        assert!(Instant::now() < deadline, "it is not named");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    server.kill();
+    load.abandon();
+    let mut server = Server::start(first("ramdisk", &[]));
+    let client = Client::connect(&server.session(), &Options::default()).expect("a session");
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(stuck(&mut server), [0; 0]);
+    }
+    drop(client);
+}
+
+#[test]
+fn a_domain_that_dies_around_a_stop_is_taken_over() {
+    let mut server = Server::start(first("ramdisk", &[("size", "64M")]));
+    let load = Load::start(&server.session(), &LoadOptions::new(2, 16));
+    let mut answers = BTreeMap::new();
+    for round in 1..=40u64 {
+        server.upgrade("faulty", json!({"fault": format!("request:panic:{}", 1 + round * 7 % 90)}));
+        let answer = stop(&mut server, 1000);
+        if matches!(answer, ToSupervisor::Stopped { .. }) {
+            resume(&mut server);
+        }
+        let answer = match answer {
+            ToSupervisor::NotStopped { code, .. } => code,
+            _ => "stopped".to_owned(),
+        };
+        *answers.entry(answer).or_insert(0) += 1;
+        server.wait_until("no takeover", |status| status["upgrades"]["takeovers"] == round);
+    }
+    println!("{answers:?}");
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(&server.session(), &report.ledgers);
 }

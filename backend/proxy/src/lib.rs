@@ -32,7 +32,7 @@ mod signal;
 
 pub use datapath::inflight::{TagScheme, slot_of};
 pub use datapath::progress::{Ended, Gate};
-pub use datapath::queue::{Notifier, QueueStatus};
+pub use datapath::queue::{Footprint, Notifier, QueueStatus};
 pub use datapath::worker::Worker;
 pub use device::DomainProxy;
 pub use keeping::{Keeper, Kept, KeptModule};

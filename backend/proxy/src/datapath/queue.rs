@@ -54,6 +54,8 @@ pub struct QueueStatus {
 #[repr(align(128))]
 #[derive(Default)]
 pub(crate) struct QueueLine {
+    /// Twice how often its worker has passed the gate; odd while it is asleep, or waits at it.
+    pub(crate) passes: AtomicU64,
     pub(crate) in_flight: AtomicU64,
     /// Coarse monotonic nanoseconds since when something has been in flight without a break.
     pub(crate) busy_since: AtomicU64,
@@ -62,6 +64,45 @@ pub(crate) struct QueueLine {
     pub(crate) malformed: AtomicU64,
     pub(crate) parks: AtomicU64,
     pub(crate) replayed: AtomicU64,
+}
+
+impl QueueLine {
+    /// Its worker passes the gate, and is awake.
+    #[inline]
+    pub(crate) fn pass(&self) {
+        let passes = self.passes.load(Ordering::Relaxed);
+        self.passes.store((passes | 1).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Its worker is about to sleep, or to wait at the gate.
+    pub(crate) fn rest(&self) {
+        self.passes.store(self.passes.load(Ordering::Relaxed) | 1, Ordering::Relaxed);
+    }
+}
+
+/// Where a worker is on its way, to be held against where it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Its queue.
+    pub queue: usize,
+    passes: u64,
+    /// It runs, or would if it were given a CPU.
+    is_ready: bool,
+    /// How long it has run.
+    ran: Duration,
+}
+
+impl Footprint {
+    /// How long a worker has to have run to be told from one that was given no CPU.
+    const OWN_TIME: Duration = Duration::from_millis(10);
+
+    /// Whether it is awake and has not come by since `before`, though it could have.
+    #[must_use]
+    pub fn is_stuck_since(&self, before: &Self) -> bool {
+        let has_moved = self.passes != before.passes || self.passes & 1 != 0;
+        let is_starved = self.is_ready && self.ran.saturating_sub(before.ran) < Self::OWN_TIME;
+        self.queue == before.queue && !has_moved && !is_starved
+    }
 }
 
 /// What serves a queue.
@@ -137,6 +178,20 @@ impl Queues {
     pub(crate) fn seats(&self) -> impl Iterator<Item = (usize, Arc<Seat>)> {
         let seats = self.seats.iter().enumerate();
         seats.filter_map(|(slot, seat)| Some((slot, seat.load_full()?)))
+    }
+
+    /// Where all workers are.
+    pub(crate) fn footprints(&self) -> Vec<Footprint> {
+        let footprint = |(_, seat): (usize, Arc<Seat>)| {
+            let thread = seat.thread.as_ref();
+            Footprint {
+                queue: seat.queue,
+                passes: self.lines[seat.queue].passes.load(Ordering::Relaxed),
+                is_ready: thread.is_some_and(Thread::is_ready),
+                ran: thread.and_then(Thread::times).unwrap_or_default().ran,
+            }
+        };
+        self.seats().map(footprint).collect()
     }
 
     /// The slots of the readers that serve these queues, a bit each.

@@ -155,6 +155,7 @@ impl Worker {
     /// Passes the gate, between two batches.
     #[inline]
     pub fn gate(&mut self) -> Gate {
+        self.line.pass();
         match self.reader.quiescent() {
             srcu::Gate::Open if self.current.is_some() => {}
             srcu::Gate::Open | srcu::Gate::Changed => self.attach_live(),
@@ -174,6 +175,7 @@ impl Worker {
         );
         self.unclocked = 0;
         add(&self.line.parks, 1);
+        self.line.rest();
         self.reader.arrive();
     }
 
@@ -182,7 +184,11 @@ impl Worker {
     pub fn sleep(&mut self) -> bool {
         let owing = self.owing > 0;
         self.unclocked = 0;
-        self.reader.sleep(owing).map(srcu::Asleep::until_quiescent).is_some()
+        let sleeps = self.reader.sleep(owing).map(srcu::Asleep::until_quiescent).is_some();
+        if sleeps {
+            self.line.rest();
+        }
+        sleeps
     }
 
     /// What requests that are submitted next are to be called. It holds until the next call that

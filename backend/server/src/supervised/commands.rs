@@ -10,7 +10,7 @@ use crate::session::{self, Beginning, SessionConfig, SessionHandle};
 use crate::shutdown::Shutdown;
 use channel::{Channel, InflightRegion, Session, ToServer, ToSupervisor, VERSION};
 use control::{Adopting, Limits};
-use proxy::{DomainProxy, KeptModule, Options};
+use proxy::{DomainProxy, Footprint, KeptModule, Options};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -39,6 +39,8 @@ pub(super) struct Commands {
     server: JoinHandle<()>,
     /// Calls a stopped device back.
     resume: Option<mpsc::Sender<()>>,
+    /// Where workers were when they were asked for last.
+    footprints: Vec<Footprint>,
     /// Where sessions mark what is in flight.
     inflight: SharedInflight,
 }
@@ -107,6 +109,7 @@ impl Commands {
             orders,
             server,
             resume: None,
+            footprints: Vec::new(),
             inflight,
         })
     }
@@ -160,13 +163,25 @@ impl Commands {
                 return false;
             }
             ToServer::Ping { number } => {
-                say(&self.channel, &ToSupervisor::Pong { number, stuck: Vec::new() });
+                let stuck = self.stuck();
+                say(&self.channel, &ToSupervisor::Pong { number, stuck });
             }
             ToServer::Start { .. } | ToServer::Activate { .. } => {
                 log::error!("the supervisor starts a device that is there already");
             }
         }
         true
+    }
+
+    /// The queues whose worker has not come by since the last look.
+    fn stuck(&mut self) -> Vec<u16> {
+        let now = self.proxy.footprints();
+        let is_stuck = |worker: &&Footprint| {
+            self.footprints.iter().any(|before| worker.is_stuck_since(before))
+        };
+        let stuck = now.iter().filter(is_stuck).map(|worker| worker.queue as u16).collect();
+        self.footprints = now;
+        stuck
     }
 
     fn begin_session(&mut self, session: Session, descriptors: &mut impl Iterator<Item = OwnedFd>) {

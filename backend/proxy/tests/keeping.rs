@@ -1,0 +1,174 @@
+//! What must outlive the process: what its keeper is told, and a device that is given away for a
+//! while.
+
+mod common;
+
+use common::{Device, PATIENCE};
+use domain_abi::Capabilities;
+use proxy::{Keeper, Kept, Options, State};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+/// Of all that was told: generation, schema, name, failure, fault, required.
+type Told = (u64, u32, String, Option<String>, bool, u64);
+
+/// Writes down what it is told.
+#[derive(Clone, Default)]
+struct Notes(Arc<Mutex<Vec<Told>>>);
+
+impl Keeper for Notes {
+    fn keep(&self, kept: &dyn Fn() -> Kept) {
+        let mut notes = self.0.lock().unwrap();
+        let Kept { generation, told, storage, fault, required, .. } = kept();
+        let name = told.params.get("label").unwrap_or_default().to_owned();
+        notes.push((
+            generation,
+            storage.schema,
+            name,
+            storage.failure,
+            fault.is_some(),
+            required.0,
+        ));
+    }
+}
+
+impl Notes {
+    /// What was told since the last time.
+    fn take(&self) -> Vec<Told> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+
+    fn last(&self) -> Told {
+        self.0.lock().unwrap().last().cloned().expect("something was told")
+    }
+}
+
+fn kept(device: &Device) -> Notes {
+    let notes = Notes::default();
+    device.proxy.keep_with(Box::new(notes.clone()), None);
+    notes
+}
+
+#[test]
+fn what_serves_and_what_it_has_made_of_the_storage_change_in_one_step() {
+    for swap in ["swap=false", "swap=true"] {
+        let device = Device::start(1, &[swap]);
+        let notes = kept(&device);
+        assert_eq!(notes.last(), (1, 1, "a".to_owned(), None, false, 0));
+        device.upgrade("wide", "b", &[swap]).expect("it takes schema 1, and leaves schema 2");
+        let told = notes.take();
+        // It could not be gone on with: `a` does not take schema 2.
+        let is_whole =
+            |told: &Told| matches!((told.0, told.1, &*told.2), (1, 1, "a") | (2, 2, "b"));
+        assert!(told.iter().all(is_whole), "{told:?}");
+        assert_eq!(told.last().map(|told| told.0), Some(2), "{told:?}");
+        // One that changes nothing of the storage is told of, too, and one that fails is not.
+        device.upgrade("wide", "c", &[swap]).expect("committed");
+        assert_eq!(notes.last(), (3, 2, "c".to_owned(), None, false, 0));
+        device.upgrade("wide", "d", &["fail=activate", swap]).expect_err("it fails");
+        assert!(notes.take().iter().all(|told| &*told.2 != "d"));
+        device.proxy.require(Capabilities::FLUSH);
+        assert_eq!(notes.last().5, Capabilities::FLUSH.0);
+    }
+}
+
+#[test]
+fn a_takeover_and_a_fault_are_told() {
+    let device = Device::start(1, &[]);
+    let notes = kept(&device);
+    device.upgrade("plain", "b", &["die_at=1"]).expect("committed");
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    hand.until(&device, "no takeover", |hand| hand.ended.len() == 1);
+    device.until("it is not told", || (notes.last().0, &*notes.last().2) == (3, "a"));
+    device.upgrade("plain", "c", &["die_at=1"]).ok();
+    let device = Device::start(1, &["die_at=1"]);
+    let notes = kept(&device);
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    hand.until(&device, "silence", |hand| hand.ended.len() == 1);
+    device.until("it is not told", || notes.last().4);
+    drop(hand);
+    device.upgrade("plain", "b", &[]).expect("revived");
+    assert_eq!((notes.last().0, notes.last().4), (2, false));
+}
+
+#[test]
+fn a_device_that_is_given_away_stands_still_until_it_is_called_back() {
+    let device = Device::start(1, &["hold=false"]);
+    let notes = kept(&device);
+    let mut hand = device.worker(0);
+    let (resume, resumed) = mpsc::channel();
+    let (tell, stopped) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let proxy = Arc::clone(&device.proxy);
+        let handed_off = scope.spawn(move || {
+            let tell = Arc::new(move || tell.send(()).expect("it is waited for"));
+            proxy.hand_off(Options::default(), tell, resumed)
+        });
+        let device = &device;
+        let worker = scope.spawn(move || {
+            // Comes back from the gate when it opens.
+            hand.until(device, "the gate opens", |_| device.stage.lines("a", "resume").len() == 1);
+            hand.submit([3]);
+            hand.until(device, "no answer", |hand| hand.ended.len() == 1);
+        });
+        stopped.recv_timeout(PATIENCE).expect("it is stopped");
+        assert_eq!(device.stage.lines("a", "quiesce").len(), 1);
+        assert!(!notes.take().is_empty(), "what quiescing has left is told before");
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!worker.is_finished() && device.stage.lines("a", "resume").is_empty());
+        resume.send(()).expect("it waits");
+        handed_off.join().unwrap().expect("it is back");
+        worker.join().unwrap();
+    });
+    assert_eq!(device.proxy.status().state, State::Serving);
+    device.upgrade("plain", "b", &[]).expect("changes are made again");
+}
+
+#[test]
+fn a_device_that_cannot_be_stopped_is_not_given_away() {
+    let never = || Arc::new(|| panic!("it is not stopped"));
+    for (fault, code) in [("fail=quiesce", "quiesce_failed"), ("break=quiesce", "quiesce_panicked")]
+    {
+        let device = Device::start(1, &[fault]);
+        let (_resume, resumed) = mpsc::channel();
+        let refusal = device.proxy.hand_off(Options::default(), never(), resumed).unwrap_err();
+        assert!(refusal.code.as_str() == code || refusal.code.as_str() == "preempted", "{refusal}");
+    }
+    let device = Device::start(1, &["hold=true"]);
+    let mut hand = device.worker(0);
+    hand.submit([0]);
+    while !hand.worker.sleep() {}
+    let options = Options { drain_timeout: Duration::from_millis(20), ..Options::default() };
+    let (_resume, resumed) = mpsc::channel();
+    let refusal = std::thread::scope(|scope| {
+        let hand_off = || device.proxy.hand_off(options, never(), resumed);
+        scope.spawn(hand_off).join().unwrap().unwrap_err()
+    });
+    assert_eq!(refusal.code.as_str(), "drain_timeout");
+    device.stage.release.store(true, std::sync::atomic::Ordering::Release);
+    hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+}
+
+#[test]
+fn a_worker_that_has_not_come_by_is_told_from_one_that_rests() {
+    let device = Device::start(1, &[]);
+    let mut hand = device.worker(0);
+    let look = || device.proxy.footprints().pop().expect("a worker");
+    hand.step();
+    let before = look();
+    let spin = std::time::Instant::now();
+    while spin.elapsed() < Duration::from_millis(300) {
+        std::hint::spin_loop();
+    }
+    assert!(look().is_stuck_since(&before), "it has had a CPU, and has not come by");
+    hand.step();
+    assert!(!look().is_stuck_since(&before));
+    let before = look();
+    while !hand.worker.sleep() {}
+    assert!(!look().is_stuck_since(&before));
+    let before = look();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!look().is_stuck_since(&before), "it sleeps");
+}
