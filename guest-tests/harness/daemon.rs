@@ -293,8 +293,11 @@ fn launch(
     stderr: Option<Stdio>,
 ) -> Child {
     let log = File::options().create(true).append(true).open(log).expect("a log file");
+    // So that a whole suite can be run with another option.
+    let more = std::env::var("HOTSWAP_DAEMON_ARGS").unwrap_or_default();
     command
         .args(args)
+        .args(more.split_whitespace())
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("another handle of the log"))
         .stderr(stderr.unwrap_or_else(|| log.into()))

@@ -12,6 +12,7 @@ pub mod reexec;
 pub mod region;
 pub mod relay;
 pub mod request;
+pub mod said;
 pub mod session;
 pub mod slots;
 pub mod supervisor;

@@ -19,6 +19,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// How many messages are looked at before others have their turn.
 const TURN: usize = 64;
 
+/// Why a session is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Over {
+    /// The frontend has disconnected.
+    Gone,
+    /// The server has ended it, and says why if there is something to say.
+    Ended,
+    /// The frontend does not keep to the protocol.
+    Refused(String),
+}
+
 /// A frontend's session.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Session {
@@ -31,7 +42,7 @@ pub struct Session {
     frontend: Connection,
     inner: Option<Connection>,
     /// Why it is over, once it is.
-    over: Option<String>,
+    over: Option<Over>,
     /// The frontend is gone, but what it has said before is still to be heard.
     has_hung_up: bool,
 }
@@ -82,21 +93,21 @@ impl Session {
     }
 
     /// Hears what the server has said of it, and what is still to be sent to the frontend is.
-    pub fn server_has_ended_it(&mut self, error: Option<String>) {
+    pub fn server_has_ended_it(&mut self) {
         self.hear_server(None);
         self.inner = None;
-        self.end(error.unwrap_or_else(|| "the server has ended it".to_owned()));
+        self.end(Over::Ended);
     }
 
-    fn end(&mut self, why: String) {
+    fn end(&mut self, why: Over) {
         self.frontend.flush();
         self.over.get_or_insert(why);
     }
 
     /// Why it is over, once it is.
     #[must_use]
-    pub fn over(&self) -> Option<&str> {
-        self.over.as_deref()
+    pub const fn over(&self) -> Option<&Over> {
+        self.over.as_ref()
     }
 
     /// Whether a server has it.
@@ -129,7 +140,7 @@ impl Session {
             // It is found by reading, unless there is no server that could be told what is read.
             self.has_hung_up = true;
             if !self.relay.is_up() {
-                self.end("the frontend has disconnected".to_owned());
+                self.end(Over::Gone);
             }
         }
     }
@@ -148,8 +159,8 @@ impl Session {
                     self.apply(effects, channel);
                 }
                 Incoming::Nothing => break,
-                Incoming::End => self.end("the frontend has disconnected".to_owned()),
-                Incoming::Malformed(why) => self.end(why.to_string()),
+                Incoming::End => self.end(Over::Gone),
+                Incoming::Malformed(why) => self.end(Over::Refused(why.to_string())),
             }
         }
         if let Some(inner) = &mut self.inner {
@@ -191,7 +202,7 @@ impl Session {
                 }
                 Effect::Kick(kicks) => kicks.iter().for_each(kick),
                 Effect::Backend(backend, message) => self.tell(&backend, &message),
-                Effect::Close(why) => self.end(why),
+                Effect::Close(why) => self.end(Over::Refused(why)),
             }
         }
     }

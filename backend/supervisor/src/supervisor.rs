@@ -12,7 +12,8 @@ mod serving;
 use crate::deaths::Deaths;
 use crate::front::{Front, Ticket, Token, Wish};
 use crate::process::{Program, Server};
-use crate::session::Session;
+use crate::said::Said;
+use crate::session::{Over, Session};
 use crate::vault::Vault;
 use channel::{Received, ToServer, ToSupervisor};
 use control::{Limits, SocketFile};
@@ -115,6 +116,8 @@ pub struct Supervisor {
     told: Option<u64>,
     front: Option<Front>,
     pulse: Option<Pulse>,
+    /// What a frontend brings about is not said again and again.
+    said: Said,
     ending: Option<Ending>,
     /// The process's exit status, or why there is no device.
     over: Option<Result<i32, String>>,
@@ -169,6 +172,7 @@ impl Supervisor {
             told: None,
             front: None,
             pulse,
+            said: Said::default(),
             ending: None,
             over: None,
         }
@@ -387,7 +391,11 @@ impl Supervisor {
             }
             return;
         };
-        log::debug!("session {}: {why}", session.number);
+        match why {
+            Over::Gone => log::info!("the frontend has disconnected"),
+            Over::Ended => {}
+            Over::Refused(why) => self.said.say(&format!("the session ended: {why}")),
+        }
         // The server knows of it, and says when it has left it.
         self.ending_session = Some(session.number).filter(|_| session.was_given);
         self.session = None;

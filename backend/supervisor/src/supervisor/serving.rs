@@ -160,8 +160,8 @@ impl Supervisor {
         self.is_given_up = false;
         if !self.has_served {
             self.has_served = true;
-            let path = self.options.control_path.display();
-            log::info!("{serves}; commands at {path}");
+            log::debug!("{serves}");
+            log::info!("commands at {}", self.options.control_path.display());
             self.make_front();
         }
         self.leave_stopped();
@@ -222,13 +222,14 @@ impl Supervisor {
         if self.ending_session == Some(number) {
             self.ending_session = None;
         }
-        if error.is_some() {
+        if let Some(error) = &error {
+            self.said.say(&format!("the session ended: {error}"));
             self.accept_at = Some(Instant::now() + AFTER_A_FAILURE);
         }
         if let Some(session) = &mut self.session
             && session.number == number
         {
-            session.server_has_ended_it(error);
+            session.server_has_ended_it();
             // There is nothing left to end.
             session.was_given = false;
         }
