@@ -8,9 +8,11 @@ use crate::raw_fd::{inherited, inherited_channel};
 use crate::signals;
 use channel::Settings;
 use control::SocketFile;
+use signal_hook::consts::SIGCHLD;
 use signal_hook::low_level::pipe;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use supervisor::process::Program;
 use supervisor::reexec;
 use supervisor::supervisor::{
@@ -29,6 +31,9 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
     };
     let program = Program::own().map_err(|error| format!("cannot read this program: {error}"))?;
     let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
+    // Children of a process that ignores this signal, as it may have been told to, leave no status.
+    signal_hook::flag::register(SIGCHLD, Arc::default())
+        .map_err(|error| format!("cannot hear of servers that end: {error}"))?;
     signals::unblock();
     // A process that sees the socket may end this one, so signals are handled by then.
     let frontends = match (given, config.listen) {

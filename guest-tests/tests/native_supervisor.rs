@@ -1,0 +1,222 @@
+//! The process that serves dies or is exchanged under a frontend that does not know.
+//!
+//! Under a load that checks every block, on one connection: no error, no mismatch, no request
+//! without an answer and none that is answered twice, however often the server is killed.
+
+use std::fs;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::client::features;
+use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
+use guest_tests::daemon::{Control, Daemon};
+use guest_tests::stamp::{Load, LoadOptions, assert_intact};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn supervised(args: &[&str]) -> Daemon {
+    Daemon::start(&[&["--supervisor"], args].concat())
+}
+
+fn status(control: &mut Control) -> Value {
+    control.request("status", json!({})).expect("a status")
+}
+
+fn kill(pid: u64) {
+    let pid = Pid::from_raw(pid.try_into().expect("a process id")).expect("a process id");
+    kill_process(pid, Signal::KILL).expect("the server lives");
+}
+
+/// Waits until `done` says so of the status.
+fn wait_until(daemon: &Daemon, what: &str, done: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + 30 * SECOND;
+    let mut control = daemon.rpc();
+    loop {
+        let now = status(&mut control);
+        if done(&now) {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "{what}: {now}\n{}", daemon.log());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Kills the server, and waits until another one has gone on.
+fn kill_server(daemon: &Daemon, recoveries: u64) {
+    let before = status(&mut daemon.rpc());
+    let pid = before["server"]["pid"].as_u64().unwrap_or_else(|| panic!("no server: {before}"));
+    kill(pid);
+    let now = wait_until(daemon, "no recovery", |now| {
+        now["server"]["recoveries"].as_u64() >= Some(recoveries)
+    });
+    assert_ne!(now["server"]["pid"], before["server"]["pid"], "{now}");
+}
+
+/// Milliseconds that recoveries took, as the log has them.
+fn say_pauses(daemon: &Daemon) {
+    let log = daemon.log();
+    let pause = |line: &str| {
+        let (_, rest) = line.split_once("another server serves ")?;
+        rest.split_once(" ms")?.0.parse::<u64>().ok()
+    };
+    let mut pauses: Vec<u64> = log.lines().filter_map(pause).collect();
+    pauses.sort_unstable();
+    let at = |part: usize| pauses.get(pauses.len() * part / 100).copied().unwrap_or(0);
+    println!("recoveries in ms: median {}, 90 % {}, most {}", at(50), at(90), at(99));
+}
+
+fn killed_a_hundred_times(args: &[&str]) {
+    let mut daemon = supervised(&[args, &["--queues", "2"]].concat());
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+    for round in 1..=100 {
+        load.wait_for(200);
+        kill_server(&daemon, round);
+        assert_eq!(load.faults(), 0, "in round {round}:\n{}", daemon.log());
+    }
+    load.wait_for(2000);
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    say_pauses(&daemon);
+    let now = daemon.status();
+    assert_eq!(now["server"]["deaths"], 100, "{now}");
+    assert_eq!(now["server"]["quarantined"], 0, "{now}");
+    assert_eq!(now["generation"], 1, "{now}");
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+#[test]
+fn a_server_of_a_ramdisk_is_killed_a_hundred_times() {
+    killed_a_hundred_times(&["--domain", "ramdisk", "--param", "size=64M"]);
+}
+
+/// Its requests end in any order.
+#[test]
+fn a_server_of_a_file_is_killed_a_hundred_times() {
+    let file = image(64 << 20);
+    let path = file.path().to_str().expect("UTF-8");
+    killed_a_hundred_times(&["--blk-file", path, "--param", "direct=true"]);
+}
+
+fn image(bytes: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new_in(Path::new(env!("CARGO_TARGET_TMPDIR")));
+    let file = file.expect("a file");
+    file.as_file().set_len(bytes).expect("its size");
+    file
+}
+
+/// Reads one sector through a hand-made ring.
+fn assert_one_read(raw: &mut RawSession) {
+    raw.put(FREE, &[0; 16]).expect("memory");
+    raw.put(FREE + 0x1000, &[0xee]).expect("memory");
+    let at = GUEST_BASE + FREE;
+    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
+        .expect("memory");
+    raw.offer(0).expect("a kick");
+    assert_eq!(raw.used(10 * SECOND).expect("memory"), Some((0, 513)));
+    assert_eq!(raw.get(FREE + 0x1000, 1).expect("memory"), [0]);
+}
+
+#[test]
+fn a_server_is_killed_at_every_step_of_the_set_up() {
+    let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
+    kill_server(&daemon, 1);
+    let mut raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+    kill_server(&daemon, 2);
+    raw.share_memory().expect("memory shared");
+    kill_server(&daemon, 3);
+    raw.start_ring(64).expect("a ring");
+    kill_server(&daemon, 4);
+    assert_one_read(&mut raw);
+    kill_server(&daemon, 5);
+    assert_one_read(&mut raw);
+    kill_server(&daemon, 6);
+    assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
+    kill_server(&daemon, 7);
+    raw.start_ring(64).expect("started again");
+    assert_one_read(&mut raw);
+    drop(raw);
+    kill_server(&daemon, 8);
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn a_ring_is_stopped_while_no_server_lives() {
+    let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    for round in 1..=20 {
+        assert_one_read(&mut raw);
+        kill(daemon.server_pid().into());
+        // It may be before the death is known, or after it.
+        thread::sleep(Duration::from_micros(round * 100));
+        assert_eq!(raw.stop_ring().expect("stopped"), 1, "the next chain to be taken");
+        raw.start_ring(64).expect("started again");
+    }
+    assert_one_read(&mut raw);
+}
+
+#[test]
+fn a_server_is_exchanged_fifty_times() {
+    let file = image(64 << 20);
+    let path = file.path().to_str().expect("UTF-8");
+    for args in [
+        &["--domain", "ramdisk", "--param", "size=64M"][..],
+        &["--blk-file", path, "--param", "direct=true"],
+    ] {
+        let daemon = supervised(&[args, &["--queues", "2"]].concat());
+        let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+        let mut pauses = Vec::new();
+        for _ in 0..25 {
+            load.wait_for(200);
+            let before = daemon.server_pid();
+            let reply = daemon.call(&["upgrade-daemon", "--only", "server"]);
+            pauses.push(reply["phases_us"]["pause"].as_f64().expect("a number"));
+            assert_ne!(daemon.server_pid(), before, "{reply}");
+            assert_eq!(load.faults(), 0, "{}", daemon.log());
+        }
+        load.wait_for(2000);
+        let report = load.stop();
+        report.assert_clean();
+        assert_intact(daemon.socket(), &report.ledgers);
+        pauses.sort_by(f64::total_cmp);
+        println!("pauses in us: median {}, most {}", pauses[12], pauses[24]);
+        let now = daemon.status();
+        assert_eq!(now["server"]["deaths"], 0, "{now}");
+        assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_has_a_spare() {
+    let args = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2", "--spare"];
+    let daemon = supervised(&args);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+    for round in 1..=20 {
+        load.wait_for(200);
+        kill_server(&daemon, round);
+    }
+    load.wait_for(2000);
+    load.stop().assert_clean();
+    say_pauses(&daemon);
+}
+
+#[test]
+fn no_process_and_no_socket_is_left() {
+    let mut daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--spare"]);
+    kill_server(&daemon, 1);
+    let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
+    let pids = fs::read_to_string(children).expect("the children");
+    assert!(!pids.trim().is_empty());
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+    assert!(!daemon.socket().exists() && !daemon.control().exists(), "a socket is left");
+    let deadline = Instant::now() + 5 * SECOND;
+    for pid in pids.split_whitespace() {
+        while Path::new(&format!("/proc/{pid}")).exists() {
+            assert!(Instant::now() < deadline, "process {pid} is left:\n{}", daemon.log());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
