@@ -13,7 +13,7 @@ use std::time::Duration;
 /// How long a server must have served for the deaths before it not to matter any more.
 const CALM: Duration = Duration::from_secs(10);
 /// What is not waited for after: a server that served for so long.
-const SERVED: Duration = Duration::from_millis(100);
+const SERVED: Duration = Duration::from_millis(10);
 /// The first wait, which is doubled.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 /// The longest wait.

@@ -205,13 +205,12 @@ impl Journal {
         kicks.filter_map(|kick| kick.files.first().cloned()).collect()
     }
 
-    /// Whether a ring serves its driver.
+    /// The rings that serve their driver.
     #[must_use]
-    pub fn is_running(&self) -> bool {
+    pub fn running(&self) -> Vec<u32> {
         let always = self.features.is_some_and(|bits| bits & request::F_PROTOCOL_FEATURES == 0);
-        self.rings
-            .values()
-            .any(|ring| ring.kick.is_some() && (always || ring.is_enabled == Some(true)))
+        let is_on = |ring: &Ring| ring.kick.is_some() && (always || ring.is_enabled == Some(true));
+        self.rings.iter().filter(|(_, ring)| is_on(ring)).map(|(&index, _)| index).collect()
     }
 
     /// Memory regions that a table in a message has, if they overlap each other.

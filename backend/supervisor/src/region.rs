@@ -98,6 +98,32 @@ impl Region {
         }
     }
 
+    /// A queue's ring is on, and no server has it. To be called while nothing writes the region.
+    pub fn give(&self, queue: u32) {
+        self.write_features(queue, 1);
+    }
+
+    /// Whether the server has looked at what a queue has in flight, since it was
+    /// [given](Self::give) the region.
+    #[must_use]
+    pub fn is_taken_up(&self, queue: u32) -> bool {
+        let mut features = [0; 8];
+        let Some(at) = self.part_at(queue) else { return true };
+        !matches!(rustix::io::pread(&self.memfd, &mut features, at), Ok(8) if features != [0; 8])
+    }
+
+    fn write_features(&self, queue: u32, features: u64) {
+        if let Some(at) = self.part_at(queue) {
+            // What fails here was no region.
+            let _ = rustix::io::pwrite(&self.memfd, &features.to_le_bytes(), at);
+        }
+    }
+
+    fn part_at(&self, queue: u32) -> Option<u64> {
+        let is_there = queue < u32::from(self.place.queues);
+        is_there.then(|| self.place.offset + u64::from(queue) * part(self.place.queue_size))
+    }
+
     fn oldest_of(&self, queue: u16) -> Option<Quarantined> {
         let mut bytes = vec![0; part(self.place.queue_size) as usize];
         let at = self.place.offset + u64::from(queue) * part(self.place.queue_size);
@@ -156,6 +182,16 @@ mod tests {
         }
         let of = |queue, head, counter| Quarantined { queue, head, counter };
         assert_eq!(region.oldest(), [of(0, 0, 0), of(1, 2, 7)]);
+    }
+
+    #[test]
+    fn a_queue_that_is_given_is_taken_up_when_its_features_are_written() {
+        let region = Region::new(2, 4).unwrap();
+        assert!(region.is_taken_up(1));
+        region.give(1);
+        assert_eq!([0, 1, 2].map(|queue| region.is_taken_up(queue)), [true, false, true]);
+        write(&region, part(4), &[0; 8]);
+        assert!(region.is_taken_up(1));
     }
 
     #[test]

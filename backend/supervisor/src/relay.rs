@@ -77,11 +77,16 @@ pub struct Relay {
     journal: Journal,
     region: Region,
     link: Link,
+    /// Some server has had it.
+    has_been_up: bool,
     asked: VecDeque<Asked>,
     /// What is asked again.
     interrupted: Option<Asked>,
     /// The server has not said yet that it uses the region.
     waits_for_region: bool,
+    /// Rings that the server has not looked at since it has them. What the frontend says of them
+    /// now would come before what they have in flight.
+    untaken: Vec<u32>,
     /// Nothing is passed on, because the server is to stand still.
     is_paused: bool,
     /// The frontend may ask to be told how a message went.
@@ -104,9 +109,11 @@ impl Relay {
             journal: Journal::default(),
             region,
             link: Link::Down,
+            has_been_up: false,
             asked: VecDeque::new(),
             interrupted: None,
             waits_for_region: false,
+            untaken: Vec::new(),
             is_paused: false,
             has_acks: false,
             offered: 0,
@@ -144,7 +151,7 @@ impl Relay {
     /// Whether the server owes nothing.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.asked.is_empty() && !self.waits_for_region
+        self.asked.is_empty() && !self.waits_for_region && self.untaken.is_empty()
     }
 
     /// Whether a server serves.
@@ -167,11 +174,16 @@ impl Relay {
         }
         // The next one begins with it.
         self.waits_for_region = false;
+        self.untaken.clear();
     }
 
     /// There is a server, with a session that is new to it and this region.
     pub fn server_is_found(&mut self) -> Vec<Effect> {
         self.link = Link::Replaying;
+        if self.has_been_up {
+            self.untaken = self.journal.running();
+            self.untaken.iter().for_each(|&queue| self.region.give(queue));
+        }
         let mut effects = Vec::new();
         let negotiation = [
             Message::new(request::GET_FEATURES, [], Vec::new()),
@@ -363,22 +375,47 @@ impl Relay {
         if !self.asked.is_empty() {
             return;
         }
-        self.link = Link::Up;
+        (self.link, self.has_been_up) = (Link::Up, true);
         let kicks = self.journal.kicks();
         if !kicks.is_empty() {
             effects.push(Effect::Kick(kicks));
         }
+        effects.extend(self.look_at_region());
+    }
+
+    /// Whether something is to be [looked at](Self::look_at_region) again soon.
+    #[must_use]
+    pub fn waits_for_rings(&self) -> bool {
+        self.link == Link::Up && !self.untaken.is_empty()
+    }
+
+    /// Looks whether the server has looked at its rings, and goes on when it has.
+    pub fn look_at_region(&mut self) -> Vec<Effect> {
+        let region = &self.region;
+        self.untaken.retain(|&queue| !region.is_taken_up(queue));
+        if self.untaken.is_empty() { self.go_on() } else { Vec::new() }
+    }
+
+    /// The server does not look at its rings in time: memory may be missing that they need.
+    pub fn stop_waiting_for_rings(&mut self) -> Vec<Effect> {
+        self.untaken.clear();
+        self.go_on()
+    }
+
+    fn go_on(&mut self) -> Vec<Effect> {
+        let mut effects = Vec::new();
         if let Some(Asked { message, why }) = self.interrupted.take() {
-            self.ask(message, why, effects);
+            self.ask(message, why, &mut effects);
         } else if self.was_running {
-            self.ask_for_capacity(effects);
+            self.ask_for_capacity(&mut effects);
         }
+        effects
     }
 
     /// A frontend that connects again does not read the configuration space; if the disk has
     /// another size than it was told, it has to be told when its rings run.
     fn look_at_rings(&mut self, effects: &mut Vec<Effect>) {
-        let is_running = self.journal.is_running();
+        let is_running = !self.journal.running().is_empty();
         if is_running && !self.was_running {
             self.ask_for_capacity(effects);
         }

@@ -15,9 +15,14 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// How many messages are looked at before others have their turn.
 const TURN: usize = 64;
+/// How long rings that a server was given are not looked at again.
+const LOOK_AT_RINGS: Duration = Duration::from_micros(200);
+/// How long a server has for looking at them.
+const RINGS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a session is over.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +44,8 @@ pub struct Session {
     pub relay: Relay,
     /// A server has been told of it, and has not said that it is over.
     pub was_given: bool,
+    /// When a server was told of it last.
+    given_at: Option<Instant>,
     frontend: Connection,
     inner: Option<Connection>,
     /// Why it is over, once it is.
@@ -56,6 +63,7 @@ impl Session {
             number,
             relay,
             was_given: false,
+            given_at: None,
             frontend,
             inner: None,
             over: None,
@@ -79,6 +87,7 @@ impl Session {
         channel.send(&ToServer::Session(session), &[listener.as_fd(), region.memfd.as_fd()])?;
         self.inner = Some(Connection::new(inner));
         self.was_given = true;
+        self.given_at = Some(Instant::now());
         let effects = self.relay.server_is_found();
         self.apply(effects, Some(channel));
         Ok(())
@@ -145,11 +154,27 @@ impl Session {
         }
     }
 
+    /// When there is something to look at even if nothing happens.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        self.relay.waits_for_rings().then(|| Instant::now() + LOOK_AT_RINGS)
+    }
+
+    fn look_at_rings(&mut self, channel: Option<&Channel>) {
+        let effects = match self.given_at {
+            _ if !self.relay.waits_for_rings() => return,
+            Some(at) if at.elapsed() > RINGS_PATIENCE => self.relay.stop_waiting_for_rings(),
+            _ => self.relay.look_at_region(),
+        };
+        self.apply(effects, channel);
+    }
+
     /// Does all that can be done now.
     pub fn pump(&mut self, channel: Option<&Channel>) {
         for _ in 0..TURN {
             self.frontend.flush();
             self.hear_server(channel);
+            self.look_at_rings(channel);
             if self.over.is_some() || self.relay.is_held() || self.frontend.is_stuck() {
                 break;
             }

@@ -260,6 +260,7 @@ impl Supervisor {
         [
             self.start_at,
             accept,
+            self.session.as_ref().and_then(Session::deadline),
             self.ending.as_ref().map(|ending| ending.deadline),
             self.front.as_ref().and_then(Front::deadline),
             self.pulse.as_ref().filter(|_| self.serving().is_some()).map(|pulse| pulse.next),

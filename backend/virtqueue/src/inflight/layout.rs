@@ -18,8 +18,9 @@ const ALIGNMENT: usize = 64;
 /// The beginning of a queue's part (`QueueRegionSplit`).
 #[repr(C)]
 pub(super) struct Header {
-    /// 0, for the future.
-    _features: AtomicU64,
+    /// 0, for the future. A process that gives the region to another one may write something else,
+    /// to see when the queue is taken up.
+    pub(super) features: AtomicU64,
     pub(super) version: AtomicU16,
     /// How many entries there are.
     pub(super) desc_num: AtomicU16,

@@ -41,6 +41,7 @@ impl Tracker {
             return Err(RegionError::OtherLayout { version, desc_num });
         }
         let recovery = recover(&part, ring);
+        part.header().features.put(0);
         let newest = recovery.resubmit.last().map_or(0, |newest| newest.counter);
         let last_batch_head = part.header().last_batch_head.get();
         let tracker = Self {
