@@ -203,6 +203,56 @@ fn a_server_that_is_killed_has_a_spare() {
     say_pauses(&daemon);
 }
 
+/// Sends the server a signal that a broken process ends with.
+fn crash_server(daemon: &Daemon, recoveries: u64) {
+    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
+    let pid = Pid::from_raw(pid).expect("a process id");
+    kill_process(pid, Signal::ABORT).expect("the server lives");
+    wait_until(daemon, "no recovery", |now| {
+        now["server"]["recoveries"].as_u64() >= Some(recoveries)
+    });
+}
+
+#[test]
+fn a_domain_that_ends_its_server_twice_is_replaced_by_the_standby() {
+    let args = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
+    let daemon = supervised(&args);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+    load.wait_for(200);
+    let live = |daemon: &Daemon| daemon.status()["domain"]["version"].clone();
+    let first = live(&daemon);
+    daemon.call(&["upgrade", "ramdisk_v2"]);
+    let second = live(&daemon);
+    assert_ne!(first, second);
+    crash_server(&daemon, 1);
+    load.wait_for(200);
+    assert_eq!(live(&daemon), second);
+    crash_server(&daemon, 2);
+    load.wait_for(2000);
+    assert_eq!(live(&daemon), first, "{}", daemon.log());
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    assert_eq!(daemon.terminate(), 0);
+}
+
+#[test]
+fn a_server_that_does_not_move_is_ended_if_that_is_asked_for() {
+    let args = ["--domain", "ramdisk", "--param", "size=64M", "--hang-timeout-ms", "1000"];
+    let daemon = supervised(&args);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(1, 16));
+    load.wait_for(200);
+    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
+    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::STOP).expect("it lives");
+    let deadline = Instant::now() + 20 * SECOND;
+    while !daemon.log().contains("another server serves") {
+        assert!(Instant::now() < deadline, "{}", daemon.log());
+        thread::sleep(Duration::from_millis(10));
+    }
+    load.wait_for(2000);
+    load.stop().assert_clean();
+}
+
 #[test]
 fn no_process_and_no_socket_is_left() {
     let mut daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--spare"]);

@@ -417,7 +417,7 @@ impl Supervisor {
         if pulse.asked.is_none() {
             pulse.number += 1;
             pulse.asked = Some(now);
-            let _ = server.channel.send(&ToServer::Ping { number: pulse.number }, &[]);
+            let _ = server.channel.try_send(&ToServer::Ping { number: pulse.number }, &[]);
         }
         pulse.next = now + pulse.timeout / 2;
     }
@@ -441,10 +441,12 @@ impl Supervisor {
     fn grant(&mut self, wish: Wish) {
         match wish {
             Wish::Client(stream) => {
-                if let Some(server) = &self.server
-                    && let Err(error) = server.channel.send(&ToServer::Client, &[stream.as_fd()])
-                {
-                    log::debug!("the server is given no client: {error}");
+                let Some(server) = &self.server else { return };
+                // A server that hears nothing must not hold up the rest.
+                match server.channel.try_send(&ToServer::Client, &[stream.as_fd()]) {
+                    Ok(true) => {}
+                    Ok(false) => log::warn!("the server takes no more clients"),
+                    Err(error) => log::debug!("the server is given no client: {error}"),
                 }
             }
             Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),

@@ -1,0 +1,311 @@
+//! A session's life, as QEMU 11.1 lives it, over servers that die at every one of its messages.
+//!
+//! The server is scripted: it does to its state what `vhost-user-backend` does. Whatever happens,
+//! the frontend must get the answers that it gets from one server that lives, and after each
+//! message the server that serves must be in the state in which that one is.
+
+mod life;
+mod server;
+
+use life::{Step, get, inflight, life, table};
+use server::Server;
+use std::collections::VecDeque;
+use supervisor::descriptor::Descriptor;
+use supervisor::journal::u64_message;
+use supervisor::region::Region;
+use supervisor::relay::{Effect, Relay};
+use supervisor::request as r;
+use supervisor::wire::Message;
+
+/// When a server dies, within a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
+    /// Before the step.
+    Before,
+    /// It has a message, and does nothing of it.
+    Unread,
+    /// It has carried the message out, and its answer is lost.
+    Unanswered,
+    /// The last answer is on its way.
+    Answered,
+}
+
+struct World {
+    relay: Relay,
+    server: Option<Server>,
+    used: [u32; 2],
+    to_server: VecDeque<Message>,
+    to_frontend: Vec<Message>,
+    told: usize,
+    kicked: usize,
+    waits_for_region: bool,
+    closed: Option<String>,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            relay: Relay::new(Region::own(2).unwrap(), None),
+            server: None,
+            used: [0; 2],
+            to_server: VecDeque::new(),
+            to_frontend: Vec::new(),
+            told: 0,
+            kicked: 0,
+            waits_for_region: false,
+            closed: None,
+        };
+        world.revive();
+        world
+    }
+
+    fn apply(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Frontend(message) => self.to_frontend.push(message),
+                Effect::Server(message) => self.to_server.push_back(message),
+                Effect::Inflight(_) => self.waits_for_region = true,
+                Effect::Kick(kicks) => self.kicked += kicks.len(),
+                Effect::Backend(..) => self.told += 1,
+                Effect::Close(why) => drop(self.closed.get_or_insert(why)),
+            }
+        }
+    }
+
+    fn die(&mut self) {
+        self.server = None;
+        self.to_server.clear();
+        self.waits_for_region = false;
+        self.relay.server_is_lost();
+        assert!(self.relay.is_held());
+    }
+
+    fn revive(&mut self) {
+        self.server = Some(Server { cache: 1, ..Server::default() });
+        let effects = self.relay.server_is_found();
+        self.apply(effects);
+        self.serve(None);
+    }
+
+    /// The server does all that it has been told; it may die at the first message. Whether it did.
+    fn serve(&mut self, dies: Option<Moment>) -> bool {
+        let mut has_died = false;
+        if self.waits_for_region {
+            if dies == Some(Moment::Unread) {
+                self.die();
+                return true;
+            }
+            self.waits_for_region = false;
+            self.relay.inflight_is_taken();
+        }
+        while let Some(message) = self.to_server.pop_front() {
+            if dies == Some(Moment::Unread) {
+                self.die();
+                return true;
+            }
+            let server = self.server.as_mut().expect("a server");
+            let answer = server.carry_out(&message, &self.used);
+            let answer = answer.unwrap_or_else(|why| panic!("{}: {why}", message.request));
+            if dies == Some(Moment::Unanswered) {
+                self.die();
+                return true;
+            }
+            let wants = self.relay.from_server(answer);
+            self.apply(wants);
+            if dies == Some(Moment::Answered) {
+                has_died = true;
+            }
+        }
+        if has_died {
+            self.die();
+        } else if self.relay.waits_for_rings() {
+            assert!(self.relay.look_at_region().is_empty() && self.relay.is_held());
+            // What a server's workers write when they have looked.
+            let region = self.relay.region();
+            let part = region.place.len / 2;
+            for at in [0, part] {
+                rustix::io::pwrite(&region.memfd, &[0; 8], at).unwrap();
+            }
+            let effects = self.relay.look_at_region();
+            self.apply(effects);
+            return self.serve(None);
+        }
+        has_died
+    }
+
+    fn step(&mut self, step: &Step, dies: Option<Moment>) {
+        if dies == Some(Moment::Before) {
+            self.die();
+            self.revive();
+        }
+        match step {
+            Step::Frontend(message) => {
+                assert!(!self.relay.is_held(), "the frontend waits for ever");
+                let effects = self.relay.from_frontend(message.clone());
+                self.apply(effects);
+            }
+            Step::Progress(ring, used) => self.used[*ring] = *used,
+            Step::ConfigChanged => {
+                let effect = self.relay.config_has_changed();
+                self.apply(effect.into_iter().collect());
+            }
+        }
+        if self.serve(dies) {
+            self.revive();
+        }
+        assert_eq!(self.closed, None);
+    }
+
+    fn state(&self) -> Server {
+        self.server.as_ref().expect("a server").seen()
+    }
+}
+
+/// What differs between two answers that are equally good: the descriptors that are made for them.
+fn bodies(messages: &[Message]) -> Vec<(u32, u32, Vec<u8>, usize)> {
+    let body = |one: &Message| (one.request, one.flags, one.body.clone(), one.files.len());
+    messages.iter().map(body).collect()
+}
+
+#[test]
+fn a_server_may_die_at_every_message_of_a_life() {
+    let life = life();
+    let mut undisturbed = World::new();
+    let states: Vec<Server> = life
+        .iter()
+        .map(|step| {
+            undisturbed.step(step, None);
+            undisturbed.state()
+        })
+        .collect();
+    assert_eq!(undisturbed.told, 1);
+    for moment in [Moment::Before, Moment::Unread, Moment::Unanswered, Moment::Answered] {
+        for at in 0..life.len() {
+            let mut world = World::new();
+            for (number, step) in life.iter().enumerate() {
+                world.step(step, Some(moment).filter(|_| number == at));
+                let expected = &states[number];
+                assert_eq!(world.state(), *expected, "{moment:?} at {at}, seen after {number}");
+            }
+            let (answers, expected) =
+                (bodies(&world.to_frontend), bodies(&undisturbed.to_frontend));
+            assert_eq!(answers, expected, "{moment:?} at {at}");
+            assert_eq!(world.told, 1, "{moment:?} at {at}: what was told on the other connection");
+        }
+    }
+}
+
+#[test]
+fn servers_that_die_at_all_messages_are_survived() {
+    let life = life();
+    let mut undisturbed = World::new();
+    life.iter().for_each(|step| undisturbed.step(step, None));
+    for moment in [Moment::Before, Moment::Unread, Moment::Unanswered, Moment::Answered] {
+        let mut world = World::new();
+        life.iter().for_each(|step| world.step(step, Some(moment)));
+        assert_eq!(world.state(), undisturbed.state(), "{moment:?}");
+        assert_eq!(bodies(&world.to_frontend), bodies(&undisturbed.to_frontend), "{moment:?}");
+        assert!(world.kicked > 0, "{moment:?}: rings were not looked at");
+    }
+}
+
+#[test]
+fn a_journal_does_not_grow_with_its_session() {
+    let mut world = World::new();
+    let mut counts = Vec::new();
+    let life = life();
+    life.iter().for_each(|step| world.step(step, None));
+    for _ in 0..3 {
+        for step in life.iter().filter(|step| match step {
+            Step::Frontend(message) => {
+                !matches!(message.request, r::SET_OWNER | r::ADD_MEM_REG | r::REM_MEM_REG)
+            }
+            _ => true,
+        }) {
+            world.step(step, None);
+        }
+        counts.push(world.relay.journal().replay().len());
+    }
+    assert_eq!(counts[0], counts[2]);
+}
+
+#[test]
+fn a_state_that_was_written_down_is_the_same_session() {
+    let life = life();
+    let mut undisturbed = World::new();
+    let mut world = World::new();
+    for step in &life {
+        undisturbed.step(step, None);
+        world.step(step, None);
+        // Everything is open still, so that each number is its own name.
+        let written = serde_json::to_string(&world.relay).unwrap();
+        let names = numbers(&life, &world).into_iter().map(|one| (number_of(&one), one)).collect();
+        let read = Descriptor::named(names, || serde_json::from_str(&written));
+        world.relay = read.unwrap_or_else(|why| panic!("{why}: {written}"));
+        assert_eq!(world.relay.journal(), undisturbed.relay.journal());
+    }
+    assert_eq!(bodies(&world.to_frontend), bodies(&undisturbed.to_frontend));
+}
+
+fn number_of(descriptor: &Descriptor) -> i32 {
+    std::os::fd::AsRawFd::as_raw_fd(descriptor)
+}
+
+/// All descriptors that a session may have.
+fn numbers(life: &[Step], world: &World) -> Vec<Descriptor> {
+    let of_life = life.iter().filter_map(|step| match step {
+        Step::Frontend(message) => Some(message.files.clone()),
+        _ => None,
+    });
+    let mut all: Vec<Descriptor> = of_life.flatten().collect();
+    all.extend(world.to_frontend.iter().flat_map(|message| message.files.clone()));
+    all.push(world.relay.region().memfd.clone());
+    all
+}
+
+#[test]
+fn what_is_no_request_for_this_device_is_turned_down_and_the_session_goes_on() {
+    let mut world = World::new();
+    let taken = r::protocol::REPLY_ACK;
+    world.step(&Step::Frontend(u64_message(r::SET_PROTOCOL_FEATURES, taken)), None);
+    world.step(&Step::Frontend(get(19)), None);
+    world.step(&Step::Frontend(get(39).with_need_reply()), None);
+    assert_eq!(bodies(&world.to_frontend), [(39, 5, 1_u64.to_le_bytes().to_vec(), 0)]);
+    // There is no place for a refusal in the answer to GET_STATUS.
+    let effects = world.relay.from_frontend(get(40));
+    assert!(matches!(effects[..], [Effect::Close(_)]), "{effects:?}");
+}
+
+#[test]
+fn memory_that_overlaps_is_refused() {
+    let mut world = World::new();
+    let mut overlapping = table(&[3, 4]);
+    overlapping.body[8 + 8] ^= 1;
+    let effects = world.relay.from_frontend(overlapping);
+    assert!(matches!(effects[..], [Effect::Close(_)]), "{effects:?}");
+}
+
+#[test]
+fn in_flight_regions_that_are_not_there_are_refused() {
+    let mut world = World::new();
+    let mut region = Region::new(2, 128).unwrap();
+    region.place.len += 4096;
+    let effects = world.relay.from_frontend(inflight(r::SET_INFLIGHT_FD, Some(&region)));
+    assert!(matches!(effects[..], [Effect::Close(_)]), "{effects:?}");
+}
+
+#[test]
+fn a_frontend_that_comes_back_is_told_that_the_disk_has_another_size() {
+    for (told, expected) in [(None, 0), (Some(2048), 0), (Some(4096), 1)] {
+        let mut world = World::new();
+        world.relay = Relay::new(Region::own(2).unwrap(), told);
+        world.revive();
+        let config = |step: &Step| matches!(step, Step::Frontend(message) if message.request == r::GET_CONFIG);
+        let steps = life().into_iter().filter(|step| !config(step));
+        steps.filter(|step| !matches!(step, Step::ConfigChanged)).take(35).for_each(|step| {
+            world.step(&step, None);
+        });
+        // Each of its two ring starts.
+        assert_eq!(world.told.min(1), expected, "{told:?}");
+    }
+}
