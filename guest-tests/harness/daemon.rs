@@ -238,8 +238,8 @@ impl Daemon {
         kill_process(Pid::from_child(&self.child), signal).expect("the daemon lives");
     }
 
-    /// Kills all that there is of it at once, as a loss of power does, and does not wait for its end:
-    /// that waits for its storage.
+    /// Kills all that there is of it at once, as a loss of power does, and does not wait for its
+    /// end: that waits for its storage.
     pub fn kill_whole(&self) {
         let server = Pid::from_raw(self.server_pid() as i32).expect("a process");
         if server != Pid::from_child(&self.child) {

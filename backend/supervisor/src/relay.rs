@@ -78,6 +78,7 @@ pub struct Relay {
     region: Region,
     link: Link,
     /// Some server has had it.
+    #[serde(default)]
     has_been_up: bool,
     asked: VecDeque<Asked>,
     /// What is asked again.
@@ -86,6 +87,7 @@ pub struct Relay {
     waits_for_region: bool,
     /// Rings that the server has not looked at since it has them. What the frontend says of them
     /// now would come before what they have in flight.
+    #[serde(default)]
     untaken: Vec<u32>,
     /// Nothing is passed on, because the server is to stand still.
     is_paused: bool,

@@ -25,7 +25,7 @@ const LOOK_AT_RINGS: Duration = Duration::from_micros(200);
 const RINGS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a session is over.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Over {
     /// The frontend has disconnected.
     Gone,
@@ -45,6 +45,7 @@ pub struct Session {
     /// A server has been told of it, and has not said that it is over.
     pub was_given: bool,
     /// When a server was told of it last.
+    #[serde(skip)]
     given_at: Option<Instant>,
     frontend: Connection,
     inner: Option<Connection>,
