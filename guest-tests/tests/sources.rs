@@ -17,6 +17,7 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("backend/srcu/src/models.rs", "the models: one for each case of the argument"),
     ("guest-tests/demo/main.rs", "the acts of the demo, in their order"),
     ("guest-tests/harness/client.rs", "the native client: its rings are argued for in one place"),
+    ("guest-tests/tests/native_server.rs", "a supervisor, and one test for each thing it commands"),
     ("guest-tests/tests/native_storage.rs", "one test for each thing that storage does"),
     ("guest-tests/tests/native_wire.rs", "one test for each thing that a frontend says"),
 ];

@@ -6,7 +6,7 @@
 
 use crate::change::prepare::Preparer;
 use crate::change::refusals::stopping;
-use crate::datapath::queue::{Footprint, Queues};
+use crate::datapath::queue::Queues;
 use crate::domain::LoadedDomain;
 use crate::environment::Environment;
 use crate::keeping::Keeping;
@@ -453,12 +453,6 @@ impl DomainProxy {
             storage_failure: self.storage.failure(),
             counters: self.storage.counters(),
         }
-    }
-
-    /// Where all workers are on their way.
-    #[must_use]
-    pub fn footprints(&self) -> Vec<Footprint> {
-        self.queues.footprints()
     }
 
     /// What has been asked for and how it ended, oldest first; the last 1024.

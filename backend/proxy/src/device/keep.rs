@@ -1,6 +1,7 @@
-//! What must outlive the process, as far as the device knows it.
+//! What another process asks of the device: what must outlive this one, and whether it hangs.
 
 use super::DomainProxy;
+use crate::datapath::queue::Footprint;
 use crate::keeping::{Keeper, KeptModule, Modules};
 use crate::signal::lock;
 use std::sync::Arc;
@@ -28,5 +29,11 @@ impl DomainProxy {
     /// Tells the keeper once more, because of something that it has to add.
     pub fn keep_again(&self) {
         self.keeping.tell();
+    }
+
+    /// Where all workers are on their way.
+    #[must_use]
+    pub fn footprints(&self) -> Vec<Footprint> {
+        self.queues.footprints()
     }
 }
