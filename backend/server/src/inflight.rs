@@ -34,10 +34,6 @@ pub struct Inflight {
     pub cautious: bool,
     /// Requests that do not run again, and are answered with an I/O error.
     pub quarantine: Vec<Quarantined>,
-    /// A ring whose part of the region is fresh goes on at its used index, and not where
-    /// SET_VRING_BASE says: for a session that is begun again with what a frontend said to an
-    /// earlier process, which may have got further than that since.
-    pub ignores_base: bool,
 }
 
 /// What has become of requests that were in flight.

@@ -68,8 +68,6 @@ impl QueueWorker {
         }
         if let Some(next_avail) = recovery.next_avail {
             queue.set_next_avail(next_avail);
-        } else if inflight.ignores_base {
-            queue.set_next_avail(ring.used_idx);
         }
         let mut marked = recovery.resubmit;
         // What can never be answered is not repeated by the process that has it.

@@ -43,12 +43,13 @@ impl Tracking {
 
     /// The ring is off. If nothing is in flight, what is turned on next is another one, as far as
     /// can be known: its driver may have begun anew.
+    ///
+    /// The region keeps what it says, which is that nothing is in flight. Were it forgotten here,
+    /// and the process killed before the frontend is told where the ring has stopped, the next one
+    /// would go on where the ring was started.
     pub(super) fn ring_is_off(&mut self, in_flight: usize) {
         if in_flight == 0 {
-            if let Some(tracker) = self.tracker.take() {
-                tracker.forget();
-            }
-            self.version = NONE;
+            (self.version, self.tracker) = (NONE, None);
         }
     }
 

@@ -138,7 +138,6 @@ impl Commands {
                         region: Arc::new(region),
                         cautious: false,
                         quarantine: Vec::new(),
-                        ignores_base: false,
                     })),
                     Err(error) => log::error!("an in-flight region is not used: {error}"),
                 }
@@ -308,7 +307,6 @@ impl SessionService {
                 region: Arc::new(region),
                 cautious: session.cautious,
                 quarantine: session.quarantined.iter().map(quarantined).collect(),
-                ignores_base: before.session == number,
             }));
             let served = session::serve_from(
                 &self.proxy,

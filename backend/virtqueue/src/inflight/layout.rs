@@ -5,7 +5,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
-/// The version of a region that was never used, or whose ring was stopped with nothing in flight.
+/// The version of a region that was never used. What keeps the region may make it so again when
+/// the frontend has been told where a ring has stopped.
 pub(super) const FRESH: u16 = 0;
 
 /// The version of the layout.

@@ -17,7 +17,8 @@ pub struct Marked {
 pub struct Recovery {
     /// What was in flight, and is to run again before anything new, in this order. It is marked.
     pub resubmit: Vec<Marked>,
-    /// The position of the next chain. None if the region was fresh: then the frontend says it.
+    /// The position of the next chain, whatever the frontend says. None if the region was fresh:
+    /// then the frontend's is the one.
     pub next_avail: Option<u16>,
     /// The region contradicts itself or the ring, in this way. What it says of that is left out.
     pub contradiction: Option<Contradiction>,
@@ -81,6 +82,10 @@ pub(super) fn recover(part: &Part, ring: Ring) -> Recovery {
         // The marks are of another ring.
         initialise(part, ring);
         return Recovery { contradiction, ..Recovery::default() };
+    }
+    if resubmit.is_empty() {
+        // As after a ring that was stopped with nothing in flight, and set up anew.
+        contradiction = None;
     }
     resubmit.sort_unstable();
     let next_avail = Some(ring.used_idx.wrapping_add(resubmit.len() as u16));

@@ -92,11 +92,6 @@ impl Tracker {
         }
     }
 
-    /// A ring was stopped with nothing in flight: whatever is started next begins with nothing.
-    pub fn forget(self) {
-        self.part.header().version.put(FRESH);
-    }
-
     /// Writes down which requests are published next, before the ring's used index says so (steps 2
     /// and 3 of the specification's "When supplying used buffers to the driver"). `used_idx` is the
     /// ring's, as it is still.

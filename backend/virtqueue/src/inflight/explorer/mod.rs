@@ -330,7 +330,7 @@ impl Explorer {
             return Ok(());
         }
         if process.held.is_empty() || self.is(Mutation::ForgetInFlight) {
-            self.stop(world)?;
+            self.stop(world);
         }
         if process.is_cautious && !process.held.is_empty() {
             // Some of it may run again.
@@ -388,33 +388,25 @@ impl Explorer {
         }
     }
 
-    /// The ring is stopped, and started again: as it is, or by a driver that begins anew.
-    fn stop(&mut self, world: &World) -> Result<(), String> {
-        self.load(world);
-        let tracker = self.tracker(world);
-        let ((), stores) = record(|| tracker.forget());
-        let stopped = self.apply(world.clone(), Step::Forget, stores)?;
-        self.visit(World { process: None, ..stopped.clone() });
-        if stopped.resets < self.bounds.resets {
-            let mut memory = stopped.memory;
-            memory.used = [0; USED];
-            let (offered, answered) = (Vec::new(), Vec::new());
-            let (process, kills) = (None, stopped.kills);
-            let (first, seen) = (0, 0);
-            let (resets, returns) = (stopped.resets + 1, stopped.returns);
-            self.visit(World {
-                memory,
-                offered,
-                answered,
-                first,
-                seen,
-                process,
-                kills,
-                resets,
-                returns,
-            });
+    /// The ring is stopped with nothing in flight, and started again: as it is, or by a driver that
+    /// begins anew. What keeps the region may have forgotten what it says.
+    fn stop(&mut self, world: &World) {
+        let has_reset = world.resets < self.bounds.resets;
+        for (is_forgotten, is_reset) in [(false, false), (true, false), (false, true), (true, true)]
+        {
+            let mut next = World { process: None, ..world.clone() };
+            if is_forgotten {
+                next.memory.part[..size_of::<Header>()].fill(0);
+            }
+            if is_reset {
+                next.memory.used = [0; USED];
+                (next.offered, next.answered) = (Vec::new(), Vec::new());
+                (next.first, next.seen, next.resets) = (0, 0, world.resets + 1);
+            }
+            if has_reset || !is_reset {
+                self.visit(next);
+            }
         }
-        Ok(())
     }
 }
 

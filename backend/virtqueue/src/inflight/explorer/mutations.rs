@@ -21,7 +21,6 @@ pub(super) enum What {
 pub(super) enum Step {
     Take,
     Publish,
-    Forget,
     Start,
 }
 
