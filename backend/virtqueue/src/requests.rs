@@ -209,6 +209,13 @@ impl RequestTable {
         end
     }
 
+    /// Whether the batch has chains that are not for the domain.
+    #[must_use]
+    #[inline]
+    pub const fn has_immediate(&self) -> bool {
+        !self.immediate.is_empty()
+    }
+
     /// The heads of the chains of the batch that are not for the domain and have `after` of its
     /// requests before them, in their order.
     pub fn immediate(&self, after: usize) -> impl DoubleEndedIterator<Item = u16> {

@@ -52,11 +52,21 @@ pub fn publish_tracked(
     tracker: &mut Tracker,
 ) -> bool {
     let old = queue.next_used();
-    tracker.publishes(used, old);
     let mut next = old;
-    for &entry in used {
-        view.set_used(next, entry);
-        next = next.wrapping_add(1);
+    if tracker.has_unmarked() {
+        tracker.chain_marked(used, old);
+        for &entry in used {
+            view.set_used(next, entry);
+            next = next.wrapping_add(1);
+        }
+    } else {
+        let mut last = tracker.last_batch_head();
+        for &entry in used {
+            view.set_used(next, entry);
+            last = tracker.chain(entry.head, last);
+            next = next.wrapping_add(1);
+        }
+        tracker.chained(last);
     }
     view.set_used_idx(next);
     tracker.published(used, next);

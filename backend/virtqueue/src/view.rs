@@ -63,6 +63,8 @@ impl Layout {
 /// translate that one address only.
 pub struct RingView {
     layout: Layout,
+    /// The size, less one: what positions are cut off with.
+    mask: u16,
     avail: *const AtomicU16,
     used: *const AtomicU16,
     /// Null if it is not in one region: only a hint is taken from it.
@@ -85,6 +87,9 @@ impl RingView {
         if layout.avail == 0 || layout.size == 0 {
             return Err(Error::QueueNotReady);
         }
+        if !layout.size.is_power_of_two() {
+            return Err(Error::InvalidSize);
+        }
         let size = usize::from(layout.size);
         // 2.7.7.1 and 2.7.7.2: the other side's event index lies behind the elements, if it was
         // negotiated.
@@ -100,6 +105,7 @@ impl RingView {
         })?;
         Ok(Self {
             layout,
+            mask: layout.size - 1,
             avail: avail.cast_const(),
             used: used.cast(),
             desc: desc.map_or(std::ptr::null(), <*mut u8>::cast_const),
@@ -148,9 +154,7 @@ impl RingView {
     /// `avail.ring[position]`, for any position: it is taken modulo the size.
     #[inline]
     pub fn avail_entry(&self, position: u16) -> u16 {
-        u16::from_le(
-            self.avail_word(2 + usize::from(position % self.layout.size)).load(Ordering::Relaxed),
-        )
+        u16::from_le(self.avail_word(2 + usize::from(position & self.mask)).load(Ordering::Relaxed))
     }
 
     /// `used_event`, behind the available ring; only with event indices.
@@ -163,7 +167,7 @@ impl RingView {
     /// Writes `used.ring[position]`, for any position: it is taken modulo the size.
     #[inline]
     pub fn set_used(&self, position: u16, entry: Used) {
-        let first = 1 + 2 * usize::from(position % self.layout.size);
+        let first = 1 + 2 * usize::from(position & self.mask);
         let word = |index: usize| {
             // SAFETY: `new` has checked that 4 + 8 * size bytes, aligned to 4, are mapped from
             // `used` on, and `first` is at most 2 * size - 1.

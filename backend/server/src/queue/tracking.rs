@@ -1,7 +1,10 @@
 //! What a worker has of the region in which requests in flight are marked.
 
 use crate::inflight::{Inflight, SharedInflight};
+use domain_abi::RawRequest;
+use proxy::slot_of;
 use std::sync::Arc;
+use virtqueue::RequestTable;
 use virtqueue::inflight::{Marked, Tracker};
 
 /// No version of what the session shares.
@@ -56,6 +59,19 @@ impl Tracking {
     /// How many requests of an earlier process are still to be submitted.
     pub(super) fn to_replay(&self) -> usize {
         self.replay.as_ref().map_or(0, |replay| replay.marked.len() - replay.next)
+    }
+}
+
+/// Marks the chains of a batch, which were just taken: no domain has seen them.
+#[inline(always)]
+pub(super) fn mark(tracker: &mut Tracker, requests: &RequestTable, batch: &[RawRequest]) {
+    let head = |request: &RawRequest| slot_of(request.tag) as u16;
+    if !requests.has_immediate() {
+        return tracker.mark(batch.iter().map(head));
+    }
+    for after in 0..=batch.len() {
+        requests.immediate(after).for_each(|head| tracker.mark_any(head));
+        batch.get(after).into_iter().for_each(|request| tracker.mark_any(head(request)));
     }
 }
 

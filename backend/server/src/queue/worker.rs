@@ -23,7 +23,7 @@ use super::inputs::{BatchInputs, Memory};
 use super::notices;
 use super::poller::{Awaited, Poller};
 use super::ring::{RingState, is_on};
-use super::tracking::Tracking;
+use super::tracking::{Tracking, mark};
 use crate::phase::{Phase, PhaseCell};
 use domain_abi::{RawRequest, Status};
 use proxy::{Ended, Gate, Worker, slot_of};
@@ -411,16 +411,12 @@ impl QueueWorker {
         self.batch.clear();
         let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
         let tags = self.device.tags();
-        let tracker = &mut self.tracking.tracker;
         let (mut bytes, mut in_use) = (0, None);
         while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
             let chain = view.avail_entry(self.ring.next_avail);
             self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
             match parser.next(table, chain, inputs.limits) {
                 Chain::Request(head, mut request) => {
-                    if let Some(tracker) = tracker {
-                        tracker.mark(head);
-                    }
                     bytes += request.len();
                     tags.name(&mut request, usize::from(head));
                     self.batch.push(request);
@@ -430,19 +426,19 @@ impl QueueWorker {
                     in_use = Some(head);
                     break;
                 }
-                Chain::Answer(outside) => {
-                    if let Some(tracker) = tracker {
-                        tracker.mark(chain);
-                    }
-                    outside.iter().for_each(|&addr| notices::outside_of_memory(self.queue, addr));
-                }
+                Chain::Answer(None) => {}
+                Chain::Answer(Some(addr)) => notices::outside_of_memory(self.queue, addr),
                 Chain::Malformed { head, reason, outside } => {
                     notices::malformed_chain(self.queue, head, reason, outside);
-                    if tracker.as_mut().is_some_and(|tracker| !tracker.mark_malformed(head)) {
+                    if head >= table.size && self.tracking.tracker.is_some() {
+                        // It cannot be marked, so nothing that can comes behind it.
                         break;
                     }
                 }
             }
+        }
+        if let Some(tracker) = &mut self.tracking.tracker {
+            mark(tracker, &self.requests, &self.batch);
         }
         queue.set_next_avail(self.ring.next_avail);
         let has_taken = self.ring.next_avail != first;

@@ -57,6 +57,13 @@ fn heads(recovery: &Recovery) -> Vec<u16> {
     recovery.resubmit.iter().map(|marked| marked.head).collect()
 }
 
+/// What is done before a batch is published.
+fn chain(tracker: &mut Tracker, used: &[Used]) {
+    let last = tracker.last_batch_head();
+    let last = used.iter().fold(last, |last, element| tracker.chain(element.head, last));
+    tracker.chained(last);
+}
+
 #[test]
 fn every_number_is_where_the_specification_puts_it() {
     // vhost-user, "Inflight I/O tracking": `QueueRegionSplit` and `DescStateSplit`.
@@ -65,9 +72,9 @@ fn every_number_is_where_the_specification_puts_it() {
     let (file, region) = region(&[]);
     let (mut tracker, recovery) = Tracker::start(&region, 1, RING).expect("it fits");
     assert_eq!(recovery, Recovery::default(), "it is fresh");
-    [5, 2].into_iter().for_each(|head| tracker.mark(head));
+    tracker.mark([5, 2]);
     let used = [Used { head: 2, len: 1 }, Used { head: 5, len: 1 }];
-    tracker.publishes(&used[..1], 100);
+    chain(&mut tracker, &used[..1]);
     let mut bytes = vec![0; queue_bytes(8)];
     let mut read = || {
         file.read_exact_at(&mut bytes, queue_bytes(8) as u64).expect("the region");
@@ -82,7 +89,7 @@ fn every_number_is_where_the_specification_puts_it() {
     };
     assert_eq!(read(), ([1, 8, 2, 100], (1, 0, 2), (1, 0, 1)));
     tracker.published(&used[..1], 101);
-    tracker.publishes(&used[1..], 101);
+    chain(&mut tracker, &used[1..]);
     tracker.published(&used[1..], 102);
     assert_eq!(read(), ([1, 8, 5, 102], (0, 0, 2), (0, 2, 1)));
     let mut first = vec![0; queue_bytes(8)];
@@ -229,14 +236,18 @@ fn a_region_may_hold_anything() {
         contradictory += usize::from(recovery.contradiction.is_some());
         // What a hostile driver makes a worker do.
         let (any, other) = (numbers.next() as u16, numbers.below(u64::from(size)) as u16);
-        let is_head = tracker.mark_malformed(any);
-        tracker.mark(other);
+        tracker.mark_any(any);
+        tracker.mark([other]);
         tracker.unmark(any);
         let used = [any, other, other].map(|head| Used { head, len: 0 });
-        if !is_head {
-            tracker.mark_malformed(any);
+        if any >= size {
+            tracker.mark_any(any);
         }
-        tracker.publishes(&used, 100);
+        if tracker.has_unmarked() {
+            tracker.chain_marked(&used, 100);
+        } else {
+            chain(&mut tracker, &used);
+        }
         tracker.published(&used, 103);
         // And the next process.
         let ring = Ring { used_idx: 103, avail_idx: avail_idx.wrapping_add(3), ..ring };

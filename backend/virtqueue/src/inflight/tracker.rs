@@ -55,30 +55,32 @@ impl Tracker {
         Ok((tracker, recovery))
     }
 
-    /// Marks a chain whose head is one of the ring's, when it is taken and before anything is done
-    /// for it: its counter, then its mark (steps 2 to 4 of the specification's "When receiving
+    /// Marks chains whose heads are the ring's, when they are taken and before anything is done for
+    /// them: of each its counter, then its mark (steps 2 to 4 of the specification's "When receiving
     /// available buffers from the driver"). Chains are marked in the order of the ring.
     #[inline(always)]
-    pub fn mark(&mut self, head: u16) {
-        // SAFETY: it is at most `mask`, and `start` has checked that there is an entry for it.
-        let entry = unsafe { self.part.entry_unchecked(head & self.mask) };
-        entry.counter.put_anywhere(self.counter);
-        self.counter = self.counter.wrapping_add(1);
-        // Release: the counter is there before it.
-        entry.inflight.put(1);
+    pub fn mark(&mut self, heads: impl IntoIterator<Item = u16>) {
+        let mut counter = self.counter;
+        for head in heads {
+            // SAFETY: it is at most `mask`, and `start` has checked that there is an entry for it.
+            let entry = unsafe { self.part.entry_unchecked(head & self.mask) };
+            entry.counter.put_anywhere(counter);
+            counter = counter.wrapping_add(1);
+            // Release: the counter is there before it.
+            entry.inflight.put(1);
+        }
+        self.counter = counter;
     }
 
-    /// Marks a chain that may have a head of any number. Returns `false` if there is no such head:
-    /// then this chain must be the last of its batch.
+    /// As [`mark`](Self::mark), of a chain that may have a head of any number. One whose head there
+    /// is not has no mark, and must be the last of its batch.
     #[cold]
-    pub fn mark_malformed(&mut self, head: u16) -> bool {
-        let is_head = head <= self.mask;
-        if is_head {
-            self.mark(head);
+    pub fn mark_any(&mut self, head: u16) {
+        if head <= self.mask {
+            self.mark([head]);
         } else {
             self.unmarked += 1;
         }
-        is_head
     }
 
     /// Takes the mark off a chain that goes back to the ring. Chains go back from the last to the
@@ -92,22 +94,32 @@ impl Tracker {
         }
     }
 
-    /// Writes down which requests are published next, before the ring's used index says so (steps 2
-    /// and 3 of the specification's "When supplying used buffers to the driver"). `used_idx` is the
-    /// ring's, as it is still.
+    /// Whether some of what is published next has no mark.
     #[inline(always)]
-    pub(crate) fn publishes(&mut self, used: &[Used], used_idx: u16) {
-        if self.unmarked > 0 {
-            return self.publishes_some(used, used_idx);
-        }
-        let mut last = self.last_batch_head;
-        for element in used {
-            let head = element.head & self.mask;
-            // SAFETY: as in `mark`.
-            let entry = unsafe { self.part.entry_unchecked(head) };
-            entry.next.put_anywhere(last);
-            last = head;
-        }
+    pub(crate) const fn has_unmarked(&self) -> bool {
+        self.unmarked > 0
+    }
+
+    /// Puts a request that is published next into the list, behind `last` (step 2 of the
+    /// specification's "When supplying used buffers to the driver"). Returns the list's new head.
+    #[inline(always)]
+    pub(crate) fn chain(&self, head: u16, last: u16) -> u16 {
+        let head = head & self.mask;
+        // SAFETY: as in `mark`.
+        let entry = unsafe { self.part.entry_unchecked(head) };
+        entry.next.put_anywhere(last);
+        head
+    }
+
+    /// The head of the list.
+    #[inline(always)]
+    pub(crate) const fn last_batch_head(&self) -> u16 {
+        self.last_batch_head
+    }
+
+    /// The list is complete (step 3). The ring's used index comes next.
+    #[inline(always)]
+    pub(crate) fn chained(&mut self, last: u16) {
         self.last_batch_head = last;
         self.part.header().last_batch_head.put_anywhere(last);
     }
@@ -119,7 +131,7 @@ impl Tracker {
         // No mark goes before the used index is there.
         compiler_fence(Ordering::SeqCst);
         if self.unmarked > 0 {
-            self.published_some(used);
+            self.unmark_marked(used);
         } else {
             for element in used {
                 // SAFETY: as in `mark`.
@@ -131,25 +143,25 @@ impl Tracker {
         self.part.header().used_idx.put(used_idx);
     }
 
-    /// As [`publishes`](Self::publishes), if some of it has no mark.
+    /// Puts what is published next into the list, if some of it has no mark. `used_idx` is the
+    /// ring's, as it is still.
     ///
-    /// That is not in the list, so the region's index goes ahead by its number before the ring's
+    /// What has no mark is not in the list, so the region's index goes ahead by its number before the ring's
     /// goes. Once both have gone, they differ by the length of the list; until then, by more than
     /// any list is long.
     #[cold]
-    fn publishes_some(&mut self, used: &[Used], used_idx: u16) {
+    pub(crate) fn chain_marked(&mut self, used: &[Used], used_idx: u16) {
         let header = self.part.header();
         header.used_idx.put(used_idx.wrapping_add(self.unmarked));
         for element in used.iter().filter(|element| element.head <= self.mask) {
-            self.part.entry(element.head).next.put(self.last_batch_head);
-            self.last_batch_head = element.head;
+            self.last_batch_head = self.chain(element.head, self.last_batch_head);
         }
-        header.last_batch_head.put(self.last_batch_head);
+        self.chained(self.last_batch_head);
     }
 
     /// As [`published`](Self::published), if some of it has no mark.
     #[cold]
-    fn published_some(&mut self, used: &[Used]) {
+    fn unmark_marked(&mut self, used: &[Used]) {
         for element in used.iter().filter(|element| element.head <= self.mask) {
             self.part.entry(element.head).inflight.put(0);
         }
