@@ -3,6 +3,7 @@
 use super::layout::{Entry, Header, queue_bytes};
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -104,17 +105,14 @@ impl Region {
     pub const fn bytes(queues: u16, desc_num: u16) -> u64 {
         queues as u64 * queue_bytes(desc_num) as u64
     }
-
-    /// How many entries each queue has.
-    pub(super) const fn desc_num(&self) -> u16 {
-        self.desc_num
-    }
 }
 
-/// A queue's part of a region. One thread at a time writes to it.
+/// A queue's part of a region, for a ring. One thread at a time writes to it.
 pub(super) struct Part {
     header: *const Header,
     entries: *const Entry,
+    /// The ring's size, less one. It is a power of two, and no more than there are entries.
+    mask: u16,
     /// Keeps it mapped.
     region: Arc<Region>,
 }
@@ -124,15 +122,23 @@ pub(super) struct Part {
 unsafe impl Send for Part {}
 
 impl Part {
-    /// The part of `queue`.
-    pub(super) fn new(region: &Arc<Region>, queue: usize) -> Result<Self, RegionError> {
-        let queues = region.queues;
+    /// The part of `queue`, whose ring has `size` entries.
+    pub(super) fn new(region: &Arc<Region>, queue: usize, size: u16) -> Result<Self, RegionError> {
+        let (queues, desc_num) = (region.queues, region.desc_num);
         if queue >= usize::from(queues) {
             return Err(RegionError::NoSuchQueue { queue, queues });
         }
+        if size > desc_num || !size.is_power_of_two() {
+            return Err(RegionError::RingIsLarger { size, desc_num });
+        }
         let header = region.map.as_ptr().wrapping_add(queue * queue_bytes(region.desc_num));
         let entries = header.wrapping_add(size_of::<Header>());
-        Ok(Self { header: header.cast(), entries: entries.cast(), region: Arc::clone(region) })
+        Ok(Self {
+            header: header.cast(),
+            entries: entries.cast(),
+            mask: size - 1,
+            region: Arc::clone(region),
+        })
     }
 
     pub(super) const fn header(&self) -> &Header {
@@ -144,24 +150,43 @@ impl Part {
 
     /// How many entries there are.
     pub(super) fn len(&self) -> u16 {
-        self.region.desc_num()
+        self.region.desc_num
     }
 
     /// The entry of a head.
-    #[inline(always)]
     pub(super) fn entry(&self, head: u16) -> &Entry {
         assert!(head < self.len(), "head {head} has no entry");
-        // SAFETY: it is in bounds.
-        unsafe { self.entry_unchecked(head) }
+        // SAFETY: it is in bounds: a part has `len` entries behind its header. The rest is as in
+        // `header`.
+        unsafe { &*self.entries.add(usize::from(head)) }
     }
 
-    /// The entry of a head that was checked.
-    ///
-    /// # Safety
-    /// `head` is less than [`len`](Self::len).
+    /// Whether a chain of the ring may begin there.
     #[inline(always)]
-    pub(super) unsafe fn entry_unchecked(&self, head: u16) -> &Entry {
-        // SAFETY: as in `header`: a part has `len` entries behind its header.
-        unsafe { &*self.entries.add(usize::from(head)) }
+    pub(super) const fn has(&self, head: u16) -> bool {
+        head <= self.mask
+    }
+
+    /// The entries of the ring's heads.
+    #[inline(always)]
+    pub(super) const fn entries(&self) -> Entries<'_> {
+        Entries { first: self.entries, mask: self.mask, part: PhantomData }
+    }
+}
+
+/// The entries of a part, by any head: it is cut off with the ring's size.
+#[derive(Clone, Copy)]
+pub(super) struct Entries<'p> {
+    first: *const Entry,
+    mask: u16,
+    part: PhantomData<&'p Part>,
+}
+
+impl<'p> Entries<'p> {
+    #[inline(always)]
+    pub(super) const fn at(self, head: u16) -> &'p Entry {
+        // SAFETY: `Part::new` has checked that there are more entries than `mask`, and what is cut
+        // off with it is no more. The rest is as in `Part::header`; the part is borrowed.
+        unsafe { &*self.first.add((head & self.mask) as usize) }
     }
 }

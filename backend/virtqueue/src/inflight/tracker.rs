@@ -10,8 +10,6 @@ use std::sync::atomic::{Ordering, compiler_fence};
 /// The marks of a queue whose ring is on. Only its worker has it.
 pub struct Tracker {
     pub(super) part: Part,
-    /// The ring's size, less one: what a head is cut off with, so that each has an entry.
-    pub(super) mask: u16,
     /// The number of the next chain.
     pub(super) counter: u64,
     pub(super) last_batch_head: u16,
@@ -31,11 +29,7 @@ impl Tracker {
         queue: usize,
         ring: Ring,
     ) -> Result<(Self, Recovery), RegionError> {
-        let part = Part::new(region, queue)?;
-        let (size, desc_num) = (ring.size, part.len());
-        if size > desc_num || !size.is_power_of_two() {
-            return Err(RegionError::RingIsLarger { size, desc_num });
-        }
+        let part = Part::new(region, queue, ring.size)?;
         let (version, desc_num) = (part.header().version.get(), part.header().desc_num.get());
         if version != FRESH && (version, desc_num) != (VERSION, part.len()) {
             return Err(RegionError::OtherLayout { version, desc_num });
@@ -46,7 +40,6 @@ impl Tracker {
         let last_batch_head = part.header().last_batch_head.get();
         let tracker = Self {
             part,
-            mask: size - 1,
             // No process lives to see it wrap.
             counter: newest.wrapping_add(1),
             last_batch_head,
@@ -56,14 +49,13 @@ impl Tracker {
     }
 
     /// Marks chains whose heads are the ring's, when they are taken and before anything is done for
-    /// them: of each its counter, then its mark (steps 2 to 4 of the specification's "When receiving
-    /// available buffers from the driver"). Chains are marked in the order of the ring.
+    /// them: of each its counter, then its mark (steps 2 to 4 of "When receiving available buffers
+    /// from the driver" in the specification). Chains are marked in the order of the ring.
     #[inline(always)]
     pub fn mark(&mut self, heads: impl IntoIterator<Item = u16>) {
-        let mut counter = self.counter;
+        let (entries, mut counter) = (self.part.entries(), self.counter);
         for head in heads {
-            // SAFETY: it is at most `mask`, and `start` has checked that there is an entry for it.
-            let entry = unsafe { self.part.entry_unchecked(head & self.mask) };
+            let entry = entries.at(head);
             entry.counter.put_anywhere(counter);
             counter = counter.wrapping_add(1);
             // Release: the counter is there before it.
@@ -76,7 +68,7 @@ impl Tracker {
     /// is not has no mark, and must be the last of its batch.
     #[cold]
     pub fn mark_any(&mut self, head: u16) {
-        if head <= self.mask {
+        if self.part.has(head) {
             self.mark([head]);
         } else {
             self.unmarked += 1;
@@ -87,7 +79,7 @@ impl Tracker {
     /// first: so that what is marked is what the ring has in front of the next chain, always.
     #[cold]
     pub fn unmark(&mut self, head: u16) {
-        if head <= self.mask {
+        if self.part.has(head) {
             self.part.entry(head).inflight.put(0);
         } else {
             self.unmarked -= 1;
@@ -100,14 +92,11 @@ impl Tracker {
         self.unmarked > 0
     }
 
-    /// Puts a request that is published next into the list, behind `last` (step 2 of the
+    /// Puts a request that is published next into the list, in front of `last` (step 2 of the
     /// specification's "When supplying used buffers to the driver"). Returns the list's new head.
     #[inline(always)]
     pub(crate) fn chain(&self, head: u16, last: u16) -> u16 {
-        let head = head & self.mask;
-        // SAFETY: as in `mark`.
-        let entry = unsafe { self.part.entry_unchecked(head) };
-        entry.next.put_anywhere(last);
+        self.part.entries().at(head).next.put_anywhere(last);
         head
     }
 
@@ -133,11 +122,8 @@ impl Tracker {
         if self.unmarked > 0 {
             self.unmark_marked(used);
         } else {
-            for element in used {
-                // SAFETY: as in `mark`.
-                let entry = unsafe { self.part.entry_unchecked(element.head & self.mask) };
-                entry.inflight.put_anywhere(0);
-            }
+            let entries = self.part.entries();
+            used.iter().for_each(|element| entries.at(element.head).inflight.put_anywhere(0));
         }
         // Release: the marks are off before it.
         self.part.header().used_idx.put(used_idx);
@@ -146,14 +132,14 @@ impl Tracker {
     /// Puts what is published next into the list, if some of it has no mark. `used_idx` is the
     /// ring's, as it is still.
     ///
-    /// What has no mark is not in the list, so the region's index goes ahead by its number before the ring's
-    /// goes. Once both have gone, they differ by the length of the list; until then, by more than
-    /// any list is long.
+    /// What has no mark is not in the list, so the region's index goes ahead by its number before
+    /// the ring's goes. Once both have gone, they differ by the length of the list; until then, by
+    /// more than any list is long.
     #[cold]
     pub(crate) fn chain_marked(&mut self, used: &[Used], used_idx: u16) {
         let header = self.part.header();
         header.used_idx.put(used_idx.wrapping_add(self.unmarked));
-        for element in used.iter().filter(|element| element.head <= self.mask) {
+        for element in used.iter().filter(|element| self.part.has(element.head)) {
             self.last_batch_head = self.chain(element.head, self.last_batch_head);
         }
         self.chained(self.last_batch_head);
@@ -162,7 +148,7 @@ impl Tracker {
     /// As [`published`](Self::published), if some of it has no mark.
     #[cold]
     fn unmark_marked(&mut self, used: &[Used]) {
-        for element in used.iter().filter(|element| element.head <= self.mask) {
+        for element in used.iter().filter(|element| self.part.has(element.head)) {
             self.part.entry(element.head).inflight.put(0);
         }
         self.unmarked = 0;

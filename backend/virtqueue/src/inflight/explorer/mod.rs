@@ -229,8 +229,7 @@ impl Explorer {
     fn tracker(&self, world: &World) -> Tracker {
         let process = world.process();
         Tracker {
-            part: Part::new(&self.region, QUEUE).expect("a part"),
-            mask: SIZE - 1,
+            part: Part::new(&self.region, QUEUE, SIZE).expect("a part"),
             counter: process.counter,
             last_batch_head: process.last_batch_head,
             unmarked: process.unmarked,
