@@ -51,7 +51,10 @@ fn main() -> ExitCode {
                 };
             }
         },
-        Invocation::ServeChannel(fd) => supervised::run(fd),
+        Invocation::ServeChannel(fd) => {
+            supervision::take_name();
+            supervised::run(fd)
+        }
         // Printed by then.
         Invocation::PrintCapabilities => Ok(Vec::new()),
     };

@@ -10,8 +10,11 @@ use channel::Settings;
 use control::SocketFile;
 use signal_hook::consts::SIGCHLD;
 use signal_hook::low_level::pipe;
+use std::ffi::{CString, OsStr};
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use supervisor::process::Program;
 use supervisor::reexec;
@@ -77,6 +80,17 @@ const SIGNALS: Signals = Signals {
     },
 };
 
+/// Gives the process the name, in lists of processes, that the file has which it is called by: it
+/// was executed by way of a descriptor, whose number is its name so far.
+pub fn take_name() {
+    let called = std::env::args_os().next().map(PathBuf::from);
+    let name = called.as_deref().and_then(Path::file_name).map(OsStr::as_bytes);
+    if let Some(name) = name.and_then(|name| CString::new(name).ok()) {
+        // It is for people only.
+        let _ = rustix::thread::set_name(&name);
+    }
+}
+
 /// If this process is called by a supervisor that may become this program, or just has: does what
 /// it is called for, and returns the exit status.
 #[must_use]
@@ -85,6 +99,7 @@ pub fn of_another_program() -> Option<u8> {
         return Some(check_state(fd));
     }
     let fd = reexec::asked(reexec::RESUME_STATE)?;
+    take_name();
     logging::start();
     Some(match go_on(fd) {
         Ok(status) => u8::try_from(status).unwrap_or(1),
