@@ -3,7 +3,8 @@
 //! Under a load that checks every block, on one connection: no error, no mismatch, no request
 //! without an answer and none that is answered twice, however often the server is killed.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::{Control, Daemon};
-use guest_tests::stamp::{Load, LoadOptions, assert_intact};
+use guest_tests::stamp::{Load, LoadOptions, LoadReport, assert_intact};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -99,6 +100,59 @@ fn a_server_of_a_file_is_killed_a_hundred_times() {
     let file = image(64 << 20);
     let path = file.path().to_str().expect("UTF-8");
     killed_a_hundred_times(&["--blk-file", path, "--param", "direct=true"]);
+}
+
+/// Kills the server while the oldest request of its queue is in flight and younger ones have ended.
+/// What became of the load, if it went on.
+fn killed_out_of_order(loses_marks: bool) -> LoadReport {
+    // In flight for three seconds; the next server has the same again.
+    let args = ["--domain", "faulty", "--param", "fault=request:stall:200"];
+    let daemon = supervised(&args);
+    let options = LoadOptions { patience: 12 * SECOND, ..LoadOptions::new(1, 16) };
+    let load = Load::start(daemon.socket(), &options);
+    load.wait_for(400);
+    let server = u64::from(daemon.server_pid());
+    daemon.signal(Signal::STOP);
+    kill(server);
+    let stat = format!("/proc/{server}/stat");
+    while !fs::read_to_string(&stat).expect("a child").contains(") Z ") {
+        thread::sleep(Duration::from_millis(1));
+    }
+    if loses_marks {
+        lose_marks(&daemon);
+    }
+    daemon.signal(Signal::CONT);
+    thread::sleep(6 * SECOND);
+    load.stop()
+}
+
+/// Zeroes the in-flight region, which the supervisor has.
+fn lose_marks(daemon: &Daemon) {
+    let fds = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("the daemon lives");
+    let mut count = 0;
+    for fd in fds.flatten().map(|fd| fd.path()) {
+        let target = fs::read_link(&fd).unwrap_or_default();
+        if target.to_string_lossy().contains("memfd:hotswap-inflight") {
+            let file = File::options().write(true).open(&fd).expect("the region");
+            let len = file.metadata().expect("its length").len();
+            file.write_all_at(&vec![0; len as usize], 0).expect("zeroed");
+            count += 1;
+        }
+    }
+    assert_eq!(count, 1, "in-flight regions");
+}
+
+#[test]
+fn requests_that_ended_out_of_order_are_told_from_those_that_did_not_end() {
+    killed_out_of_order(false).assert_clean();
+}
+
+/// So that the test before can fail.
+#[test]
+fn without_marks_a_request_is_lost() {
+    let report = killed_out_of_order(true);
+    let faults = report.errors + report.mismatches + report.unanswered + report.spurious;
+    assert!(faults > 0, "what was in flight was not looked up, and nothing is missing: {report:?}");
 }
 
 fn image(bytes: u64) -> tempfile::NamedTempFile {

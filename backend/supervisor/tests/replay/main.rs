@@ -309,3 +309,65 @@ fn a_frontend_that_comes_back_is_told_that_the_disk_has_another_size() {
         assert_eq!(world.told.min(1), expected, "{told:?}");
     }
 }
+
+/// Random numbers that are the same each time.
+fn random(mut state: u64) -> impl FnMut(u64) -> u64 {
+    move |below| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    }
+}
+
+#[test]
+fn whatever_a_frontend_and_a_server_say_is_survived() {
+    let files = [(); 3].map(|()| Region::new(2, 128).unwrap().memfd);
+    for seed in 1..300 {
+        let mut below = random(0x9abc_def1 * seed);
+        let mut relay = Relay::new(Region::own(2).unwrap(), Some(1));
+        let mut waiting: VecDeque<Message> = VecDeque::new();
+        let note = |effects: Vec<Effect>, waiting: &mut VecDeque<Message>| {
+            let asked = effects.into_iter().filter_map(|effect| match effect {
+                Effect::Server(message) => Some(message),
+                _ => None,
+            });
+            waiting.extend(asked);
+        };
+        note(relay.server_is_found(), &mut waiting);
+        for _ in 0..200 {
+            let length = [0, 4, 8, 16, 20, 24, 40, 48, 72][below(9) as usize];
+            let body: Vec<u8> = (0..length).map(|_| below(256).min(below(4) * 256) as u8).collect();
+            let files = files[..below(4) as usize].to_vec();
+            match below(8) {
+                0 => {
+                    relay.server_is_lost();
+                    waiting.clear();
+                    note(relay.server_is_found(), &mut waiting);
+                }
+                1 => note(relay.look_at_region(), &mut waiting),
+                2 => note(relay.stop_waiting_for_rings(), &mut waiting),
+                3 => relay.inflight_is_taken(),
+                4 => {
+                    let effects = relay.from_server(Message::reply(below(50) as u32, body, files));
+                    note(effects, &mut waiting);
+                }
+                5 if !relay.is_held() => {
+                    let message = Message::new(below(50) as u32, body, files);
+                    note(relay.from_frontend(message.with_need_reply()), &mut waiting);
+                }
+                _ => {
+                    while let Some(asked) = waiting.pop_front() {
+                        let body = if below(2) == 0 { vec![0; 8] } else { body.clone() };
+                        let answer = Message::reply(asked.request, body, Vec::new());
+                        note(relay.from_server(answer), &mut waiting);
+                    }
+                    if !relay.is_held() {
+                        let message = Message::new(below(50) as u32, body, files);
+                        note(relay.from_frontend(message), &mut waiting);
+                    }
+                }
+            }
+        }
+    }
+}
