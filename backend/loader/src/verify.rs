@@ -126,8 +126,8 @@ fn check_entry(image: &Image<'_>, dynamic: &Dynamic<'_>, symbols: &[Symbol]) -> 
         return Err(Error::NoEntry);
     }
     let (address, len) = (entry.st_value.get(LE), entry.st_size.get(LE));
-    if len < size_of::<ModuleVtable>() as u64 {
-        return Err(Error::WrongTable("is shorter than this host's"));
+    if len < ModuleVtable::FIRST_SIZE as u64 {
+        return Err(Error::WrongTable("is shorter than the first that there was"));
     }
     if !address.is_multiple_of(align_of::<ModuleVtable>() as u64) {
         return Err(Error::Malformed("the table of functions is not aligned"));
@@ -142,8 +142,8 @@ fn check_entry(image: &Image<'_>, dynamic: &Dynamic<'_>, symbols: &[Symbol]) -> 
     if word(std::mem::offset_of!(ModuleVtable, abi_version)) != ABI_VERSION {
         return Err(Error::WrongTable("is of another ABI version"));
     }
-    if (size as usize) < size_of::<ModuleVtable>() || u64::from(size) > len {
-        return Err(Error::WrongTable("has another size than this host's"));
+    if (size as usize) < ModuleVtable::FIRST_SIZE || u64::from(size) > len {
+        return Err(Error::WrongTable("has another size than it says"));
     }
     Ok(())
 }

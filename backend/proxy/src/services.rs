@@ -55,6 +55,10 @@ impl HostServices for Services {
         self.storage.region(self.id, key, len)
     }
 
+    fn grow_region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError> {
+        self.storage.grow_region(self.id, key, len)
+    }
+
     fn bytes(&self, key: &str) -> Option<Arc<Vec<u8>>> {
         self.storage.bytes(key)
     }

@@ -310,6 +310,33 @@ impl Storage {
         region
     }
 
+    /// Makes the region at `key` `len` bytes long, where it is. A transaction does not undo it, as
+    /// it does not undo what is written into a region.
+    ///
+    /// # Errors
+    /// `by` does not own the storage, there is no such region, it is longer, or it cannot be as
+    /// long.
+    pub fn grow_region(
+        &self,
+        by: DomainId,
+        key: &str,
+        len: u64,
+    ) -> Result<Arc<HostRegion>, DomainError> {
+        let inner = self.owned(by)?;
+        let region = inner.regions.get(key).and_then(|&object| self.heap.get(object).ok());
+        let region =
+            region.ok_or_else(|| DomainError::new(format!("there is no region `{key}`")))?;
+        let has = region.len() as u64;
+        if len < has {
+            return Err(DomainError::new(format!("region `{key}` has {has} bytes, not {len}")));
+        }
+        region.grow(len).map_err(|error| {
+            DomainError::new(format!("region `{key}` does not grow to {len} bytes: {error}"))
+        })?;
+        self.changed(inner);
+        Ok(region)
+    }
+
     /// The bytes at `key`.
     pub fn bytes(&self, key: &str) -> Option<Arc<Vec<u8>>> {
         let inner = self.lock();

@@ -406,14 +406,24 @@ pub struct HostVtable {
         unsafe extern "C" fn(ctx: *mut c_void, out: *mut u8, capacity: usize) -> u64,
     /// Adds `count` to the device's counter `name`, which `status` shows.
     pub count: unsafe extern "C" fn(ctx: *mut c_void, name: RawBytes, count: u64),
+    /// Makes the region at `key` `len` bytes long, with zeros behind what is there; one that is as
+    /// long stays as it is, one that is longer is an error. It stays where it is mapped, for every
+    /// instance. Fails unless this instance owns the storage.
+    pub region_grow: unsafe extern "C" fn(
+        ctx: *mut c_void,
+        key: RawBytes,
+        len: u64,
+        out: *mut RawRegion,
+        message: *mut RawMessage,
+    ) -> u32,
 }
 
 /// What a module offers: the static behind [`ENTRY_SYMBOL`].
 ///
-/// `instance` is what `create` returned. `create`, `quiesce`, `activate`, `resume`, `cancel` and
-/// `destroy` are never called at the same time as each other for one instance. `attach_queue`,
-/// `submit`, `reap` and `detach_queue` for one queue come from one thread at a time: the worker
-/// that serves it.
+/// `instance` is what `create` returned. `create`, `quiesce`, `activate`, `resume`, `cancel`,
+/// `resize` and `destroy` are never called at the same time as each other for one instance.
+/// `attach_queue`, `submit`, `reap` and `detach_queue` for one queue come from one thread at a time:
+/// the worker that serves it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ModuleVtable {
@@ -491,4 +501,17 @@ pub struct ModuleVtable {
     /// completes).
     pub set_write_cache:
         unsafe extern "C" fn(instance: *mut c_void, on: u32, message: *mut RawMessage) -> u32,
+    /// The disk is to have `capacity` bytes, which is more than it announces, and a multiple of its
+    /// block size. Called for the instance that owns the storage, beside its requests. When it
+    /// comes back well, requests up to there are served, `info` says so, and storage has it for
+    /// successors; if not, nothing has changed. A table that ends before it is of a module that
+    /// cannot be resized.
+    pub resize:
+        unsafe extern "C" fn(instance: *mut c_void, capacity: u64, message: *mut RawMessage) -> u32,
+}
+
+impl ModuleVtable {
+    /// Size of the first table of this [`ABI_VERSION`]: a module's may end there, or anywhere
+    /// behind it. What it lacks, the host does without.
+    pub const FIRST_SIZE: usize = std::mem::offset_of!(Self, resize);
 }

@@ -46,8 +46,10 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// A sentence for the operator. The upgrade is refused and the device goes on as before.
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError>;
 
-    /// What this device announces. Must not change while the instance lives, but for
-    /// [`swap`](DeviceInfo::swap), which each change asks for again.
+    /// What this device announces. Must not change while the instance lives, but for two things,
+    /// which each change asks for again: [`swap`](DeviceInfo::swap); and the
+    /// [`capacity`](DeviceInfo::capacity), which is that of the storage once the disk was
+    /// [resized](Self::resize), by this instance or by one that came after it.
     fn info(&self) -> DeviceInfo;
 
     /// Takes up the storage, which is ours from now on. The guest waits: do nothing that depends on
@@ -70,6 +72,24 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     /// A sentence for the operator; the device is then `faulted`.
     fn resume(&self) -> Result<(), DomainError> {
         Ok(())
+    }
+
+    /// The disk is to have `capacity` bytes: more than [`info`](Self::info) says, and a multiple of
+    /// its block size. The storage is ours. Requests are served meanwhile, on other threads, up to
+    /// the capacity before; from the moment that this returns `Ok`, up to the new one. What is new
+    /// reads as zeros, or as what lies there.
+    ///
+    /// What the storage holds is the truth from then on: [`prepare`](Self::prepare) and
+    /// [`activate`](Self::activate) of every other instance, also of one that was prepared before,
+    /// go by it, whatever their parameters said. A parameter `size` is set to the new capacity, in
+    /// bytes, for successors. A region grows by
+    /// [`Storage::grow_region`](crate::Storage::grow_region).
+    ///
+    /// # Errors
+    /// A sentence for the operator. Nothing has changed then.
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        let _ = capacity;
+        Err(DomainError::new("this domain cannot be resized"))
     }
 
     /// A worker begins to serve `context.queue` with this instance.

@@ -84,6 +84,7 @@ impl<D: BlockDomain> Exported<D> {
         cancel: shim::cancel::<D>,
         memory_changed: shim::memory_changed::<D>,
         set_write_cache: shim::set_write_cache::<D>,
+        resize: shim::resize::<D>,
     };
 }
 
@@ -455,5 +456,16 @@ pub mod shim {
             unsafe { exposed::<D>(instance) }.domain.set_write_cache(on != 0);
             Ok(())
         })
+    }
+
+    /// # Safety
+    /// As [`ModuleVtable::resize`] says.
+    pub unsafe extern "C" fn resize<D: BlockDomain>(
+        instance: *mut c_void,
+        capacity: u64,
+        message: *mut RawMessage,
+    ) -> u32 {
+        // SAFETY: the host passes a live instance.
+        guarded(message, || unsafe { exposed::<D>(instance) }.domain.resize(capacity))
     }
 }

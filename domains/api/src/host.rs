@@ -1,7 +1,8 @@
 //! The host as a domain sees it: its log, its clock, its threads.
 
 use domain_abi::{
-    self as abi, DomainError, HostVtable, Level, QueueIndex, RawBytes, RawMessage, raw_bytes,
+    self as abi, DomainError, HostVtable, Level, QueueIndex, RawBytes, RawMessage, RawRegion,
+    raw_bytes,
 };
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -159,6 +160,22 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
         u64::MAX
     }
     unsafe extern "C" fn not_counted(_: *mut std::ffi::c_void, _: RawBytes, _: u64) {}
+    unsafe extern "C" fn not_grown(
+        _: *mut std::ffi::c_void,
+        _: RawBytes,
+        _: u64,
+        _: *mut RawRegion,
+        message: *mut RawMessage,
+    ) -> u32 {
+        const WHY: &str = "this host is too old to make a region longer";
+        // SAFETY: `message` is this module's own (`with_message`), with room for `capacity` bytes.
+        unsafe {
+            let len = WHY.len().min((*message).capacity);
+            std::ptr::copy_nonoverlapping(WHY.as_ptr(), (*message).bytes, len);
+            (*message).len = len;
+        }
+        abi::CALL_FAILED
+    }
     assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
     let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
     // SAFETY: `size` bytes are valid (caller's contract) and fit, being fewer than ours; they cover
@@ -169,6 +186,7 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
         (&raw mut (*full.as_mut_ptr()).storage_failed).write(not_kept);
         (&raw mut (*full.as_mut_ptr()).storage_failure).write(not_marked);
         (&raw mut (*full.as_mut_ptr()).count).write(not_counted);
+        (&raw mut (*full.as_mut_ptr()).region_grow).write(not_grown);
         std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
         full.assume_init_ref()
     }

@@ -10,7 +10,8 @@ use domain_abi::{DomainError, RawRegion, raw_bytes};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The storage of the device.
 ///
@@ -67,7 +68,34 @@ impl Storage {
         with_message(|message| unsafe {
             (vtable.region)(vtable.ctx, raw_bytes(key.as_bytes()), len, &raw mut raw, message)
         })?;
-        Ok(Region { raw })
+        Ok(Region { base: raw.base, len: AtomicU64::new(raw.len as u64), fd: raw.fd })
+    }
+
+    /// Makes the region at `key` `len` bytes long, with zeros behind what is there, and has
+    /// `region`, which was opened before, know it. It stays where it is: requests may go on in it
+    /// meanwhile. Of a region that is as long already, maybe grown by another instance, this one
+    /// only learns so.
+    ///
+    /// # Errors
+    /// The storage is not ours, `region` is another one, it is longer than that, or it cannot be as
+    /// long: how far a region can grow is settled when it is made. Or the host is too old to do
+    /// so.
+    pub fn grow_region(&self, key: &str, region: &Region, len: u64) -> Result<(), DomainError> {
+        if region.len() == len {
+            return Ok(());
+        }
+        let vtable = self.host.vtable();
+        let mut raw = RawRegion { base: std::ptr::null_mut(), len: 0, fd: -1 };
+        // SAFETY: all pointers are valid for the call.
+        with_message(|message| unsafe {
+            (vtable.region_grow)(vtable.ctx, raw_bytes(key.as_bytes()), len, &raw mut raw, message)
+        })?;
+        if raw.base != region.base {
+            return Err(DomainError::new(format!("region `{key}` is not the one that was opened")));
+        }
+        // Release pairs with the Acquire in `Region::len`. A region never shrinks.
+        region.len.fetch_max(raw.len as u64, Ordering::Release);
+        Ok(())
     }
 
     /// A copy of the bytes at `key`.
@@ -156,9 +184,20 @@ fn copied(mut get: impl FnMut(*mut u8, usize) -> u64) -> Option<Vec<u8>> {
 /// Like guest memory it is only ever copied, never borrowed: two requests that overlap may race, as
 /// on any disk. A range outside the region is a panic, because the host has checked each request
 /// against the capacity that the domain announced.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Region {
-    raw: RawRegion,
+    base: *mut u8,
+    /// It only grows.
+    len: AtomicU64,
+    fd: RawFd,
+}
+
+impl Clone for Region {
+    /// Both are the same memory, but each knows for itself how far it goes
+    /// ([`Storage::grow_region`]).
+    fn clone(&self) -> Self {
+        Self { base: self.base, len: AtomicU64::new(self.len()), fd: self.fd }
+    }
 }
 
 // SAFETY: the mapping stays until this module's code cannot run any more (abi::RawRegion), and it
@@ -170,14 +209,15 @@ unsafe impl Sync for Region {}
 impl Region {
     /// Length in bytes.
     #[must_use]
-    pub const fn len(&self) -> u64 {
-        self.raw.len as u64
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
     }
 
     /// Whether it has no bytes.
     #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.raw.len == 0
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     #[inline]
@@ -188,7 +228,7 @@ impl Region {
             "range {offset}+{len} is outside a region of {} bytes",
             self.len()
         );
-        self.raw.base.wrapping_add(offset as usize)
+        self.base.wrapping_add(offset as usize)
     }
 
     /// Copies from the region at `offset` into the whole of `buffer`.
@@ -236,7 +276,7 @@ impl Region {
             return Ok(());
         }
         // SAFETY: the host keeps the descriptor open as long as the mapping.
-        let file = unsafe { BorrowedFd::borrow_raw(self.raw.fd) };
+        let file = unsafe { BorrowedFd::borrow_raw(self.fd) };
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(file, how, offset, len)?)
     }

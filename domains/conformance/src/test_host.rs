@@ -230,6 +230,16 @@ impl HostServices for TestHost {
         Ok(region)
     }
 
+    fn grow_region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError> {
+        let contents = self.owned(&format!("grow region `{key}`"))?;
+        let there = contents.regions.get(key).filter(|region| region.len() as u64 <= len);
+        let Some(region) = there else {
+            return Err(DomainError::new(format!("no region `{key}` of at most {len} bytes")));
+        };
+        region.grow(len).map_err(|error| DomainError::new(format!("region `{key}`: {error}")))?;
+        Ok(Arc::clone(region))
+    }
+
     fn bytes(&self, key: &str) -> Option<Arc<Vec<u8>>> {
         lock(&self.storage.contents).bytes.get(key).map(Arc::clone)
     }

@@ -30,6 +30,7 @@ use resident::ResidentModule;
 use scratch::MessageBuffer;
 use services::HostSide;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -90,16 +91,17 @@ impl Instance {
         // SAFETY: valid until `unload` (LoadedModule's contract), and copied here. The first two
         // fields are in every version.
         let (size, version) = unsafe { ((*module.vtable()).size, (*module.vtable()).abi_version) };
-        if (size as usize) < size_of::<ModuleVtable>() || version != abi::ABI_VERSION {
+        if (size as usize) < ModuleVtable::FIRST_SIZE || version != abi::ABI_VERSION {
             let error = CallError::Failed(format!(
                 "its function table has {size} bytes of ABI {version}, this host needs {} bytes of ABI {}",
-                size_of::<ModuleVtable>(),
+                ModuleVtable::FIRST_SIZE,
                 abi::ABI_VERSION
             ));
             return Err((error, module.unload()));
         }
-        // SAFETY: it is as large as we need (just checked).
-        let vtable = unsafe { *module.vtable() };
+        // SAFETY: `size` bytes of it are valid (LoadedModule's contract), and they are enough (just
+        // checked).
+        let vtable = unsafe { completed(module.vtable(), size as usize) };
         let host = HostSide::new(services);
         // SAFETY: called once, before anything else (abi::ModuleVtable).
         unsafe { (vtable.init)() };
@@ -319,6 +321,15 @@ impl Instance {
         })
     }
 
+    /// See `BlockDomain::resize`.
+    ///
+    /// # Errors
+    /// What the domain says, or that its module is too old to be resized.
+    pub fn resize(&self, capacity: u64) -> Result<(), CallError> {
+        // SAFETY: a live instance and a valid message.
+        self.call(|instance, message| unsafe { (self.vtable.resize)(instance, capacity, message) })
+    }
+
     /// Attaches a queue, on the thread that will serve it.
     ///
     /// # Errors
@@ -390,6 +401,33 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         let _ = self.take_down();
+    }
+}
+
+/// A full table for a module that may be older than this host: what it lacks is filled in.
+///
+/// # Safety
+/// `vtable` is valid for `size` bytes, which are [`ModuleVtable::FIRST_SIZE`] at least.
+unsafe fn completed(vtable: *const ModuleVtable, size: usize) -> ModuleVtable {
+    unsafe extern "C" fn cannot(_: *mut c_void, _: u64, message: *mut RawMessage) -> u32 {
+        const WHY: &str = "this domain cannot be resized: its module was built before there was \
+                           such a thing; upgrade to a newer one";
+        // SAFETY: the caller's (`Instance::resize`) is valid, with room for `capacity` bytes.
+        unsafe {
+            let len = WHY.len().min((*message).capacity);
+            std::ptr::copy_nonoverlapping(WHY.as_ptr(), (*message).bytes, len);
+            (*message).len = len;
+        }
+        abi::CALL_FAILED
+    }
+    let mut full = MaybeUninit::<ModuleVtable>::uninit();
+    // SAFETY: what is copied is valid (caller's contract) and fits; it covers every field but those
+    // that are written before it, for modules that end there.
+    unsafe {
+        (&raw mut (*full.as_mut_ptr()).resize).write(cannot);
+        let len = size.min(size_of::<ModuleVtable>());
+        std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), len);
+        full.assume_init()
     }
 }
 

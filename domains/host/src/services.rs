@@ -44,6 +44,12 @@ pub trait HostServices: Send + Sync {
     /// # Errors
     /// The storage is not this instance's, the length is another one, or there is no memory.
     fn region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError>;
+    /// Makes a region longer, which stays where it is mapped.
+    ///
+    /// # Errors
+    /// The storage is not this instance's, there is no such region, it is longer, or it cannot be
+    /// as long.
+    fn grow_region(&self, key: &str, len: u64) -> Result<Arc<HostRegion>, DomainError>;
     /// The bytes at `key`.
     fn bytes(&self, key: &str) -> Option<Arc<Vec<u8>>>;
     /// Sets them.
@@ -113,6 +119,7 @@ impl HostSide {
                     storage_failed,
                     storage_failure,
                     count,
+                    region_grow,
                 },
                 services,
                 tasks: Tasks::default(),
@@ -132,6 +139,24 @@ impl HostSide {
 
     pub(crate) fn services(&self) -> &dyn HostServices {
         &*self.services
+    }
+
+    /// Tells the module where a region is, and keeps it mapped as long as its code may run.
+    ///
+    /// # Safety
+    /// `out` is valid for one structure.
+    unsafe fn hand_out_region(
+        &self,
+        region: Arc<HostRegion>,
+        out: *mut RawRegion,
+    ) -> Result<(), DomainError> {
+        // SAFETY: the caller's contract.
+        unsafe { out.write(RawRegion { base: region.base(), len: region.len(), fd: region.fd() }) };
+        let mut regions = self.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        if !regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
+            regions.push(region);
+        }
+        Ok(())
     }
 }
 
@@ -229,18 +254,21 @@ unsafe extern "C" fn region(
 ) -> u32 {
     // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
     let (side, key) = unsafe { (side(ctx), text(key)) };
-    let work = || {
-        let region = side.services.region(&key, len)?;
-        // SAFETY: `out` is valid for one structure (abi::HostVtable).
-        unsafe { out.write(RawRegion { base: region.base(), len: region.len(), fd: region.fd() }) };
-        let mut regions = side.regions.lock().unwrap_or_else(PoisonError::into_inner);
-        if !regions.iter().any(|known| Arc::ptr_eq(known, &region)) {
-            regions.push(region);
-        }
-        Ok(())
-    };
-    // SAFETY: `message` is valid (abi::HostVtable).
-    unsafe { answer(message, work) }
+    // SAFETY: `out` and `message` are valid (abi::HostVtable).
+    unsafe { answer(message, || side.hand_out_region(side.services.region(&key, len)?, out)) }
+}
+
+unsafe extern "C" fn region_grow(
+    ctx: *mut c_void,
+    key: RawBytes,
+    len: u64,
+    out: *mut RawRegion,
+    message: *mut RawMessage,
+) -> u32 {
+    // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
+    let (side, key) = unsafe { (side(ctx), text(key)) };
+    // SAFETY: `out` and `message` are valid (abi::HostVtable).
+    unsafe { answer(message, || side.hand_out_region(side.services.grow_region(&key, len)?, out)) }
 }
 
 unsafe extern "C" fn bytes_get(

@@ -13,8 +13,8 @@ use loader::FileLoader;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Functions in the table.
-const FUNCTIONS: usize = (size_of::<ModuleVtable>() - 8) / size_of::<usize>();
+/// Functions in the table: of a module that is as old as can be.
+const FUNCTIONS: usize = (ModuleVtable::FIRST_SIZE - 8) / size_of::<usize>();
 
 /// The recipe of a module. The default is a good one.
 pub struct Recipe {
@@ -44,7 +44,7 @@ impl Default for Recipe {
             descriptor: Some(descriptor()),
             code: String::new(),
             value: 1,
-            table_size: size_of::<ModuleVtable>(),
+            table_size: ModuleVtable::FIRST_SIZE,
             table_abi: ABI_VERSION,
             functions: FUNCTIONS,
             linkage: "",

@@ -59,6 +59,11 @@ fn only_the_owner_changes_things_and_everything_moves_without_a_copy() {
     assert!(a.set_bytes("note", b"z").is_err());
     assert_eq!(b.region("disk", 8192).unwrap().base(), region.base());
     assert!(b.region("disk", 4096).unwrap_err().to_string().contains("8192"));
+    assert!(storage.grow_region(a.id, "disk", 16384).is_err(), "it is not the owner any more");
+    assert!(storage.grow_region(b.id, "disk", 4096).is_err(), "a region does not shrink");
+    assert!(storage.grow_region(b.id, "other", 4096).is_err(), "there is none");
+    let grown = storage.grow_region(b.id, "disk", 16384).unwrap();
+    assert_eq!((grown.base(), a.region_len("disk")), (region.base(), 16384));
     b.set_bytes("note", b"y").unwrap();
     assert_eq!(storage.reclaim(a.id), 0);
     assert_eq!(b.bytes("note").unwrap().as_slice(), b"y");

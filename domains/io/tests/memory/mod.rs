@@ -64,7 +64,7 @@ struct Medium {
 
 impl Medium {
     fn region(&self) -> Region {
-        *self.region.get().expect("it is activated")
+        self.region.get().expect("it is activated").clone()
     }
 
     fn carry_out(&self, request: &Request, job: &mut MemoryJob) -> io::Result<()> {
