@@ -19,6 +19,7 @@ mod domain;
 mod guest;
 mod lane;
 mod lifecycle;
+mod resizing;
 mod static_module;
 mod test_host;
 
@@ -41,6 +42,8 @@ pub struct Options {
     /// Values that it must refuse, besides the ones that the suite knows for `size`, `serial`,
     /// `direct` and `readonly`: key and value. The sentence must name the key.
     pub refused: Vec<(String, String)>,
+    /// Whether it can be resized; if not, it must say so, and go on.
+    pub resizes: bool,
     /// Parameters with which some request soon panics, for a domain that does so on demand.
     pub panics: Option<Params>,
     /// Queues to serve at the same time.
@@ -59,6 +62,7 @@ impl Options {
             params,
             data: true,
             refused: Vec::new(),
+            resizes: false,
             panics: None,
             queues: 4,
             deadline: Duration::from_secs(10),
@@ -126,6 +130,7 @@ fn every_check(domain: Domain, options: &Options) -> Result<Coverage, Violation>
         ("upgrade given up", lifecycle::given_up),
         ("side by side", lifecycle::side_by_side),
         ("death", lifecycle::death),
+        ("resizing", resizing::resizing),
     ];
     if options.panics.is_some() {
         checks.push(("panic", lifecycle::panic));

@@ -34,7 +34,7 @@ pub(super) fn constants(domain: Domain, _: &Options) -> Result<(), Violation> {
     }
 }
 
-fn with(params: &Params, key: &str, value: &str) -> Params {
+pub(super) fn with(params: &Params, key: &str, value: &str) -> Params {
     let mut params = params.clone();
     params.set(key, value);
     params
@@ -198,12 +198,15 @@ pub(super) fn optional_calls(domain: Domain, options: &Options) -> Result<(), Vi
     subject.bench.retire()
 }
 
-fn phase(what: &str, result: Result<(), domain_host::CallError>) -> Result<(), Violation> {
+pub(super) fn phase(
+    what: &str,
+    result: Result<(), domain_host::CallError>,
+) -> Result<(), Violation> {
     result.map_err(|error| Violation::new(format!("{what} failed: {error}")))
 }
 
 /// Writes something new and reads everything, on every queue.
-fn exercise(
+pub(super) fn exercise(
     bench: &Bench,
     info: &DeviceInfo,
     shadow: &mut Shadow,

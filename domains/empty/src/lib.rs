@@ -2,7 +2,8 @@
 //!
 //! It is the yardstick: what a request costs here is what everything around a domain costs. So it
 //! does nothing that a request does not need, and its only state is what it announces. It also
-//! shows the least that a domain has to be.
+//! shows the least that a domain has to be, and to be resized: the new capacity is in storage, and
+//! what is there wins.
 //!
 //! Two of them can serve side by side, since there is no data on which they could disagree.
 
@@ -16,6 +17,8 @@ use domain_api::{
 /// Size without the parameter `size`, in bytes.
 const DEFAULT_SIZE: u64 = 64 << 20;
 const BLOCK_SIZE: u32 = 512;
+/// Storage key of the capacity, in bytes, of a disk that was resized.
+const CAPACITY: &str = "capacity";
 
 /// The null disk.
 #[derive(Debug)]
@@ -37,10 +40,16 @@ impl BlockDomain for Empty {
     type Queue = ();
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let size = params.size("size", DEFAULT_SIZE)?;
+        let resized = resized(host);
+        let size = params.size("size", resized.unwrap_or(DEFAULT_SIZE))?;
         if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) {
             return Err(DomainError::new(format!(
                 "parameter `size` is {size} bytes; it must be a positive multiple of {BLOCK_SIZE}"
+            )));
+        }
+        if let Some(capacity) = resized.filter(|&capacity| capacity != size) {
+            return Err(DomainError::new(format!(
+                "parameter `size` is {size} bytes, but the disk was resized to {capacity}; leave it out"
             )));
         }
         Ok(Self { host, size, serial: params.serial()? })
@@ -48,7 +57,7 @@ impl BlockDomain for Empty {
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
-            capacity: self.size,
+            capacity: resized(self.host).unwrap_or(self.size),
             block_size: BLOCK_SIZE,
             physical_block_size: BLOCK_SIZE,
             optimal_io_size: 0,
@@ -77,6 +86,10 @@ impl BlockDomain for Empty {
         Ok(())
     }
 
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        self.host.storage().set_bytes(CAPACITY, capacity.to_string().as_bytes())
+    }
+
     fn attach_queue(&self, _: QueueContext) -> Result<(), DomainError> {
         Ok(())
     }
@@ -95,6 +108,10 @@ impl BlockDomain for Empty {
             completions.complete(request, status);
         }
     }
+}
+
+fn resized(host: Host) -> Option<u64> {
+    String::from_utf8(host.storage().bytes(CAPACITY)?).ok()?.parse().ok()
 }
 
 domain_api::export_domain!(Empty);

@@ -10,7 +10,8 @@ fn params(pairs: &[&str]) -> Params {
 
 #[test]
 fn keeps_the_contract() {
-    run::<Empty>(&Options { data: false, ..Options::new(params(&["size=1M", "serial=null"])) });
+    let params = params(&["size=1M", "serial=null"]);
+    run::<Empty>(&Options { data: false, resizes: true, ..Options::new(params) });
 }
 
 #[test]

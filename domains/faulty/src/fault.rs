@@ -1,6 +1,6 @@
 //! What breaks, how and when: `PHASE:KIND[:N]`.
 //!
-//! | kind | in prepare, quiesce, activate | in a request | in its end |
+//! | kind | in prepare, quiesce, activate, resize | in a request | in its end |
 //! |---|---|---|---|
 //! | `fail` | fails | ends with an I/O error | nothing |
 //! | `panic` | panics | panics | panics |
@@ -20,6 +20,7 @@ pub(crate) enum Phase {
     Prepare,
     Quiesce,
     Activate,
+    Resize,
     Request,
     End,
 }
@@ -30,6 +31,7 @@ impl std::fmt::Display for Phase {
             Self::Prepare => "prepare",
             Self::Quiesce => "quiesce",
             Self::Activate => "activate",
+            Self::Resize => "resize",
             Self::Request => "request",
             Self::End => "end",
         })
@@ -76,6 +78,7 @@ impl FromStr for Fault {
             Some(&"prepare") => Some(Phase::Prepare),
             Some(&"quiesce") => Some(Phase::Quiesce),
             Some(&"activate") => Some(Phase::Activate),
+            Some(&"resize") => Some(Phase::Resize),
             Some(&"request") => Some(Phase::Request),
             Some(&"end") => Some(Phase::End),
             _ => None,

@@ -60,8 +60,8 @@ impl BlockDomain for Faulty {
     type Queue = Queue;
 
     fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let size = params.size("size", DEFAULT_SIZE)?;
         let there = host.storage().region_len(REGION);
+        let size = params.size("size", if there == 0 { DEFAULT_SIZE } else { there })?;
         if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) || (there != 0 && there != size)
         {
             return Err(DomainError::new(format!(
@@ -87,7 +87,7 @@ impl BlockDomain for Faulty {
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
-            capacity: self.size,
+            capacity: self.capacity(),
             block_size: BLOCK_SIZE,
             physical_block_size: PAGE_SIZE,
             optimal_io_size: 0,
@@ -105,9 +105,18 @@ impl BlockDomain for Faulty {
 
     fn activate(&self) -> Result<(), DomainError> {
         self.break_in(Phase::Activate)?;
-        let storage = self.host.storage();
-        let _ = self.region.set(storage.region(REGION, self.size)?);
+        let (storage, capacity) = (self.host.storage(), self.capacity());
+        match self.region.get() {
+            Some(region) => storage.grow_region(REGION, region, capacity)?,
+            None => _ = self.region.set(storage.region(REGION, capacity)?),
+        }
         storage.set_schema(Self::SCHEMA)
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        self.break_in(Phase::Resize)?;
+        let region = self.region.get().ok_or_else(|| DomainError::new("it does not serve yet"))?;
+        self.host.storage().grow_region(REGION, region, capacity)
     }
 
     fn quiesce(&self) -> Result<(), DomainError> {
@@ -180,6 +189,13 @@ impl Drop for Faulty {
 }
 
 impl Faulty {
+    fn capacity(&self) -> u64 {
+        match self.host.storage().region_len(REGION) {
+            0 => self.size,
+            there => there,
+        }
+    }
+
     /// Breaks in a phase other than a request, if it is time to.
     fn break_in(&self, phase: Phase) -> Result<(), DomainError> {
         for kind in self.faults.iter().filter_map(|fault| fault.comes(phase)) {

@@ -38,6 +38,7 @@ fn without_a_fault_it_keeps_the_contract() {
     run::<Faulty>(&Options {
         refused: refused.iter().map(|value| ("fault".to_owned(), (*value).to_owned())).collect(),
         panics: Some(params("request:panic:100")),
+        resizes: true,
         ..Options::new(params(""))
     });
 }

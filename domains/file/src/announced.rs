@@ -2,9 +2,9 @@
 //! host and leaves it in storage, and every successor announces the same.
 //!
 //! The host says something else after ordinary acts: an image grows, `cp --reflink` changes what
-//! direct I/O must be aligned to, a remount changes the preferred size of an I/O. A guest cannot be
-//! told so, and need not be: a successor is refused only if the file cannot stand behind the disk
-//! any more.
+//! direct I/O must be aligned to, a remount changes the preferred size of an I/O. A guest need not
+//! be told so: a successor is refused only if the file cannot stand behind the disk any more. The
+//! capacity alone can become another, by a command, and then it is in storage as well.
 //!
 //! In storage it is text, one `key=value` a line. Keys that are not known are left alone.
 
@@ -16,7 +16,7 @@ const ANNOUNCED: &str = "announced";
 /// What does not change while the disk lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Announced {
-    /// Bytes.
+    /// Bytes, until it is resized.
     pub(crate) capacity: u64,
     /// Logical block size in bytes.
     pub(crate) block_size: u32,
@@ -41,6 +41,12 @@ impl Announced {
             return Ok(());
         }
         host.storage().set_bytes(ANNOUNCED, self.text().as_bytes())
+    }
+
+    /// Leaves it in storage with another capacity.
+    pub(crate) fn resize(self, host: Host, capacity: u64) -> Result<(), DomainError> {
+        let resized = Self { capacity, ..self };
+        host.storage().set_bytes(ANNOUNCED, resized.text().as_bytes())
     }
 
     fn text(&self) -> String {

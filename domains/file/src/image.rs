@@ -37,7 +37,7 @@ use crate::open::{
 use domain_api::{DomainError, Host};
 use domain_io::file_io::{self, Alignment, OpenMode};
 use domain_io::uring::Files;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -109,11 +109,7 @@ impl Image {
         let about = file.metadata().map_err(|error| cannot("look at", error))?;
         check_kind(path, &about)?;
         let device = about.file_type().is_block_device();
-        let size = if device {
-            file_io::block_device_size(&file).map_err(|error| cannot("read the size of", error))?
-        } else {
-            about.len()
-        };
+        let size = size(&file, &about).map_err(|error| cannot("read the size of", error))?;
         let device_sector = if device {
             Some(
                 file_io::device_sector_size(&file)
@@ -204,6 +200,38 @@ impl Image {
             storage.set_bytes(PATH, self.path.as_bytes())?;
         }
         self.announced.keep(host)
+    }
+
+    /// What the guest was told that the disk has, in bytes.
+    pub(crate) fn capacity(&self, host: Host) -> u64 {
+        Announced::inherited(host).unwrap_or(self.announced).capacity
+    }
+
+    /// Announces `capacity` bytes from now on, and makes the file as long if it is shorter. What
+    /// cannot be made longer from here must have grown before.
+    pub(crate) fn resize(&self, host: Host, capacity: u64) -> Result<(), DomainError> {
+        let path = &self.path;
+        let cannot = |error: io::Error| {
+            DomainError::new(format!("cannot make `{path}` {capacity} bytes long: {error}"))
+        };
+        let about = self.file.metadata().map_err(cannot)?;
+        let size = size(&self.file, &about).map_err(cannot)?;
+        if size < capacity {
+            let why = if about.file_type().is_block_device() {
+                "a block device is made larger by what it comes from"
+            } else if !self.mode.write {
+                "it is served with readonly=true"
+            } else {
+                ""
+            };
+            if !why.is_empty() {
+                return Err(DomainError::new(format!(
+                    "`{path}` has {size} bytes, and {why}; make it {capacity} bytes long first"
+                )));
+            }
+            self.file.set_len(capacity).map_err(cannot)?;
+        }
+        Announced::inherited(host).unwrap_or(self.announced).resize(host, capacity)
     }
 
     pub(crate) const fn file(&self) -> &File {
@@ -303,6 +331,15 @@ impl Image {
     /// Whether reading and writing it is copying, and waits for no device.
     pub(crate) const fn is_in_memory(&self) -> bool {
         self.in_memory
+    }
+}
+
+/// How many bytes there are.
+fn size(file: &File, about: &Metadata) -> io::Result<u64> {
+    if about.file_type().is_block_device() {
+        file_io::block_device_size(file)
+    } else {
+        Ok(about.len())
     }
 }
 

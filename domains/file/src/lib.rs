@@ -100,7 +100,7 @@ impl BlockDomain for FileDisk {
             Capabilities::READ_ONLY.with(Capabilities::FLUSH)
         };
         DeviceInfo {
-            capacity: announced.capacity,
+            capacity: image.capacity(self.host),
             block_size: announced.block_size,
             physical_block_size: announced.physical_block_size,
             optimal_io_size: 0,
@@ -127,6 +127,10 @@ impl BlockDomain for FileDisk {
     fn quiesce(&self) -> Result<(), DomainError> {
         // What was written is in the kernel's hands, and a flush of any instance covers it.
         Ok(())
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        self.disk().image().resize(self.host, capacity)
     }
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue<Disk>, DomainError> {

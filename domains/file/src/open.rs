@@ -69,7 +69,7 @@ pub(crate) fn stand_behind(
     }
     if size > announced.capacity {
         let line = format!(
-            "`{path}` has grown to {size} bytes; the guest goes on with the {} that it was told",
+            "`{path}` has grown to {size} bytes; the guest goes on with the {} that it was told, until the disk is resized",
             announced.capacity
         );
         host.log(Level::Info, &line);

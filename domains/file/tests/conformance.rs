@@ -15,6 +15,7 @@ fn keeps_the_contract(dir: &Path, more: &[&str]) {
     let params = params(image.path(), more);
     run::<FileDisk>(&Options {
         refused: vec![("path".into(), String::new())],
+        resizes: !more.contains(&"readonly=true"),
         ..Options::new(params)
     });
 }

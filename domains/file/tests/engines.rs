@@ -19,6 +19,7 @@ fn keeps_the_contract(dir: &Path, more: &[&str]) {
     }
     let params = params(image.path(), more);
     run::<FileDisk>(&Options {
+        resizes: true,
         refused: vec![("aio".into(), "threads".into())],
         ..Options::new(params)
     });

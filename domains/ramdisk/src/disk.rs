@@ -1,5 +1,8 @@
 //! What both versions share: the region, what is announced, and the way of a request.
 //!
+//! The region's length is the capacity, whatever the parameters said: when the disk is resized the
+//! region grows, where it is, and every instance goes by it, also one that was prepared before.
+//!
 //! Deliberately unknown here: what becomes of memory that the guest does not need. That is the
 //! versions' difference: [`Reclaim`].
 
@@ -18,22 +21,23 @@ const BLOCK_SIZE: u32 = 512;
 #[derive(Debug)]
 pub(crate) struct Disk {
     host: Host,
+    /// Of a disk that is not there yet.
     size: u64,
     serial: String,
     /// Set by `activate`; the host's mapping stays where it is, so a second `activate`, after a
-    /// rollback, finds it right.
+    /// rollback, has only to look how long it is.
     region: OnceLock<Region>,
 }
 
 impl Disk {
     pub(crate) fn prepare(host: Host, params: &Params) -> Result<Self, DomainError> {
-        let size = params.size("size", DEFAULT_SIZE)?;
+        let there = host.storage().region_len(REGION);
+        let size = params.size("size", if there == 0 { DEFAULT_SIZE } else { there })?;
         if size == 0 || !size.is_multiple_of(u64::from(BLOCK_SIZE)) {
             return Err(DomainError::new(format!(
                 "parameter `size` is {size} bytes; it must be a positive multiple of {BLOCK_SIZE}"
             )));
         }
-        let there = host.storage().region_len(REGION);
         if there != 0 && there != size {
             return Err(DomainError::new(format!(
                 "parameter `size` is {size} bytes, but the disk in storage has {there}; give size={there} or leave it out"
@@ -42,9 +46,16 @@ impl Disk {
         Ok(Self { host, size, serial: params.serial()?, region: OnceLock::new() })
     }
 
+    fn capacity(&self) -> u64 {
+        match self.host.storage().region_len(REGION) {
+            0 => self.size,
+            there => there,
+        }
+    }
+
     pub(crate) fn info(&self) -> DeviceInfo {
         DeviceInfo {
-            capacity: self.size,
+            capacity: self.capacity(),
             block_size: BLOCK_SIZE,
             physical_block_size: PAGE_SIZE,
             optimal_io_size: 0,
@@ -62,10 +73,17 @@ impl Disk {
     }
 
     pub(crate) fn activate(&self, schema: u32) -> Result<(), DomainError> {
-        let storage = self.host.storage();
-        let region = storage.region(REGION, self.size)?;
-        let _ = self.region.set(region);
+        let (storage, capacity) = (self.host.storage(), self.capacity());
+        match self.region.get() {
+            Some(region) => storage.grow_region(REGION, region, capacity)?,
+            None => _ = self.region.set(storage.region(REGION, capacity)?),
+        }
         storage.set_schema(schema)
+    }
+
+    pub(crate) fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        let region = self.region.get().ok_or_else(|| DomainError::new("it does not serve yet"))?;
+        self.host.storage().grow_region(REGION, region, capacity)
     }
 
     /// Executes a request.

@@ -72,6 +72,10 @@ impl<R: Reclaim> BlockDomain for Ramdisk<R> {
         Ok(())
     }
 
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        self.disk.resize(capacity)
+    }
+
     fn attach_queue(&self, _: QueueContext) -> Result<(), DomainError> {
         Ok(())
     }

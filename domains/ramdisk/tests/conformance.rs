@@ -23,7 +23,8 @@ fn resident_bytes(storage: &TestStorage) -> u64 {
 
 #[test]
 fn both_versions_keep_the_contract() {
-    let options = Options::new(params(&["size=2M", "serial=ram"]));
+    let params = params(&["size=2M", "serial=ram"]);
+    let options = Options { resizes: true, ..Options::new(params) };
     run::<Ramdisk<Keep>>(&options);
     run::<Ramdisk<GiveBack>>(&options);
 }
