@@ -107,8 +107,6 @@ impl ConfigSpace {
     pub fn new(info: &DeviceInfo, num_queues: u16, queue_size: u16) -> Self {
         let offered = features::offered(info);
         let block_size = info.block_size.max(SECTOR_SIZE as u32);
-        let sectors = info.capacity / SECTOR_SIZE;
-        let at_most_all = |limit: u32| u32::try_from(sectors).unwrap_or(u32::MAX).min(limit);
         // A chain must fit into the queue even where its table is indirect (2.7.5.3.1), and has a
         // header and a status.
         let seg_max = u32::from(queue_size).saturating_sub(2).clamp(1, SEG_MAX);
@@ -116,7 +114,6 @@ impl ConfigSpace {
 
         let cache = WriteCache::new(offered & FLUSH != 0);
         let mut config = Self { bytes: [0; CONFIG_SIZE], offered, acked: 0, cache };
-        config.put(at::CAPACITY, sectors.to_le_bytes());
         config.put(at::SIZE_MAX, SIZE_MAX.to_le_bytes());
         config.put(at::SEG_MAX, seg_max.to_le_bytes());
         config.put(at::BLK_SIZE, block_size.to_le_bytes());
@@ -127,7 +124,6 @@ impl ConfigSpace {
         config.put(at::NUM_QUEUES, num_queues.to_le_bytes());
         if offered & features::DISCARD != 0 {
             let granularity = info.discard_granularity.max(block_size);
-            config.put(at::MAX_DISCARD_SECTORS, at_most_all(MAX_DISCARD_SECTORS).to_le_bytes());
             config.put(at::MAX_DISCARD_SEG, 1u32.to_le_bytes());
             config.put(
                 at::DISCARD_SECTOR_ALIGNMENT,
@@ -135,15 +131,12 @@ impl ConfigSpace {
             );
         }
         if offered & features::WRITE_ZEROES != 0 {
-            config.put(
-                at::MAX_WRITE_ZEROES_SECTORS,
-                at_most_all(MAX_WRITE_ZEROES_SECTORS).to_le_bytes(),
-            );
             config.put(at::MAX_WRITE_ZEROES_SEG, 1u32.to_le_bytes());
             // 5.2.6.2: clear only if a write zeroes can never deallocate, which is the domain's to
             // decide, request by request.
             config.put(at::WRITE_ZEROES_MAY_UNMAP, [1]);
         }
+        config.set_capacity(info.capacity);
         config
     }
 
@@ -156,6 +149,21 @@ impl ConfigSpace {
     #[must_use]
     pub const fn belief(&self) -> Belief {
         self.cache.belief()
+    }
+
+    /// The disk has `capacity` bytes from now on. Requests must be held against no less from before
+    /// this is read.
+    pub fn set_capacity(&mut self, capacity: u64) {
+        let sectors = capacity / SECTOR_SIZE;
+        let at_most_all = |limit: u32| u32::try_from(sectors).unwrap_or(u32::MAX).min(limit);
+        self.put(at::CAPACITY, sectors.to_le_bytes());
+        if self.offered & features::DISCARD != 0 {
+            self.put(at::MAX_DISCARD_SECTORS, at_most_all(MAX_DISCARD_SECTORS).to_le_bytes());
+        }
+        if self.offered & features::WRITE_ZEROES != 0 {
+            let most = at_most_all(MAX_WRITE_ZEROES_SECTORS);
+            self.put(at::MAX_WRITE_ZEROES_SECTORS, most.to_le_bytes());
+        }
     }
 
     fn put<const N: usize>(&mut self, at: usize, value: [u8; N]) {
@@ -331,6 +339,22 @@ mod tests {
         let small = DeviceInfo { capacity: 1 << 20, ..info(ALL) };
         let bytes = ConfigSpace::new(&small, 1, 256).read(0, 72).unwrap();
         assert_eq!((u32_at(&bytes, 36), u32_at(&bytes, 48)), (2048, 2048));
+    }
+
+    #[test]
+    fn a_disk_that_grows_changes_its_capacity_and_what_follows_from_it() {
+        let mut config = ConfigSpace::new(&DeviceInfo { capacity: 1 << 20, ..info(ALL) }, 4, 256);
+        config.set_acked_features(FLUSH | CONFIG_WCE);
+        config.write(32, &[0]).unwrap();
+        config.set_capacity(3 << 30);
+        let mut as_large = ConfigSpace::new(&info(ALL), 4, 256);
+        as_large.set_acked_features(FLUSH | CONFIG_WCE);
+        as_large.write(32, &[0]).unwrap();
+        assert_eq!(config.read(0, 72), as_large.read(0, 72));
+        assert!(!config.write_cache(), "the driver's choice stays");
+        let mut without = ConfigSpace::new(&info(Capabilities(0)), 1, 256);
+        without.set_capacity(4 << 30);
+        assert_eq!(without.read(36, 36).unwrap(), [0; 36], "what is not offered stays zero");
     }
 
     #[test]

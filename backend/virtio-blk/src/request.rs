@@ -17,6 +17,7 @@ use crate::memory::{Gather, StatusSlot, Translator, copy_to_segments};
 use crate::status::WireStatus;
 use domain_abi::{Capabilities, DeviceInfo};
 use domain_abi::{REQUEST_MAY_UNMAP, RawSegment, op};
+use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -26,12 +27,38 @@ use vm_memory::GuestMemoryBackend;
 /// Size of `struct virtio_blk_discard_write_zeroes` (5.2.6).
 const RANGE_SIZE: u64 = 16;
 
-/// What a request is held against. Made anew when the driver acknowledges features or the capacity
-/// changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How many bytes the driver was told that the disk has. It grows while requests are held against
+/// it: each is held against what it is at that moment, so one that a driver sends after it was told
+/// of more is never refused for what it was before.
+#[derive(Debug)]
+pub struct Capacity(AtomicU64);
+
+impl From<u64> for Capacity {
+    fn from(bytes: u64) -> Self {
+        Self(AtomicU64::new(bytes))
+    }
+}
+
+impl Capacity {
+    /// In bytes.
+    #[inline]
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// To be called before the driver is told, and after the disk is as large.
+    pub fn set(&self, bytes: u64) {
+        // Release pairs with the Acquire in `get`: what is sent there finds a disk of that size.
+        self.0.store(bytes, Ordering::Release);
+    }
+}
+
+/// What a request is held against. Made anew when the driver acknowledges features.
+#[derive(Debug)]
 pub struct Limits {
     /// Bytes on the disk, as announced.
-    pub capacity: u64,
+    pub capacity: Capacity,
     /// Acknowledged feature bits.
     pub features: u64,
     /// Nothing may be written.
@@ -50,7 +77,7 @@ impl Limits {
         let len = info.serial.len().min(serial.len());
         serial[..len].copy_from_slice(&info.serial.as_bytes()[..len]);
         Self {
-            capacity: info.capacity,
+            capacity: info.capacity.into(),
             features: acked_features,
             read_only: info.capabilities.contains(Capabilities::READ_ONLY)
                 || acked_features & RO != 0,
@@ -62,7 +89,7 @@ impl Limits {
     #[inline]
     fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR_SIZE)?;
-        (offset.checked_add(len)? <= self.capacity).then_some(offset)
+        (offset.checked_add(len)? <= self.capacity.get()).then_some(offset)
     }
 }
 

@@ -185,7 +185,7 @@ fn check(
         Parsed::Request { op, flags, offset, len, status_at, head } => {
             assert_eq!(head, 0);
             assert!(offset % 512 == 0 && len % 512 == 0, "{parsed:?}");
-            assert!(offset.checked_add(len).unwrap() <= limits.capacity, "{parsed:?}");
+            assert!(offset.checked_add(len).unwrap() <= limits.capacity.get(), "{parsed:?}");
             assert!(!limits.read_only || matches!(op, op::READ | op::FLUSH), "{parsed:?}");
             match op {
                 op::READ | op::WRITE => assert_eq!((total, flags), (len, 0), "{parsed:?}"),

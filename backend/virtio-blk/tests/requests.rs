@@ -155,7 +155,7 @@ fn ranges_stay_on_the_disk() {
 #[test]
 fn ranges_are_no_longer_than_announced() {
     let mut guest = Guest::new();
-    guest.limits.capacity = 1 << 50;
+    guest.limits.capacity.set(1 << 50);
     for (kind, most) in [(DISCARD, MAX_DISCARD_SECTORS), (WRITE_ZEROES, MAX_WRITE_ZEROES_SECTORS)] {
         assert_eq!(request(range(&mut guest, kind, 0, most, 0)).3, u64::from(most) * 512);
         assert_eq!(answer(range(&mut guest, kind, 0, most + 1, 0)), (IO_ERROR, 1));
@@ -283,7 +283,7 @@ fn limits_come_from_what_the_domain_announces() {
     };
     let limits = Limits::new(&info, features::FLUSH);
     assert_eq!(
-        (limits.capacity, limits.features, limits.read_only),
+        (limits.capacity.get(), limits.features, limits.read_only),
         (4096, features::FLUSH, false)
     );
     assert_eq!(&limits.serial, b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");

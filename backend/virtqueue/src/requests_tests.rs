@@ -37,7 +37,7 @@ impl Fixture {
     fn new() -> Self {
         let memory = GuestMemoryAtomic::new(map());
         let limits = Limits {
-            capacity: 1 << 20,
+            capacity: (1 << 20).into(),
             features: features::FLUSH,
             read_only: false,
             serial: [0; 20],

@@ -47,7 +47,7 @@ pub fn memory() -> GuestMemoryMmap {
 
 pub fn limits() -> Limits {
     Limits {
-        capacity: CAPACITY,
+        capacity: CAPACITY.into(),
         features: features::FLUSH | features::DISCARD | features::WRITE_ZEROES,
         read_only: false,
         serial: *b"serial-number-of-20b",
