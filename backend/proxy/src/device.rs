@@ -13,13 +13,14 @@ use crate::keeping::Keeping;
 use crate::record::code::Code;
 use crate::record::events::Events;
 use crate::record::history::History;
-use crate::record::report::{Change, DomainRecord, Entry, Event, Phases, Refusal, Report};
+use crate::record::report::{Change, DomainRecord, Entry, Event, Outcome, Phases, Refusal};
 use crate::record::residents::Residents;
 use crate::record::status::{State, Status};
 use crate::signal::{Signal, lock};
 use domain_abi::{Capabilities, DeviceInfo, Params};
 use domain_host::{ModuleLoader, QUEUE_LIMIT};
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 use storage::{DomainId, Storage};
@@ -78,7 +79,7 @@ impl View {
 
     /// Shows which domains there are beside the live one.
     fn show(&mut self, others: &Others) {
-        self.standby = others.standby.as_ref().map(|standby| Arc::clone(&standby.record));
+        self.standby = others.standby.as_ref().map(|standby| standby.record());
         self.retiring = others.retiring.as_ref().map(|retiring| {
             let label = retiring.domain.label();
             format!("{label}: replaced, and still has requests in flight")
@@ -157,6 +158,12 @@ pub struct DomainProxy {
     /// What must outlive the process. It has what the guest was offered, as capabilities that a
     /// successor must have.
     pub(crate) keeping: Arc<Keeping>,
+    /// What the live domain serves, in bytes, as far as a guest may be told.
+    capacity: AtomicU64,
+    /// The capacity that a domain is being given, or was when it died; 0 for none.
+    pub(crate) attempted: AtomicU64,
+    /// Told when the configuration space has changed.
+    pub(crate) config_hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Since when the device is about to end.
     pub(crate) stopping: OnceLock<Instant>,
 }
@@ -180,11 +187,11 @@ impl DomainProxy {
         let first = preparer.prepare(name, params, None, || Ok(()), &mut Phases::default())?;
         preparer.storage.move_to(first.id);
         if let Err(error) = first.instance.activate() {
-            let message = format!("`{}` was not activated: {error}", first.record.name);
+            let message = format!("`{}` was not activated: {error}", first.record().name);
             return Err(Refusal::new(Code::ActivateFailed, message));
         }
         first.instance.set_generation(1);
-        let (record, live) = (Arc::clone(&first.record), Live::Serving(Arc::clone(&first)));
+        let (record, live) = (first.record(), Live::Serving(Arc::clone(&first)));
         Ok(Self::assemble(preparer, queues, Some(first), live, record, 1))
     }
 
@@ -197,6 +204,7 @@ impl DomainProxy {
         record: Arc<DomainRecord>,
         generation: u64,
     ) -> Arc<Self> {
+        let capacity = AtomicU64::new(record.info.capacity);
         let view = View {
             record,
             generation,
@@ -222,6 +230,9 @@ impl DomainProxy {
             operator: Mutex::default(),
             changes: Mutex::default(),
             view: Mutex::new(view),
+            capacity,
+            attempted: AtomicU64::new(0),
+            config_hook: OnceLock::new(),
             stopping: OnceLock::new(),
         })
     }
@@ -270,7 +281,9 @@ impl DomainProxy {
     pub(crate) fn set_live(&self, next: &LoadedDomain) {
         let mut view = lock(&self.view);
         view.unfenced = None;
-        view.record = Arc::clone(&next.record);
+        view.record = next.record();
+        self.capacity.store(view.record.info.capacity, Ordering::Release);
+        self.attempted.store(0, Ordering::Relaxed);
         view.generation = next.instance.generation();
         view.live = if view.dying.contains(&next.id) {
             Live::TakingOver(Some(Arc::clone(next)))
@@ -282,6 +295,19 @@ impl DomainProxy {
         self.keeping.serves(next, generation, None);
         self.keeping.tell();
         self.signal.announce();
+    }
+
+    /// The live domain has a new record.
+    pub(crate) fn set_record(&self, record: &Arc<DomainRecord>) {
+        lock(&self.view).record = Arc::clone(record);
+        // Release pairs with the Acquire in `capacity`: the domain serves as much by now.
+        self.capacity.store(record.info.capacity, Ordering::Release);
+    }
+
+    /// How many bytes a guest may be told that the disk has. It only grows.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Acquire)
     }
 
     /// Takes the dead live domain out of service, after workers were told.
@@ -395,17 +421,18 @@ impl DomainProxy {
     }
 
     /// Without `others` nothing of them has changed.
-    pub(crate) fn ended(
+    pub(crate) fn ended<R: Clone + Into<Outcome>>(
         &self,
         others: Option<&Others>,
         change: Change,
-        result: &Result<Report, Refusal>,
+        result: &Result<R, Refusal>,
     ) {
+        let result = result.clone().map(Into::into);
         let entry = Entry { at: SystemTime::now(), change, result: result.clone() };
         entry.log();
         let mut view = lock(&self.view);
         view.changing -= 1;
-        if let (Change::Takeover, Err(refusal)) = (change, result) {
+        if let (Change::Takeover, Err(refusal)) = (change, &result) {
             let (generation, reason) = (view.generation, refusal.message.clone());
             self.events.push(Event::Faulted { generation, reason });
         }

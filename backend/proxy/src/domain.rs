@@ -24,7 +24,7 @@ pub(crate) struct Domain {
     pub(crate) id: DomainId,
     pub(crate) instance: Arc<Instance>,
     pub(crate) fence: Arc<Fence>,
-    pub(crate) record: Arc<DomainRecord>,
+    record: Mutex<Arc<DomainRecord>>,
     uses: Uses,
 }
 
@@ -57,7 +57,7 @@ impl Domain {
             kept: Mutex::default(),
             signal,
         };
-        let (instance, record) = (Arc::new(instance), Arc::new(record));
+        let (instance, record) = (Arc::new(instance), Mutex::new(Arc::new(record)));
         Arc::new(Self { id, instance, fence: Arc::default(), record, uses })
     }
 
@@ -66,9 +66,37 @@ impl Domain {
         self.instance
     }
 
+    /// What is known about it.
+    pub(crate) fn record(&self) -> Arc<DomainRecord> {
+        Arc::clone(&lock(&self.record))
+    }
+
+    /// The same, after it was asked for its capacity anew: the disk may have been resized since it
+    /// was prepared. One that does not say keeps what it has.
+    pub(crate) fn refreshed(&self) -> Arc<DomainRecord> {
+        if let Ok(info) = self.instance.info() {
+            self.set_capacity(info.capacity);
+        }
+        self.record()
+    }
+
+    /// The disk that it is has `capacity` bytes from now on.
+    pub(crate) fn set_capacity(&self, capacity: u64) {
+        let mut record = lock(&self.record);
+        if record.info.capacity != capacity {
+            let resized = Arc::make_mut(&mut record);
+            resized.info.capacity = capacity;
+            // So that successors inherit it.
+            if resized.params.get("size").is_some() {
+                resized.params.set("size", capacity.to_string());
+            }
+        }
+    }
+
     /// Its name and version, for people.
     pub(crate) fn label(&self) -> String {
-        format!("`{}` {}", self.record.name, self.record.version)
+        let record = self.record();
+        format!("`{}` {}", record.name, record.version)
     }
 
     /// Whether it has panicked.

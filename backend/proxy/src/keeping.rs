@@ -49,7 +49,7 @@ impl KeptModule {
             log::error!("{}: its module cannot be kept for another server", domain.label());
             return None;
         };
-        let record = &domain.record;
+        let record = domain.record();
         Some(Self {
             number: domain.id.0,
             image: Arc::new(image),
@@ -180,10 +180,27 @@ impl Keeping {
         self.change(|modules| {
             modules.generation = generation;
             modules.fault = None;
-            modules.told = Arc::clone(&next.record);
+            modules.told = next.record();
             note(&mut modules.live, Some(next));
             if replaced.is_some() {
                 note(&mut modules.standby, replaced);
+            }
+        });
+    }
+
+    /// The disk has another size: what serves, and what would next, are kept with what they are
+    /// told of it from now on.
+    pub(crate) fn resized(&self, live: &LoadedDomain, standby: Option<&LoadedDomain>) {
+        let renew = |module: &mut Option<KeptModule>, domain: &LoadedDomain| {
+            if let Some(module) = module.as_mut().filter(|module| module.number == domain.id.0) {
+                module.params = domain.record().params.clone();
+            }
+        };
+        self.change(|modules| {
+            modules.told = live.record();
+            renew(&mut modules.live, live);
+            if let Some(standby) = standby {
+                renew(&mut modules.standby, standby);
             }
         });
     }

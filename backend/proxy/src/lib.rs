@@ -1,11 +1,11 @@
 //! The proxy: what stands between a device's workers and its live domain.
 //!
 //! One [`DomainProxy`] per device (`device.rs`). Workers use it through [`Worker`], operators
-//! through [`DomainProxy::upgrade`] and [`DomainProxy::rollback`].
+//! through [`DomainProxy::upgrade`], [`DomainProxy::rollback`] and [`DomainProxy::resize`].
 //!
 //! - `datapath/`: the way of a request: `worker.rs` and what it keeps.
 //! - `change/`: the ways of an upgrade, a takeover and the end: `upgrade.rs`, `takeover.rs`,
-//!   `retire.rs`, `stop.rs`.
+//!   `retire.rs`, `stop.rs`; `resize.rs`: a larger disk.
 //! - `record/`: what is said about them: reports, codes, history, events.
 //! - `domain.rs`: a domain that is loaded, and what uses it; `environment.rs`: what it is told.
 //! - `keeping.rs`: what must outlive the process; `restore.rs`: another process goes on with it.
@@ -39,8 +39,8 @@ pub use keeping::{Keeper, Kept, KeptModule};
 pub use record::code::Code;
 pub use record::history::Counts;
 pub use record::report::{
-    Change, DomainRecord, Entry, Event, Mode, Options, Phases, Protocol, Refusal, Report, Starved,
-    WhenBusy,
+    Change, DomainRecord, Entry, Event, Mode, Options, Outcome, Phases, Protocol, Refusal, Report,
+    Resized, Starved, WhenBusy,
 };
 pub use record::status::{State, Status};
 pub use record::wire::Blame;

@@ -20,6 +20,8 @@
 //!   of what is held;
 //! * `make=LEN`: puts a region of that length, bytes and a file into the storage when it is
 //!   activated; what it finds there first, it writes down;
+//! * `resize=early`: leaves the new capacity in storage before it comes to the step `resize`;
+//!   `resize=never`: does not look there;
 //! * `thread=true`: starts a thread that ends when the stage says so.
 
 use domain_api::{
@@ -164,6 +166,13 @@ impl<K: Kind> Puppet<K> {
         self.params.get(key).is_some_and(|steps| steps.split(',').any(|s| s == step))
     }
 
+    /// What is in storage of a disk that was resized; not what a puppet of old knows.
+    fn resized(&self) -> Option<u64> {
+        let bytes = self.host.storage().bytes("capacity")?;
+        (!self.is("resize", "never"))
+            .then(|| u64::from_le_bytes(bytes.try_into().expect("8 bytes")))
+    }
+
     fn number(&self, key: &str) -> Option<u64> {
         self.params.get(key).map(|value| value.parse().expect("a number"))
     }
@@ -216,6 +225,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
         "block",
         "physical",
         "kind",
+        "resize",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -244,7 +254,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
-            capacity: self.params.size("size", 1 << 20).expect("a size"),
+            capacity: self.resized().unwrap_or(self.params.size("size", 1 << 20).expect("a size")),
             block_size: self.number("block").unwrap_or(512) as u32,
             physical_block_size: self.number("physical").unwrap_or(512) as u32,
             optimal_io_size: 0,
@@ -290,6 +300,14 @@ impl<K: Kind> BlockDomain for Puppet<K> {
 
     fn resume(&self) -> Result<(), DomainError> {
         self.step("resume")
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        if self.is("resize", "early") {
+            self.host.storage().set_bytes("capacity", &capacity.to_le_bytes())?;
+        }
+        self.step("resize")?;
+        self.host.storage().set_bytes("capacity", &capacity.to_le_bytes())
     }
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {

@@ -19,7 +19,7 @@ impl DomainProxy {
         if schema != 0 && !accepted.contains(&schema) {
             return Err(refusals::schema(&next.label(), accepted, schema));
         }
-        let next = &next.record.info;
+        let next = &next.refreshed().info;
         let differs = |what: &str, live: &dyn std::fmt::Display, next: &dyn std::fmt::Display| {
             Err(Refusal::new(
                 Code::DeviceDiffers,
@@ -37,7 +37,7 @@ impl DomainProxy {
                 ),
             ));
         }
-        if live.capacity != next.capacity {
+        if live.capacity != next.capacity && !self.may_have_resized(next.capacity) {
             return differs("capacity in bytes", &live.capacity, &next.capacity);
         }
         if live.block_size != next.block_size {
@@ -91,7 +91,7 @@ pub(crate) fn decide(
     if live.is_dead() {
         return Err(refusals::preempted());
     }
-    let (a, b) = (&live.record.info, &next.record.info);
+    let (a, b) = (&live.record().info, &next.record().info);
     let why_not = if !both_may {
         Some("one of the two domains holds state of its own")
     } else if a.backing_cache != b.backing_cache {

@@ -62,7 +62,7 @@ impl ExchangeNotes {
             return None;
         }
         self.resume(live);
-        self.refusal = Some(step_refusal(Step::Quiesce, &live.record, &error));
+        self.refusal = Some(step_refusal(Step::Quiesce, &live.record(), &error));
         None
     }
 
@@ -196,7 +196,7 @@ fn exchange(
         if let Err(error) = timed(&mut notes.activate, || next.instance.activate()) {
             storage.rollback();
             notes.resume(&live);
-            notes.refusal = Some(step_refusal(Step::Activate, &next.record, &error));
+            notes.refusal = Some(step_refusal(Step::Activate, &next.record(), &error));
             return None;
         }
         // What is kept for another server is told of in this, if the storage has changed: it could

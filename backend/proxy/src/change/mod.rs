@@ -1,4 +1,5 @@
-//! What replaces the live domain: upgrades, takeovers, and the end of the device.
+//! What replaces the live domain, or changes it: upgrades, takeovers, a new size, and the end of the
+//! device.
 
 pub(crate) mod compatible;
 pub(crate) mod drain;
@@ -7,6 +8,7 @@ pub(crate) mod handoff;
 pub(crate) mod handover;
 pub(crate) mod prepare;
 pub(crate) mod refusals;
+pub(crate) mod resize;
 pub(crate) mod retire;
 pub(crate) mod starved;
 pub(crate) mod stop;

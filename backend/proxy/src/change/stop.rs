@@ -100,7 +100,7 @@ impl DomainProxy {
         deadline: Instant,
         said: &mut Vec<String>,
     ) -> Result<(), String> {
-        let name = &live.record.name;
+        let name = &live.record().name;
         let flushed = self.flush(live, deadline);
         let flushed = flushed.map_err(|why| format!("the last flush of `{name}`: {why}"));
         if live.is_dead() {
@@ -129,7 +129,7 @@ impl DomainProxy {
 
     /// Makes what has been written durable, where there is such a thing.
     fn flush(&self, live: &LoadedDomain, deadline: Instant) -> Result<(), String> {
-        if !is_flushed(&live.record.info) {
+        if !is_flushed(&live.record().info) {
             return Ok(());
         }
         let is_free = |queue: &usize| !live.is_abandoned(*queue);

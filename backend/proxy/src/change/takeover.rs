@@ -74,6 +74,7 @@ impl DomainProxy {
         // dead and gives up.
         self.queues.notify_all();
         let mut others = self.lock_changes();
+        let capacity = self.capacity();
         let retiring = others.retiring.as_ref().map(|retiring| Arc::clone(&retiring.domain));
         if let Some(retiring) = retiring.filter(|retiring| retiring.id == dead) {
             // It had been replaced already: its successor answers what it left.
@@ -98,6 +99,10 @@ impl DomainProxy {
         }
         self.end_dying(dead);
         drop(others);
+        if self.capacity() != capacity {
+            // It has died while it was resized, and had it in storage.
+            self.config_changed();
+        }
         self.queues.notify_all();
     }
 
@@ -110,7 +115,7 @@ impl DomainProxy {
         let mut phases = Phases::default();
         let dead = self.detach_all(&mut phases);
         let (from, fence, generation) =
-            (Arc::clone(&dead.record), Arc::clone(&dead.fence), dead.instance.generation());
+            (dead.record(), Arc::clone(&dead.fence), dead.instance.generation());
         if let Err(why) = self.retire(dead, TAKEOVER_PATIENCE, &mut phases) {
             fence.decide(Verdict::Unfenced);
             return Err(Refusal::new(
@@ -162,13 +167,7 @@ impl DomainProxy {
                 fence.decide(Verdict::Replay);
                 phases.pause = started.elapsed();
                 let protocol = Protocol::Takeover;
-                Ok(Report {
-                    generation: generation + 1,
-                    protocol,
-                    from,
-                    to: Arc::clone(&next.record),
-                    phases,
-                })
+                Ok(Report { generation: generation + 1, protocol, from, to: next.record(), phases })
             }
             Err(refusal) => {
                 fence.decide(Verdict::Fail);

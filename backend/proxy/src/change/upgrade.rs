@@ -24,14 +24,16 @@ use crate::change::handover::{Step, step_refusal};
 use crate::device::{Changing, DomainProxy, Others};
 use crate::domain::LoadedDomain;
 use crate::record::code::Code;
-use crate::record::report::{Change, Options, Phases, Protocol, Refusal, Report, WhenBusy, timed};
+use crate::record::report::{
+    Change, Options, Outcome, Phases, Protocol, Refusal, Report, WhenBusy, timed,
+};
 use crate::signal::lock;
 use domain_abi::Params;
 use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 /// What a change has prepared before it has the lock of changes.
-trait Prepared {
+pub(super) trait Prepared {
     /// It is not wanted.
     fn give_up(self, proxy: &DomainProxy, limit: Duration);
 }
@@ -44,8 +46,8 @@ impl Prepared for (LoadedDomain, Phases) {
     }
 }
 
-/// The standby is there already.
-struct Nothing;
+/// Nothing is to be prepared: the standby, or the live domain, is there already.
+pub(super) struct Nothing;
 
 impl Prepared for Nothing {
     fn give_up(self, _: &DomainProxy, _: Duration) {}
@@ -106,14 +108,14 @@ impl DomainProxy {
     /// lock of changes, `change_over` with it; it is held until the history has the entry, so that
     /// no takeover of the new live domain is told of first. If a takeover comes first,
     /// `change_over` is tried again after it.
-    fn recorded<T: Prepared>(
+    pub(super) fn recorded<T: Prepared, R: Clone + Into<Outcome>>(
         self: &Arc<Self>,
         change: Change,
         target: &str,
         options: Options,
         prepare: impl FnOnce() -> Result<T, Refusal>,
-        mut change_over: impl FnMut(&mut Others, &T) -> Result<Report, Refusal>,
-    ) -> Result<Report, Refusal> {
+        mut change_over: impl FnMut(&mut Others, &T) -> Result<R, Refusal>,
+    ) -> Result<R, Refusal> {
         let _operator = match (options.when_busy, self.operator.try_lock()) {
             (_, Ok(operator)) => operator,
             (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
@@ -150,11 +152,11 @@ impl DomainProxy {
     /// Makes a change, after each takeover that comes first: the checks are made anew then, because
     /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too
     /// long.
-    fn try_until_alive(
+    fn try_until_alive<R>(
         self: &Arc<Self>,
         options: Options,
-        mut attempt: impl FnMut(&mut Others) -> Result<Report, Refusal>,
-    ) -> (Option<Changing<'_>>, Result<Report, Refusal>) {
+        mut attempt: impl FnMut(&mut Others) -> Result<R, Refusal>,
+    ) -> (Option<Changing<'_>>, Result<R, Refusal>) {
         loop {
             let mut others = match self.lock_after_takeover(options) {
                 Ok(others) => others,
@@ -223,7 +225,7 @@ impl DomainProxy {
         let generation = next.instance.generation();
         self.set_live(&next);
         self.queues.notify_all();
-        let report = Report { generation, protocol, from, to: Arc::clone(&next.record), phases };
+        let report = Report { generation, protocol, from, to: next.record(), phases };
         drop(next);
         Ok(match live {
             Some(live) => self.release_old(others, live, grace, options, report),
@@ -243,7 +245,7 @@ impl DomainProxy {
         let activate = || next.instance.activate().and_then(|()| self.catch_up(next));
         if let Err(error) = timed(&mut phases.activate, activate) {
             self.storage.rollback();
-            return Err(step_refusal(Step::Activate, &next.record, &error));
+            return Err(step_refusal(Step::Activate, &next.record(), &error));
         }
         self.keeping.serves(next, generation, None);
         self.storage.commit();
@@ -260,7 +262,7 @@ impl DomainProxy {
         self.storage.begin(next.id);
         if let Err(error) = timed(&mut phases.activate, || next.instance.activate()) {
             self.storage.rollback();
-            return Err(step_refusal(Step::Activate, &next.record, &error));
+            return Err(step_refusal(Step::Activate, &next.record(), &error));
         }
         next.instance.set_generation(self.next_generation());
         let grace = self.cell.swap(Some(Arc::clone(next))).map_err(|error| {

@@ -67,6 +67,12 @@ codes! {
     ActivateFailed = "activate_failed",
     /// The new domain has panicked while it took the storage up.
     ActivatePanicked = "activate_panicked",
+    /// The disk would become smaller.
+    ResizeShrinks = "resize_shrinks",
+    /// The live domain says that the disk cannot be as large.
+    ResizeFailed = "resize_failed",
+    /// The live domain has panicked while it was resized.
+    ResizePanicked = "resize_panicked",
     /// The dead domain cannot be ended, so that no other may serve what it had.
     NotFenced = "not_fenced",
 }

@@ -33,6 +33,8 @@ impl History {
             (Change::Takeover, Ok(_)) => self.counts.takeovers += 1,
             // The fault is what is told of it.
             (Change::Takeover, Err(_)) => {}
+            // These are counts of upgrades.
+            (Change::Resize, _) => {}
             (_, Err(_)) => self.counts.refused += 1,
             (Change::Upgrade, Ok(_)) => self.counts.committed += 1,
             (Change::Rollback, Ok(_)) => self.counts.rolled_back += 1,

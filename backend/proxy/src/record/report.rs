@@ -165,6 +165,40 @@ pub struct Report {
     pub phases: Phases,
 }
 
+/// A committed change of the capacity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Resized {
+    /// The generation that was resized.
+    pub generation: u64,
+    /// Bytes before.
+    #[serde(rename = "capacity_before")]
+    pub before: u64,
+    /// Bytes now.
+    pub capacity: u64,
+}
+
+/// What a committed change was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Outcome {
+    /// Another domain serves.
+    Replaced(Report),
+    /// The disk is larger.
+    Resized(Resized),
+}
+
+impl From<Report> for Outcome {
+    fn from(report: Report) -> Self {
+        Self::Replaced(report)
+    }
+}
+
+impl From<Resized> for Outcome {
+    fn from(resized: Resized) -> Self {
+        Self::Resized(resized)
+    }
+}
+
 /// Why a change was refused: the device is as it was.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -207,6 +241,8 @@ pub enum Change {
     Rollback,
     /// The live domain had died, and the standby was to go on in its place.
     Takeover,
+    /// The disk was to become larger.
+    Resize,
 }
 
 impl Change {
@@ -217,6 +253,7 @@ impl Change {
             Self::Upgrade => "upgrade",
             Self::Rollback => "rollback",
             Self::Takeover => "takeover",
+            Self::Resize => "resize",
         }
     }
 }
@@ -229,7 +266,7 @@ pub struct Entry {
     /// What was asked for.
     pub change: Change,
     /// How it ended.
-    pub result: Result<Report, Refusal>,
+    pub result: Result<Outcome, Refusal>,
 }
 
 impl Entry {
@@ -237,7 +274,10 @@ impl Entry {
     pub(crate) fn log(&self) {
         let change = self.change.name();
         match &self.result {
-            Ok(report) => log::info!(
+            Ok(Outcome::Resized(Resized { before, capacity, .. })) => {
+                log::info!("{change} from {before} to {capacity} bytes");
+            }
+            Ok(Outcome::Replaced(report)) => log::info!(
                 "{change} to generation {}: `{}` {} -> `{}` {} by {}, pause {} us",
                 report.generation,
                 report.from.name,
@@ -262,7 +302,7 @@ pub enum Event {
     Started {
         /// What was asked for.
         change: Change,
-        /// The module's name or path; `standby` for a rollback.
+        /// The module's name or path; `standby` for a rollback; bytes for a new size.
         target: String,
     },
     /// A change ended.

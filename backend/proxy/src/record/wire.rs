@@ -6,7 +6,9 @@
 
 use crate::datapath::queue::QueueStatus;
 use crate::record::history::Counts;
-use crate::record::report::{DomainRecord, Entry, Event, Phases, Refusal, Report, Starved};
+use crate::record::report::{
+    DomainRecord, Entry, Event, Outcome, Phases, Refusal, Report, Starved,
+};
 use crate::record::status::{State, Status};
 use serde::{Serialize, Serializer};
 use std::sync::Arc;
@@ -121,7 +123,7 @@ impl Serialize for Entry {
             change: &'static str,
             outcome: &'static str,
             #[serde(flatten)]
-            report: Option<&'a Report>,
+            report: Option<&'a Outcome>,
             #[serde(skip_serializing_if = "Option::is_none")]
             error: Option<Refused<'a>>,
         }
@@ -166,7 +168,7 @@ impl Serialize for Event {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::report::{Change, Protocol};
+    use crate::record::report::{Change, Protocol, Resized};
     use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
     use serde_json::{Value, json};
     use std::time::Duration;
@@ -323,9 +325,16 @@ mod tests {
     #[test]
     fn an_entry_has_the_members_of_what_it_reports() {
         let at = SystemTime::UNIX_EPOCH + Duration::from_millis(17);
-        let done = Entry { at, change: Change::Upgrade, result: Ok(report()) };
+        let done = Entry { at, change: Change::Upgrade, result: Ok(report().into()) };
         let told = json!({"time_ms": 17, "change": "upgrade", "outcome": "committed"});
         assert_eq!(as_json(&done), with(told, &reported()));
+        let resized = Resized { generation: 2, before: 512, capacity: 1024 };
+        let resized = Entry { at, change: Change::Resize, result: Ok(resized.into()) };
+        assert_eq!(
+            as_json(&resized),
+            json!({"time_ms": 17, "change": "resize", "outcome": "committed", "generation": 2,
+                   "capacity_before": 512, "capacity": 1024})
+        );
         for (change, name) in [(Change::Rollback, "rollback"), (Change::Takeover, "takeover")] {
             let refused = Entry { at, change, result: Err(refusal()) };
             let told = json!({
@@ -339,7 +348,7 @@ mod tests {
     #[test]
     fn an_event_is_named_by_what_happened() {
         let at = SystemTime::UNIX_EPOCH;
-        let entry = Entry { at, change: Change::Upgrade, result: Ok(report()) };
+        let entry = Entry { at, change: Change::Upgrade, result: Ok(report().into()) };
         let ended = with(json!({"event": "ended"}), &as_json(&entry));
         let started = Event::Started { change: Change::Rollback, target: "x".into() };
         for (event, told) in [
