@@ -134,6 +134,7 @@ impl<O: Operations> Connection<O> {
                 Code::NoSupervisor,
                 "this daemon is one process, and cannot be exchanged under its guest; start it anew",
             )),
+            Action::Resize(request) => Ok(operations.resize(request)?),
             Action::Watch => {
                 // Watching twice is watching.
                 watching.get_or_insert_with(|| operations.last_event());

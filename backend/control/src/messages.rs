@@ -132,6 +132,20 @@ pub struct RollbackParams {
     pub when_busy: Option<WhenBusy>,
 }
 
+/// The parameters of `resize`, of which only `size` is needed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeParams {
+    /// Which device, if it is said.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Bytes that the disk is to have.
+    pub size: u64,
+    /// What to do if an upgrade is running.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub when_busy: Option<WhenBusy>,
+}
+
 /// A member that may be left out, but is not null if it is there.
 fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
     T::deserialize(from).map(Some)
@@ -174,6 +188,28 @@ pub struct RollbackRequest {
     pub starved_timeout: Duration,
     /// What to do if an upgrade is running.
     pub when_busy: WhenBusy,
+}
+
+/// A new size that was asked for, checked, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResizeRequest {
+    /// Bytes that the disk is to have; not 0.
+    pub size: u64,
+    /// What to do if an upgrade is running.
+    pub when_busy: WhenBusy,
+}
+
+impl ResizeParams {
+    /// The request that they are.
+    ///
+    /// # Errors
+    /// A sentence that names the member that is out of range.
+    pub fn check(self) -> Result<ResizeRequest, String> {
+        if self.size == 0 {
+            return Err("`size` must be a number of bytes above 0".to_owned());
+        }
+        Ok(ResizeRequest { size: self.size, when_busy: self.when_busy.unwrap_or_default() })
+    }
 }
 
 impl UpgradeParams {
@@ -307,6 +343,12 @@ mod tests {
         let expected =
             UpgradeDaemonRequest { path: Some("/usr/bin/new".into()), only: Some(Part::Server) };
         assert_eq!(params.check(), Ok(expected));
+        let all = json!({"device": "0", "size": 1u64 << 40, "when_busy": "refuse"});
+        let params: ResizeParams = serde_json::from_value(all.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&params).unwrap(), all);
+        let expected = ResizeRequest { size: 1 << 40, when_busy: WhenBusy::Refuse };
+        assert_eq!(params.check(), Ok(expected));
+        assert!(ResizeParams::default().check().unwrap_err().contains("`size`"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::messages::{DEVICE, RollbackRequest, UpgradeRequest};
+use crate::messages::{DEVICE, ResizeRequest, RollbackRequest, UpgradeRequest};
 
 /// What the methods do. Calls come from many threads at once; each blocks only the client that made
 /// it.
@@ -24,6 +24,12 @@ pub trait Operations: Send + Sync + 'static {
     /// # Errors
     /// Why it was refused or failed; the device then goes on as before.
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError>;
+
+    /// Makes the disk larger.
+    ///
+    /// # Errors
+    /// Why it was refused or failed; the device then goes on as before.
+    fn resize(&self, request: ResizeRequest) -> Result<Value, OperationError>;
 
     /// What has happened, oldest first.
     fn history(&self) -> Value;

@@ -16,8 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::code::{Code, OPERATION_REFUSED};
 use crate::lines::Line;
 use crate::messages::{
-    NoParams, RollbackParams, RollbackRequest, UpgradeDaemonParams, UpgradeDaemonRequest,
-    UpgradeParams, UpgradeRequest,
+    NoParams, ResizeParams, ResizeRequest, RollbackParams, RollbackRequest, UpgradeDaemonParams,
+    UpgradeDaemonRequest, UpgradeParams, UpgradeRequest,
 };
 use crate::operations::OperationError;
 
@@ -51,6 +51,8 @@ pub enum Action {
     Rollback(RollbackRequest),
     /// Another program.
     UpgradeDaemon(UpgradeDaemonRequest),
+    /// A larger disk.
+    Resize(ResizeRequest),
     /// What has happened.
     History,
     /// What happens from now on.
@@ -252,11 +254,17 @@ impl Method {
                 let request = params.check().map_err(RpcError::invalid_params)?;
                 Ok(Self { device, action: Action::UpgradeDaemon(request) })
             }
+            "resize" => {
+                let mut params: ResizeParams = read_params(params)?;
+                let device = params.device.take();
+                let request = params.check().map_err(RpcError::invalid_params)?;
+                Ok(Self { device, action: Action::Resize(request) })
+            }
             _ => Err(RpcError::new(
                 Code::MethodNotFound,
                 format!(
                     "there is no method `{method}`; there are status, upgrade, rollback, \
-                     upgrade_daemon, history, watch and shutdown"
+                     upgrade_daemon, resize, history, watch and shutdown"
                 ),
             )),
         }
@@ -384,6 +392,15 @@ mod tests {
         assert_eq!(method(daemon).device.as_deref(), Some("b"));
         let rollback = r#"{"jsonrpc":"2.0","method":"rollback","params":{"device":"b"}}"#;
         assert_eq!(method(rollback).device.as_deref(), Some("b"));
+        let resize = r#"{"jsonrpc":"2.0","method":"resize","params":{"size":512,"device":"b"}}"#;
+        let request = ResizeRequest { size: 512, when_busy: WhenBusy::Queue };
+        let expected = Method { device: Some("b".into()), action: Action::Resize(request) };
+        assert_eq!(method(resize), expected);
+        for bad in ["{}", r#"{"size":0}"#, r#"{"size":-1}"#, r#"{"size":"1M"}"#, r#"{"size":null}"#]
+        {
+            let line = format!(r#"{{"jsonrpc":"2.0","method":"resize","params":{bad}}}"#);
+            assert_eq!(method_of(&line).unwrap_err().code, "invalid_params", "{bad}");
+        }
     }
 
     fn method_of(line: &str) -> Result<Method, RpcError> {

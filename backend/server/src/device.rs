@@ -1,10 +1,10 @@
 //! What the commands of the control socket do to the device.
 
 use crate::log_limit::{self, how_to_have_more};
-use control::messages::{RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
+use control::messages::{ResizeRequest, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
 use control::{OperationError, Operations};
 use log::Level;
-use proxy::{DomainProxy, Mode, Options, Refusal, Report, Status};
+use proxy::{DomainProxy, Mode, Options, Refusal, Status};
 use serde::Serialize;
 use serde_json::Value;
 use std::io;
@@ -38,11 +38,14 @@ fn options(
     starved_timeout: Duration,
     when_busy: WhenBusy,
 ) -> Options {
-    let when_busy = match when_busy {
+    Options { mode, drain_timeout, starved_timeout, when_busy: busy(when_busy) }
+}
+
+const fn busy(when_busy: WhenBusy) -> proxy::WhenBusy {
+    match when_busy {
         WhenBusy::Queue => proxy::WhenBusy::Queue,
         WhenBusy::Refuse => proxy::WhenBusy::Refuse,
-    };
-    Options { mode, drain_timeout, starved_timeout, when_busy }
+    }
 }
 
 /// The device's reports are JSON of whatever they hold: strings, numbers and lists of those.
@@ -50,7 +53,7 @@ fn to_json(report: &impl Serialize) -> Value {
     serde_json::to_value(report).expect("a report has nothing that JSON cannot say")
 }
 
-fn answer(result: Result<Report, Refusal>) -> Result<Value, OperationError> {
+fn answer(result: Result<impl Serialize, Refusal>) -> Result<Value, OperationError> {
     result.as_ref().map(to_json).map_err(|refusal| OperationError {
         code: refusal.code.as_str(),
         message: refusal.message.clone(),
@@ -92,6 +95,11 @@ impl Operations for Device {
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError> {
         let RollbackRequest { drain_timeout, starved_timeout, when_busy } = request;
         answer(self.proxy.rollback(options(Mode::Auto, drain_timeout, starved_timeout, when_busy)))
+    }
+
+    fn resize(&self, request: ResizeRequest) -> Result<Value, OperationError> {
+        let options = Options { when_busy: busy(request.when_busy), ..Options::default() };
+        answer(self.proxy.resize(request.size, options))
     }
 
     fn history(&self) -> Value {

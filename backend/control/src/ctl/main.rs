@@ -24,7 +24,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use control::Code;
 use control::client::{Client, Failure};
 use control::messages::{
-    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, Part, RollbackParams,
+    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, Part, ResizeParams, RollbackParams,
     UpgradeDaemonParams, UpgradeMode, UpgradeParams, WhenBusy,
 };
 use serde::Serialize;
@@ -83,6 +83,15 @@ enum Command {
         /// Replace only what serves the guest, or only what holds the connections
         #[arg(long, value_name = "PART", value_parser = PossibleValuesParser::new(["server", "supervisor"]).try_map(|word| part(&word)))]
         only: Option<Part>,
+    },
+    /// Make the disk larger under the running guest
+    Resize {
+        /// Bytes that it is to have, with K, M, G or T for powers of 1024
+        #[arg(value_name = "SIZE", value_parser = size)]
+        size: u64,
+        /// Be refused, and do not wait, if an upgrade is running
+        #[arg(long)]
+        no_queue: bool,
     },
     /// Show what has happened
     History,
@@ -192,6 +201,11 @@ impl Request {
                 let params = UpgradeDaemonParams { device: None, path, only: *only };
                 Request::new("upgrade_daemon", &params, UPGRADE_TIMEOUT)
             }
+            Command::Resize { size, no_queue } => {
+                let when_busy = no_queue.then_some(WhenBusy::Refuse);
+                let params = ResizeParams { device: None, size: *size, when_busy };
+                Request::new("resize", &params, UPGRADE_TIMEOUT)
+            }
             Command::Upgrade { name, params: pairs, mode, limits } => {
                 let params = UpgradeParams {
                     device: None,
@@ -211,6 +225,13 @@ impl Request {
         let params = serde_json::to_value(params).expect("strings and numbers are JSON");
         Request { method, params, answer_timeout }
     }
+}
+
+/// What `resize` takes.
+fn size(text: &str) -> Result<u64, String> {
+    domain_abi::parse_size(text)
+        .filter(|&size| size > 0)
+        .ok_or_else(|| "a number of bytes, with K, M, G or T for powers of 1024".to_owned())
 }
 
 /// What `--mode` takes.
@@ -262,6 +283,7 @@ fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
         Command::Status => print::status(&result),
         Command::Upgrade { .. } | Command::Rollback { .. } => print::upgrade(&result),
         Command::UpgradeDaemon { .. } => print::upgrade_daemon(&result),
+        Command::Resize { .. } => print::resize(&result),
         Command::History => print::history(&result),
         Command::Watch | Command::Shutdown => "the daemon is shutting down".to_owned(),
     };

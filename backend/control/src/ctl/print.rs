@@ -86,6 +86,17 @@ fn sentence(reply: &Value) -> String {
     text
 }
 
+/// The reply to `resize`: how large the disk is now, and was.
+pub fn resize(reply: &Value) -> String {
+    let (before, now) = (&reply["capacity_before"], &reply["capacity"]);
+    match (before, now) {
+        (_, Value::Null) => "done".to_owned(),
+        (Value::Null, now) => format!("capacity {} bytes", number(now)),
+        (before, now) if before == now => format!("capacity {} bytes, as before", number(now)),
+        (before, now) => format!("capacity {} -> {} bytes", number(before), number(now)),
+    }
+}
+
 /// The state of the device: a column of names, a column of values, a table of queues.
 pub fn status(status: &Value) -> String {
     let Some(members) = status.as_object() else { return shown(status) };
@@ -297,6 +308,15 @@ mod tests {
     }
 
     #[test]
+    fn a_new_size_is_told_beside_the_old_one() {
+        let reply = json!({"generation": 1, "capacity_before": 512, "capacity": 1024});
+        assert_eq!(resize(&reply), "capacity 512 -> 1024 bytes");
+        let reply = json!({"generation": 1, "capacity_before": 1024, "capacity": 1024});
+        assert_eq!(resize(&reply), "capacity 1024 bytes, as before");
+        assert_eq!(resize(&json!({"capacity": 7})), "capacity 7 bytes");
+    }
+
+    #[test]
     fn an_entry_says_when_and_what_and_why() {
         let refused = json!({
             "sequence": 4, "event": "ended", "change": "upgrade", "outcome": "refused", "time_ms": 1_795_393_819_672_i64,
@@ -322,6 +342,7 @@ mod tests {
         for value in odd {
             upgrade(&value);
             upgrade_daemon(&value);
+            resize(&value);
             status(&value);
             history(&value);
             event(&value);

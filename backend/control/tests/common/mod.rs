@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::messages::{RollbackRequest, UpgradeRequest};
+use control::messages::{ResizeRequest, RollbackRequest, UpgradeRequest};
 use control::{Limits, OperationError, Operations, Server};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -28,6 +28,7 @@ pub struct Mock {
     pub shutdowns: AtomicUsize,
     pub upgrades: Mutex<VecDeque<UpgradeRequest>>,
     pub rollbacks: Mutex<VecDeque<RollbackRequest>>,
+    pub resizes: Mutex<VecDeque<ResizeRequest>>,
     pub events: Mutex<Vec<Value>>,
     pub news: Condvar,
     pub flood: AtomicBool,
@@ -79,6 +80,19 @@ impl Operations for Mock {
             message: "there is no standby".to_owned(),
             data: None,
         })
+    }
+
+    fn resize(&self, request: ResizeRequest) -> Result<Value, OperationError> {
+        let size = request.size;
+        self.resizes.lock().unwrap().push_back(request);
+        match size {
+            512 => Err(OperationError {
+                code: "resize_shrinks",
+                message: "512 bytes are fewer".to_owned(),
+                data: None,
+            }),
+            size => Ok(json!({"generation": 1, "capacity_before": 1024, "capacity": size})),
+        }
     }
 
     fn history(&self) -> Value {

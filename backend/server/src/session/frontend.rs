@@ -212,7 +212,7 @@ impl VhostUserBackend for Backend {
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let context = &*self.0.session.context;
         let read = |space: &mut ConfigSpace| space.read(offset, size);
-        context.offer.configure(read).unwrap_or_else(|error| {
+        context.offer.tell(read).unwrap_or_else(|error| {
             log_limit::say(
                 Level::Warn,
                 "config read",

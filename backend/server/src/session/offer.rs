@@ -12,8 +12,13 @@ use std::time::Duration;
 use virtio_blk::{Belief, ConfigSpace, Limits, features};
 
 /// The device as one session's guest sees it.
+///
+/// All of it stays as it was when the session began, but for the capacity: that is looked at when
+/// the frontend asks for the configuration space, which is how a guest hears of it. What requests
+/// are held against follows at that moment, before the frontend has its answer.
 pub(super) struct Offer {
     proxy: Arc<DomainProxy>,
+    /// As the session found it.
     info: DeviceInfo,
     space: Mutex<ConfigSpace>,
     limits: Mutex<Arc<Limits>>,
@@ -61,7 +66,10 @@ impl Offer {
     /// The guest has acknowledged `acked` of them.
     pub(super) fn acknowledge(&self, acked: u64) {
         self.acked.store(acked, Ordering::Relaxed);
-        *lock(&self.limits) = Arc::new(Limits::new(&self.info, acked));
+        let mut limits = lock(&self.limits);
+        let capacity = limits.capacity.get();
+        *limits = Arc::new(Limits::new(&DeviceInfo { capacity, ..self.info.clone() }, acked));
+        drop(limits);
         self.configure(|space| space.set_acked_features(acked));
     }
 
@@ -69,6 +77,20 @@ impl Offer {
     pub(super) fn reset(&self) {
         self.acked.store(0, Ordering::Relaxed);
         self.configure(ConfigSpace::reset);
+    }
+
+    /// Reads the configuration space, or whatever needs it as it is now: the guest is told by it.
+    pub(super) fn tell<T>(&self, read: impl FnOnce(&mut ConfigSpace) -> T) -> T {
+        self.configure(|space| {
+            let capacity = self.proxy.capacity();
+            let limits = lock(&self.limits);
+            if limits.capacity.get() != capacity {
+                limits.capacity.set(capacity);
+                space.set_capacity(capacity);
+            }
+            drop(limits);
+            read(space)
+        })
     }
 
     /// What requests are held against.
