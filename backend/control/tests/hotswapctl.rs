@@ -15,6 +15,29 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
+fn a_size_is_sent_in_bytes() {
+    let fixture = fixture();
+    for (text, size) in [("1M", 1 << 20), ("4096", 4096), ("2T", 2 << 40)] {
+        let output = fixture.ctl(&["resize", text]);
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert_eq!(said, format!("capacity 1024 -> {size} bytes\n"));
+        let asked = fixture.mock.resizes.lock().unwrap().pop_front().unwrap();
+        assert_eq!((asked.size, asked.when_busy), (size, WhenBusy::Queue));
+    }
+    let output = fixture.ctl(&["resize", "--no-queue", "512"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(said, "error: 512 bytes are fewer (resize_shrinks)\n");
+    let asked = fixture.mock.resizes.lock().unwrap().pop_front().unwrap();
+    assert_eq!(asked.when_busy, WhenBusy::Refuse);
+    for bad in [&["resize"][..], &["resize", "0"], &["resize", "1.5G"], &["resize", "1M", "2M"]] {
+        assert_eq!(fixture.ctl(bad).status.code(), Some(2), "{bad:?}");
+    }
+    assert!(fixture.mock.resizes.lock().unwrap().is_empty());
+}
+
+#[test]
 fn hotswapctl_prints_for_people() {
     let fixture = fixture();
     for (args, expected) in [

@@ -227,6 +227,18 @@ mod tests {
     }
 
     #[test]
+    fn a_new_size_is_answered_with_both_and_shows() {
+        let puppets = Puppets::start(1, &[]);
+        let (device, _) = device(&puppets);
+        let resize = |size| device.resize(ResizeRequest { size, when_busy: WhenBusy::Queue });
+        let told =
+            serde_json::json!({"generation": 1, "capacity_before": 1 << 20, "capacity": 2 << 20});
+        assert_eq!(resize(2 << 20), Ok(told));
+        assert_eq!(device.status()["capacity"], 2 << 20);
+        assert_eq!(resize(1 << 20).unwrap_err().code, "resize_shrinks");
+    }
+
+    #[test]
     fn each_mode_is_the_one_that_was_asked_for() {
         let puppets = Puppets::start(1, &["swap=true"]);
         let (device, _) = device(&puppets);

@@ -30,6 +30,9 @@ mod wrong {
     pub const PANICS: u8 = 15;
     pub const IGNORES_PIECES: u8 = 16;
     pub const SETS_NO_SCHEMA: u8 = 17;
+    pub const GROWS_FOR_ITSELF: u8 = 18;
+    pub const PANICS_WHEN_RESIZED: u8 = 19;
+    pub const SAYS_THAT_IT_GREW: u8 = 20;
 }
 
 /// An asynchronous disk in memory: requests end in `reap`, after a timer, and it takes four at a
@@ -41,6 +44,8 @@ struct Disk<const WRONG: u8> {
     /// Instead of the region's, for a domain that keeps its data to itself.
     key: String,
     count: AtomicU64,
+    /// What it was resized to, kept where no successor finds it.
+    grown: AtomicU64,
 }
 
 struct Queue {
@@ -81,13 +86,14 @@ impl<const WRONG: u8> BlockDomain for Disk<WRONG> {
         if WRONG == wrong::LEAVES_A_THREAD {
             host.spawn("left", || std::thread::sleep(Duration::from_secs(20)))?;
         }
-        Ok(Self { host, size, region: OnceLock::new(), key, count: AtomicU64::new(0) })
+        let (count, grown) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { host, size, region: OnceLock::new(), key, count, grown })
     }
 
     fn info(&self) -> DeviceInfo {
         let asked = self.count.fetch_add(1, Ordering::Relaxed);
         DeviceInfo {
-            capacity: self.size,
+            capacity: self.size.max(self.grown.load(Ordering::Relaxed)),
             block_size: 512,
             physical_block_size: if WRONG == wrong::CHANGES_ITS_MIND && asked > 0 {
                 4096
@@ -120,6 +126,19 @@ impl<const WRONG: u8> BlockDomain for Disk<WRONG> {
 
     fn quiesce(&self) -> Result<(), DomainError> {
         Ok(())
+    }
+
+    fn resize(&self, capacity: u64) -> Result<(), DomainError> {
+        match WRONG {
+            wrong::GROWS_FOR_ITSELF => {
+                self.host.storage().grow_region(&self.key, self.region(), capacity)?;
+                self.grown.store(capacity, Ordering::Relaxed);
+                Ok(())
+            }
+            wrong::PANICS_WHEN_RESIZED => panic!("no larger"),
+            wrong::SAYS_THAT_IT_GREW => Ok(()),
+            _ => Err(DomainError::new("it stays as large as it is")),
+        }
     }
 
     fn resume(&self) -> Result<(), DomainError> {
@@ -248,6 +267,22 @@ fn wrong_lifecycles_are_caught() {
     caught::<{ wrong::TOUCHES_STORAGE_IN_PREPARE }>("preparing", "open region `disk`");
     caught::<{ wrong::SETS_NO_SCHEMA }>("announcement", "schema number at 0");
     caught::<{ wrong::FAILS_LATER_QUEUES }>("random requests", "attaching queue 1 failed");
+}
+
+#[test]
+fn a_new_size_that_others_do_not_know_is_caught() {
+    caught::<{ wrong::PANICS_WHEN_RESIZED }>("resizing", "panics when it is resized");
+    caught::<{ wrong::SAYS_THAT_IT_GREW }>("resizing", "though it said that it is not");
+    let options = Options { resizes: true, ..options() };
+    let said = |violation: Result<_, domain_conformance::Violation>| {
+        violation.expect_err("the suite let it pass").to_string()
+    };
+    let violation = said(check::<Disk<{ wrong::SAYS_THAT_IT_GREW }>>(&options));
+    assert!(violation.contains("the instance that was resized announces"), "{violation}");
+    let violation = said(check::<Disk<{ wrong::GROWS_FOR_ITSELF }>>(&options));
+    assert!(violation.contains("prepared before announces"), "{violation}");
+    let violation = said(check::<Disk<{ wrong::NOTHING }>>(&options));
+    assert!(violation.contains("resize failed: it stays"), "{violation}");
 }
 
 #[test]

@@ -38,3 +38,23 @@ fn a_module_does_without_what_an_older_host_lacks() {
     assert!(oldest.notifier_fd(queue).is_none() && served(oldest).is_empty());
     assert_eq!(oldest.storage().schema(), 0);
 }
+
+#[test]
+fn a_module_keeps_a_region_as_it_is_that_an_older_host_cannot_make_longer() {
+    let services = TestHost::new(&TestStorage::new());
+    services.own_storage();
+    let side = leaked_table(services);
+    let old = cut(side, offset_of!(HostVtable, region_grow)).storage();
+    let region = old.region("disk", 4096).unwrap();
+    old.grow_region("disk", &region, 4096).unwrap();
+    let refusal = old.grow_region("disk", &region, 8192).unwrap_err().to_string();
+    assert!(refusal.contains("too old"), "{refusal}");
+    assert_eq!((region.len(), old.region_len("disk")), (4096, 4096));
+    let new = cut(side, size_of::<HostVtable>()).storage();
+    let other = new.region("other", 4096).unwrap();
+    let refusal = new.grow_region("disk", &other, 8192).unwrap_err().to_string();
+    assert!(refusal.contains("not the one"), "{refusal}");
+    assert_eq!(other.len(), 4096, "it knows no bytes that are another's");
+    new.grow_region("disk", &region, 8192).unwrap();
+    assert_eq!((region.len(), new.region_len("disk")), (8192, 8192));
+}

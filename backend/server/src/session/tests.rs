@@ -306,6 +306,22 @@ fn the_configuration_space_is_read_and_a_bad_read_is_refused() {
 }
 
 #[test]
+fn requests_are_held_against_the_capacity_that_the_frontend_was_told() {
+    let bench = Bench::new(&[]);
+    let sectors = || u64::from_le_bytes(bench.backend.get_config(0, 8).try_into().unwrap());
+    let offer = &bench.context().offer;
+    // A worker that serves keeps what it has found at its first batch.
+    let limits = offer.limits();
+    assert_eq!((sectors(), limits.capacity.get()), (2048, 1 << 20));
+    bench.puppets.proxy.resize(4 << 20, proxy::Options::default()).unwrap();
+    bench.backend.set_config(0, &[]).unwrap();
+    assert_eq!(limits.capacity.get(), 1 << 20, "the frontend was not told");
+    assert_eq!((sectors(), limits.capacity.get()), (8192, 4 << 20));
+    bench.backend.acked_features(features::FLUSH);
+    assert_eq!((sectors(), offer.limits().capacity.get()), (8192, 4 << 20));
+}
+
+#[test]
 fn requests_are_held_against_the_features_that_were_acknowledged() {
     let bench = Bench::new(&[]);
     assert_ne!(bench.backend.features() & features::FLUSH, 0);
