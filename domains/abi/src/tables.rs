@@ -422,8 +422,8 @@ pub struct HostVtable {
 ///
 /// `instance` is what `create` returned. `create`, `quiesce`, `activate`, `resume`, `cancel`,
 /// `resize` and `destroy` are never called at the same time as each other for one instance.
-/// `attach_queue`, `submit`, `reap` and `detach_queue` for one queue come from one thread at a time:
-/// the worker that serves it.
+/// `attach_queue`, `submit`, `reap` and `detach_queue` for one queue come from one thread at a
+/// time: the worker that serves it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct ModuleVtable {

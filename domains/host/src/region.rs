@@ -4,8 +4,8 @@
 //! be handed to another process, and so that holes can be punched into it; it is mapped once so
 //! that its address is the same for every instance that ever uses it.
 //!
-//! **Growth.** The mapping is longer than the memfd: what is behind the memfd's end is address space
-//! in reserve, which costs nothing, and which no request comes to. To grow is to make the memfd
+//! **Growth.** The mapping is longer than the memfd: what is behind the memfd's end is address
+//! space in reserve, which costs nothing, and which no request comes to. To grow is to make the memfd
 //! longer, so nothing is mapped anew, nothing moves, and what runs in the region does not notice.
 //! How far a region can grow is settled when it is made: to [`RESERVE`], or twice its length if
 //! that is more, or to what the system grants (`RLIMIT_AS`, small address spaces).
@@ -109,8 +109,8 @@ impl HostRegion {
     /// The region whose memfd `file` is, as [`fd`](Self::fd) has told another process of it.
     ///
     /// # Errors
-    /// It is a memfd that can be cut, or has fewer than `len` bytes; or what the kernel says. It may
-    /// have more: the other process may have ended before it could say how far the region has
+    /// It is a memfd that can be cut, or has fewer than `len` bytes; or what the kernel says. It
+    /// may have more: the other process may have ended before it could say how far the region has
     /// grown.
     pub fn from_memfd(file: File, len: u64) -> io::Result<Self> {
         let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());

@@ -1,5 +1,5 @@
-//! What replaces the live domain, or changes it: upgrades, takeovers, a new size, and the end of the
-//! device.
+//! What replaces the live domain, or changes it: upgrades, takeovers, a new size, and the end of
+//! the device.
 
 pub(crate) mod compatible;
 pub(crate) mod drain;

@@ -72,8 +72,8 @@ impl DomainProxy {
         }
         if capacity > before {
             self.attempted.store(capacity, Ordering::Relaxed);
-            // So that it is kept for another server in one step with what is said of it below. It is
-            // not undone: what else the domain has written down meanwhile stays.
+            // So that it is kept for another server in one step with what is said of it below. It
+            // is not undone: what else the domain has written down meanwhile stays.
             self.storage.begin(live.id);
             let resized = live.instance.resize(capacity);
             let label = live.label();
