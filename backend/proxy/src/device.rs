@@ -15,7 +15,7 @@ use crate::record::events::Events;
 use crate::record::history::History;
 use crate::record::report::{Change, DomainRecord, Entry, Event, Outcome, Phases, Refusal};
 use crate::record::residents::Residents;
-use crate::record::status::{State, Status};
+use crate::record::status::State;
 use crate::signal::{Signal, lock};
 use domain_abi::{Capabilities, DeviceInfo, Params};
 use domain_host::{ModuleLoader, QUEUE_LIMIT};
@@ -297,19 +297,6 @@ impl DomainProxy {
         self.signal.announce();
     }
 
-    /// The live domain has a new record.
-    pub(crate) fn set_record(&self, record: &Arc<DomainRecord>) {
-        lock(&self.view).record = Arc::clone(record);
-        // Release pairs with the Acquire in `capacity`: the domain serves as much by now.
-        self.capacity.store(record.info.capacity, Ordering::Release);
-    }
-
-    /// How many bytes a guest may be told that the disk has. It only grows.
-    #[must_use]
-    pub fn capacity(&self) -> u64 {
-        self.capacity.load(Ordering::Acquire)
-    }
-
     /// Takes the dead live domain out of service, after workers were told.
     pub(crate) fn take_dead(&self) -> LoadedDomain {
         let mut view = lock(&self.view);
@@ -455,51 +442,6 @@ impl DomainProxy {
         self.keeping.tell();
     }
 
-    /// What is mapped now though nothing needs it, and why.
-    pub(crate) fn look_at_residents(&self) -> Vec<String> {
-        let mut all = self.residents.look();
-        all.extend(lock(&self.view).retiring.clone());
-        all
-    }
-
-    /// Everything at a glance.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        let queues = self.queues.status();
-        let resident = self.look_at_residents();
-        let view = lock(&self.view);
-        Status {
-            generation: view.generation,
-            state: view.state(),
-            fault: view.fault().cloned(),
-            domain: (*view.record).clone(),
-            standby: view.standby.as_deref().cloned(),
-            queues,
-            counts: view.history.counts(),
-            resident,
-            storage_failure: self.storage.failure(),
-            counters: self.storage.counters(),
-        }
-    }
-
-    /// What has been asked for and how it ended, oldest first; the last 1024.
-    #[must_use]
-    pub fn history(&self) -> Vec<Entry> {
-        lock(&self.view).history.entries().cloned().collect()
-    }
-
-    /// The next event after number `after`, waiting up to `timeout` for it.
-    #[must_use]
-    pub fn next_event(&self, after: u64, timeout: Duration) -> Option<(u64, Event)> {
-        self.events.next(after, timeout)
-    }
-
-    /// The number of the newest event.
-    #[must_use]
-    pub fn last_event(&self) -> u64 {
-        self.events.last()
-    }
-
     /// Whether the device is about to end.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
@@ -522,5 +464,6 @@ impl DomainProxy {
 }
 
 mod keep;
+mod look;
 #[cfg(test)]
 mod tests;

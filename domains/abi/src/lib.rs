@@ -15,7 +15,9 @@ pub mod descriptor;
 mod params;
 mod tables;
 mod types;
+mod words;
 
 pub use params::{Params, ParamsError, parse_size};
 pub use tables::*;
 pub use types::{Capabilities, DeviceInfo, DomainError, Level, QueueIndex, Status, Swap};
+pub use words::*;

@@ -11,6 +11,7 @@
 //! What this file deliberately does not know: which call is made when. The contract of
 //! `domain_api::BlockDomain` says that.
 
+use crate::op;
 use std::ffi::c_void;
 
 /// Most queues that a device can have: the width of the mask that maps them to threads.
@@ -29,33 +30,6 @@ pub const CALL_FAILED: u32 = 1;
 /// The domain panicked; the panic's message is in the message. The instance must not be called
 /// again.
 pub const CALL_PANICKED: u32 = 2;
-
-/// Request kinds, in [`RawRequest::op`].
-pub mod op {
-    /// Read `len` bytes at `offset` into the segments.
-    pub const READ: u32 = 0;
-    /// Write the segments' `len` bytes at `offset`.
-    pub const WRITE: u32 = 1;
-    /// Make every write that completed before this request durable.
-    pub const FLUSH: u32 = 2;
-    /// The bytes `offset..offset + len` are no longer needed; they may read back as anything.
-    pub const DISCARD: u32 = 3;
-    /// The bytes `offset..offset + len` read back as zeros afterwards.
-    pub const WRITE_ZEROES: u32 = 4;
-}
-
-/// Flag in `RawRequest::flags`: a `WRITE_ZEROES` that may give the space back.
-pub const REQUEST_MAY_UNMAP: u32 = 1;
-
-/// Completion statuses, in [`RawCompletion::status`].
-pub mod status {
-    /// Done.
-    pub const OK: u32 = 0;
-    /// The data could not be read, written or made durable.
-    pub const IO_ERROR: u32 = 1;
-    /// The domain does not offer this request.
-    pub const UNSUPPORTED: u32 = 2;
-}
 
 /// One piece of guest memory. Same layout as `struct iovec`.
 #[repr(C)]

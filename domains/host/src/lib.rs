@@ -9,6 +9,7 @@
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
 mod module;
+mod older;
 mod patience;
 mod region;
 mod resident;
@@ -26,11 +27,11 @@ pub use services::{HostServices, leaked_table};
 use domain_abi::descriptor::Description;
 use domain_abi::{self as abi, ModuleVtable, RawDeviceInfo, RawMessage, RawRequest};
 use domain_abi::{Capabilities, DeviceInfo, MAX_QUEUES, Params, QueueIndex, Swap, raw_bytes};
+use older::completed;
 use resident::ResidentModule;
 use scratch::MessageBuffer;
 use services::HostSide;
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -88,8 +89,7 @@ impl Instance {
         services: Arc<dyn HostServices>,
         params: &Params,
     ) -> Result<Self, (CallError, Residency)> {
-        // SAFETY: valid until `unload` (LoadedModule's contract), and copied here. The first two
-        // fields are in every version.
+        // SAFETY: valid until `unload` (LoadedModule), copied here; each version has these two.
         let (size, version) = unsafe { ((*module.vtable()).size, (*module.vtable()).abi_version) };
         if (size as usize) < ModuleVtable::FIRST_SIZE || version != abi::ABI_VERSION {
             let error = CallError::Failed(format!(
@@ -99,8 +99,7 @@ impl Instance {
             ));
             return Err((error, module.unload()));
         }
-        // SAFETY: `size` bytes of it are valid (LoadedModule's contract), and they are enough (just
-        // checked).
+        // SAFETY: `size` bytes of it are valid (LoadedModule), and enough (just checked).
         let vtable = unsafe { completed(module.vtable(), size as usize) };
         let host = HostSide::new(services);
         // SAFETY: called once, before anything else (abi::ModuleVtable).
@@ -401,33 +400,6 @@ impl Instance {
 impl Drop for Instance {
     fn drop(&mut self) {
         let _ = self.take_down();
-    }
-}
-
-/// A full table for a module that may be older than this host: what it lacks is filled in.
-///
-/// # Safety
-/// `vtable` is valid for `size` bytes, which are [`ModuleVtable::FIRST_SIZE`] at least.
-unsafe fn completed(vtable: *const ModuleVtable, size: usize) -> ModuleVtable {
-    unsafe extern "C" fn cannot(_: *mut c_void, _: u64, message: *mut RawMessage) -> u32 {
-        const WHY: &str = "this domain cannot be resized: its module was built before there was \
-                           such a thing; upgrade to a newer one";
-        // SAFETY: the caller's (`Instance::resize`) is valid, with room for `capacity` bytes.
-        unsafe {
-            let len = WHY.len().min((*message).capacity);
-            std::ptr::copy_nonoverlapping(WHY.as_ptr(), (*message).bytes, len);
-            (*message).len = len;
-        }
-        abi::CALL_FAILED
-    }
-    let mut full = MaybeUninit::<ModuleVtable>::uninit();
-    // SAFETY: what is copied is valid (caller's contract) and fits; it covers every field but those
-    // that are written before it, for modules that end there.
-    unsafe {
-        (&raw mut (*full.as_mut_ptr()).resize).write(cannot);
-        let len = size.min(size_of::<ModuleVtable>());
-        std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), len);
-        full.assume_init()
     }
 }
 
