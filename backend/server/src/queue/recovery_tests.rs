@@ -4,10 +4,11 @@
 use super::tests::{Bench, IO_ERROR, OK};
 use crate::inflight::{Inflight, Quarantined};
 use crate::phase::Phase;
-use crate::testing::{Guest, Kind, NONE, Puppets, SIZE};
+use crate::testing::{self, Guest, Kind, NONE, Puppets, SIZE};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost_user_backend::VringT;
 use virtqueue::inflight::Region;
@@ -119,6 +120,29 @@ fn what_was_in_flight_runs_again_in_order_and_before_anything_new() {
     offer(&mut bench.guest, &[5, 6]);
     bench.serve();
     assert_eq!((used(&mut bench), bench.vring.queue_next_avail()), (vec![15, 18], 6));
+}
+
+#[test]
+fn a_domain_sees_nothing_of_a_batch_that_is_not_marked() {
+    let memory = Memory::new(SIZE);
+    let mut bench = served_with(&memory, &["hang_at=1"]);
+    offer(&mut bench.guest, &[0]);
+    let at_once = bench.guest.request(1, Kind::Unknown);
+    bench.guest.offer(at_once);
+    offer(&mut bench.guest, &[2]);
+    let stage = Arc::clone(&bench.puppets.stage);
+    let marked = std::thread::scope(|scope| {
+        let looks = scope.spawn(|| {
+            testing::until("a request", || stage.lines("a", "got").len() == 1);
+            let marked = memory.marked();
+            stage.release.store(true, Ordering::Release);
+            marked
+        });
+        bench.serve();
+        looks.join().expect("no panic")
+    });
+    assert_eq!(marked, [0, 3, 6], "in the order of the ring");
+    assert_eq!((memory.marked(), memory.used_idx()), (vec![], 3));
 }
 
 #[test]
