@@ -357,6 +357,8 @@ fn a_faulted_device_comes_back_faulted_and_an_upgrade_revives_it() {
     let status = server.status();
     assert_eq!((&status["state"], &status["generation"]), (&json!("faulted"), &json!(1)));
     assert_eq!(status["domain"]["name"], "faulty");
+    assert!(matches!(stop(&mut server, 1000), ToSupervisor::Stopped { .. }));
+    resume(&mut server);
     // Still the same disk, of the same size.
     let other = server.request("upgrade", json!({"name": "ramdisk", "params": {"serial": "x"}}));
     assert_eq!(other.unwrap_err()["data"]["code"], "device_differs");
@@ -593,6 +595,19 @@ fn a_worker_that_hangs_is_named_and_one_that_has_nothing_to_do_is_not() {
         assert_eq!(stuck(&mut server), [0; 0]);
     }
     drop(client);
+}
+
+#[test]
+fn a_supervisor_that_does_not_read_is_told_what_there_is_when_it_does() {
+    let mut server = Server::start(first("ramdisk", &[("size", "1M")]));
+    // The status is asked for elsewhere: nothing is read from the channel meanwhile.
+    let mut generation = 1;
+    while generation < 400 {
+        generation = server.upgrade("ramdisk", json!({}))["generation"].as_u64().expect("a number");
+    }
+    assert!(matches!(stop(&mut server, 1000), ToSupervisor::Stopped { .. }));
+    assert_eq!(server.keep.vault.generation, generation, "all of it came before");
+    resume(&mut server);
 }
 
 #[test]

@@ -34,6 +34,7 @@ pub(super) struct Commands {
     sessions: Arc<SessionHandle>,
     shutdown: Arc<Shutdown>,
     clients: Adopting<Device>,
+    vault: Arc<VaultSender>,
     /// Sessions to serve, and the thread that does.
     orders: mpsc::Sender<Order>,
     server: JoinHandle<()>,
@@ -79,7 +80,7 @@ impl Commands {
             config,
             sessions: Arc::clone(&sessions),
             device: Arc::clone(&device),
-            vault,
+            vault: Arc::clone(&vault),
         };
         let server = std::thread::Builder::new()
             .name("sessions".to_owned())
@@ -106,6 +107,7 @@ impl Commands {
             sessions,
             shutdown,
             clients,
+            vault,
             orders,
             server,
             resume: None,
@@ -213,8 +215,10 @@ impl Commands {
         };
         let began = Instant::now();
         let stopped: Arc<dyn Fn() + Send + Sync> = {
-            let (channel, hold) = (Arc::clone(&self.channel), Arc::clone(&self.hold));
+            let (channel, hold, vault) =
+                (Arc::clone(&self.channel), Arc::clone(&self.hold), Arc::clone(&self.vault));
             Arc::new(move || {
+                vault.settle();
                 hold.set(Hold::HandedOff);
                 let drain_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
                 say(&channel, &ToSupervisor::Stopped { drain_ns });

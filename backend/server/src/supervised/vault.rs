@@ -26,6 +26,9 @@ use storage::{Filling, HostRegion, Numbered};
 /// Most bytes at a key.
 const MOST_BYTES: u64 = 64 << 20;
 
+/// The name of the thread that does.
+const WAITS_FOR_ROOM: &str = "vault";
+
 /// Tells the supervisor what there is.
 pub(super) struct VaultSender {
     channel: Arc<Channel>,
@@ -39,8 +42,10 @@ pub(super) struct VaultSender {
 struct Sent {
     vault: Option<Vault>,
     objects: BTreeSet<u64>,
-    /// It has not what there is, and a thread waits for room.
-    is_owing: bool,
+    /// It has not what there is, for want of room.
+    is_outdated: bool,
+    /// A thread waits for room.
+    is_awaited: bool,
 }
 
 impl VaultSender {
@@ -74,12 +79,16 @@ impl VaultSender {
     fn send(&self, sent: &mut Sent, kept: &Kept) {
         let vault = vault_of(kept, self.believed());
         if sent.vault.as_ref() == Some(&vault) {
+            sent.is_outdated = false;
             return;
         }
         let objects: BTreeSet<u64> = vault.objects().into_iter().collect();
         let new: Vec<u64> = objects.difference(&sent.objects).copied().collect();
         match self.send_new(&vault, new, kept) {
-            Ok(true) => *sent = Sent { vault: Some(vault), objects, is_owing: sent.is_owing },
+            Ok(true) => {
+                let is_awaited = sent.is_awaited;
+                *sent = Sent { vault: Some(vault), objects, is_outdated: false, is_awaited };
+            }
             Ok(false) => self.owe(sent),
             Err(error)
                 if matches!(
@@ -87,9 +96,13 @@ impl VaultSender {
                     io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
                 ) =>
             {
+                sent.is_outdated = false;
                 log::debug!("the supervisor is gone, and keeps nothing: {error}");
             }
-            Err(error) => log::error!("the supervisor does not have what there is now: {error}"),
+            Err(error) => {
+                sent.is_outdated = false;
+                log::error!("the supervisor does not have what there is now: {error}");
+            }
         }
     }
 
@@ -118,7 +131,8 @@ impl VaultSender {
 
     /// Has a thread send what there is when there is room.
     fn owe(&self, sent: &mut Sent) {
-        if std::mem::replace(&mut sent.is_owing, true) {
+        sent.is_outdated = true;
+        if std::mem::replace(&mut sent.is_awaited, true) {
             return;
         }
         log::warn!("the supervisor does not read; it is told what there is when it does");
@@ -129,9 +143,19 @@ impl VaultSender {
                 proxy.keep_again();
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("vault".to_owned()).spawn(wait) {
+        if let Err(error) = std::thread::Builder::new().name(WAITS_FOR_ROOM.to_owned()).spawn(wait)
+        {
             log::error!("no thread to tell the supervisor what there is: {error}");
-            sent.is_owing = false;
+            sent.is_awaited = false;
+        }
+    }
+
+    /// Waits until the supervisor has what there is, or is gone.
+    pub(super) fn settle(&self) {
+        while lock(&self.sent).is_outdated {
+            let ready = poll(&mut [PollFd::new(&*self.channel, PollFlags::OUT)], None);
+            let Some(proxy) = self.proxy.upgrade().filter(|_| ready.is_ok()) else { return };
+            proxy.keep_again();
         }
     }
 }
@@ -142,8 +166,8 @@ pub(super) struct AsKeeper(pub(super) Arc<VaultSender>);
 impl Keeper for AsKeeper {
     fn keep(&self, kept: &dyn Fn() -> Kept) {
         let mut sent = lock(&self.0.sent);
-        if sent.is_owing && std::thread::current().name() == Some("vault") {
-            sent.is_owing = false;
+        if std::thread::current().name() == Some(WAITS_FOR_ROOM) {
+            sent.is_awaited = false;
         }
         // Under the lock: what is newer is sent later.
         let kept = kept();
