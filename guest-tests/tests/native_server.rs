@@ -550,6 +550,9 @@ fn a_driver_whose_session_goes_on_elsewhere_keeps_its_write_cache() {
         // Its messages are said again, but for those that ask; its ring goes on where it was.
         let mut server = server.next();
         let mut raw = RawSession::connect(&server.session_of(session()), linux).expect("a session");
+        // Said before what has turned it off.
+        let flags = VhostUserConfigFlags::WRITABLE;
+        raw.frontend.set_config(32, flags, &[1]).expect("it is taken");
         raw.share_memory().expect("memory");
         raw.start_ring_at(64, 7).expect("a ring");
         assert_eq!(write_cache(&mut server), json!(!turns_off));
@@ -602,7 +605,7 @@ fn a_supervisor_that_does_not_read_is_told_what_there_is_when_it_does() {
     let mut server = Server::start(first("ramdisk", &[("size", "1M")]));
     // The status is asked for elsewhere: nothing is read from the channel meanwhile.
     let mut generation = 1;
-    while generation < 400 {
+    while generation < 1500 {
         generation = server.upgrade("ramdisk", json!({}))["generation"].as_u64().expect("a number");
     }
     assert!(matches!(stop(&mut server, 1000), ToSupervisor::Stopped { .. }));

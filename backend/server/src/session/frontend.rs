@@ -46,11 +46,14 @@ pub(super) struct Frontend {
     has_size: AtomicBool,
     /// Rings that another process has left, and are still to be told where they go on, a bit each.
     left_elsewhere: AtomicU64,
+    /// What comes is what another process has heard already.
+    is_replayed: AtomicBool,
 }
 
 impl Frontend {
     pub(super) const fn new(session: Session) -> Self {
-        Self { session, has_size: AtomicBool::new(false), left_elsewhere: AtomicU64::new(0) }
+        let [has_size, is_replayed] = [const { AtomicBool::new(false) }; 2];
+        Self { session, has_size, left_elsewhere: AtomicU64::new(0), is_replayed }
     }
 
     /// Before the frontend is heard.
@@ -59,6 +62,7 @@ impl Frontend {
         if let Some(belief) = beginning.resumed {
             offer.resume(belief);
             self.left_elsewhere.store(u64::MAX, Ordering::Relaxed);
+            self.is_replayed.store(true, Ordering::Relaxed);
         }
         if let Some(tell) = beginning.believes {
             offer.tell_belief(tell);
@@ -108,6 +112,9 @@ impl Frontend {
         if event == Event::HasSize {
             self.has_size.store(true, Ordering::Relaxed);
             return;
+        }
+        if event == Event::Starts {
+            self.is_replayed.store(false, Ordering::Relaxed);
         }
         if matches!(event, Event::ComesFromElsewhere | Event::Starts) {
             let goes_on = self.goes_on(queue);
@@ -226,6 +233,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_config(&self, offset: u32, buf: &[u8]) -> io::Result<()> {
+        if buf == [1] && self.0.is_replayed.load(Ordering::Relaxed) {
+            // What the driver believes has come with the session. If that is that the cache is off,
+            // something has come after this.
+            return Ok(());
+        }
         match self.0.session.context.offer.configure(|space| space.write(offset, buf)) {
             // The frontend's doing, which has let its guest write where there is nothing. There is
             // no other way to say no than to end the session.
