@@ -257,6 +257,34 @@ fn a_server_that_is_killed_has_a_spare() {
     say_pauses(&daemon);
 }
 
+#[test]
+fn sessions_and_servers_leave_nothing_behind_in_the_supervisor() {
+    let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--queues", "2"]);
+    let descriptors = || {
+        thread::sleep(SECOND / 5);
+        fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("the daemon lives").count()
+    };
+    let sessions = |count| {
+        for _ in 0..count {
+            let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("one");
+            assert_one_read(&mut raw);
+        }
+    };
+    sessions(10);
+    kill_server(&daemon, 1);
+    let before = descriptors();
+    sessions(200);
+    for round in 2..=10 {
+        let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("one");
+        assert_one_read(&mut raw);
+        kill_server(&daemon, round);
+        assert_one_read(&mut raw);
+    }
+    daemon.call(&["upgrade-daemon", "--only", "server"]);
+    kill_server(&daemon, 11);
+    assert!(descriptors() <= before + 1, "{before} descriptors, and now {}", descriptors());
+}
+
 /// Sends the server a signal that a broken process ends with.
 fn crash_server(daemon: &Daemon, recoveries: u64) {
     let pid = i32::try_from(daemon.server_pid()).expect("a process id");
