@@ -168,6 +168,11 @@ impl Guest {
         self.boot_time
     }
 
+    /// QEMU's process id.
+    pub fn qemu_pid(&self) -> u32 {
+        self.qemu.lock().unwrap_or_else(PoisonError::into_inner).id()
+    }
+
     /// Runs a shell script in the guest and waits for its end, a minute at most.
     ///
     /// # Panics

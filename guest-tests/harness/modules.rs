@@ -22,6 +22,13 @@ pub fn fragile() -> String {
     BUILT.get_or_init(|| build("fragile")).clone()
 }
 
+/// The path of the module `tardy`: a disk in a file whose requests end out of order, 20 to 300 ms
+/// late. Built at the first call.
+pub fn tardy() -> String {
+    static BUILT: OnceLock<String> = OnceLock::new();
+    BUILT.get_or_init(|| build("tardy")).clone()
+}
+
 /// Puts `count` copies of a domain's module into `directory`, which the loader takes for different
 /// ones. Their paths.
 pub fn copies(domain: &str, count: usize, directory: &Path) -> io::Result<Vec<String>> {

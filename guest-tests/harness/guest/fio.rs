@@ -32,17 +32,23 @@ impl<'guest> Fio<'guest> {
     /// 32 MiB of `/dev/vda`, and comes back when they have done I/O.
     #[track_caller]
     pub fn start(guest: &'guest Guest, seconds: u32) -> Self {
-        let before = requests(guest);
+        Self::start_on(guest, "vda", seconds)
+    }
+
+    /// As [`start`](Self::start), on another disk. One run at a time on each.
+    #[track_caller]
+    pub fn start_on(guest: &'guest Guest, disk: &str, seconds: u32) -> Self {
+        let before = requests(guest, disk);
         let job = guest.spawn(&format!(
-            "fio --name=witness --filename=/dev/vda --ioengine=io_uring --direct=1 --rw=randrw --bs=4k \
+            "fio --name=witness --filename=/dev/{disk} --ioengine=io_uring --direct=1 --rw=randrw --bs=4k \
              --iodepth=16 --numjobs=2 --size=16M --offset_increment=16M --time_based --runtime={seconds} \
              --verify=crc32c --verify_fatal=1 --verify_backlog=256 --verify_state_save=0 --group_reporting \
-             --output-format=json --output=/run/fio.json
+             --output-format=json --output=/run/fio-{disk}.json
              status=$?
-             cat /run/fio.json
+             cat /run/fio-{disk}.json
              exit $status"
         ));
-        while requests(guest) < before + 100 {
+        while requests(guest, disk) < before + 100 {
             if job.has_ended() {
                 panic!("fio ended at once: {:?}", job.wait(Duration::ZERO));
             }
@@ -88,9 +94,9 @@ impl<'guest> Fio<'guest> {
     }
 }
 
-/// Requests that the guest has completed on its first disk since the driver was bound.
-fn requests(guest: &Guest) -> u64 {
-    let statistics = guest.sh("cat /sys/block/vda/stat");
+/// Requests that the guest has completed on a disk since the driver was bound.
+fn requests(guest: &Guest, disk: &str) -> u64 {
+    let statistics = guest.sh(&format!("cat /sys/block/{disk}/stat"));
     let field = |index| {
         statistics.split_whitespace().nth(index).and_then(|word: &str| word.parse::<u64>().ok())
     };

@@ -1,0 +1,213 @@
+//! The process that serves a guest is killed, exchanged, or killed with all that stands beside it,
+//! under `fio` that checks every block: the guest does not notice but for the time.
+//!
+//! `HOTSWAP_KILLS` and `HOTSWAP_WHOLE_KILLS` say how often, where the suite's numbers are too few.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_tests::daemon::{Daemon, disk_directory};
+use guest_tests::guest::fio::Fio;
+use guest_tests::guest::{Guest, GuestOptions};
+use guest_tests::modules::tardy;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const FIO_SECONDS: u32 = 10;
+/// A request that is lost takes for ever; QEMU comes back within a second.
+const LONGEST: Duration = Duration::from_secs(10);
+
+fn count(variable: &str, otherwise: u64) -> u64 {
+    let text = std::env::var(variable);
+    text.map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}")))
+}
+
+fn image(path: &Path) -> &str {
+    File::create(path).expect("an image").set_len(64 << 20).expect("its size");
+    path.to_str().expect("UTF-8")
+}
+
+fn supervised(args: &[&str]) -> Daemon {
+    Daemon::start(&[&["--supervisor", "--queues", "2"], args].concat())
+}
+
+fn number(status: &Value, part: &str, key: &str) -> u64 {
+    status[part][key].as_u64().unwrap_or_else(|| panic!("no {part}.{key}: {status}"))
+}
+
+fn requests(status: &Value) -> u64 {
+    let queues = status["queues"].as_array().expect("queues");
+    queues.iter().map(|queue| queue["requests"].as_u64().expect("a number")).sum()
+}
+
+/// Waits until `done` says so of the status.
+fn wait_until(daemon: &Daemon, what: &str, done: impl Fn(&Value) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    loop {
+        let now = daemon.status();
+        if done(&now) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{what}: {now}\n{}", daemon.log());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits for I/O, so that what comes next comes under it, or for the end of what does it.
+fn wait_for_io(daemon: &Daemon, fio: &Fio<'_>) {
+    let before = requests(&daemon.status());
+    wait_until(daemon, "no I/O", |now| requests(now) >= before + 10 || !fio.is_running());
+}
+
+/// Kills the server, and waits until another one has gone on.
+fn kill_server(daemon: &Daemon) {
+    let recoveries = number(&daemon.status(), "server", "recoveries");
+    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
+    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::KILL).expect("it lives");
+    wait_until(daemon, "no recovery", |now| now["server"]["recoveries"] == recoveries + 1);
+}
+
+/// Kills all that there is of a daemon, and waits until its I/O has ended.
+fn kill_whole(daemon: &mut Daemon) {
+    let stat = format!("/proc/{}/stat", daemon.server_pid());
+    daemon.stop_with(Signal::KILL);
+    let lives = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while lives() {
+        assert!(Instant::now() < deadline, "the server does not end");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What the guest's kernel says if it has noticed.
+fn complaints(guest: &Guest) -> Vec<&'static str> {
+    let dmesg = guest.sh("dmesg");
+    let words = ["I/O error", "is not a head", "hung", "reset", "blocked for more than"];
+    words.into_iter().filter(|word| dmesg.contains(word)).collect()
+}
+
+/// Calls `step` until it says that it is enough, and then until `fio` on both disks has ended.
+fn under_fio(
+    guest: &Guest,
+    disks: [&str; 2],
+    what: &str,
+    mut step: impl FnMut(&[Fio<'_>; 2]) -> bool,
+) {
+    let mut enough = false;
+    while !enough {
+        let runs = disks.map(|disk| Fio::start_on(guest, disk, FIO_SECONDS));
+        while !enough && runs.iter().all(Fio::is_running) {
+            enough = step(&runs);
+        }
+        for (disk, fio) in disks.iter().zip(runs) {
+            let report = fio.finish();
+            println!("{what}, {disk}: longest {:?} of {report:?}", report.longest);
+            assert!(report.longest < LONGEST, "{what}, {disk}: {report:?}");
+        }
+    }
+    assert!(complaints(guest).is_empty(), "{what}: {:?}", complaints(guest));
+}
+
+/// Runs of one boot: servers first, then all of two daemons.
+#[test]
+fn deaths_lose_nothing() {
+    let directory = disk_directory();
+    let path = |name: &str| directory.path().join(name);
+    let (plain, late) = (path("plain.img"), path("late.img"));
+    let late = format!("path={}", image(&late));
+    let mut file = supervised(&["--blk-file", image(&plain), "--param", "direct=true"]);
+    let mut late = supervised(&["--domain", &tardy(), "--param", &late]);
+    let memory = supervised(&["--domain", "ramdisk", "--param", "size=64M"]);
+    let sockets = [&file, &late, &memory].map(|daemon| daemon.socket().to_owned());
+    let guest = Guest::boot(GuestOptions {
+        vhost_sockets: sockets.to_vec(),
+        reconnect: Some(1),
+        ..GuestOptions::default()
+    })
+    .unwrap();
+
+    let kills = count("HOTSWAP_KILLS", 20);
+    let mut round = 0;
+    under_fio(&guest, ["vdc", "vdb"], "servers killed and exchanged", |runs| {
+        round += 1;
+        for (daemon, fio) in [&memory, &late].into_iter().zip(runs) {
+            kill_server(daemon);
+            if round % 5 == 1 {
+                daemon.call(&["upgrade-daemon", "--only", "server"]);
+            }
+            if round % 5 == 2 {
+                daemon.call(&["upgrade-daemon", "--only", "supervisor"]);
+            }
+            wait_for_io(daemon, fio);
+        }
+        round >= kills
+    });
+    for daemon in [&memory, &late] {
+        let (status, log) = (daemon.status(), daemon.log());
+        assert_eq!(number(&status, "server", "deaths"), round, "{status}");
+        assert_eq!(number(&status, "server", "quarantined"), 0, "{status}");
+        assert_eq!(status["connected"], true, "{status}");
+        assert!(!log.contains("the frontend has disconnected"), "QEMU came again: {log}");
+    }
+    assert!(late.log().contains("were in flight, and run again"), "{}", late.log());
+
+    let whole = count("HOTSWAP_WHOLE_KILLS", 3);
+    let mut round = 0;
+    under_fio(&guest, ["vda", "vdb"], "whole daemons killed", |runs| {
+        for daemon in [&mut file, &mut late] {
+            kill_whole(daemon);
+            daemon.start_again();
+        }
+        wait_for_io(&file, &runs[0]);
+        wait_for_io(&late, &runs[1]);
+        assert!(late.log().contains("were in flight, and run again"), "{}", late.log());
+        round += 1;
+        round >= whole
+    });
+    guest.shutdown().unwrap();
+    for daemon in [file, late, memory] {
+        assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+/// Zeroes the in-flight region that QEMU keeps.
+fn lose_marks(qemu: u32) {
+    let fds = fs::read_dir(format!("/proc/{qemu}/fd")).expect("QEMU lives");
+    let mut count = 0;
+    for fd in fds.flatten().map(|fd| fd.path()) {
+        let target = fs::read_link(&fd).unwrap_or_default();
+        if target.to_string_lossy().contains("memfd:hotswap-inflight") {
+            let region = File::options().write(true).open(&fd).expect("the region");
+            let len = region.metadata().expect("its length").len();
+            region.write_all_at(&vec![0; len as usize], 0).expect("zeroed");
+            count += 1;
+        }
+    }
+    assert_eq!(count, 1, "in-flight regions that QEMU has");
+}
+
+/// So that the test before can fail: without the marks, requests that did not end in their order
+/// are lost, or done again that were answered.
+#[test]
+fn without_marks_something_is_lost() {
+    let directory = disk_directory();
+    let path = format!("path={}", image(&directory.path().join("late.img")));
+    let mut daemon = supervised(&["--domain", &tardy(), "--param", &path]);
+    let options = GuestOptions { reconnect: Some(1), ..GuestOptions::with_disk(daemon.socket()) };
+    let guest = Guest::boot(options).unwrap();
+    let fio = Fio::start_on(&guest, "vda", 3);
+    kill_whole(&mut daemon);
+    lose_marks(guest.qemu_pid());
+    daemon.start_again();
+    let deadline = Instant::now() + Duration::from_secs(8);
+    while fio.is_running() && Instant::now() < deadline && complaints(&guest).is_empty() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    let complaints = complaints(&guest);
+    println!("fio runs: {}, the guest's kernel says {complaints:?}", fio.is_running());
+    let lost = fio.is_running() || !complaints.is_empty() || fio.wait().status != 0;
+    assert!(lost, "what was in flight was forgotten, and nothing is missing");
+}
