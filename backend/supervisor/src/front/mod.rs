@@ -275,6 +275,9 @@ impl Front {
         let Value::Object(event) = answers::event(event, members) else { return };
         self.shared.last_event += 1;
         self.with_all(|client, shared| client.tell(&event, shared).map(|()| true));
+        if self.shared.server == Server::Gone {
+            self.shared.events_before = self.shared.last_event;
+        }
     }
 
     /// A request that was wished for is answered.

@@ -94,6 +94,10 @@ fn a_watch_goes_on_over_a_death() {
     server.say(&event("connected", 1));
     stage.turn();
     assert_eq!(told(&mut client), ("connected".into(), 43));
+    // What it has missed is a gap, as with one server.
+    server.say(&event("started", 3));
+    stage.turn();
+    assert_eq!(told(&mut client), ("started".into(), 45));
     // It is served beside.
     client.say(HISTORY);
     stage.turn();
@@ -101,7 +105,7 @@ fn a_watch_goes_on_over_a_death() {
     // One that has not asked for it hears nothing.
     let mut other = stage.client();
     stage.front.event("exchanged", Value::Null);
-    assert_eq!(told(&mut client), ("exchanged".into(), 44));
+    assert_eq!(told(&mut client), ("exchanged".into(), 46));
     assert!(other.line().is_none());
 }
 
