@@ -13,11 +13,12 @@ use serde_json::{Value, json};
 
 use crate::cells::image;
 use crate::options::Options;
-use crate::server::{Peer, Recipe, Server};
+use crate::server::{Recipe, Server};
 use crate::stats::{Spread, rate, ratios, time, times};
 use crate::upgrade::Operator;
 use guest_tests::daemon::Daemon;
 use guest_tests::guest::{Guest, GuestOptions, Job};
+use guest_tests::peer::Peer;
 
 /// Upgrades while `fio` runs come this often.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -197,7 +198,8 @@ pub(super) fn upgrades(options: &Options) -> io::Result<Value> {
     let memory = Daemon::start(&["--domain", "ramdisk"]);
     let mut peer =
         Peer::start(&format!("driver=file,filename={},aio=threads", peers_path.display()), false)?;
-    let sockets = vec![file.socket().to_owned(), memory.socket().to_owned(), peer.socket.clone()];
+    let sockets =
+        vec![file.socket().to_owned(), memory.socket().to_owned(), peer.socket().to_owned()];
     let guest = boot(sockets, Some(1))?;
     let mut swaps = Operator::new(&file, &["file"], "swap");
     let mut handovers = Operator::new(&memory, &["ramdisk_v2", "ramdisk"], "handover");

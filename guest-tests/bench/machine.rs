@@ -6,8 +6,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::cpu;
-use crate::server::PEER;
 use guest_tests::daemon::binary;
+use guest_tests::peer::PEER;
 
 /// A look at the machine at the beginning, to be compared with its end.
 pub(super) struct Machine {

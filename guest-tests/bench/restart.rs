@@ -17,11 +17,11 @@ use crate::cells::image;
 use crate::cpu::{self, Places};
 use crate::drive::{Driver, Load, Mix, Wait};
 use crate::options::Options;
-use crate::server::Peer;
 use crate::stats::{Spread, time};
 use crate::svg::{self, Cloud};
 use crate::upgrade::Operator;
 use guest_tests::daemon::Daemon;
+use guest_tests::peer::Peer;
 
 /// How long I/O runs before the event, and in all.
 const BEFORE: Duration = Duration::from_millis(1000);
@@ -128,7 +128,7 @@ fn upgrade(
 fn restart(blockdev: &str, retry: Duration, places: Places) -> io::Result<Trace> {
     let mut peer = cpu::pinned(places.server, || Peer::start(blockdev, false))?;
     let epoch = Instant::now();
-    let mut driver = Driver::connect_at(&peer.socket, LOAD, epoch)?;
+    let mut driver = Driver::connect_at(peer.socket(), LOAD, epoch)?;
     driver.warm_up(places.client)?;
     let stop = driver.stop();
     let beside = || {
@@ -144,7 +144,7 @@ fn restart(blockdev: &str, retry: Duration, places: Places) -> io::Result<Trace>
     let lost_since = driver.oldest_in_flight().unwrap_or(event.as_nanos() as u64);
     drop(driver);
 
-    let socket = peer.socket.clone();
+    let socket = peer.socket().to_owned();
     let (mut driver, peer) = thread::scope(|scope| {
         let begins = scope.spawn(|| cpu::pinned(places.server, || peer.begin().map(|()| peer)));
         let deadline = Instant::now() + PATIENCE;

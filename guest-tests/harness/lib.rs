@@ -12,6 +12,7 @@
 //! - [`loopback`]: loop devices and file systems of the host.
 //! - [`modules`]: modules that only tests have.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
+//! - [`peer`]: the backend that is compared with.
 //! - [`power`]: a disk that forgets what was not synced when its power is cut.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
@@ -22,5 +23,6 @@ pub mod initramfs;
 pub mod loopback;
 pub mod modules;
 pub mod operator;
+pub mod peer;
 pub mod power;
 pub mod stamp;
