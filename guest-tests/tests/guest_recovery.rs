@@ -163,6 +163,8 @@ fn deaths_lose_nothing() {
         }
         wait_for_io(&file, &runs[0]);
         wait_for_io(&late, &runs[1]);
+        // Long enough for what is in flight: no request is to meet many deaths, a second each.
+        thread::sleep(Duration::from_millis(350));
         assert!(late.log().contains("were in flight, and run again"), "{}", late.log());
         round += 1;
         round >= whole
