@@ -99,6 +99,17 @@ impl<'guest> Run<'guest> {
     /// lets its requests lie completed while it checks others, so that its latencies say more about
     /// `fio` than about the disk.
     pub fn start(guest: &'guest Guest, disk: &str, seconds: u64) -> Self {
+        let witness = "--name=witness --iodepth=16 --numjobs=2 --offset_increment=16M \
+             --verify=crc32c --verify_fatal=1 --verify_backlog=256 --verify_state_save=0";
+        Self::start_with(guest, disk, seconds, witness)
+    }
+
+    /// As [`start`](Self::start), with the third job only.
+    pub fn start_probe(guest: &'guest Guest, disk: &str, seconds: u64) -> Self {
+        Self::start_with(guest, disk, seconds, "")
+    }
+
+    fn start_with(guest: &'guest Guest, disk: &str, seconds: u64, witness: &str) -> Self {
         let clock = Clock::read(guest);
         let job = guest.spawn(&format!(
             "cd /run
@@ -106,8 +117,7 @@ impl<'guest> Run<'guest> {
              fio --output-format=json --output=fio.json \
              --filename=/dev/{disk} --ioengine=io_uring --direct=1 --rw=randrw --bs=4k --size=16M \
              --time_based --runtime={seconds} \
-             --name=witness --iodepth=16 --numjobs=2 --offset_increment=16M --verify=crc32c --verify_fatal=1 \
-             --verify_backlog=256 --verify_state_save=0 \
+             {witness} \
              --name=probe --iodepth=1 --offset=32M --nice=-10 --write_lat_log=probe --disable_slat=1 \
              --disable_clat=1 --log_alternate_epoch=1 --log_alternate_epoch_clock_id=1 2>fio.err
              status=$?

@@ -1,5 +1,5 @@
 //! The demo: a Linux guest does checked I/O on two vhost-user disks while the code behind them is
-//! replaced again and again.
+//! replaced again and again, and the processes that serve them are killed and exchanged.
 //!
 //! It tells what it does while it does it, and in the end what the guest felt. Everything that is
 //! shown happened: upgrades are done by `hotswapctl`, latencies come from the guest's own log of
@@ -21,13 +21,22 @@ use std::time::{Duration, Instant};
 
 use guest_tests::daemon::{Daemon, module};
 use guest_tests::guest::{Guest, GuestOptions};
+use guest_tests::peer::Peer;
 use guest_view::{GuestView, Latencies, Run};
+use rustix::process::{Pid, Signal, kill_process};
 use screen::{Screen, Tone, grouped};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// How long `fio` runs on the disk in memory, and on the image file.
 const MEMORY_SECONDS: u64 = 24;
 const FILE_SECONDS: u64 = 16;
+/// How long it runs while the daemon's processes are replaced, and while a peer is restarted.
+const DAEMON_SECONDS: u64 = 11;
+const PEER_SECONDS: u64 = 6;
+/// How often a server is killed.
+const KILLS: usize = 5;
+/// What is felt of a restart comes until then: QEMU comes back after a second.
+const RESTART: Duration = Duration::from_secs(2);
 /// Upgrades in a row come this often.
 const BURST_INTERVAL: Duration = Duration::from_millis(100);
 const IMAGE_MIB: u64 = 64;
@@ -91,12 +100,20 @@ struct Demo {
     screen: Screen,
     sabotage: bool,
     changes: Vec<Change>,
+    /// When processes were killed or exchanged.
+    touches: Vec<(Instant, Instant)>,
     troubles: Vec<String>,
 }
 
 impl Demo {
     fn new(sabotage: bool) -> Self {
-        Self { screen: Screen::new(), sabotage, changes: Vec::new(), troubles: Vec::new() }
+        Self {
+            screen: Screen::new(),
+            sabotage,
+            changes: Vec::new(),
+            touches: Vec::new(),
+            troubles: Vec::new(),
+        }
     }
 
     /// Everything, in order. Whether all is well.
@@ -109,12 +126,23 @@ impl Demo {
         self.screen.say("Starting two daemons, each with one disk");
         self.screen.command("vhost-hotswap --socket-path a.sock --domain ramdisk");
         self.screen.command("vhost-hotswap --socket-path b.sock --blk-file disk.img");
-        let memory = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+        let memory = Daemon::start(&["--supervisor", "--domain", "ramdisk", "--queues", "2"]);
         let path = image.to_str().expect("a path of text");
-        let file = Daemon::start(&["--blk-file", path, "--queues", "2"]);
+        let file = Daemon::start(&["--supervisor", "--blk-file", path, "--queues", "2"]);
+        let peers = directory.path().join("peer.img");
+        File::create(&peers).and_then(|file| file.set_len(IMAGE_MIB << 20)).expect("an image");
+        let peers = format!("driver=file,filename={},aio=threads", peers.display());
+        let mut peer = Peer::start(&peers, false).unwrap_or_else(|error| panic!("{error}"));
         self.screen.say("Booting Linux in QEMU with both (waits if another guest is running)");
         let options = GuestOptions {
             vhost_sockets: vec![memory.socket().to_owned(), file.socket().to_owned()],
+            // The disks of the daemons are not to come back.
+            extra_args: vec![
+                "-chardev".to_owned(),
+                format!("socket,id=peer,path={},reconnect=1", peer.socket().display()),
+                "-device".to_owned(),
+                "vhost-user-blk-pci,chardev=peer,num-queues=1".to_owned(),
+            ],
             ..GuestOptions::default()
         };
         let guest = Guest::boot(options).unwrap_or_else(|error| panic!("{error}"));
@@ -132,7 +160,10 @@ impl Demo {
         let in_memory = self.act_of_memory(&memory, &guest, directory.path());
         let files_ok = self.act_of_files(&memory, &guest);
         let in_file = self.act_of_the_image(&file, &guest);
-        self.end(memory, file, guest, &image, [in_memory, in_file], files_ok)
+        let over_deaths = self.act_of_the_daemon(&memory, &guest);
+        let over_restart = self.act_of_the_peer(&mut peer, &guest);
+        let views = [in_memory, in_file, over_deaths, over_restart];
+        self.end(memory, file, guest, &image, views, files_ok)
     }
 
     /// A disk whose state is handed over.
@@ -228,6 +259,92 @@ impl Demo {
         });
         let view = run.finish(&self.touched());
         self.after(&view);
+        view
+    }
+
+    /// The process that serves dies, and is exchanged; what holds the connection becomes another
+    /// program.
+    fn act_of_the_daemon(&mut self, daemon: &Daemon, guest: &Guest) -> GuestView {
+        self.screen.heading("4. The daemon itself: killed and exchanged, on one connection");
+        let run = Run::start(guest, "vda", DAEMON_SECONDS);
+        wait_for_io(daemon);
+        let began = Instant::now();
+        let at = |second: f64| until(began + Duration::from_secs_f64(second));
+        self.screen.say("The same fio on /dev/vda, the disk in memory");
+        at(3.3);
+        self.screen.say("kill -9 of the process that serves, five times:");
+        let mut waits = Vec::new();
+        for kill in 0..KILLS {
+            at(3.3 + 0.4 * kill as f64);
+            waits.push(self.kill(daemon).to_string());
+        }
+        self.screen.say(&format!("another one served after {} ms", waits.join(", ")));
+        at(7.3);
+        for only in ["server", "supervisor"] {
+            self.screen.command(&format!(
+                "hotswapctl --control-path a.sock.control upgrade-daemon --only {only}"
+            ));
+            let before = daemon.status();
+            let from = Instant::now();
+            let reply = daemon.call(&["upgrade-daemon", "--only", only]);
+            self.touches.push((from, Instant::now()));
+            let pause = micros(reply["phases_us"]["pause"].as_u64().unwrap_or(0));
+            self.screen.say(&match only {
+                "server" => format!("another process serves, of the same file; paused {pause}"),
+                _ => format!("process {} is a new program; paused {pause}", daemon.pid()),
+            });
+            let is_other = before["server"]["pid"] != daemon.status()["server"]["pid"];
+            if is_other != (only == "server") {
+                self.trouble(format!("upgrade-daemon has not exchanged the {only}"));
+            }
+        }
+        let view = run.finish(&self.touched());
+        self.after(&view);
+        let status = daemon.status();
+        if status["server"]["deaths"] != KILLS || status["connected"] != true {
+            self.trouble(format!("the daemon does not have it in its books: {status}"));
+        }
+        if daemon.log().contains("the frontend has disconnected") {
+            self.trouble("QEMU has lost its connection".to_owned());
+        }
+        view
+    }
+
+    /// Kills the server; milliseconds until another one served.
+    fn kill(&mut self, daemon: &Daemon) -> u64 {
+        let mut watch = daemon.rpc();
+        watch.request("watch", json!({})).expect("a watch");
+        let pid = i32::try_from(daemon.server_pid()).ok().and_then(Pid::from_raw);
+        let from = Instant::now();
+        kill_process(pid.expect("a process id"), Signal::KILL).expect("the server lives");
+        loop {
+            let event = watch.receive().expect("an event").expect("a connection");
+            if event["params"]["event"] == "recovered" {
+                self.touches.push((from, Instant::now()));
+                return from.elapsed().as_millis() as u64;
+            }
+        }
+    }
+
+    /// What is done where there is none of this.
+    fn act_of_the_peer(&mut self, peer: &mut Peer, guest: &Guest) -> GuestView {
+        self.screen.heading("5. Beside it: qemu-storage-daemon, which has to be restarted");
+        // Of several that end out of order, version 7.2 of the peer may lose some.
+        let run = Run::start_probe(guest, "vdc", PEER_SECONDS);
+        self.screen.say("fio on /dev/vdc, one request at a time, so that none is lost with it;");
+        self.screen.say("QEMU comes back after a second");
+        thread::sleep(Duration::from_millis(2300));
+        let from = Instant::now();
+        peer.end().and_then(|()| peer.begin()).unwrap_or_else(|error| panic!("{error}"));
+        self.screen.say(&format!(
+            "ended by SIGTERM and started again, which took {}",
+            micros(from.elapsed().as_micros() as u64)
+        ));
+        let view = run.finish(&[(from, from + RESTART)]);
+        match view.complaint.as_str() {
+            "" => self.screen.say(&format!("{} requests, no error", grouped(view.requests))),
+            complaint => self.trouble(complaint.to_owned()),
+        }
         view
     }
 
@@ -341,7 +458,8 @@ impl Demo {
 
     /// When something was done.
     fn touched(&self) -> Vec<(Instant, Instant)> {
-        self.changes.iter().map(|change| (change.from, change.to)).collect()
+        let changes = self.changes.iter().map(|change| (change.from, change.to));
+        changes.chain(self.touches.iter().copied()).collect()
     }
 
     /// What a run of `fio` says on its own.
@@ -371,10 +489,10 @@ impl Demo {
         file: Daemon,
         guest: Guest,
         image: &Path,
-        view: [GuestView; 2],
+        view: [GuestView; 4],
         files_ok: bool,
     ) -> bool {
-        self.screen.heading("4. The end");
+        self.screen.heading("6. The end");
         let in_guest = guest.run_within("sha256sum /dev/vdb", Duration::from_secs(60)).stdout;
         let errors: u64 = [&memory, &file].iter().map(|daemon| errors(&daemon.status())).sum();
         let resident = [&memory, &file].iter().any(|daemon| {
@@ -408,7 +526,7 @@ impl Demo {
         self.verdict(&view, errors, files_ok)
     }
 
-    fn verdict(&self, view: &[GuestView; 2], daemon_errors: u64, files_ok: bool) -> bool {
+    fn verdict(&self, view: &[GuestView; 4], daemon_errors: u64, files_ok: bool) -> bool {
         let screen = &self.screen;
         let sum = |of: fn(&GuestView) -> u64| view.iter().map(of).sum::<u64>();
         let (errors, mismatches) =
@@ -441,6 +559,9 @@ impl Demo {
             "refused, device as before",
             count(&|change| change.reply.is_none()).to_string(),
         );
+
+        row(false, "kill -9 of the server", KILLS.to_string());
+        row(false, "server, supervisor exchanged", "1, 1".to_owned());
 
         for mode in ["handover", "swap"] {
             let mut pauses: Vec<u64> = self
@@ -478,10 +599,20 @@ impl Demo {
             Tone::Plain,
             "                       seconds   requests    50 %    99 %  99.9 %  longest",
         );
-        for (name, run) in ["memory", "image"].iter().zip(view) {
+        for (name, run) in ["memory", "image", "kills", "peer"].iter().zip(view) {
             latencies(screen, &format!("{name}, without"), &run.quiet);
             latencies(screen, &format!("{name}, with"), &run.busy);
         }
+        let longest = |run: &GuestView| micros(run.busy.quantile(1.0).as_micros() as u64);
+        let [_, _, kills, restart] = view;
+        screen.row(
+            Tone::Plain,
+            &format!(
+                "{KILLS} kills and 2 exchanges: {} at most; one restart of the peer: {}",
+                longest(kills),
+                longest(restart)
+            ),
+        );
         let uncertain = view.iter().map(|run| run.uncertain.as_millis()).max().unwrap_or(0);
         screen.row(
             Tone::Plain,
