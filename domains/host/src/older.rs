@@ -12,7 +12,8 @@ pub(crate) unsafe fn completed(vtable: *const ModuleVtable, size: usize) -> Modu
     unsafe extern "C" fn cannot(_: *mut c_void, _: u64, message: *mut RawMessage) -> u32 {
         const WHY: &str = "this domain cannot be resized: its module was built before there was \
                            such a thing; upgrade to a newer one";
-        // SAFETY: the caller's ([`Instance::resize`](crate::Instance::resize)) is valid, with room for `capacity` bytes.
+        // SAFETY: the caller's ([`Instance::resize`](crate::Instance::resize)) is valid, with room
+        // for `capacity` bytes.
         unsafe {
             let len = WHY.len().min((*message).capacity);
             std::ptr::copy_nonoverlapping(WHY.as_ptr(), (*message).bytes, len);

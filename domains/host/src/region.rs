@@ -6,9 +6,9 @@
 //!
 //! **Growth.** The mapping is longer than the memfd: what is behind the memfd's end is address
 //! space in reserve, which costs nothing, and which no request comes to. To grow is to make the
-//! memfd longer, so nothing is mapped anew, nothing moves, and what runs in the region does not notice.
-//! How far a region can grow is settled when it is made: to [`RESERVE`], or twice its length if
-//! that is more, or to what the system grants (`RLIMIT_AS`, small address spaces).
+//! memfd longer, so nothing is mapped anew, nothing moves, and what runs in the region does not
+//! notice. How far a region can grow is settled when it is made: to [`RESERVE`], or twice its
+//! length if that is more, or to what the system grants (`RLIMIT_AS`, small address spaces).
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use std::ffi::CString;
