@@ -112,6 +112,8 @@ impl World {
         assert_eq!(taken.is_ok(), is_whole, "{taken:?}");
         if is_whole {
             files.retain(|object, _| objects.contains(object));
+            let held = format!("{:?}", self.vault).matches("Descriptor(").count();
+            assert_eq!(held, objects.len(), "more is held than is referred to");
             (self.list, self.files) = (Some(*vault), files);
         }
     }
