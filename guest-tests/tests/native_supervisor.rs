@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 const SECOND: Duration = Duration::from_secs(1);
 
 fn supervised(args: &[&str]) -> Daemon {
-    Daemon::start(&[&["--supervisor"], args].concat())
+    Daemon::start(args)
 }
 
 fn status(control: &mut Control) -> Value {

@@ -15,8 +15,7 @@ use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-const RAMDISK: [&str; 7] =
-    ["--supervisor", "--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
+const RAMDISK: [&str; 6] = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
 
 fn pid(status: &Value, part: &str) -> u64 {
     status[part]["pid"].as_u64().unwrap_or_else(|| panic!("no {part}: {status}"))

@@ -91,16 +91,16 @@ pub struct Args {
     #[arg(long, value_name = "LIST", value_parser = worker_cpus)]
     worker_cpus: Option<Cpus>,
 
-    /// Serve by a second process, which can die or be exchanged under the guest
-    #[arg(long, hide = true)]
-    supervisor: bool,
+    /// Serve from this process, which then can neither die nor be exchanged under the guest
+    #[arg(long)]
+    no_supervisor: bool,
 
-    /// With --supervisor: have another server ready for when the one that serves dies
-    #[arg(long, hide = true, requires = "supervisor")]
+    /// Have another server ready for when the one that serves dies
+    #[arg(long, conflicts_with = "no_supervisor")]
     spare: bool,
 
-    /// With --supervisor: end a server whose workers have not moved for so long [default: never]
-    #[arg(long, value_name = "N", hide = true, requires = "supervisor", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
+    /// End a server whose workers have not moved for so many milliseconds [default: never]
+    #[arg(long, value_name = "N", conflicts_with = "no_supervisor", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
     hang_timeout_ms: Option<u32>,
 
     /// Be the server of the supervisor at this inherited descriptor; all other options are ignored
@@ -245,7 +245,7 @@ impl Args {
             }
             set_once(&mut params, "readonly", "true", "--read-only")?;
         }
-        let supervision = self.supervisor.then(|| Supervision {
+        let supervision = (!self.no_supervisor).then(|| Supervision {
             has_spare: self.spare,
             hang_timeout: self.hang_timeout_ms.map(|ms| Duration::from_millis(ms.into())),
         });

@@ -72,6 +72,10 @@ impl Commands {
             let stop = move || say(&channel, &ToSupervisor::ShutdownWanted);
             Arc::new(Device::new(Arc::clone(&proxy), stop))
         };
+        proxy.on_config_change({
+            let channel = Arc::clone(&channel);
+            move || say(&channel, &ToSupervisor::ConfigChanged)
+        });
         let inflight = config.inflight.clone();
         let (orders, receiver) = mpsc::channel();
         let service = SessionService {
