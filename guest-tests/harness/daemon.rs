@@ -204,26 +204,24 @@ impl Daemon {
         self.call(&["status"])
     }
 
+    /// The process that serves the rings, as it is now.
+    pub fn server(&self) -> Process {
+        Process { pid: self.server_pid() }
+    }
+
     /// Number of open file descriptors of the process that serves.
     pub fn open_fds(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.server_pid())).expect("the daemon lives").count()
+        self.server().open_fds()
     }
 
     /// Resident memory of the process that serves, in KiB.
     pub fn rss_kib(&self) -> u64 {
-        self.memory_kib("status", "VmRSS:")
+        self.server().rss_kib()
     }
 
-    /// A line of a file in `/proc` that gives an amount of memory, in KiB, of the process that
-    /// serves.
+    /// See [`Process::memory_kib`], of the process that serves.
     pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/{file}", self.server_pid()))
-            .expect("the daemon lives");
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(field))
-            .expect("the kernel has this line");
-        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
+        self.server().memory_kib(file, field)
     }
 
     /// Sends SIGTERM and waits for the end, at most 10 s: the exit code, and how long it took.
@@ -272,6 +270,36 @@ impl Daemon {
     /// Sends SIGTERM, waits for the end (less than 10 s) and returns the exit code.
     pub fn terminate(mut self) -> i32 {
         self.stop().0
+    }
+}
+
+/// A process of a daemon's, looked at from outside.
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    /// Its id.
+    pub pid: u32,
+}
+
+impl Process {
+    /// Number of open file descriptors.
+    pub fn open_fds(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("the process lives").count()
+    }
+
+    /// Resident memory in KiB.
+    pub fn rss_kib(&self) -> u64 {
+        self.memory_kib("status", "VmRSS:")
+    }
+
+    /// A line of a file in `/proc` that gives an amount of memory, in KiB.
+    pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
+        let text =
+            fs::read_to_string(format!("/proc/{}/{file}", self.pid)).expect("the process lives");
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(field))
+            .expect("the kernel has this line");
+        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
     }
 }
 

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
-use guest_tests::daemon::{Control, Daemon, disk_directory};
+use guest_tests::daemon::{Control, Daemon, Process, disk_directory};
 use guest_tests::modules::copies;
 use serde_json::{Value, json};
 
@@ -38,15 +38,16 @@ struct Footprint {
     size_kib: u64,
 }
 
-fn footprint(daemon: &Daemon) -> Footprint {
-    let proc = |file: &str| format!("/proc/{}/{file}", daemon.server_pid());
+/// To ask a daemon which process serves takes a thread of it, so that is done once, before.
+fn footprint(server: Process) -> Footprint {
+    let proc = |file: &str| format!("/proc/{}/{file}", server.pid);
     Footprint {
         mappings: fs::read_to_string(proc("maps")).expect("the daemon lives").lines().count(),
-        fds: daemon.open_fds(),
+        fds: server.open_fds(),
         threads: fs::read_dir(proc("task")).expect("the daemon lives").filter_map(ours).count(),
-        private_kib: daemon.memory_kib("smaps_rollup", "Private_Dirty:"),
-        rss_kib: daemon.rss_kib(),
-        size_kib: daemon.memory_kib("status", "VmSize:"),
+        private_kib: server.memory_kib("smaps_rollup", "Private_Dirty:"),
+        rss_kib: server.rss_kib(),
+        size_kib: server.memory_kib("status", "VmSize:"),
     }
 }
 
@@ -75,16 +76,17 @@ fn assert_nothing_stays(
     count: u64,
     mut change: impl FnMut(&mut Control, u64) + Send,
 ) {
+    let server = daemon.server();
     lightly_loaded(daemon, || {
         let mut control = daemon.rpc();
         (0..WARM_UP).for_each(|round| change(&mut control, round));
-        let before = footprint(daemon);
+        let before = footprint(server);
         let started = Instant::now();
         (0..count).for_each(|round| change(&mut control, round));
         let took = started.elapsed();
         // What an upgrade leaves to others, it leaves to them for a moment only.
         thread::sleep(Duration::from_millis(100));
-        let after = footprint(daemon);
+        let after = footprint(server);
         println!(
             "{count} in {took:.1?}, {:.0} us each: {before:?} -> {after:?}",
             took.as_micros() as f64 / count as f64
@@ -175,6 +177,7 @@ fn a_thousand_rollbacks_leave_nothing() {
 #[test]
 fn a_thousand_refusals_and_panics_leave_nothing() {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
+    let server = daemon.server();
     lightly_loaded(&daemon, || {
         let mut control = daemon.rpc();
         let mut refusals = |count: u64| {
@@ -186,9 +189,9 @@ fn a_thousand_refusals_and_panics_leave_nothing() {
             }
         };
         refusals(WARM_UP);
-        let before = footprint(&daemon);
+        let before = footprint(server);
         refusals(1000);
-        let after = footprint(&daemon);
+        let after = footprint(server);
         println!("{before:?} -> {after:?}");
         assert_eq!((after.fds, after.threads), (before.fds, before.threads));
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");

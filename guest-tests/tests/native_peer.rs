@@ -7,7 +7,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::thread;
 use std::time::Duration;
@@ -48,8 +48,9 @@ impl Peer {
             println!("skipped: qemu-storage-daemon is not installed");
             return None;
         };
-        for _ in 0..500 {
-            if socket.exists() {
+        // The file is there before it can be connected to, and to try would be a session.
+        for _ in 0..3000 {
+            if listens(&socket) {
                 break;
             }
             thread::sleep(Duration::from_millis(10));
@@ -60,6 +61,17 @@ impl Peer {
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the peer lives");
     }
+}
+
+/// Whether a process listens on the socket at `path`, by the kernel's table: a line of it has the
+/// flags as its fourth column, `SO_ACCEPTCON` is 0x10000, and the path is the last.
+fn listens(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/net/unix").expect("the kernel's table");
+    table.lines().any(|line| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        columns.last().is_some_and(|last| Path::new(last) == path)
+            && columns.get(3).is_some_and(|&flags| flags == "00010000")
+    })
 }
 
 impl Drop for Peer {

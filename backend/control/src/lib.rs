@@ -26,6 +26,7 @@ mod clients;
 mod code;
 mod connection;
 mod credentials;
+mod exhausted;
 mod limits;
 pub mod lines;
 pub mod messages;
@@ -37,6 +38,7 @@ mod socket;
 
 pub use clients::refuse;
 pub use code::Code;
+pub use exhausted::how_to_have_more;
 pub use limits::Limits;
 pub use operations::{OperationError, Operations};
 pub use peer::Commanders;

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use control::lines::Line;
 use control::messages::UpgradeDaemonRequest;
 use control::rpc::RpcError;
-use control::{Code, Commanders, KeptName, Limits, SocketFile, refuse};
+use control::{Code, Commanders, KeptName, Limits, SocketFile, how_to_have_more, refuse};
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -42,6 +42,7 @@ use client::{Client, PackedClient, Server, Shared};
 pub use facts::{Facts, Phase, ServerFacts, SupervisorFacts};
 use pipe::Pipe;
 
+use crate::said::Said as SaidBefore;
 use crate::slots::{Missing, Packing, Slot, Unpacking};
 
 /// How long a request waits for a server before it is answered with `no_server`. `hotswapctl`
@@ -101,6 +102,8 @@ pub struct Front {
     observer: Option<Pipe>,
     /// Accepting rests until then.
     accept_again: Option<Instant>,
+    /// What clients have brought about, and the log has said.
+    said: SaidBefore,
 }
 
 /// A [`Front`] in a packed state.
@@ -144,6 +147,7 @@ impl Front {
             },
             observer: None,
             accept_again: None,
+            said: SaidBefore::default(),
         })
     }
 
@@ -338,6 +342,7 @@ impl Front {
             },
             observer: None,
             accept_again: None,
+            said: SaidBefore::default(),
         })
     }
 
@@ -380,7 +385,10 @@ impl Front {
                     io::ErrorKind::WouldBlock => return,
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
                     _ => {
-                        log::warn!("cannot accept a client on the control socket: {error}");
+                        let why = how_to_have_more(&error);
+                        self.said.say(&format!(
+                            "cannot accept a client on the control socket, which has to wait: {why}"
+                        ));
                         self.accept_again = Some(Instant::now() + EXHAUSTED);
                         return;
                     }
