@@ -89,6 +89,19 @@ fn complaints(guest: &Guest) -> Vec<&'static str> {
     words.into_iter().filter(|word| dmesg.contains(word)).collect()
 }
 
+/// The longest that the daemon itself says of deaths and exchanges.
+fn say_pauses(what: &str, daemon: &Daemon) {
+    let log = daemon.log();
+    let longest = |before: &str, unit: &str| {
+        let number =
+            |line: &str| line.split_once(before)?.1.split_once(unit)?.0.parse::<u64>().ok();
+        log.lines().filter_map(number).max().unwrap_or(0)
+    };
+    let (death, exchange) =
+        (longest("another server serves ", " ms"), longest("the guest has waited ", " us"));
+    println!("{what}: another server within {death} ms; an exchange held it {exchange} us");
+}
+
 /// Calls `step` until it says that it is enough, and then until `fio` on both disks has ended.
 fn under_fio(
     guest: &Guest,
@@ -145,7 +158,8 @@ fn deaths_lose_nothing() {
         }
         round >= kills
     });
-    for daemon in [&memory, &late] {
+    for (what, daemon) in [("vdc", &memory), ("vdb", &late)] {
+        say_pauses(what, daemon);
         let (status, log) = (daemon.status(), daemon.log());
         assert_eq!(number(&status, "server", "deaths"), round, "{status}");
         assert_eq!(number(&status, "server", "quarantined"), 0, "{status}");
