@@ -126,9 +126,9 @@ impl Demo {
         self.screen.say("Starting two daemons, each with one disk");
         self.screen.command("vhost-hotswap --socket-path a.sock --domain ramdisk");
         self.screen.command("vhost-hotswap --socket-path b.sock --blk-file disk.img");
-        let memory = Daemon::start(&["--supervisor", "--domain", "ramdisk", "--queues", "2"]);
+        let memory = Daemon::start(&["--domain", "ramdisk", "--queues", "2"]);
         let path = image.to_str().expect("a path of text");
-        let file = Daemon::start(&["--supervisor", "--blk-file", path, "--queues", "2"]);
+        let file = Daemon::start(&["--blk-file", path, "--queues", "2"]);
         let peers = directory.path().join("peer.img");
         File::create(&peers).and_then(|file| file.set_len(IMAGE_MIB << 20)).expect("an image");
         let peers = format!("driver=file,filename={},aio=threads", peers.display());

@@ -30,8 +30,9 @@ fn image(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-fn supervised(args: &[&str]) -> Daemon {
-    Daemon::start(&[&["--supervisor", "--queues", "2"], args].concat())
+/// A daemon with two queues.
+fn start(args: &[&str]) -> Daemon {
+    Daemon::start(&[&["--queues", "2"], args].concat())
 }
 
 fn number(status: &Value, part: &str, key: &str) -> u64 {
@@ -131,9 +132,9 @@ fn deaths_lose_nothing() {
     let path = |name: &str| directory.path().join(name);
     let (plain, late) = (path("plain.img"), path("late.img"));
     let late = format!("path={}", image(&late));
-    let mut file = supervised(&["--blk-file", image(&plain), "--param", "direct=true"]);
-    let mut late = supervised(&["--domain", &tardy(), "--param", &late]);
-    let memory = supervised(&["--domain", "ramdisk", "--param", "size=64M"]);
+    let mut file = start(&["--blk-file", image(&plain), "--param", "direct=true"]);
+    let mut late = start(&["--domain", &tardy(), "--param", &late]);
+    let memory = start(&["--domain", "ramdisk", "--param", "size=64M"]);
     let sockets = [&file, &late, &memory].map(|daemon| daemon.socket().to_owned());
     let guest = Guest::boot(GuestOptions {
         vhost_sockets: sockets.to_vec(),
@@ -211,7 +212,7 @@ fn lose_marks(qemu: u32) {
 fn without_marks_something_is_lost() {
     let directory = disk_directory();
     let path = format!("path={}", image(&directory.path().join("late.img")));
-    let mut daemon = supervised(&["--domain", &tardy(), "--param", &path]);
+    let mut daemon = start(&["--domain", &tardy(), "--param", &path]);
     let options = GuestOptions { reconnect: Some(1), ..GuestOptions::with_disk(daemon.socket()) };
     let guest = Guest::boot(options).unwrap();
     let fio = Fio::start_on(&guest, "vda", 3);
