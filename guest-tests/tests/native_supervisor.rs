@@ -318,6 +318,45 @@ fn a_domain_that_ends_its_server_twice_is_replaced_by_the_standby() {
     assert_eq!(daemon.terminate(), 0);
 }
 
+/// The first request of each server's life is held back for three seconds, and its server is ended
+/// each time while that is in flight.
+#[test]
+fn a_request_that_ends_its_server_again_and_again_is_not_run_any_more() {
+    let args = ["--domain", "faulty", "--param", "size=1M", "--param", "fault=request:stall"];
+    let daemon = supervised(&args);
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    raw.put(FREE, &[0; 16]).expect("memory");
+    let at = GUEST_BASE + FREE;
+    let chain = |raw: &mut RawSession, head: u16| {
+        let status = 0x1000 + u64::from(head);
+        raw.put(FREE + status, &[0xee]).expect("memory");
+        raw.chain(head, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + status, 1, WRITE)])
+            .expect("memory");
+        raw.offer(head).expect("a kick");
+    };
+    let answer = |raw: &mut RawSession, head: u16| {
+        let (used, _) = raw.used(10 * SECOND).expect("memory").expect("an answer");
+        let status = raw.get(FREE + 0x1000 + u64::from(head), 1).expect("memory")[0];
+        (used, status)
+    };
+    chain(&mut raw, 0);
+    chain(&mut raw, 8);
+    assert_eq!(answer(&mut raw, 8), (8, 0), "another one is answered");
+    for death in 1..=3 {
+        wait_until(&daemon, "it is not run again", |now| now["queues"][0]["in_flight"] == 1);
+        crash_server(&daemon, death);
+    }
+    assert_eq!(answer(&mut raw, 0), (0, 1), "an I/O error: {}", daemon.log());
+    let now = daemon.status();
+    assert_eq!(now["server"]["quarantined"], 1, "{now}");
+    assert_eq!((&now["server"]["deaths"], &now["state"]), (&json!(3), &json!("serving")), "{now}");
+    // The next ones are run, the first of them late.
+    for head in [0, 8] {
+        chain(&mut raw, head);
+        assert_eq!(answer(&mut raw, head), (u32::from(head), 0), "{}", daemon.log());
+    }
+}
+
 #[test]
 fn a_server_that_does_not_move_is_ended_if_that_is_asked_for() {
     let args = ["--domain", "ramdisk", "--param", "size=64M", "--hang-timeout-ms", "1000"];

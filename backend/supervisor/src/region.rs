@@ -18,6 +18,8 @@ const ENTRY: u64 = 16;
 const ALIGN: u64 = 64;
 /// The largest size of a ring.
 const LARGEST: u16 = 1024;
+/// More queues than any device of ours has are not looked at.
+const QUEUES: u16 = 64;
 
 /// Bytes of one queue's part.
 const fn part(queue_size: u16) -> u64 {
@@ -84,7 +86,7 @@ impl Region {
     /// The request of each queue that has been in flight for the longest time.
     #[must_use]
     pub fn oldest(&self) -> Vec<Quarantined> {
-        (0..self.place.queues).filter_map(|queue| self.oldest_of(queue)).collect()
+        (0..self.place.queues.min(QUEUES)).filter_map(|queue| self.oldest_of(queue)).collect()
     }
 
     /// The frontend was told where a ring has stopped. If nothing of it is in flight, what the
@@ -125,8 +127,26 @@ impl Region {
     }
 
     fn oldest_of(&self, queue: u16) -> Option<Quarantined> {
-        let mut bytes = vec![0; part(self.place.queue_size) as usize];
         let at = self.place.offset + u64::from(queue) * part(self.place.queue_size);
+        let mut header = [0; HEADER as usize];
+        self.read(at, &mut header)?;
+        let version = u16::from_le_bytes([header[8], header[9]]);
+        let count = u16::from_le_bytes([header[10], header[11]]).min(self.place.queue_size);
+        if version == 0 {
+            return None;
+        }
+        let mut entries = vec![0; usize::from(count) * ENTRY as usize];
+        self.read(at + HEADER, &mut entries)?;
+        let entries = entries.chunks_exact(ENTRY as usize).enumerate();
+        let marked = entries.filter(|(_, entry)| entry[0] != 0);
+        let oldest = marked.map(|(head, entry)| {
+            (u64::from_le_bytes(entry[8..].try_into().unwrap_or_default()), head as u16)
+        });
+        oldest.min().map(|(counter, head)| Quarantined { queue, head, counter })
+    }
+
+    /// Reads from the region's file; none if it has not as much.
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Option<()> {
         let mut done = 0;
         while done < bytes.len() {
             match rustix::io::pread(&self.memfd, &mut bytes[done..], at + done as u64) {
@@ -136,18 +156,7 @@ impl Region {
                 Err(_) => return None,
             }
         }
-        let (header, entries) = bytes.split_at(HEADER as usize);
-        let version = u16::from_le_bytes([header[8], header[9]]);
-        let count = u16::from_le_bytes([header[10], header[11]]).min(self.place.queue_size);
-        if version == 0 {
-            return None;
-        }
-        let entries = entries.chunks_exact(ENTRY as usize).take(count.into()).enumerate();
-        let marked = entries.filter(|(_, entry)| entry[0] != 0);
-        let oldest = marked.map(|(head, entry)| {
-            (u64::from_le_bytes(entry[8..].try_into().unwrap_or_default()), head as u16)
-        });
-        oldest.min().map(|(counter, head)| Quarantined { queue, head, counter })
+        Some(())
     }
 }
 
