@@ -318,6 +318,36 @@ fn a_domain_that_ends_its_server_twice_is_replaced_by_the_standby() {
     assert_eq!(daemon.terminate(), 0);
 }
 
+/// Its rings stand still meanwhile: nothing of the load is answered with an error.
+#[test]
+fn a_device_that_was_given_up_is_brought_back_by_an_upgrade() {
+    let args = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
+    let daemon = supervised(&args);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+    load.wait_for(200);
+    for death in 1..=9 {
+        crash_server(&daemon, death);
+    }
+    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
+    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::ABORT).expect("it lives");
+    let now = wait_until(&daemon, "it is not given up", |now| now["state"] == "faulted");
+    assert_eq!(now["server"]["deaths"], 10, "{now}");
+    let done = load.ios();
+    thread::sleep(SECOND / 4);
+    assert_eq!((load.ios(), load.faults()), (done, 0), "the rings do not stand still");
+    let reply = daemon.call(&["upgrade", "ramdisk_v2"]);
+    assert_eq!(reply["to"]["name"], "ramdisk", "{reply}");
+    load.wait_for(2000);
+    assert_eq!(daemon.status()["state"], "serving");
+    // And the next death is one as any; nine were recovered from, and one by the upgrade.
+    kill_server(&daemon, 11);
+    load.wait_for(2000);
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    assert_eq!(daemon.terminate(), 0);
+}
+
 /// The first request of each server's life is held back for three seconds, and its server is ended
 /// each time while that is in flight.
 #[test]

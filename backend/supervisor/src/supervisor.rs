@@ -451,6 +451,7 @@ impl Supervisor {
             }
             Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
             Wish::Shutdown => self.end("shutdown"),
+            Wish::Revive => self.revive(),
         }
     }
 

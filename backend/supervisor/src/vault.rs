@@ -11,6 +11,10 @@ use std::os::fd::OwnedFd;
 pub struct Vault {
     list: Option<channel::Vault>,
     objects: BTreeMap<Kept, Descriptor>,
+    /// There is no live module, because no server has lived with it; one that an upgrade brings is
+    /// waited for.
+    #[serde(default)]
+    awaits_upgrade: bool,
 }
 
 impl Vault {
@@ -40,6 +44,7 @@ impl Vault {
             return Err(format!("object {missing} never came"));
         }
         objects.retain(|object, _| referred.contains(object));
+        self.awaits_upgrade &= list.live.is_none();
         (self.list, self.objects) = (Some(list), objects);
         Ok(())
     }
@@ -51,6 +56,20 @@ impl Vault {
         let objects =
             list.objects().iter().map(|object| self.objects.get(object).cloned()).collect();
         Some((list, Option::unwrap_or_default(objects)))
+    }
+
+    /// The next server has no live module, for this reason.
+    pub fn drop_live(&mut self, why: &str) {
+        if let Some(list) = &mut self.list {
+            (list.live, list.standby, list.fault) = (None, None, Some(why.to_owned()));
+            self.awaits_upgrade = true;
+        }
+    }
+
+    /// Whether nothing is to be served before an upgrade has brought a live module.
+    #[must_use]
+    pub const fn awaits_upgrade(&self) -> bool {
+        self.awaits_upgrade
     }
 
     /// Whether there is another module than the live one.

@@ -26,6 +26,8 @@ pub(super) enum Kind {
     Watch,
     /// It ends the supervisor as well.
     Shutdown,
+    /// It brings a device back that was given up. It is not asked twice either.
+    Upgrade,
     /// Anything else. It is not asked twice: it may have been carried out.
     Other,
 }
@@ -38,6 +40,7 @@ impl Kind {
             Action::History => Self::History,
             Action::Watch => Self::Watch,
             Action::Shutdown => Self::Shutdown,
+            Action::Upgrade(_) => Self::Upgrade,
             _ => Self::Other,
         }
     }

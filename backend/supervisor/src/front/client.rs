@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use super::answers::{self, Kind, Said};
 use super::facts::Facts;
+use super::facts::Phase;
 use super::pipe::{PackedPipe, Pipe};
 use super::{Ticket, Wish};
 use crate::slots::{Missing, Packing, Unpacking};
@@ -66,6 +67,11 @@ impl Shared {
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
         ticket
+    }
+
+    /// Whether no server is started any more.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.facts.as_ref().is_some_and(|facts| facts.phase == Phase::Faulted)
     }
 
     /// A stream to the server.
@@ -288,7 +294,10 @@ impl Client {
                 Ok(json!({"shutting_down": true}))
             }
             _ if since + shared.patience <= Instant::now() => Err(answers::no_server()),
-            _ => {
+            kind => {
+                if kind == Kind::Upgrade && shared.is_given_up() {
+                    shared.wishes.push(Wish::Revive);
+                }
                 self.asked = Some(Asked::Waiting(request, since));
                 return Ok(false);
             }
@@ -358,7 +367,7 @@ impl Client {
                 return self.reply(request.id.as_ref(), Ok(told));
             }
             (Kind::Watch, Some(_)) => self.watching = true,
-            (Kind::Other, _) => shared.is_stale = true,
+            (Kind::Other | Kind::Upgrade, _) => shared.is_stale = true,
             _ => {}
         }
         self.active = Instant::now();
@@ -378,7 +387,9 @@ impl Client {
             return Ok(true);
         };
         match request.kind {
-            Kind::Other => self.reply(request.id.as_ref(), Err(answers::server_died()))?,
+            Kind::Other | Kind::Upgrade => {
+                self.reply(request.id.as_ref(), Err(answers::server_died()))?;
+            }
             Kind::Status | Kind::History | Kind::Watch | Kind::Shutdown => {
                 self.asked = Some(Asked::Waiting(request, Instant::now()));
             }

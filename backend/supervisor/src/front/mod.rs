@@ -88,6 +88,9 @@ pub enum Wish {
     UpgradeDaemon(Ticket, UpgradeDaemonRequest),
     /// End the daemon. Only asked for while no server lives; else the server hears it.
     Shutdown,
+    /// Start a server for an upgrade, without a live domain: none is started any more with the one
+    /// that there was. May be wished more than once.
+    Revive,
 }
 
 /// All clients of the control socket.

@@ -92,10 +92,12 @@ impl Supervisor {
             }
             ToSupervisor::Vault { vault, new } => {
                 // Another one has nothing to say of the device.
-                if which == Which::Current
-                    && let Err(why) = self.vault.take(*vault, &new, files)
-                {
-                    log::error!("what the server wants to be kept is not: {why}");
+                if which == Which::Current {
+                    if let Err(why) = self.vault.take(*vault, &new, files) {
+                        log::error!("what the server wants to be kept is not: {why}");
+                    }
+                    // What was waited for may have come.
+                    self.give_session();
                 }
             }
             ToSupervisor::SessionEnded { number, error } => {
@@ -185,7 +187,7 @@ impl Supervisor {
     /// Gives the frontend's session to the server that serves.
     pub(super) fn give_session(&mut self) {
         let (Some(server), Some(session)) = (&self.server, &mut self.session) else { return };
-        if server.ready.is_none() || session.is_given() {
+        if server.ready.is_none() || session.is_given() || self.vault.awaits_upgrade() {
             return;
         }
         if let Err(error) = session.give_to(&server.channel, &self.deaths) {
@@ -326,6 +328,19 @@ impl Supervisor {
             self.start_at = None;
             self.start_server();
         }
+    }
+
+    /// Starts a server for an upgrade, after none has lived. Rings stay stopped until that has
+    /// brought a domain.
+    pub(super) fn revive(&mut self) {
+        if !self.is_given_up {
+            return;
+        }
+        self.is_given_up = false;
+        self.deaths.forgive();
+        self.vault.drop_live("no server has lived with the domain that there was");
+        self.start_at = Some(Instant::now());
+        self.tell_facts();
     }
 
     pub(super) fn event(&mut self, event: &str, members: serde_json::Value) {
