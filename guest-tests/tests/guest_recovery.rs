@@ -184,10 +184,41 @@ fn deaths_lose_nothing() {
         round += 1;
         round >= whole
     });
+    a_larger_disk_is_seen(&guest, "vdc", &memory);
+    a_larger_disk_is_seen(&guest, "vda", &file);
     guest.shutdown().unwrap();
     for daemon in [file, late, memory] {
         assert_eq!(daemon.terminate(), 0);
     }
+}
+
+/// The guest is told of a new size at once, and has it over a death and an exchange.
+fn a_larger_disk_is_seen(guest: &Guest, disk: &str, daemon: &Daemon) {
+    let sectors = |megabytes: u64| (megabytes << 11).to_string();
+    let size = || guest.sh(&format!("cat /sys/block/{disk}/size")).trim().to_owned();
+    let becomes = |megabytes: u64, after: &str| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while size() != sectors(megabytes) {
+            assert!(
+                Instant::now() < deadline,
+                "{disk} after {after}: {}\n{}",
+                size(),
+                daemon.log()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    assert_eq!(size(), sectors(64), "{disk} before");
+    daemon.call(&["resize", "80M"]);
+    becomes(80, "a resize");
+    kill_server(daemon);
+    daemon.call(&["upgrade-daemon", "--only", "server"]);
+    daemon.call(&["resize", "96M"]);
+    becomes(96, "a resize behind a death and an exchange");
+    // What came is served.
+    let last = "oflag=direct conv=notrunc,fsync bs=1M seek=95 count=1";
+    guest.sh(&format!("dd if=/dev/zero of=/dev/{disk} {last}"));
+    assert!(complaints(guest).is_empty(), "{disk}: {:?}", complaints(guest));
 }
 
 /// Zeroes the in-flight region that QEMU keeps.
