@@ -52,6 +52,7 @@ fn main() -> ExitCode {
             println!("soak: {:.0?}: {}", began.elapsed(), stage.word());
         }
     }
+    stage.say_waits();
     let (daemon, report) = stage.end();
     for (act, count) in acts.iter().zip(&done) {
         println!("soak: {count:6} x {}", act.name());

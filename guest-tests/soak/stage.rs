@@ -7,7 +7,7 @@ use guest_tests::daemon::{Daemon, disk_directory};
 use guest_tests::stamp::{Ledger, Load, LoadOptions, LoadReport};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use std::fs::File;
+use std::fs::{self, File};
 use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -32,6 +32,10 @@ pub struct Stage {
     megabytes: u64,
     generation: u64,
     has_standby: bool,
+    /// How long the load had no answer from each kill on.
+    stalls: Vec<Duration>,
+    /// How long exchanges say that the guest had to wait.
+    pauses: Vec<Duration>,
     _image: Option<TempDir>,
 }
 
@@ -76,6 +80,8 @@ impl Stage {
             turn: 0,
             megabytes: MEGABYTES,
             has_standby: false,
+            stalls: Vec::new(),
+            pauses: Vec::new(),
             _image: image,
         }
     }
@@ -113,9 +119,15 @@ impl Stage {
             Act::Reconnect => self.reconnect(false),
             Act::Abandon => self.reconnect(true),
             Act::Resize => self.resize(random),
-            Act::Kill => self.kill(),
-            Act::Exchange => self.upgrade_daemon("server"),
-            Act::ReExec => self.upgrade_daemon("supervisor"),
+            Act::Kill => self.kill(random),
+            Act::Exchange => {
+                let reply = self.upgrade_daemon("server");
+                let pause = reply["pause_ns"].as_u64().expect("how long the guest waited");
+                self.pauses.push(Duration::from_nanos(pause));
+            }
+            Act::ReExec => {
+                self.upgrade_daemon("supervisor");
+            }
         }
         self.wait_until_it_serves(act);
     }
@@ -197,16 +209,48 @@ impl Stage {
         assert_eq!(self.daemon.status()["capacity"], self.megabytes << 20);
     }
 
-    fn kill(&self) {
-        let pid = self.daemon.status()["server"]["pid"].as_i64().expect("the server's process");
-        let pid = Pid::from_raw(pid as i32).expect("a process");
-        // It may be dying already.
-        let _ = kill_process(pid, Signal::KILL);
+    fn kill(&mut self, random: &mut Random) {
+        // One that has not served for so long is given more and more time.
+        if random.below(8) != 0 {
+            thread::sleep(Duration::from_millis(120));
+        }
+        let number = self.daemon.server_pid();
+        let pid = Pid::from_raw(number as i32).expect("a process");
+        let load = self.load.as_ref().expect("a load between acts");
+        let killed = Instant::now();
+        kill_process(pid, Signal::KILL).expect("the server lives");
+        let state = || fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
+        let wait = |done: &dyn Fn() -> bool| {
+            while !done() {
+                assert!(killed.elapsed() < PATIENCE, "no answer:\n{}", self.daemon.log());
+                thread::sleep(Duration::from_micros(50));
+            }
+        };
+        wait(&|| {
+            let state = state();
+            state.is_empty() || state.contains(") Z ")
+        });
+        let answered = load.ios();
+        wait(&|| load.ios() > answered);
+        self.stalls.push(killed.elapsed());
     }
 
-    fn upgrade_daemon(&self, only: &str) {
-        let output = self.daemon.ctl(&["upgrade-daemon", "--only", only]);
-        assert_eq!(output.status, 0, "{only}: {output:?}\n{}", self.daemon.log());
+    fn upgrade_daemon(&self, only: &str) -> Value {
+        self.daemon.call(&["upgrade-daemon", "--only", only])
+    }
+
+    /// What the load felt of kills and exchanges.
+    pub fn say_waits(&mut self) {
+        let waits =
+            [("from a kill to an answer", &mut self.stalls), ("exchange", &mut self.pauses)];
+        for (what, times) in waits {
+            times.sort_unstable();
+            if let Some(&most) = times.last() {
+                let at = |share: usize| times[(times.len() - 1) * share / 100];
+                let (median, much) = (at(50), at(99));
+                println!("soak: {what}: median {median:.1?}, 99 % {much:.1?}, most {most:.1?}");
+            }
+        }
     }
 
     /// Waits until the device serves, in the generation that it should be in.
