@@ -175,6 +175,7 @@ impl Explorer {
     fn target<'m>(&self, memory: &'m mut Memory, store: Store) -> (&'m mut [u8], What) {
         if let Some(at) = store.at.checked_sub(self.part_at).filter(|at| *at < PART) {
             let what = match (at, at % size_of::<Entry>()) {
+                (0, _) => What::Features,
                 (8, _) => What::Version,
                 (10, _) => What::DescNum,
                 (12, _) => What::LastBatchHead,

@@ -5,6 +5,8 @@ use crate::inflight::trace::Store;
 /// What a store is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum What {
+    /// That the part was taken up.
+    Features,
     Version,
     DescNum,
     LastBatchHead,
