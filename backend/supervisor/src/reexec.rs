@@ -38,7 +38,7 @@ pub const VERSION: u32 = 1;
 /// The option that has a program look at a state; a descriptor's number follows.
 pub const CHECK_STATE: &str = "--check-state";
 /// The option that has a program go on with a state; a descriptor's number follows, then
-/// [`BEFORE_ARGUMENTS`] and what the first program was called with, for people who look.
+/// a separator and what the first program was called with, for people who look.
 pub const RESUME_STATE: &str = "--resume-state";
 /// Stands before the arguments of the first program.
 const BEFORE_ARGUMENTS: &str = "--";

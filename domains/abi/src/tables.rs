@@ -158,7 +158,7 @@ impl RawRequest {
         self.offset
     }
 
-    /// Flags, e.g. [`REQUEST_MAY_UNMAP`].
+    /// Flags, e.g. [`REQUEST_MAY_UNMAP`](crate::REQUEST_MAY_UNMAP).
     #[must_use]
     pub const fn flags(&self) -> u32 {
         self.flags
@@ -192,7 +192,7 @@ pub struct RawCompletion {
     pub tag: u64,
     /// [`RawRequest::generation`].
     pub generation: u64,
-    /// One of [`status`].
+    /// One of [`status`](crate::status).
     pub status: u32,
     /// Bytes written into the segments (reads only).
     pub written: u32,
