@@ -391,13 +391,14 @@ impl Demo {
 
     fn upgrade(&mut self, daemon: &Daemon, name: &str, more: &[&str], told: bool) {
         let from = Instant::now();
-        let reply = daemon.call(&[&["upgrade", name], more].concat());
+        let reply =
+            daemon.call(&[&["upgrade", name, "--drain-timeout-ms", "10000"], more].concat());
         self.committed(from, reply, false, told);
     }
 
     fn rollback(&mut self, daemon: &Daemon) {
         let from = Instant::now();
-        let reply = daemon.call(&["rollback"]);
+        let reply = daemon.call(&["rollback", "--drain-timeout-ms", "10000"]);
         self.committed(from, reply, true, true);
     }
 

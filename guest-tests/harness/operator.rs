@@ -14,6 +14,9 @@ use serde_json::Value;
 
 use crate::daemon::Daemon;
 
+/// A disk that others write to takes more than the usual 500 ms for a request now and then.
+const PATIENT: [&str; 2] = ["--drain-timeout-ms", "10000"];
+
 /// Someone at the control socket, from whose arrival on no other may upgrade.
 pub struct Operator<'daemon> {
     daemon: &'daemon Daemon,
@@ -48,7 +51,8 @@ impl<'daemon> Operator<'daemon> {
     #[track_caller]
     pub fn upgrade(&mut self, name: &str, mode: &str, more: &[&str]) -> Value {
         self.standby_before = self.daemon.status()["standby"].take();
-        let reply = self.daemon.call(&[&["upgrade", name, "--mode", mode], more].concat());
+        let reply =
+            self.daemon.call(&[&["upgrade", name, "--mode", mode], &PATIENT[..], more].concat());
         self.committed += 1;
         self.check(&reply, mode);
         assert_eq!(reply["to"]["name"].as_str().map(family), Some(family(name)), "{reply}");
@@ -58,7 +62,7 @@ impl<'daemon> Operator<'daemon> {
     /// Rolls back; it must commit as `mode`.
     #[track_caller]
     pub fn roll_back(&mut self, mode: &str) -> Value {
-        let reply = self.daemon.call(&["rollback"]);
+        let reply = self.daemon.call(&[&["rollback"], &PATIENT[..]].concat());
         self.rolled_back += 1;
         self.check(&reply, mode);
         reply
