@@ -164,14 +164,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 
 /// Reads one sector through a hand-made ring.
 fn assert_one_read(raw: &mut RawSession) {
-    raw.put(FREE, &[0; 16]).expect("memory");
-    raw.put(FREE + 0x1000, &[0xee]).expect("memory");
-    let at = GUEST_BASE + FREE;
-    raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
-        .expect("memory");
-    raw.offer(0).expect("a kick");
-    assert_eq!(raw.used(10 * SECOND).expect("memory"), Some((0, 513)));
-    assert_eq!(raw.get(FREE + 0x1000, 1).expect("memory"), [0]);
+    raw.assert_one_read(10 * SECOND);
 }
 
 #[test]

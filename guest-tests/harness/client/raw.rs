@@ -300,6 +300,19 @@ impl RawSession {
         self.kick.write(1)
     }
 
+    /// Reads one sector as the chain from head 0 on, which must be answered within `limit`; panics
+    /// if it is not, or not well.
+    pub fn assert_one_read(&mut self, limit: Duration) {
+        self.put(FREE, &[0; 16]).expect("memory");
+        self.put(FREE + 0x1000, &[0xee]).expect("memory");
+        let at = GUEST_BASE + FREE;
+        self.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
+            .expect("memory");
+        self.offer(0).expect("a kick");
+        assert_eq!(self.used(limit).expect("memory"), Some((0, 513)));
+        assert_eq!(self.get(FREE + 0x1000, 1).expect("memory"), [0]);
+    }
+
     /// The next used entry, head and length; `None` when there is none within `limit`.
     pub fn used(&mut self, limit: Duration) -> io::Result<Option<(u32, u32)>> {
         let deadline = Instant::now() + limit;
