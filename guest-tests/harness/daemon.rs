@@ -5,6 +5,7 @@
 //! that `scripts/build` leaves, or the one in `HOTSWAP_BIN_DIR`.
 
 mod control;
+mod process;
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -19,6 +20,7 @@ use tempfile::TempDir;
 
 use self::control::COMMAND_LIMIT;
 pub use self::control::{Control, RpcError};
+pub use self::process::{Held, Process};
 
 /// What a command left behind.
 #[derive(Clone, Debug)]
@@ -271,36 +273,6 @@ impl Daemon {
     /// Sends SIGTERM, waits for the end (less than 10 s) and returns the exit code.
     pub fn terminate(mut self) -> i32 {
         self.stop().0
-    }
-}
-
-/// A process of a daemon's, looked at from outside.
-#[derive(Clone, Copy, Debug)]
-pub struct Process {
-    /// Its id.
-    pub pid: u32,
-}
-
-impl Process {
-    /// Number of open file descriptors.
-    pub fn open_fds(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("the process lives").count()
-    }
-
-    /// Resident memory in KiB.
-    pub fn rss_kib(&self) -> u64 {
-        self.memory_kib("status", "VmRSS:")
-    }
-
-    /// A line of a file in `/proc` that gives an amount of memory, in KiB.
-    pub fn memory_kib(&self, file: &str, field: &str) -> u64 {
-        let text =
-            fs::read_to_string(format!("/proc/{}/{file}", self.pid)).expect("the process lives");
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(field))
-            .expect("the kernel has this line");
-        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
     }
 }
 

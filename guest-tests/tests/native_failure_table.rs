@@ -99,12 +99,6 @@ fn read_into(raw: &mut RawSession, head: u16, to: u64) {
     raw.offer(head).expect("a kick");
 }
 
-fn fds_and_threads(daemon: &Daemon) -> (usize, usize) {
-    let tasks =
-        std::fs::read_dir(format!("/proc/{}/task", daemon.server_pid())).expect("the daemon lives");
-    (daemon.open_fds(), tasks.count())
-}
-
 /// Does one of the `ACTIONS`.
 fn act(action: &str, mut raw: RawSession) -> Option<RawSession> {
     let result = match action {
@@ -172,13 +166,11 @@ fn frontend_case(phase: &str, first: Option<&str>, fault: &str, action: &str) {
     };
     assert_eq!((sum("errors"), sum("in_flight")), (errors, 0), "{what}: {status}");
     // As many descriptors and threads as before the next session that comes and goes.
+    let server = daemon.server();
     thread::sleep(SECOND / 5);
-    let before = fds_and_threads(&daemon);
+    let before = server.held();
     good_client_works(&daemon, &what);
-    eventually(&format!("nothing of a session stays after {what}"), || {
-        let now = fds_and_threads(&daemon);
-        now.0 <= before.0 && now.1 <= before.1
-    });
+    server.gives_back(before);
 }
 
 /// The memory has changed, and each request is answered from the memory that there was when it was

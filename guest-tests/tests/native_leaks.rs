@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::client::{Client, Options, Request, Status};
-use guest_tests::daemon::{Control, Daemon, Process, binary, disk_directory};
+use guest_tests::daemon::{Control, Daemon, Held, Process, binary, disk_directory};
 use guest_tests::modules::copies;
 use serde_json::{Value, json};
 
@@ -25,18 +25,11 @@ const STACKS_KIB: u64 = 3 * 2052;
 /// After so long a change has left nothing to other threads any more.
 const A_MOMENT: Duration = Duration::from_millis(200);
 
-/// A thread that is not one of the kernel's for io_uring, which come and go as it likes.
-fn ours(task: std::io::Result<fs::DirEntry>) -> Option<()> {
-    let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
-    (!name.starts_with("iou-")).then_some(())
-}
-
 /// What the kernel keeps for the daemon.
 #[derive(Debug, Clone, Copy)]
 struct Footprint {
     mappings: usize,
-    fds: usize,
-    threads: usize,
+    held: Held,
     private_kib: u64,
     rss_kib: u64,
     /// Address space: neighbouring mappings are one line of `maps`, and what was never touched is
@@ -49,8 +42,7 @@ fn footprint(server: Process) -> Footprint {
     let proc = |file: &str| format!("/proc/{}/{file}", server.pid);
     Footprint {
         mappings: fs::read_to_string(proc("maps")).expect("the daemon lives").lines().count(),
-        fds: server.open_fds(),
-        threads: fs::read_dir(proc("task")).expect("the daemon lives").filter_map(ours).count(),
+        held: server.held(),
         private_kib: server.memory_kib("smaps_rollup", "Private_Dirty:"),
         rss_kib: server.rss_kib(),
         size_kib: server.memory_kib("status", "VmSize:"),
@@ -101,13 +93,12 @@ fn assert_nothing_stays(
         (0..count).for_each(|round| change(&mut control, round));
         let took = started.elapsed();
         thread::sleep(A_MOMENT);
+        server.gives_back(before.held);
         let after = footprint(server);
         println!(
             "{count} in {took:.1?}, {:.0} us each: {before:?} -> {after:?}",
             took.as_micros() as f64 / count as f64
         );
-        assert_eq!(after.fds, before.fds, "descriptors leak");
-        assert_eq!(after.threads, before.threads, "threads leak");
         // The allocator may merge or split its own mappings; a module is five at least.
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
         assert!(
@@ -208,9 +199,9 @@ fn a_thousand_refusals_and_panics_leave_nothing() {
         let before = footprint(server);
         refusals(1000);
         thread::sleep(A_MOMENT);
+        server.gives_back(before.held);
         let after = footprint(server);
         println!("{before:?} -> {after:?}");
-        assert_eq!((after.fds, after.threads), (before.fds, before.threads));
         assert!(after.mappings <= before.mappings + 4, "mappings leak: {before:?} -> {after:?}");
         assert!(
             after.private_kib <= before.private_kib + SLACK_KIB,
