@@ -122,8 +122,9 @@ impl Stage {
             Act::Kill => self.kill(random),
             Act::Exchange => {
                 let reply = self.upgrade_daemon("server");
-                let pause = reply["pause_ns"].as_u64().expect("how long the guest waited");
-                self.pauses.push(Duration::from_nanos(pause));
+                let pause =
+                    reply["phases_us"]["pause"].as_u64().expect("how long the guest waited");
+                self.pauses.push(Duration::from_micros(pause));
             }
             Act::ReExec => {
                 self.upgrade_daemon("supervisor");
