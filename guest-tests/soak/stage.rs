@@ -7,6 +7,7 @@ use guest_tests::daemon::{Daemon, disk_directory};
 use guest_tests::stamp::{Ledger, Load, LoadOptions, LoadReport};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,10 +33,8 @@ pub struct Stage {
     megabytes: u64,
     generation: u64,
     has_standby: bool,
-    /// How long the load had no answer from each kill on.
-    stalls: Vec<Duration>,
-    /// How long exchanges say that the guest had to wait.
-    pauses: Vec<Duration>,
+    /// How long the load had no answer from each kill on, and each phase of an exchange took.
+    waits: BTreeMap<String, Vec<Duration>>,
     _image: Option<TempDir>,
 }
 
@@ -80,8 +79,7 @@ impl Stage {
             turn: 0,
             megabytes: MEGABYTES,
             has_standby: false,
-            stalls: Vec::new(),
-            pauses: Vec::new(),
+            waits: BTreeMap::new(),
             _image: image,
         }
     }
@@ -122,9 +120,11 @@ impl Stage {
             Act::Kill => self.kill(random),
             Act::Exchange => {
                 let reply = self.upgrade_daemon("server");
-                let pause =
-                    reply["phases_us"]["pause"].as_u64().expect("how long the guest waited");
-                self.pauses.push(Duration::from_micros(pause));
+                for (phase, us) in reply["phases_us"].as_object().expect("how long each took") {
+                    let us = us.as_u64().expect("a number of microseconds");
+                    let phase = format!("exchange, {phase}");
+                    self.waits.entry(phase).or_default().push(Duration::from_micros(us));
+                }
             }
             Act::ReExec => {
                 self.upgrade_daemon("supervisor");
@@ -233,18 +233,17 @@ impl Stage {
         });
         let answered = load.ios();
         wait(&|| load.ios() > answered);
-        self.stalls.push(killed.elapsed());
+        let what = "from a kill to an answer".to_owned();
+        self.waits.entry(what).or_default().push(killed.elapsed());
     }
 
     fn upgrade_daemon(&self, only: &str) -> Value {
         self.daemon.call(&["upgrade-daemon", "--only", only])
     }
 
-    /// What the load felt of kills and exchanges.
+    /// How long the load waited in kills and exchanges, and in which of their phases.
     pub fn say_waits(&mut self) {
-        let waits =
-            [("from a kill to an answer", &mut self.stalls), ("exchange", &mut self.pauses)];
-        for (what, times) in waits {
+        for (what, times) in &mut self.waits {
             times.sort_unstable();
             if let Some(&most) = times.last() {
                 let at = |share: usize| times[(times.len() - 1) * share / 100];
