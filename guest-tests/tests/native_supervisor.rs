@@ -9,8 +9,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
+use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::{Control, Daemon};
 use guest_tests::stamp::{Load, LoadOptions, LoadReport, assert_intact};
 use rustix::process::{Pid, Signal, kill_process};
@@ -234,6 +234,34 @@ fn a_server_is_exchanged_fifty_times() {
         assert_eq!(now["server"]["deaths"], 0, "{now}");
         assert_eq!(daemon.terminate(), 0);
     }
+}
+
+/// The servers of an exchange have the same kick descriptors: those of the old one are not to take
+/// a kick that is meant for the new one, while both live.
+#[test]
+fn rings_that_rest_are_kicked_around_each_exchange() {
+    let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--queues", "2"]);
+    let options = Options { queues: 2, ..Options::default() };
+    let mut client = Client::connect(daemon.socket(), &options).expect("connected");
+    thread::scope(|scope| {
+        let daemon = &daemon;
+        let exchanges = scope.spawn(move || {
+            for _ in 0..200 {
+                daemon.call(&["upgrade-daemon", "--only", "server"]);
+            }
+        });
+        let mut round = 0;
+        while !exchanges.is_finished() {
+            round += 1;
+            let request = Request::Write { offset: round % 64 * 4096, data: &[7; 4096] };
+            let answer = client.queue(round as usize % 2).execute(request, 10 * SECOND);
+            let answer = answer.unwrap_or_else(|error| panic!("{error}:\n{}", daemon.log()));
+            assert_eq!(answer.0, Status::Ok);
+            thread::sleep(Duration::from_micros(round * 37 % 3000));
+        }
+        exchanges.join().expect("no exchange fails");
+    });
+    assert_eq!(daemon.status()["server"]["deaths"], 0);
 }
 
 #[test]

@@ -375,9 +375,6 @@ impl Supervisor {
     /// The new server serves: the one before leaves, and has the session no more.
     pub(super) fn leave_stopped(&mut self) {
         let Some(old) = self.stopped.take() else { return };
-        if let Err(error) = old.channel.send(&ToServer::Exit, &[]) {
-            log::debug!("the old server is not told to leave: {error}");
-        }
         let now = Instant::now();
         if let Some(session) = &mut self.session {
             session.take_back();
@@ -396,6 +393,16 @@ impl Supervisor {
         self.leaving.push((old, now + LEAVE_PATIENCE));
         if let Some(front) = &mut self.front {
             front.server_gone();
+        }
+    }
+
+    /// Those that are done with leave. Not earlier than the session is up again: what it takes to
+    /// end a process would take CPUs from the new server while the guest waits for it.
+    fn dismiss(&mut self) {
+        for (server, _) in &self.leaving {
+            if let Err(error) = server.channel.send(&ToServer::Exit, &[]) {
+                log::debug!("the old server is not told to leave: {error}");
+            }
         }
     }
 
@@ -423,6 +430,7 @@ impl Supervisor {
         self.event("server_exchanged", json!({ "phases_us": phases }));
         self.answer(exchange.ticket, Ok(answer));
         self.tell_facts();
+        self.dismiss();
         self.make_spare();
     }
 
@@ -454,6 +462,7 @@ impl Supervisor {
         if let Some(session) = &mut self.session {
             session.relay.pause(false);
         }
+        self.dismiss();
         let is_waiting = self.candidate.as_ref().is_some_and(|one| one.is_prepared);
         if !is_waiting && let Some(exchange) = self.exchange.take() {
             self.answer(exchange.ticket, Err(failed("the server has died meanwhile")));
