@@ -304,6 +304,15 @@ fn sessions_and_servers_leave_nothing_behind_in_the_supervisor() {
     daemon.call(&["upgrade-daemon", "--only", "server"]);
     kill_server(&daemon, 11);
     assert!(descriptors() <= before + 1, "{before} descriptors, and now {}", descriptors());
+    // The dead are reaped when nothing goes on, and before another program takes the process over.
+    let children = || {
+        let path = format!("/proc/{0}/task/{0}/children", daemon.pid());
+        fs::read_to_string(path).expect("the daemon lives").split_whitespace().count()
+    };
+    wait_until(&daemon, "the dead stay", |_| children() == 1);
+    kill_server(&daemon, 12);
+    daemon.call(&["upgrade-daemon", "--only", "supervisor"]);
+    assert_eq!(children(), 1, "what has died is not known any more");
 }
 
 /// Sends the server a signal that a broken process ends with.

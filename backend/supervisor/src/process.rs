@@ -64,10 +64,11 @@ pub fn own_path() -> io::Result<PathBuf> {
     Ok(OsString::from_vec(path).into())
 }
 
-/// How a child has ended, once it has.
+/// How a child has ended, once it has. It stays to be [reaped](reap).
 #[must_use]
 pub fn ended(pidfd: BorrowedFd<'_>) -> Option<Ended> {
-    match waitid(WaitId::PidFd(pidfd), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    match waitid(WaitId::PidFd(pidfd), options) {
         Ok(None) | Err(rustix::io::Errno::INTR) => None,
         Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
             (Some(status), _) => Ended::Exited(status),
@@ -76,6 +77,11 @@ pub fn ended(pidfd: BorrowedFd<'_>) -> Option<Ended> {
         }),
         Err(_) => Some(Ended::Unknown),
     }
+}
+
+/// Has the kernel forget a child that has ended. `false` if it has not.
+pub fn reap(child: WaitId<'_>) -> bool {
+    !matches!(waitid(child, WaitIdOptions::EXITED | WaitIdOptions::NOHANG), Ok(None))
 }
 
 /// How a process has ended.
@@ -158,7 +164,7 @@ impl Server {
             .stdin(Stdio::null())
             // The terminal's signals are for the supervisor.
             .process_group(0);
-        // Whoever is not waited for here is reaped through its pidfd.
+        // What is not waited for here is reaped by its number.
         let child = command.spawn()?;
         drop(theirs);
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);

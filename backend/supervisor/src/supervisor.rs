@@ -4,6 +4,7 @@
 //! channel and the death of each server, the control front's clients, and the clock.
 
 mod exchange;
+mod leaving;
 mod options;
 mod packing;
 mod reexecution;
@@ -18,6 +19,7 @@ use crate::vault::Vault;
 use channel::{Received, ToServer, ToSupervisor};
 use control::{Limits, SocketFile};
 use exchange::{Candidate, Exchange};
+use leaving::Dead;
 pub use options::{ListenSocket, Options, Signals, Supervision};
 use reexecution::Reexecution;
 pub use reexecution::{check_state, resume};
@@ -100,6 +102,7 @@ pub struct Supervisor {
     /// What the client is told of the supervisor that waits for the server's exchange.
     exchanged_self: Option<(Ticket, serde_json::Value)>,
     leaving: Vec<(Server, Instant)>,
+    dead: Vec<Dead>,
     /// When another server is to be started.
     start_at: Option<Instant>,
     /// When the last server died, until another one serves.
@@ -161,6 +164,7 @@ impl Supervisor {
             reexecution: None,
             exchanged_self: None,
             leaving: Vec::new(),
+            dead: Vec::new(),
             start_at: Some(Instant::now()),
             died_at: None,
             has_served: false,
@@ -265,6 +269,7 @@ impl Supervisor {
             self.front.as_ref().and_then(Front::deadline),
             self.pulse.as_ref().filter(|_| self.serving().is_some()).map(|pulse| pulse.next),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
+            self.next_to_reap(),
             self.exchange.as_ref().and_then(Exchange::deadline),
             self.reexecution.as_ref().map(Reexecution::deadline),
         ]
@@ -335,18 +340,6 @@ impl Supervisor {
         }
     }
 
-    /// A server has died, or not yet.
-    fn bury(&mut self, which: Which) {
-        self.hear(which);
-        let Some(ended) = self.which(which).and_then(Server::ended) else { return };
-        match which {
-            Which::Current => self.current_has_died(ended),
-            Which::Stopped => self.stopped_has_died(ended),
-            Which::Candidate => self.candidate_has_died(ended),
-            Which::Leaving(at) => drop(self.leaving.remove(at)),
-        }
-    }
-
     fn send(&self, message: &ToServer) {
         if let Some(server) = &self.server
             && let Err(error) = server.channel.send(message, &[])
@@ -367,12 +360,7 @@ impl Supervisor {
         self.settle_pulse(now);
         self.settle_reexecution();
         self.settle_front();
-        for (server, deadline) in &mut self.leaving {
-            if *deadline <= now {
-                server.kill();
-                *deadline = now + LEAVE_PATIENCE;
-            }
-        }
+        self.settle_leaving(now);
         if self.ending.as_ref().is_some_and(|ending| ending.deadline <= now) {
             log::error!("the server does not end; what is in flight is left");
             if let Some(server) = &self.server {

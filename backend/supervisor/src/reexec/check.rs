@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::{CHECK_STATE, StateError, VERSION, Written, read_state};
 use crate::descriptor::Descriptor;
-use crate::process::{Ended, Program, ended};
+use crate::process::{Ended, Program, ended, reap};
 
 /// How long a program may take to say so.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -98,6 +98,7 @@ impl Check {
             }
             return None;
         };
+        reap(WaitId::PidFd(self.pidfd.as_fd()));
         Some(if self.is_killed { Err(CheckFailure::Silent) } else { judge(ended, &self.said()) })
     }
 

@@ -396,16 +396,6 @@ impl Supervisor {
         }
     }
 
-    /// Those that are done with leave. Not earlier than the session is up again: what it takes to
-    /// end a process would take CPUs from the new server while the guest waits for it.
-    fn dismiss(&mut self) {
-        for (server, _) in &self.leaving {
-            if let Err(error) = server.channel.send(&ToServer::Exit, &[]) {
-                log::debug!("the old server is not told to leave: {error}");
-            }
-        }
-    }
-
     /// The session is what it was: an exchange is over.
     pub(super) fn session_is_up(&mut self) {
         let Some(exchange) = self.exchange.take_if(|one| one.step == Step::Replaying) else {

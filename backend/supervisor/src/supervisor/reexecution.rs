@@ -143,6 +143,7 @@ impl Supervisor {
             self.leaving.push((spare.server, Instant::now() + LEAVE_PATIENCE));
         }
         log::info!("the supervisor goes on as {}", program.path.display());
+        self.reap_all();
         // What comes from now on waits until the next program handles signals.
         (self.options.signals.hold)();
         order.packed = SystemTime::now();
