@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_tests::daemon::{Daemon, module};
+use guest_tests::debian::Debian;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::peer::Peer;
 use guest_view::{GuestView, Latencies, Run};
@@ -134,12 +135,13 @@ impl Demo {
         let peers = format!("driver=file,filename={},aio=threads", peers.display());
         let mut peer = Peer::start(&peers, false).unwrap_or_else(|error| panic!("{error}"));
         self.screen.say("Booting Linux in QEMU with both (waits if another guest is running)");
+        let reconnect = Debian::chosen().reconnect(1);
         let options = GuestOptions {
             vhost_sockets: vec![memory.socket().to_owned(), file.socket().to_owned()],
             // The disks of the daemons are not to come back.
             extra_args: vec![
                 "-chardev".to_owned(),
-                format!("socket,id=peer,path={},reconnect=1", peer.socket().display()),
+                format!("socket,id=peer,path={}{reconnect}", peer.socket().display()),
                 "-device".to_owned(),
                 "vhost-user-blk-pci,chardev=peer,num-queues=1".to_owned(),
             ],

@@ -13,14 +13,15 @@
 
 mod agent;
 pub mod fio;
+mod options;
 mod qmp;
+mod start;
 
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,7 +30,9 @@ use serde_json::{Value, json};
 
 pub use self::agent::Output;
 use self::agent::{Agent, Ticket};
+pub use self::options::GuestOptions;
 use self::qmp::Qmp;
+use self::start::start_qemu;
 use crate::initramfs;
 
 /// Boots take about 5 s under TCG on an idle machine; a busy one gets plenty of slack.
@@ -40,54 +43,6 @@ const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How much of the console goes into an error.
 const CONSOLE_TAIL_LINES: usize = 80;
-
-/// Mitigations flush translations that TCG then has to make again, and they guard nothing here.
-const KERNEL_COMMAND_LINE: &str =
-    "console=ttyS0 quiet loglevel=4 rdinit=/init random.trust_cpu=on panic=0 mitigations=off";
-
-/// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device
-/// access for every look at the clock: fio then does half the I/O.
-const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc";
-
-/// What to boot. The defaults suit a disk with two queues.
-#[derive(Debug, Clone)]
-pub struct GuestOptions {
-    /// The disks: `vda`, `vdb` and so on, each served behind its vhost-user socket.
-    pub vhost_sockets: Vec<PathBuf>,
-    /// Virtqueues per disk.
-    pub queues: u16,
-    /// Entries per virtqueue, a power of two.
-    pub queue_size: u16,
-    /// The guest's memory.
-    pub memory_mib: u32,
-    /// The guest's CPUs.
-    pub smp: u32,
-    /// Seconds after which QEMU reconnects to a backend that went away; without it, it does not.
-    pub reconnect: Option<u32>,
-    /// More arguments for QEMU.
-    pub extra_args: Vec<String>,
-}
-
-impl Default for GuestOptions {
-    fn default() -> Self {
-        GuestOptions {
-            vhost_sockets: Vec::new(),
-            queues: 2,
-            queue_size: 128,
-            memory_mib: 512,
-            smp: 2,
-            reconnect: None,
-            extra_args: Vec::new(),
-        }
-    }
-}
-
-impl GuestOptions {
-    /// A guest with one disk, and the defaults for everything else.
-    pub fn with_disk(vhost_socket: &Path) -> Self {
-        GuestOptions { vhost_sockets: vec![vhost_socket.to_owned()], ..Self::default() }
-    }
-}
 
 /// What went wrong, and the last the guest's console said before.
 ///
@@ -139,8 +94,8 @@ impl Guest {
             console_tail: String::new(),
         };
         let target = target_dir();
-        let boot_files =
-            initramfs::boot_files(&target).map_err(|e| failed("cannot make an initramfs", e))?;
+        let boot_files = initramfs::boot_files(&options.debian, &target)
+            .map_err(|e| failed("cannot make an initramfs", e))?;
         let turn = take_turn(&target).map_err(|e| failed("cannot lock guest-tests.lock", e))?;
         let directory =
             tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
@@ -333,108 +288,6 @@ impl Console {
         let tail = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n");
         GuestError { what, console_tail: tail }
     }
-}
-
-/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so
-/// there is no moment at which a socket is not there yet.
-fn start_qemu(
-    options: &GuestOptions,
-    boot_files: &initramfs::BootFiles,
-    directory: &Path,
-) -> io::Result<(Child, Agent, Qmp)> {
-    let agent_path = directory.join("agent.sock");
-    let qmp_path = directory.join("qmp.sock");
-    let agent_listener = UnixListener::bind(&agent_path)?;
-    let qmp_listener = UnixListener::bind(&qmp_path)?;
-
-    let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-    command.args(["-machine", "q35,memory-backend=mem"]);
-    let command_line = if kvm_is_usable() {
-        command.args(["-accel", "kvm", "-cpu", "host"]);
-        KERNEL_COMMAND_LINE.to_owned()
-    } else {
-        // The more features an emulated CPU has, the more a kernel sets up: "max" boots 2 s later.
-        command.args(["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]);
-        format!("{KERNEL_COMMAND_LINE} {TCG_COMMAND_LINE}")
-    };
-    command.arg("-object");
-    command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", options.memory_mib));
-    command.args(["-m", &format!("{}M", options.memory_mib), "-smp", &options.smp.to_string()]);
-    command.arg("-kernel").arg(&boot_files.kernel).arg("-initrd").arg(&boot_files.initramfs);
-    command.args(["-append", &command_line, "-serial"]);
-    command.arg(format!("file:{}", directory.join("console.log").display()));
-    command.args([
-        "-device",
-        "virtio-serial-pci",
-        "-device",
-        "virtserialport,chardev=agent,name=agent",
-    ]);
-    command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent_path.display()));
-    command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp_path.display()));
-    command.args(["-mon", "chardev=qmp,mode=control"]);
-    for (index, socket) in options.vhost_sockets.iter().enumerate() {
-        let reconnect =
-            options.reconnect.map(|seconds| format!(",reconnect={seconds}")).unwrap_or_default();
-        command
-            .arg("-chardev")
-            .arg(format!("socket,id=disk{index},path={}{reconnect}", socket.display()));
-        command.arg("-device").arg(format!(
-            "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},queue-size={}",
-            options.queues, options.queue_size
-        ));
-    }
-    command.args(&options.extra_args);
-    let log = File::create(directory.join("qemu.log"))?;
-    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-    // From here on, an error must not leave the process behind.
-    let mut child = KillOnDrop(Some(child));
-    let agent = accept(&agent_listener, &mut child)?;
-    let qmp = accept(&qmp_listener, &mut child)?;
-    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
-    let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
-    Ok((child, agent, qmp))
-}
-
-struct KillOnDrop(Option<Child>);
-
-impl Drop for KillOnDrop {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-/// Accepts the connection of a QEMU that may also die of a wrong argument before it connects.
-fn accept(listener: &UnixListener, qemu: &mut KillOnDrop) -> io::Result<UnixStream> {
-    listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                return Ok(stream);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-        if let Some(status) = qemu.0.as_mut().and_then(|child| child.try_wait().transpose()) {
-            return Err(io::Error::other(format!("it exited with {}", status?)));
-        }
-        if Instant::now() > deadline {
-            return Err(io::Error::other("it did not connect to us within 30 s"));
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// A `/dev/kvm` alone proves nothing: it also exists where the CPU offers no virtualization.
-fn kvm_is_usable() -> bool {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let virtualizes = cpus.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
-    virtualizes && File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
 fn take_turn(target: &Path) -> io::Result<File> {

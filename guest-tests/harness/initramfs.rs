@@ -21,6 +21,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::debian::Debian;
+
 const INIT: &str = include_str!("../initramfs/init");
 
 /// Programs that are copied with the libraries they link; each is looked up in the usual
@@ -31,6 +33,9 @@ const PROGRAMS: [&str; 5] = ["fio", "mkfs.ext4", "e2fsck", "tune2fs", "debugfs"]
 /// built in.
 const DRIVERS: [&str; 3] = ["virtio_pci", "virtio_console", "virtio_blk"];
 
+/// How the files of later Debians' modules end.
+const COMPRESSED: &str = ".xz";
+
 /// A kernel and the initramfs that belongs to it.
 #[derive(Debug, Clone)]
 pub struct BootFiles {
@@ -40,11 +45,11 @@ pub struct BootFiles {
     pub initramfs: PathBuf,
 }
 
-/// Finds the newest installed cloud kernel and the initramfs for it, building the latter if it is
+/// Finds the newest cloud kernel of a Debian and the initramfs for it, building the latter if it is
 /// not cached.
-pub fn boot_files(cache_dir: &Path) -> io::Result<BootFiles> {
-    let (kernel, release) = newest_kernel()?;
-    let archive = Archive::collect(&release)?;
+pub fn boot_files(debian: &Debian, cache_dir: &Path) -> io::Result<BootFiles> {
+    let (kernel, modules) = newest_kernel(debian)?;
+    let archive = Archive::collect(&modules)?;
     let initramfs = cache_dir.join(format!("guest-initramfs-{:016x}.cpio", archive.fingerprint()?));
     if !initramfs.exists() {
         fs::create_dir_all(cache_dir)?;
@@ -65,6 +70,8 @@ enum Node {
     Link(&'static str),
     Text(String),
     Copy(PathBuf),
+    /// The content of a compressed file.
+    Unpacked(PathBuf),
 }
 
 /// The tree to pack, keyed by the path in the guest without the leading slash.
@@ -73,7 +80,7 @@ struct Archive {
 }
 
 impl Archive {
-    fn collect(release: &str) -> io::Result<Self> {
+    fn collect(modules: &Path) -> io::Result<Self> {
         let mut archive = Archive { nodes: BTreeMap::new() };
         archive.add("init", Node::Text(INIT.to_owned()));
         archive.add("dev/console", Node::Console);
@@ -95,11 +102,15 @@ impl Archive {
         }
 
         let mut order = String::new();
-        for module in modules_in_order(release)? {
-            let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            order.push_str(&name);
+        for module in modules_in_order(modules)? {
+            let file = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let (name, node) = match file.strip_suffix(COMPRESSED) {
+                Some(name) => (name, Node::Unpacked(module)),
+                None => (file.as_str(), Node::Copy(module)),
+            };
+            order.push_str(name);
             order.push('\n');
-            archive.add(&format!("lib/modules/{name}"), Node::Copy(module));
+            archive.add(&format!("lib/modules/{name}"), node);
         }
         archive.add("lib/modules/order", Node::Text(order));
         Ok(archive)
@@ -122,7 +133,7 @@ impl Archive {
                 Node::Directory | Node::Console => {}
                 Node::Link(target) => target.hash(&mut hasher),
                 Node::Text(text) => text.hash(&mut hasher),
-                Node::Copy(source) => {
+                Node::Copy(source) | Node::Unpacked(source) => {
                     let meta = fs::metadata(source).map_err(|e| about(source, e))?;
                     (source, meta.len(), meta.mtime(), meta.mtime_nsec()).hash(&mut hasher);
                 }
@@ -139,6 +150,7 @@ impl Archive {
                 Node::Link(target) => (0o120777, target.as_bytes().to_vec()),
                 Node::Text(text) => (0o100755, text.clone().into_bytes()),
                 Node::Copy(source) => (0o100755, fs::read(source).map_err(|e| about(source, e))?),
+                Node::Unpacked(source) => (0o100755, unpacked(source)?),
             };
             let device = if matches!(node, Node::Console) { (5, 1) } else { (0, 0) };
             write_entry(out, index as u32 + 1, path, mode, device, &bytes)?;
@@ -172,41 +184,43 @@ fn write_entry(
     out.write_all(&[0; 3][..bytes.len().next_multiple_of(4) - bytes.len()])
 }
 
-/// The image and release of the newest `vmlinuz-*-cloud-*` whose modules are installed too.
-fn newest_kernel() -> io::Result<(PathBuf, String)> {
-    let mut best: Option<(Vec<u64>, PathBuf, String)> = None;
-    for entry in fs::read_dir("/boot")? {
+/// The image and the modules' directory of the newest `vmlinuz-*-cloud-*` that has its modules.
+fn newest_kernel(debian: &Debian) -> io::Result<(PathBuf, PathBuf)> {
+    let boot = debian.path("boot");
+    let mut best: Option<(Vec<u64>, PathBuf, PathBuf)> = None;
+    for entry in fs::read_dir(&boot).map_err(|e| about(&boot, e))? {
         let path = entry?.path();
         let Some(release) =
             path.file_name().and_then(OsStr::to_str).and_then(|n| n.strip_prefix("vmlinuz-"))
         else {
             continue;
         };
-        if !release.contains("-cloud-") || !modules_dir(release).join("modules.dep").exists() {
+        let modules = debian.path("lib/modules").join(release);
+        if !release.contains("-cloud-") || !modules.join("modules.dep").exists() {
             continue;
         }
         let numbers = release.split(['.', '-']).filter_map(|part| part.parse().ok()).collect();
         if best.as_ref().is_none_or(|(newest, ..)| numbers > *newest) {
-            best = Some((numbers, path.clone(), release.to_owned()));
+            best = Some((numbers, path, modules));
         }
     }
-    best.map(|(_, path, release)| (path, release))
-        .ok_or_else(|| io::Error::other("no cloud kernel with modules in /boot: run scripts/setup"))
-}
-
-fn modules_dir(release: &str) -> PathBuf {
-    Path::new("/lib/modules").join(release)
+    best.map(|(_, path, modules)| (path, modules)).ok_or_else(|| {
+        io::Error::other(format!(
+            "no cloud kernel with modules in {}: run scripts/setup",
+            boot.display()
+        ))
+    })
 }
 
 /// The modules behind [`DRIVERS`], each after everything it depends on.
-fn modules_in_order(release: &str) -> io::Result<Vec<PathBuf>> {
-    let root = modules_dir(release);
+fn modules_in_order(root: &Path) -> io::Result<Vec<PathBuf>> {
     let listing = fs::read_to_string(root.join("modules.dep"))?;
     let mut ordered: Vec<&str> = Vec::new();
     for driver in DRIVERS {
         let Some((module, needs)) =
             listing.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| {
-                path.rsplit('/').next().and_then(|file| file.strip_suffix(".ko")) == Some(driver)
+                let file = path.rsplit('/').next().unwrap_or_default();
+                file.strip_suffix(COMPRESSED).unwrap_or(file).strip_suffix(".ko") == Some(driver)
             })
         else {
             continue;
@@ -219,6 +233,18 @@ fn modules_in_order(release: &str) -> io::Result<Vec<PathBuf>> {
         }
     }
     Ok(ordered.into_iter().map(|path| root.join(path)).collect())
+}
+
+/// What a module's file holds when it is not compressed: later Debians' are, and the guest's
+/// `insmod` takes them as they are.
+fn unpacked(module: &Path) -> io::Result<Vec<u8>> {
+    let output = Command::new("xz").arg("--decompress").arg("--stdout").arg(module).output();
+    let output = output.map_err(|e| about(Path::new("xz"), e))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(io::Error::other(format!("xz cannot unpack {}: {said}", module.display())));
+    }
+    Ok(output.stdout)
 }
 
 /// Where a program is installed on the host; `sbin` is looked at too, since a user's PATH often

@@ -1,0 +1,131 @@
+//! Starts QEMU, and takes the connections that it makes.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::agent::Agent;
+use super::options::GuestOptions;
+use super::qmp::Qmp;
+use crate::initramfs;
+
+/// Mitigations flush translations that TCG then has to make again, and they guard nothing here.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 quiet loglevel=4 rdinit=/init random.trust_cpu=on panic=0 mitigations=off";
+
+/// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device
+/// access for every look at the clock: fio then does half the I/O.
+const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc";
+
+/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so
+/// there is no moment at which a socket is not there yet.
+pub(super) fn start_qemu(
+    options: &GuestOptions,
+    boot_files: &initramfs::BootFiles,
+    directory: &Path,
+) -> io::Result<(Child, Agent, Qmp)> {
+    let agent_path = directory.join("agent.sock");
+    let qmp_path = directory.join("qmp.sock");
+    let agent_listener = UnixListener::bind(&agent_path)?;
+    let qmp_listener = UnixListener::bind(&qmp_path)?;
+
+    let mut command = options.debian.qemu();
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    command.args(["-machine", &format!("{},memory-backend=mem", options.machine)]);
+    let command_line = if kvm_is_usable() {
+        command.args(["-accel", "kvm", "-cpu", "host"]);
+        KERNEL_COMMAND_LINE.to_owned()
+    } else {
+        // The more features an emulated CPU has, the more a kernel sets up: "max" boots 2 s later.
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]);
+        format!("{KERNEL_COMMAND_LINE} {TCG_COMMAND_LINE}")
+    };
+    command.arg("-object");
+    command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", options.memory_mib));
+    let (memory, slots) = (options.memory_mib, options.memory_slots);
+    let more = match slots {
+        0 => String::new(),
+        _ => format!(",slots={slots},maxmem={}M", memory * (slots + 1)),
+    };
+    command.args(["-m", &format!("{memory}M{more}"), "-smp", &options.smp.to_string()]);
+    if !options.boot_from_disk {
+        command.arg("-kernel").arg(&boot_files.kernel).arg("-initrd").arg(&boot_files.initramfs);
+        command.args(["-append", &command_line]);
+    }
+    command.arg("-serial").arg(format!("file:{}", directory.join("console.log").display()));
+    command.args([
+        "-device",
+        "virtio-serial-pci",
+        "-device",
+        "virtserialport,chardev=agent,name=agent",
+    ]);
+    command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent_path.display()));
+    command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp_path.display()));
+    command.args(["-mon", "chardev=qmp,mode=control"]);
+    for (index, socket) in options.vhost_sockets.iter().enumerate() {
+        let reconnect =
+            options.reconnect.map(|seconds| options.debian.reconnect(seconds)).unwrap_or_default();
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=disk{index},path={}{reconnect}", socket.display()));
+        command.arg("-device").arg(format!(
+            "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},queue-size={}",
+            options.queues, options.queue_size
+        ));
+    }
+    command.args(&options.extra_args);
+    let log = File::create(directory.join("qemu.log"))?;
+    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+    // From here on, an error must not leave the process behind.
+    let mut child = KillOnDrop(Some(child));
+    let agent = accept(&agent_listener, &mut child)?;
+    let qmp = accept(&qmp_listener, &mut child)?;
+    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
+    let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
+    Ok((child, agent, qmp))
+}
+
+struct KillOnDrop(Option<Child>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Accepts the connection of a QEMU that may also die of a wrong argument before it connects.
+fn accept(listener: &UnixListener, qemu: &mut KillOnDrop) -> io::Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        if let Some(status) = qemu.0.as_mut().and_then(|child| child.try_wait().transpose()) {
+            return Err(io::Error::other(format!("it exited with {}", status?)));
+        }
+        if Instant::now() > deadline {
+            return Err(io::Error::other("it did not connect to us within 30 s"));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A `/dev/kvm` alone proves nothing: it also exists where the CPU offers no virtualization.
+fn kvm_is_usable() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let virtualizes = cpus.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    virtualizes && File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
