@@ -2,8 +2,8 @@
 //! unpacked in a directory (`scripts/try-frontends` does that).
 //!
 //! A program of the other Debian is started by its own dynamic loader with its own libraries. So it
-//! needs neither root's rights nor a `chroot`, sees the same paths as everything else here, and is a
-//! child like any other.
+//! needs neither root's rights nor a `chroot`, sees the same paths as everything else here, and is
+//! a child like any other.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

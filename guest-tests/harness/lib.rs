@@ -4,8 +4,8 @@
 //! and believes only what comes back, so a fault that both sides share cannot hide here.
 //!
 //! `HOTSWAP_BIN_DIR` says where the binaries and modules are, if not in the release directory;
-//! `HOTSWAP_SEED` repeats the random numbers of a load; `HOTSWAP_QEMU_ROOT` is the root directory of
-//! another Debian, whose QEMU and kernel the guests then run with.
+//! `HOTSWAP_SEED` repeats the random numbers of a load; `HOTSWAP_QEMU_ROOT` is the root directory
+//! of another Debian, whose QEMU and kernel the guests then run with.
 //!
 //! - [`daemon`]: starts and ends the daemon, runs `hotswapctl`, speaks JSON-RPC by hand.
 //! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
