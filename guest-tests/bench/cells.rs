@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::drive::{Load, Mix, Wait};
+use crate::options::Against;
 use crate::server::Recipe;
 use guest_tests::loopback::LoopDevice;
 
@@ -163,6 +164,8 @@ pub(super) struct Selection<'a> {
     pub glob: Option<&'a str>,
     /// What the daemon polls by default, if it is a number.
     pub default_poll_us: Option<u32>,
+    /// What the daemon is measured beside, if not beside the peer.
+    pub against: Option<&'a Against>,
 }
 
 /// The cells of a selection, without contenders, which need images.
@@ -271,6 +274,15 @@ pub(super) fn contenders(
             (ours(&args), peers)
         }
     };
+    if let Some(Against { directory, args }) = selection.against
+        && let Recipe::Ours(own) = &daemon.recipe
+    {
+        let recipe =
+            Recipe::Build { directory: directory.clone(), args: [&own[..], args].concat() };
+        let label = format!("other build {}", args.join(" "));
+        let other = Contender { label: label.trim_end().to_owned(), recipe };
+        return Ok(vec![daemon, other]);
+    }
     let polls = [0, 50];
     let more = polls.iter().filter(|&&us| Some(us) != selection.default_poll_us).map(|us| {
         let mut contender = daemon.clone();
@@ -318,7 +330,8 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_the_quick_cells_are_few() {
-        let selection = |quick| Selection { quick, glob: None, default_poll_us: None };
+        let selection =
+            |quick| Selection { quick, glob: None, default_poll_us: None, against: None };
         let quick = list(&selection(true));
         assert_eq!(quick.len(), 4 + 4 + 4 + 2);
         let all = list(&Selection { glob: Some("*"), ..selection(false) });

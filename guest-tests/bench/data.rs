@@ -75,6 +75,7 @@ pub(super) fn run(options: &Options) -> usize {
         quick: options.quick,
         glob: options.cells.as_deref(),
         default_poll_us: poll.parse().ok(),
+        against: options.against.as_ref(),
     };
     let mut failures = 0;
     if options.guest {

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use crate::cells;
+use guest_tests::daemon::binary;
 
 pub(super) const USAGE: &str = "\
 usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--idle-seconds S] [--guest] [--awake] [--no-pin]
-                          [--disk-dir DIR] [--json FILE] [--svg FILE]
+                          [--against BUILD] [--against-args ARGS] [--disk-dir DIR] [--json FILE] [--svg FILE]
        scripts/bench upgrade [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--upgrades N] [--guest] [--no-pin]
                           [--disk-dir DIR] [--json FILE] [--svg FILE]
        scripts/bench cost [PREFIX]
@@ -24,6 +25,9 @@ usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--
   --guest          also (upgrade) or only (data) with fio in a guest; slow
   --awake          keep idle CPUs looking for work, so that to be woken costs what it does on a machine of one's own; parts
                    that compare what sleeps with itself (swap, queues) always do
+  --against BUILD  beside another build of the daemon instead of the peer: a directory with its binaries and modules, or a
+                   revision, which is built first
+  --against-args ARGS   beside the same build, or that of --against, with these arguments as well, e.g. --no-supervisor
   --no-pin         let client and server (in `upgrade`: its workers) not have a CPU each
   --disk-dir DIR   where image files on a disk are put (the target directory)
   --json FILE, --svg FILE   where results go (bench/NAME.json and .svg in the target directory)";
@@ -33,6 +37,20 @@ usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--
 pub(super) enum Kind {
     Data,
     Upgrade,
+}
+
+/// What the daemon is measured beside, if not beside the peer.
+#[derive(Clone, Debug)]
+pub(super) struct Against {
+    /// Where the build is.
+    pub directory: PathBuf,
+    /// What it is started with, after what the cell says.
+    pub args: Vec<String>,
+}
+
+fn against(options: &mut Options) -> &mut Against {
+    let own = || Against { directory: binary_directory(), args: Vec::new() };
+    options.against.get_or_insert_with(own)
 }
 
 /// What is asked for.
@@ -48,6 +66,7 @@ pub(super) struct Options {
     pub seconds: f64,
     pub idle_seconds: f64,
     pub upgrades: usize,
+    pub against: Option<Against>,
     pub disk_dir: PathBuf,
     pub json: PathBuf,
     pub svg: PathBuf,
@@ -74,6 +93,7 @@ impl Options {
             seconds: 0.0,
             idle_seconds: 10.0,
             upgrades: 200,
+            against: None,
             disk_dir: target.to_owned(),
             json: target.join("bench").join(format!("{name}.json")),
             svg: target.join("bench").join(format!("{name}.svg")),
@@ -93,6 +113,11 @@ impl Options {
                 }
                 "--pairs" => options.pairs = positive(option, value()?)?.ceil() as usize,
                 "--seconds" => options.seconds = positive(option, value()?)?,
+                "--against" if data => against(&mut options).directory = value()?.into(),
+                "--against-args" if data => {
+                    let words = value()?.split_whitespace().map(str::to_owned).collect();
+                    against(&mut options).args = words;
+                }
                 "--disk-dir" => options.disk_dir = value()?.into(),
                 "--json" => options.json = value()?.into(),
                 "--svg" => options.svg = value()?.into(),
@@ -114,6 +139,11 @@ impl Options {
     pub(super) fn wants(&self, name: &str) -> bool {
         self.cells.as_deref().is_none_or(|glob| cells::matches(glob, name))
     }
+}
+
+fn binary_directory() -> PathBuf {
+    let daemon = binary("vhost-hotswap");
+    daemon.parent().expect("a file in a directory").to_owned()
 }
 
 fn positive(option: &str, text: &str) -> Result<f64, String> {

@@ -1,14 +1,17 @@
-//! The two sides: our daemon, and `qemu-storage-daemon` as the peer.
+//! The two sides: our daemon, and `qemu-storage-daemon` or another build of ours as the peer.
 //!
 //! Both are started anew for every run, so that no run lives on another one's luck with memory, and
 //! the one that is not measured is not there.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::cpu;
 use guest_tests::daemon::Daemon;
 use guest_tests::peer::{PEER, Peer};
+
+const DAEMON: &str = "vhost-hotswap";
 
 /// How to start a server.
 #[derive(Clone, Debug)]
@@ -22,6 +25,13 @@ pub(super) enum Recipe {
         blockdev: String,
         /// Whether the export has a thread of its own.
         iothread: bool,
+    },
+    /// Another build of `vhost-hotswap`, or the same, as the peer.
+    Build {
+        /// Where it is with its modules.
+        directory: PathBuf,
+        /// Its arguments.
+        args: Vec<String>,
     },
 }
 
@@ -38,6 +48,9 @@ impl Recipe {
                 let thread = if *iothread { "--object iothread " } else { "" };
                 format!("{PEER} {thread}--blockdev {blockdev} --export type=vhost-user-blk")
             }
+            Recipe::Build { directory, args } => {
+                format!("{} {}", directory.join(DAEMON).display(), args.join(" "))
+            }
         }
     }
 
@@ -50,6 +63,11 @@ impl Recipe {
             }
             Recipe::Peer { blockdev, iothread } => {
                 Peer::start(blockdev, *iothread).map(Server::Peer)
+            }
+            Recipe::Build { directory, args } => {
+                let command = Command::new(directory.join(DAEMON));
+                let args: Vec<&str> = args.iter().map(String::as_str).collect();
+                Ok(Server::Ours(Daemon::start_command(command, &args)))
             }
         })
     }
