@@ -258,16 +258,21 @@ impl Stage {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status = self.daemon.status();
-            if status["state"] == "serving" && generation(&status) == self.generation {
-                // A takeover uses it up, or leaves the one from before.
-                self.has_standby = status["standby"].is_object();
+            let is_served = status["state"] == "serving" && generation(&status) == self.generation;
+            let has_standby = status["standby"].is_object();
+            // A takeover uses it up, or leaves the one from before; it may not follow a resize.
+            // Another server has it again, after it serves.
+            let may_go = matches!(act, Act::Panic | Act::Resize);
+            if is_served && (has_standby == self.has_standby || may_go) {
+                self.has_standby = has_standby;
                 return;
             }
             assert!(
                 Instant::now() < deadline,
-                "after {}: generation {} is not served: {status}\n{}",
+                "after {}: generation {} is not served, standby {}: {status}\n{}",
                 act.name(),
                 self.generation,
+                self.has_standby,
                 self.daemon.log()
             );
             thread::sleep(Duration::from_millis(2));
