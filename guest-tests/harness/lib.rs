@@ -13,6 +13,7 @@
 //! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
 //! - [`loopback`]: loop devices and file systems of the host.
 //! - [`modules`]: modules that only tests have.
+//! - [`nbd`]: NBD servers.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
 //! - [`peer`]: the backend that is compared with.
 //! - [`power`]: a disk that forgets what was not synced when its power is cut.
@@ -25,6 +26,7 @@ pub mod guest;
 pub mod initramfs;
 pub mod loopback;
 pub mod modules;
+pub mod nbd;
 pub mod operator;
 pub mod peer;
 pub mod power;

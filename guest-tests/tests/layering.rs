@@ -48,6 +48,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("domain-empty", &["domain-api"]),
     ("domain-ramdisk", &["domain-api"]),
     ("domain-file", &["domain-api", "domain-io"]),
+    ("domain-nbd", &["domain-api", "domain-io"]),
     ("domain-faulty", &["domain-api"]),
     ("guest-tests", &[]),
 ];
@@ -60,6 +61,7 @@ const ARROWS_OF_TESTS: &[(&str, &[&str])] = &[
     ("domain-empty", SUITE),
     ("domain-ramdisk", SUITE),
     ("domain-file", SUITE),
+    ("domain-nbd", SUITE),
     ("domain-faulty", SUITE),
     // A supervisor of the test's own speaks to the server's program.
     ("guest-tests", &["domain-empty", "domain-ramdisk", "domain-file", "domain-faulty", "channel"]),

@@ -1,0 +1,204 @@
+//! What the connections, the queues and the keeper of an instance have in common.
+
+use crate::job::{Job, Mail, Suspect};
+use crate::marks::{Mark, Marks};
+use crate::old::Old;
+use crate::uri::Target;
+use domain_api::{DomainError, Host, QueueIndex, Request};
+use domain_io::engine::PortEnd;
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// Most queues that there are.
+const QUEUES: usize = u64::BITS as usize;
+
+/// What the operator has asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Options {
+    /// How long an old change is waited for whose server lives on.
+    pub(crate) settle: Duration,
+    /// How long requests wait for a server; for ever without it.
+    pub(crate) timeout: Option<Duration>,
+    /// Most connections, where the server allows more than one.
+    pub(crate) connections: usize,
+}
+
+/// What they have in common.
+pub(crate) struct Common {
+    pub(crate) host: Host,
+    pub(crate) target: Target,
+    pub(crate) options: Options,
+    mail: Vec<Mutex<Vec<Mail>>>,
+    /// One bit for each queue that has a port.
+    attached: AtomicU64,
+    pub(crate) old: Old,
+    marks: OnceLock<Marks>,
+    in_flight: AtomicUsize,
+    /// Requests that connections may have died of; while there are any, only they are sent.
+    suspects: Arc<AtomicUsize>,
+    /// One of them is in flight.
+    alone: AtomicBool,
+    /// A flush of our own is to be sent.
+    pub(crate) flush_wanted: AtomicBool,
+    is_going_down: AtomicBool,
+    keeper: OwnedFd,
+}
+
+/// What is behind a mutex, also if a holder has panicked.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Common {
+    pub(crate) fn new(host: Host, target: Target, options: Options) -> io::Result<Self> {
+        Ok(Self {
+            host,
+            target,
+            options,
+            mail: (0..QUEUES).map(|_| Mutex::default()).collect(),
+            attached: AtomicU64::new(0),
+            old: Old::default(),
+            marks: OnceLock::new(),
+            in_flight: AtomicUsize::new(0),
+            suspects: Arc::default(),
+            alone: AtomicBool::new(false),
+            flush_wanted: AtomicBool::new(false),
+            is_going_down: AtomicBool::new(false),
+            keeper: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    // Queues.
+
+    pub(crate) fn attach(&self, queue: QueueIndex) {
+        self.attached.fetch_or(1 << queue.0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn detached(&self, queue: QueueIndex) {
+        self.attached.fetch_and(!(1 << queue.0), Ordering::Relaxed);
+    }
+
+    pub(crate) fn notify_all(&self) {
+        let attached = self.attached.load(Ordering::Relaxed);
+        (0..u64::BITS)
+            .filter(|index| attached & 1 << index != 0)
+            .for_each(|index| self.host.notify(QueueIndex(index)));
+    }
+
+    pub(crate) fn post(&self, queue: QueueIndex, mail: impl IntoIterator<Item = Mail>) {
+        if self.attached.load(Ordering::Relaxed) & 1 << queue.0 != 0 {
+            lock(&self.mail[queue.0 as usize]).extend(mail);
+        }
+    }
+
+    pub(crate) fn take_mail(&self, queue: QueueIndex) -> Vec<Mail> {
+        std::mem::take(&mut *lock(&self.mail[queue.0 as usize]))
+    }
+
+    // Marks.
+
+    pub(crate) fn marks(&self) -> Option<&Marks> {
+        self.marks.get()
+    }
+
+    /// The region of marks, once the storage is ours.
+    pub(crate) fn open_marks(&self) -> Result<&Marks, DomainError> {
+        if self.marks.get().is_none() {
+            let _ = self.marks.set(Marks::open(self.host)?);
+        }
+        Ok(self.marks.get().expect("set just above"))
+    }
+
+    #[inline]
+    pub(crate) fn set_mark(&self, link: usize, index: usize, mark: Mark) {
+        if let Some(marks) = self.marks.get() {
+            marks.set(link, index, mark);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn clear_mark(&self, link: usize, index: usize) {
+        if let Some(marks) = self.marks.get() {
+            marks.clear(link, index);
+        }
+    }
+
+    // Requests.
+
+    /// Whether a request may be sent now; if so, it is.
+    #[inline]
+    pub(crate) fn may_send(&self, request: &Request, job: &mut Job) -> bool {
+        if self.old.holds_up(request, job) {
+            return false;
+        }
+        // SeqCst: of two queues that send a suspect, one sees the other's.
+        self.suspects.load(Ordering::SeqCst) == 0
+            || job.suspect.is_some()
+                && self.in_flight.load(Ordering::SeqCst) == 0
+                && !self.alone.swap(true, Ordering::SeqCst)
+    }
+
+    #[inline]
+    pub(crate) fn sent(&self) {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// What a connection had of a request has ended.
+    #[inline]
+    pub(crate) fn answered(&self, job: Option<&Job>) {
+        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+        if self.suspects.load(Ordering::SeqCst) > 0 {
+            if job.is_none_or(|job| job.suspect.is_some()) {
+                self.alone.store(false, Ordering::SeqCst);
+            }
+            self.notify_all();
+        }
+    }
+
+    /// A request has ended for good.
+    #[inline]
+    pub(crate) fn concluded(&self, mut end: PortEnd<Job>) -> PortEnd<Job> {
+        if end.job.suspect.take().is_some() {
+            self.notify_all();
+        }
+        end
+    }
+
+    /// Counts one more suspect.
+    pub(crate) fn new_suspect(&self) -> Suspect {
+        Suspect::new(&self.suspects)
+    }
+
+    // The keeper.
+
+    pub(crate) fn keeper(&self) -> BorrowedFd<'_> {
+        self.keeper.as_fd()
+    }
+
+    pub(crate) fn wake_keeper(&self) {
+        // Fails if the counter is full, and then the keeper is awake.
+        let _ = rustix::io::write(&self.keeper, &1u64.to_ne_bytes());
+    }
+
+    /// Has a flush sent that no request has asked for.
+    pub(crate) fn want_flush(&self) {
+        self.flush_wanted.store(true, Ordering::SeqCst);
+        self.wake_keeper();
+    }
+
+    /// A server says that it is going down: nothing new is sent to it.
+    pub(crate) fn going_down(&self) {
+        if !self.is_going_down.swap(true, Ordering::Relaxed) {
+            self.wake_keeper();
+        }
+    }
+
+    /// Whether a server has said so since this was asked.
+    pub(crate) fn takes_going_down(&self) -> bool {
+        self.is_going_down.swap(false, Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,161 @@
+//! A connection that stands: connected without blocking, greeted in time, with an export that can
+//! be the disk.
+//!
+//! Each wait has a limit, because servers accept connections that they do not serve (one that has
+//! its one client, one that is going down), and ends early when the instance does.
+
+use crate::negotiate::{self, Export, Refusal};
+use crate::uri::{Server, Target};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
+use std::io::{self, Read, Write};
+use std::net::ToSocketAddrs as _;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long the server has, from connecting to the end of the handshake.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether the wait is in vain.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Connects to `target` and agrees on its export. `stop` says whether to give up.
+pub(crate) fn connect(
+    target: &Target,
+    stop: &dyn Fn() -> bool,
+) -> Result<(OwnedFd, Export), Refusal> {
+    let deadline = Instant::now() + PATIENCE;
+    let (socket, path) = match &target.server {
+        Server::Unix(path) => (connect_unix(path, deadline, stop)?, Some(path.as_path())),
+        Server::Tcp(host, port) => (connect_tcp(host, *port, deadline, stop)?, None),
+    };
+    let inode = path.and_then(inode);
+    let mut stream = Stream { socket: &socket, deadline, stop, path, inode };
+    let export = negotiate::negotiate(&mut stream, &target.export)?;
+    Ok((socket, export))
+}
+
+/// Which file is at `path` now.
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|about| (about.dev(), about.ino()))
+}
+
+fn connect_unix(path: &Path, deadline: Instant, stop: &dyn Fn() -> bool) -> io::Result<OwnedFd> {
+    let address = net::SocketAddrUnix::new(path)?;
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        match net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            // The backlog is full. A blocking call would wait for ever.
+            Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline && !stop() => {
+                std::thread::sleep(SLICE);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn connect_tcp(
+    host: &str,
+    port: u16,
+    deadline: Instant,
+    stop: &dyn Fn() -> bool,
+) -> io::Result<OwnedFd> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+        let result = match net::connect(&socket, &address) {
+            Err(rustix::io::Errno::INPROGRESS) => wait(&socket, PollFlags::OUT, deadline, stop)
+                .and_then(|()| net::sockopt::socket_error(&socket)?.map_err(io::Error::from)),
+            result => result.map_err(io::Error::from),
+        };
+        match result {
+            Ok(()) => {
+                net::sockopt::set_tcp_nodelay(&socket, true)?;
+                // A host that is gone says nothing; one that is slow answers these.
+                net::sockopt::set_socket_keepalive(&socket, true)?;
+                net::sockopt::set_tcp_keepidle(&socket, Duration::from_secs(10))?;
+                net::sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(5))?;
+                net::sockopt::set_tcp_keepcnt(&socket, 6)?;
+                return Ok(socket);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Waits until the socket is ready.
+fn wait(
+    socket: &OwnedFd,
+    events: PollFlags,
+    deadline: Instant,
+    stop: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    loop {
+        let slice = Timespec { tv_sec: 0, tv_nsec: SLICE.as_nanos() as i64 };
+        match poll(&mut [PollFd::new(socket, events)], Some(&slice)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            result => return result.map(drop).map_err(io::Error::from),
+        }
+        if stop() {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        if Instant::now() >= deadline {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"));
+        }
+    }
+}
+
+/// A socket in the handshake.
+struct Stream<'a> {
+    socket: &'a OwnedFd,
+    deadline: Instant,
+    stop: &'a dyn Fn() -> bool,
+    path: Option<&'a Path>,
+    inode: Option<(u64, u64)>,
+}
+
+impl Stream<'_> {
+    fn wait(&self, events: PollFlags) -> io::Result<()> {
+        // Another server may have taken the place of one that is going down.
+        let stop =
+            || (self.stop)() || self.inode.is_some() && self.path.and_then(inode) != self.inode;
+        wait(self.socket, events, self.deadline, &stop)
+    }
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match net::recv(self.socket.as_fd(), &mut *into, net::RecvFlags::DONTWAIT) {
+                Ok((read, _)) => return Ok(read),
+                Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::IN)?,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Write for Stream<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = net::SendFlags::DONTWAIT | net::SendFlags::NOSIGNAL;
+        loop {
+            match net::send(self.socket.as_fd(), bytes, flags) {
+                Ok(sent) => return Ok(sent),
+                Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::OUT)?,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! What is to be done for a request, and what has become of it so far.
+
+use domain_api::{QueueIndex, Request};
+use domain_io::engine::{JobKind, PortEnd};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What is asked of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Work {
+    Read,
+    Write,
+    Flush,
+    Trim,
+    Zeroes { may_unmap: bool },
+}
+
+impl Work {
+    /// Whether it changes data.
+    pub(crate) const fn is_change(self) -> bool {
+        matches!(self, Self::Write | Self::Trim | Self::Zeroes { .. })
+    }
+}
+
+/// What is to be done for a request.
+#[derive(Debug)]
+pub struct Job {
+    pub(crate) work: Work,
+    /// Bytes that are done: of a request that is larger than a server takes.
+    pub(crate) done: u64,
+    /// How many connections have died on it.
+    pub(crate) deaths: u32,
+    /// It was sent before: nothing newer than it was sent since to the same place.
+    pub(crate) is_repeated: bool,
+    /// It is counted among those that may be what connections die of.
+    pub(crate) suspect: Option<Suspect>,
+}
+
+impl Job {
+    pub(crate) const fn new(work: Work) -> Self {
+        Self { work, done: 0, deaths: 0, is_repeated: false, suspect: None }
+    }
+
+    /// How many bytes there are to be done for `request`: none for a flush, also of one that has
+    /// written.
+    pub(crate) const fn total(&self, request: &Request) -> u64 {
+        if matches!(self.work, Work::Flush) { 0 } else { request.len() }
+    }
+
+    pub(crate) const fn kind(&self) -> JobKind {
+        match self.work {
+            Work::Flush => JobKind::Sync,
+            Work::Read => JobKind::Other,
+            Work::Write | Work::Trim | Work::Zeroes { .. } => JobKind::Change,
+        }
+    }
+}
+
+/// Counts a request among the suspects, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Suspect(Arc<AtomicUsize>);
+
+impl Suspect {
+    pub(crate) fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Suspect {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A request and its job, on its way.
+#[derive(Debug)]
+pub(crate) struct Item {
+    pub(crate) request: Request,
+    pub(crate) job: Job,
+}
+
+/// What a queue's own thread has: what waits to be sent, and what has ended.
+#[derive(Debug)]
+pub(crate) struct Lists {
+    pub(crate) queue: QueueIndex,
+    pub(crate) waiting: VecDeque<Item>,
+    pub(crate) done: VecDeque<PortEnd<Job>>,
+}
+
+impl Lists {
+    pub(crate) fn new(queue: QueueIndex) -> Self {
+        Self { queue, waiting: VecDeque::new(), done: VecDeque::new() }
+    }
+}
+
+/// What comes to a queue from other threads.
+#[derive(Debug)]
+pub(crate) enum Mail {
+    /// To be sent, once more or further.
+    Again(Item),
+    /// Ended.
+    Done(PortEnd<Job>),
+}

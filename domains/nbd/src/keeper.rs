@@ -1,0 +1,243 @@
+//! The keeper: the instance's thread that has connections made, let go of and followed, so that no
+//! worker ever waits for a server.
+//!
+//! A connection that ends while nothing is in flight is seen here, and made anew before it is
+//! needed. While there is none, the server is tried every [`RETRY`] for a while, then more rarely.
+
+use crate::connect;
+use crate::job::Lists;
+use crate::link::Link;
+use crate::negotiate::{Export, flags};
+use crate::pool::{Pool, Slots};
+use domain_api::{DomainError, Level, QueueIndex};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often a lost server is tried.
+const RETRY: Duration = Duration::from_millis(50);
+/// The same, after [`LONG`].
+const RARELY: Duration = Duration::from_millis(500);
+const LONG: Duration = Duration::from_secs(60);
+/// When a further connection is tried again that could not be had.
+const LATER: Duration = Duration::from_secs(5);
+
+/// Storage key of a connection's descriptor.
+pub(crate) fn key(slot: usize) -> String {
+    format!("connection.{slot}")
+}
+
+/// Starts it.
+pub(crate) fn start(pool: &Arc<Pool>) -> Result<(), DomainError> {
+    let shared = Arc::clone(pool);
+    pool.host.spawn("nbd", move || {
+        Keeper { pool: shared, said: None, later: None, flushing: None }.run();
+    })
+}
+
+struct Keeper {
+    pool: Arc<Pool>,
+    /// What was last said of why there is no connection.
+    said: Option<String>,
+    /// Further connections are not tried before then.
+    later: Option<Duration>,
+    /// Has a flush of our own in flight.
+    flushing: Option<Arc<Link>>,
+}
+
+impl Keeper {
+    fn run(mut self) {
+        while !self.pool.ending.load(Ordering::Relaxed) {
+            let pause = if self.pool.resting.load(Ordering::Relaxed) { None } else { self.keep() };
+            self.wait(pause);
+        }
+    }
+
+    /// Does what is to be done; how long there is nothing more.
+    fn keep(&mut self) -> Option<Duration> {
+        if self.pool.takes_going_down() {
+            let slots = self.pool.slots();
+            slots.links.iter().flatten().for_each(|link| link.close_when_idle());
+            self.pool.changed(&slots);
+        }
+        self.close_idle();
+        let mut pause = self.reconnect();
+        let pool = &self.pool;
+        if pool.flush_wanted.load(Ordering::SeqCst)
+            && let Some(link) = pool.slots().links.iter().flatten().next().cloned()
+        {
+            pool.flush_wanted.store(false, Ordering::SeqCst);
+            link.flush(pool);
+            self.flushing = Some(link);
+        }
+        self.receive_flush();
+        let pool = &self.pool;
+        if pool.old.settle(pool.host.clock(), pool.marks()) {
+            pool.notify_all();
+        }
+        if pool.old.len() > 0 {
+            pause = Some(pause.unwrap_or(RETRY).min(RETRY));
+        }
+        if pool.has_timed_out() {
+            pool.notify_all();
+        }
+        pause
+    }
+
+    /// Takes in the answer to a flush of our own, and whatever else is there.
+    fn receive_flush(&mut self) {
+        let Some(link) = &self.flushing else { return };
+        // Of no queue: what is a queue's goes there.
+        let mut lists = Lists::new(QueueIndex(u32::MAX));
+        if let Err(why) = link.turn(&self.pool, &mut lists, 0) {
+            let link = Arc::clone(link);
+            self.pool.lost(&link, &why);
+        }
+        if self.flushing.as_ref().is_some_and(|link| link.busy() == 0) {
+            self.flushing = None;
+        }
+    }
+
+    /// Ends connections that are to be closed and have nothing in flight.
+    fn close_idle(&self) {
+        let links = self.pool.slots().links.clone();
+        for link in links.iter().flatten() {
+            if link.is_closing() && link.busy() == 0 {
+                self.pool.lost(link, "it was given up");
+            }
+        }
+    }
+
+    /// Tries to have what is wanted; how long to wait before the next try.
+    fn reconnect(&mut self) -> Option<Duration> {
+        loop {
+            let (slot, is_first) = {
+                let slots = self.pool.slots();
+                let wanted = slots.wanted.max(1);
+                let free =
+                    (0..wanted).find(|slot| slots.links.get(*slot).is_none_or(Option::is_none))?;
+                (free, slots.links.iter().flatten().count() == 0)
+            };
+            let now = self.pool.host.clock();
+            if !is_first && self.later.is_some_and(|later| now < later) {
+                return self.later.map(|later| later - now);
+            }
+            if let Err(why) = self.try_slot(slot) {
+                if self.pool.ending.load(Ordering::Relaxed) {
+                    return None;
+                }
+                if !is_first {
+                    self.later = Some(self.pool.host.clock() + LATER);
+                    return Some(LATER);
+                }
+                if self.said.as_ref() != Some(&why) {
+                    let line = format!("cannot connect to {}: {why}; trying on", self.pool.target);
+                    self.pool.host.log(Level::Warn, &line);
+                    self.said = Some(why);
+                }
+                let lost = self.pool.lost_for().unwrap_or_default();
+                return Some(if lost < LONG { RETRY } else { RARELY });
+            }
+        }
+    }
+
+    fn try_slot(&mut self, slot: usize) -> Result<(), String> {
+        let pool = &self.pool;
+        let stop = || pool.ending.load(Ordering::Relaxed) || pool.resting.load(Ordering::Relaxed);
+        let (socket, export) =
+            connect::connect(&pool.target, &stop).map_err(|refusal| refusal.to_string())?;
+        let announced = pool.announced();
+        announced
+            .fits(&export)
+            .map_err(|why| format!("the export is not the guest's disk any more: {why}"))?;
+        let lost = pool.lost_for();
+        let mut slots = pool.slots();
+        // Looked at under the lock that resting begins with.
+        if pool.resting.load(Ordering::Relaxed) {
+            return Err("the disk is being handed on".to_owned());
+        }
+        let link = add(pool, &mut slots, slot, socket, export);
+        drop(slots);
+        keep_descriptor(pool, &link);
+        if let Some(lost) = lost {
+            let line = format!("connected to {} again after {} ms", pool.target, lost.as_millis());
+            pool.host.log(Level::Info, &line);
+            pool.host.count("nbd_reconnects", 1);
+        }
+        self.said = None;
+        self.pool.notify_all();
+        Ok(())
+    }
+
+    /// Waits until there may be something to do.
+    fn wait(&self, pause: Option<Duration>) {
+        let links: Vec<_> = {
+            let slots = self.pool.slots();
+            slots.links.iter().flatten().filter(|link| link.busy() == 0).cloned().collect()
+        };
+        let mut watched = vec![PollFd::from_borrowed_fd(self.pool.keeper(), PollFlags::IN)];
+        // Those that are in use are looked at by their queues.
+        watched.extend(
+            links.iter().map(|link| PollFd::from_borrowed_fd(link.socket(), PollFlags::RDHUP)),
+        );
+        if let Some(link) = &self.flushing {
+            watched.push(PollFd::from_borrowed_fd(link.socket(), PollFlags::IN));
+        }
+        // Connections become idle without a word, and are looked at every now and then.
+        let pause = pause.unwrap_or(Duration::from_millis(500)).max(Duration::from_millis(1));
+        let pause = Timespec { tv_sec: 0, tv_nsec: pause.as_nanos().min(999_999_999) as i64 };
+        if !matches!(poll(&mut watched, Some(&pause)), Ok(1..)) {
+            return;
+        }
+        if !watched[0].revents().is_empty() {
+            let _ = rustix::io::read(self.pool.keeper(), &mut [0; 8]);
+        }
+        let ended: Vec<bool> =
+            watched[1..].iter().map(|watched| !watched.revents().is_empty()).collect();
+        for (link, _) in links.iter().zip(ended).filter(|(_, ended)| *ended) {
+            if link.is_at_rest() && !self.pool.resting.load(Ordering::Relaxed) {
+                self.pool.lost(link, "the server has closed it");
+            }
+        }
+    }
+}
+
+/// Takes a new connection into use.
+pub(crate) fn add(
+    pool: &Pool,
+    slots: &mut Slots,
+    slot: usize,
+    socket: OwnedFd,
+    export: Export,
+) -> Arc<Link> {
+    slots.allowed = if export.has(flags::MULTI_CONN) { crate::marks::LINKS } else { 1 };
+    slots.names += 1;
+    let nonce = pool.host.clock().as_nanos() as u64 ^ u64::from(slots.names) << 24;
+    let link = Arc::new(Link::new(slot, slots.names, socket, export, nonce));
+    if slots.links.len() <= slot {
+        slots.links.resize(slot + 1, None);
+    }
+    slots.wanted = slots.wanted.max(slot + 1).min(slots.allowed.max(slot + 1));
+    slots.links[slot] = Some(Arc::clone(&link));
+    if let (Some(marks), Some(server)) = (pool.marks(), link.server) {
+        marks.set_server((server.number, server.start));
+    }
+    pool.changed(slots);
+    link
+}
+
+/// Leaves a connection's descriptor in storage, so that one that goes on can end it.
+pub(crate) fn keep_descriptor(pool: &Pool, link: &Link) {
+    let kept = link
+        .socket()
+        .try_clone_to_owned()
+        .map(File::from)
+        .map_err(|_| ())
+        .and_then(|file| pool.host.storage().set_file(&key(link.slot), &file).map_err(drop));
+    if kept.is_err() {
+        pool.host.log(Level::Debug, "a connection could not be kept in storage");
+    }
+}

@@ -1,0 +1,241 @@
+//! How a disk gets from one instance to the next: its connections, at rest, with what was agreed on
+//! them.
+//!
+//! An instance that hands its disk on has nothing in flight, so each connection is at a message's
+//! boundary; it leaves the descriptors in storage, and says so. What it says is taken back by the
+//! one that takes them up: an instance, or a process, that dies leaves connections that nothing is
+//! known of, which are ended.
+
+use crate::announced::{Announced, usable};
+use crate::connect;
+use crate::keeper::{self, key};
+use crate::marks::LINKS;
+use crate::negotiate::{Export, Refusal};
+use crate::pool::Pool;
+use crate::server::Process;
+use crate::uri::{Server, Target};
+use domain_api::{DomainError, Host};
+use rustix::net::{Shutdown, shutdown};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Storage key of what was left of connections.
+const CONNECTIONS: &str = "connections";
+/// Storage key of the URI in use.
+const URI: &str = "uri";
+const IN_USE: &str = "in use\n";
+const RESTING: &str = "resting\n";
+
+/// The connection of the first instance, until it is activated.
+pub(crate) type First = Mutex<Option<(OwnedFd, Export)>>;
+
+/// Connects for a new disk.
+pub(crate) fn first(
+    target: &Target,
+    read_only: bool,
+    no_flush: bool,
+) -> Result<(Announced, First), DomainError> {
+    let (socket, export) = connect::connect(target, &|| false)
+        .map_err(|refusal| DomainError::new(sentence(target, &refusal)))?;
+    let announced = Announced::of(&export, read_only, no_flush)
+        .map_err(|why| DomainError::new(format!("{target} cannot be the disk: {why}")))?;
+    Ok((announced, Mutex::new(Some((socket, export)))))
+}
+
+fn sentence(target: &Target, refusal: &Refusal) -> String {
+    let advice = match (refusal, &target.server) {
+        (Refusal::Io(error), server) => match (error.kind(), server) {
+            (io::ErrorKind::NotFound, Server::Unix(_)) => {
+                "; start the server, or correct the socket in `uri`"
+            }
+            (io::ErrorKind::ConnectionRefused, _) => "; start the server, or correct `uri`",
+            (io::ErrorKind::PermissionDenied, _) => {
+                "; let the daemon's user have the server's socket"
+            }
+            (io::ErrorKind::TimedOut, _) => {
+                "; it may have its one client already (`qemu-nbd --shared=2` takes two)"
+            }
+            _ => "; see to the server, or correct `uri`",
+        },
+        (Refusal::Protocol(_), _) => "",
+        (Refusal::Server(..), _) => "; correct `uri`, or the server's configuration",
+    };
+    format!("cannot use {target}: {refusal}{advice}")
+}
+
+/// Whether a successor serves the disk that the guest has.
+pub(crate) fn check_same(
+    host: Host,
+    uri: &str,
+    announced: &Announced,
+    read_only: bool,
+) -> Result<(), DomainError> {
+    let served = host.storage().bytes(URI).unwrap_or_default();
+    if served != uri.as_bytes() {
+        return Err(DomainError::new(format!(
+            "`{uri}` is another export than the guest's disk, `{}`; an upgrade does not move a disk, leave `uri` out",
+            String::from_utf8_lossy(&served)
+        )));
+    }
+    if read_only && !announced.read_only {
+        return Err(DomainError::new(
+            "`readonly` is true, and the guest was told that it can write; leave it out",
+        ));
+    }
+    Ok(())
+}
+
+/// Takes up what is in storage, which is ours from now on.
+pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), DomainError> {
+    let storage = pool.host.storage();
+    let marks = pool.open_marks()?;
+    let left = storage.bytes(CONNECTIONS).map(|text| String::from_utf8_lossy(&text).into_owned());
+    // From here on a death leaves connections that nothing is known of.
+    storage.set_bytes(CONNECTIONS, IN_USE.as_bytes())?;
+    let mut taken = Vec::new();
+    match left.as_deref() {
+        None => {
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            taken.extend(first.take().map(|(socket, export)| (0, socket, export)));
+        }
+        Some(text) if text.starts_with(RESTING) => {
+            let lines = text.lines().skip(1).filter_map(parse);
+            taken.extend(lines.filter_map(|(slot, export)| {
+                Some((slot, OwnedFd::from(storage.file(&key(slot))?), export))
+            }));
+        }
+        Some(_) => {
+            for file in (0..LINKS).filter_map(|slot| storage.file(&key(slot))) {
+                // Also for what else has it, whatever was half said. It may have ended already.
+                let _ = shutdown(&file, Shutdown::Both);
+            }
+        }
+    }
+    let (in_flight, old) = marks.left();
+    let until = pool.host.clock() + pool.options.settle;
+    pool.old.begin(in_flight, &old, until, Process::from_numbers(marks.server()), marks);
+    let announced = Announced::inherited(pool.host).unwrap_or_else(|| pool.announced());
+    announced.keep(pool.host)?;
+    pool.announce(announced);
+    if storage.bytes(URI).as_deref() != Some(uri.as_bytes()) {
+        storage.set_bytes(URI, uri.as_bytes())?;
+    }
+    let mut slots = pool.slots();
+    slots.wanted = slots.wanted.max(1);
+    for (slot, socket, export) in taken {
+        let link = keeper::add(pool, &mut slots, slot, socket, export);
+        if left.is_none() {
+            keeper::keep_descriptor(pool, &link);
+        }
+    }
+    pool.changed(&slots);
+    pool.resting.store(false, Ordering::Relaxed);
+    drop(slots);
+    pool.wake_keeper();
+    Ok(())
+}
+
+/// Leaves the connections in storage. Nothing is in flight.
+pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
+    let links = {
+        let mut slots = pool.slots();
+        pool.resting.store(true, Ordering::Relaxed);
+        let links = std::mem::take(&mut slots.links);
+        pool.changed(&slots);
+        links
+    };
+    let storage = pool.host.storage();
+    let mut text = RESTING.to_owned();
+    for link in links.iter().flatten() {
+        let can_go_on = link.is_at_rest() && !link.is_closing();
+        let kept = can_go_on
+            && link
+                .socket()
+                .try_clone_to_owned()
+                .is_ok_and(|fd| storage.set_file(&key(link.slot), &File::from(fd)).is_ok());
+        if kept {
+            let Export { size, flags, minimum, preferred, maximum } = link.export;
+            text += &format!("{} {size} {flags} {minimum} {preferred} {maximum}\n", link.slot);
+        } else {
+            link.shut();
+        }
+    }
+    storage.set_bytes(CONNECTIONS, text.as_bytes())
+}
+
+/// A line of [`hand_on`]'s.
+fn parse(line: &str) -> Option<(usize, Export)> {
+    let mut numbers = line.split(' ').map(str::parse::<u64>);
+    let mut next = || numbers.next()?.ok();
+    let slot = usize::try_from(next()?).ok().filter(|slot| *slot < LINKS)?;
+    let export = Export {
+        size: next()?,
+        flags: next()?.try_into().ok()?,
+        minimum: next()?.try_into().ok()?,
+        preferred: next()?.try_into().ok()?,
+        maximum: next()?.try_into().ok()?,
+    };
+    Some((slot, export))
+}
+
+/// Serves `capacity` bytes from now on, if a new connection is told of as many.
+pub(crate) fn resize(pool: &Arc<Pool>, capacity: u64) -> Result<(), DomainError> {
+    let announced = pool.announced();
+    let size = newest_size(pool, &announced, capacity).map_err(|why| {
+        DomainError::new(format!("cannot ask for the size of {}: {why}", pool.target))
+    })?;
+    if size < capacity {
+        return Err(DomainError::new(format!(
+            "{} has {size} bytes; make it {capacity} bytes long first (qemu-nbd takes a new size when it is started anew)",
+            pool.target
+        )));
+    }
+    // Connections that know less are used no more, before the guest uses what is new.
+    let links = pool.slots().links.clone();
+    for link in links.iter().flatten() {
+        if usable(&link.export, announced.block_size) < capacity {
+            link.close_when_idle();
+        }
+    }
+    pool.changed(&pool.slots());
+    let resized = Announced { capacity, ..announced };
+    resized.keep(pool.host)?;
+    pool.announce(resized);
+    pool.wake_keeper();
+    Ok(())
+}
+
+/// The most that a connection says, or a new one.
+fn newest_size(pool: &Pool, announced: &Announced, capacity: u64) -> Result<u64, String> {
+    let size = |export: &Export| usable(export, announced.block_size);
+    let (links, allowed) = {
+        let slots = pool.slots();
+        (slots.links.clone(), slots.allowed)
+    };
+    let most = links.iter().flatten().map(|link| size(&link.export)).max().unwrap_or(0);
+    if most >= capacity {
+        return Ok(most);
+    }
+    if allowed > 1 {
+        let (_, export) = connect::connect(&pool.target, &|| false).map_err(|no| no.to_string())?;
+        return Ok(size(&export));
+    }
+    // The server may have one client only: its connection is made anew.
+    let before: Vec<u32> = links.iter().flatten().map(|link| link.name).collect();
+    links.iter().flatten().for_each(|link| link.close_when_idle());
+    pool.changed(&pool.slots());
+    pool.wake_keeper();
+    let deadline = Instant::now() + connect::PATIENCE;
+    while Instant::now() < deadline {
+        let links = pool.slots().links.clone();
+        if let Some(link) = links.iter().flatten().find(|link| !before.contains(&link.name)) {
+            return Ok(size(&link.export));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Err("the server does not let us in again".to_owned())
+}

@@ -1,0 +1,100 @@
+//! Servers to test with: real ones, each with a socket in a folder of its own.
+
+#![allow(dead_code, reason = "each test program uses some of it")]
+
+use domain_api::Params;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// A server, ended with the value.
+pub struct Server {
+    child: Option<Child>,
+    folder: TempDir,
+    command: Vec<String>,
+}
+
+impl Server {
+    /// nbdkit with these arguments behind its socket.
+    pub fn nbdkit(arguments: &[&str]) -> Self {
+        let mut all = vec!["nbdkit", "--foreground", "--unix", "SOCKET"];
+        all.extend_from_slice(arguments);
+        Self::new(&all)
+    }
+
+    /// qemu-nbd with these arguments.
+    pub fn qemu_nbd(arguments: &[&str]) -> Self {
+        let mut all = vec!["qemu-nbd", "--persistent", "--socket", "SOCKET"];
+        all.extend_from_slice(arguments);
+        Self::new(&all)
+    }
+
+    /// A command with `SOCKET` for its socket, and `FOLDER` for a folder of its own.
+    pub fn new(command: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let command = command
+            .iter()
+            .map(|word| match *word {
+                "SOCKET" => folder.path().join("socket").to_str().unwrap().to_owned(),
+                word => word.replace("FOLDER", folder.path().to_str().unwrap()),
+            })
+            .collect();
+        let mut server = Self { child: None, folder, command };
+        server.start();
+        server
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    /// Starts it, and waits until it listens.
+    pub fn start(&mut self) {
+        assert!(self.child.is_none());
+        let _ = std::fs::remove_file(self.socket());
+        let child = Command::new(&self.command[0])
+            .args(&self.command[1..])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{}: {error}; run scripts/setup", self.command[0]));
+        self.child = Some(child);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.socket().exists() {
+            assert!(Instant::now() < deadline, "{:?} does not listen", self.command);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket().display())
+    }
+
+    pub fn params(&self, more: &[&str]) -> Params {
+        let mut params = Params::from_pairs(more).unwrap();
+        params.set("uri", self.uri());
+        params
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

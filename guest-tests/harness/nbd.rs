@@ -1,0 +1,118 @@
+//! NBD servers, as people run them: nbdkit, qemu-nbd, nbd-server, each behind a Unix socket in a
+//! folder of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// A server; it is killed with the value.
+pub struct NbdServer {
+    child: Option<Child>,
+    folder: TempDir,
+    command: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl NbdServer {
+    /// nbdkit with these arguments.
+    pub fn nbdkit(arguments: &[&str]) -> NbdServer {
+        NbdServer::new(&[&["nbdkit", "--foreground", "--unix", "SOCKET"], arguments].concat())
+    }
+
+    /// qemu-nbd, which goes on without clients, with these arguments.
+    pub fn qemu_nbd(arguments: &[&str]) -> NbdServer {
+        NbdServer::new(&[&["qemu-nbd", "--persistent", "--socket", "SOCKET"], arguments].concat())
+    }
+
+    /// Any other: `SOCKET` stands for its socket, and `FOLDER` for its folder.
+    pub fn new(command: &[&str]) -> NbdServer {
+        NbdServer::with_environment(command, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn with_environment(command: &[&str], environment: &[(&str, &str)]) -> NbdServer {
+        let mut server = NbdServer::prepared(command, environment);
+        server.start();
+        server
+    }
+
+    /// One that is not started yet.
+    pub fn prepared(command: &[&str], environment: &[(&str, &str)]) -> NbdServer {
+        let folder = super::daemon::disk_directory();
+        let path = folder.path().to_str().expect("UTF-8").to_owned();
+        let word = |word: &&str| word.replace("SOCKET", "FOLDER/socket").replace("FOLDER", &path);
+        NbdServer {
+            child: None,
+            command: command.iter().map(word).collect(),
+            environment: environment.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
+            folder,
+        }
+    }
+
+    /// Starts it, and waits until it listens.
+    pub fn start(&mut self) {
+        assert!(self.child.is_none(), "it runs");
+        let _ = std::fs::remove_file(self.socket());
+        let child = Command::new(&self.command[0])
+            .args(&self.command[1..])
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{}: {e}; `scripts/setup` installs it", self.command[0]));
+        self.child = Some(child);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !self.socket().exists() {
+            assert!(Instant::now() < deadline, "{:?} does not listen", self.command);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Kills it.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            child.wait().expect("it was started");
+        }
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait(&mut self) {
+        self.child.take().expect("it runs").wait().expect("it was started");
+    }
+
+    /// Ends it with SIGTERM, and waits for that.
+    pub fn terminate(&mut self) {
+        let pid = Pid::from_raw(self.pid() as i32).expect("a process id");
+        kill_process(pid, Signal::TERM).expect("it lives");
+        self.child.take().expect("it runs").wait().expect("it was started");
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    /// Where it keeps what it has.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A parameter that names its export.
+    pub fn uri(&self, export: &str) -> String {
+        format!("uri=nbd+unix:///{export}?socket={}", self.socket().display())
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

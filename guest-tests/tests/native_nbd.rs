@@ -1,0 +1,62 @@
+//! A disk behind an NBD server, under a load that checks every block: upgraded, its process
+//! exchanged and killed, its server ended and started again.
+
+use std::path::Path;
+
+use guest_tests::daemon::Daemon;
+use guest_tests::nbd::NbdServer;
+use guest_tests::operator::Operator;
+use guest_tests::stamp::{Load, LoadOptions, assert_intact};
+use serde_json::Value;
+
+fn serve(server: &NbdServer, more: &[&str]) -> Daemon {
+    let uri = server.uri("");
+    let args = ["--domain", "nbd", "--param", &uri, "--queues", "2"];
+    Daemon::start(&[&args[..], more].concat())
+}
+
+fn counter(status: &Value, name: &str) -> u64 {
+    status["counters"][name].as_u64().unwrap_or(0)
+}
+
+/// What nbdkit's log filter has of connections.
+fn connections(log: &Path) -> usize {
+    let text = std::fs::read_to_string(log).expect("nbdkit logs");
+    text.lines().filter(|line| line.contains(" Connect ")).count()
+}
+
+#[test]
+fn upgrades_and_exchanges_take_the_connections_along() {
+    let server = NbdServer::nbdkit(&["--filter=log", "memory", "64M", "logfile=FOLDER/log"]);
+    let log = server.folder().join("log");
+    let mut daemon = serve(&server, &[]);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
+    load.wait_for(2000);
+    let before = connections(&log);
+    let mut operator = Operator::new(&daemon);
+    let mut pauses: Vec<u64> = Vec::new();
+    for round in 0..50 {
+        let reply = operator.upgrade("nbd", "handover", &[]);
+        pauses.push(reply["phases_us"]["pause"].as_f64().expect("a number") as u64);
+        if round % 10 == 9 {
+            operator.roll_back("handover");
+        }
+        load.wait_for(50);
+    }
+    pauses.sort_unstable();
+    println!("pause of 50 upgrades: median {} us, most {} us", pauses[25], pauses[49]);
+    assert_eq!(connections(&log), before, "an upgrade has connected anew");
+    for _ in 0..10 {
+        let reply = daemon.call(&["upgrade-daemon", "--only", "server"]);
+        println!("exchange: {}", reply["phases_us"]);
+        load.wait_for(50);
+    }
+    assert_eq!(connections(&log), before, "an exchange has connected anew");
+    load.wait_for(1000);
+    let report = load.stop();
+    report.assert_clean();
+    let status = daemon.status();
+    assert_eq!(counter(&status, "nbd_connections_lost"), 0, "{status}\n{}", daemon.log());
+    assert_intact(daemon.socket(), &report.ledgers);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
