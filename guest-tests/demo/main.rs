@@ -24,7 +24,7 @@ use guest_tests::debian::Debian;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::peer::Peer;
 use guest_view::{GuestView, Latencies, Run};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use screen::{Screen, Tone, grouped};
 use serde_json::{Value, json};
 
@@ -316,9 +316,9 @@ impl Demo {
     fn kill(&mut self, daemon: &Daemon) -> u64 {
         let mut watch = daemon.rpc();
         watch.request("watch", json!({})).expect("a watch");
-        let pid = i32::try_from(daemon.server_pid()).ok().and_then(Pid::from_raw);
+        let server = daemon.server();
         let from = Instant::now();
-        kill_process(pid.expect("a process id"), Signal::KILL).expect("the server lives");
+        server.signal(Signal::KILL);
         loop {
             let event = watch.receive().expect("an event").expect("a connection");
             if event["params"]["event"] == "recovered" {

@@ -5,6 +5,7 @@
 //! that `scripts/build` leaves, or the one in `HOTSWAP_BIN_DIR`.
 
 mod control;
+mod deaths;
 mod process;
 
 use std::fs::{self, File};

@@ -13,7 +13,7 @@ use guest_tests::daemon::{Daemon, disk_directory};
 use guest_tests::guest::fio::Fio;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::modules::tardy;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
 
 const FIO_SECONDS: u32 = 10;
@@ -44,43 +44,10 @@ fn requests(status: &Value) -> u64 {
     queues.iter().map(|queue| queue["requests"].as_u64().expect("a number")).sum()
 }
 
-/// Waits until `done` says so of the status.
-fn wait_until(daemon: &Daemon, what: &str, done: impl Fn(&Value) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(40);
-    loop {
-        let now = daemon.status();
-        if done(&now) {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{what}: {now}\n{}", daemon.log());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Waits for I/O, so that what comes next comes under it, or for the end of what does it.
 fn wait_for_io(daemon: &Daemon, fio: &Fio<'_>) {
     let before = requests(&daemon.status());
-    wait_until(daemon, "no I/O", |now| requests(now) >= before + 10 || !fio.is_running());
-}
-
-/// Kills the server, and waits until another one has gone on.
-fn kill_server(daemon: &Daemon) {
-    let recoveries = number(&daemon.status(), "server", "recoveries");
-    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
-    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::KILL).expect("it lives");
-    wait_until(daemon, "no recovery", |now| now["server"]["recoveries"] == recoveries + 1);
-}
-
-/// Kills all that there is of a daemon, and waits until its I/O has ended.
-fn kill_whole(daemon: &mut Daemon) {
-    let stat = format!("/proc/{}/stat", daemon.server_pid());
-    daemon.stop_with(Signal::KILL);
-    let lives = || fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z "));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while lives() {
-        assert!(Instant::now() < deadline, "the server does not end");
-        thread::sleep(Duration::from_millis(1));
-    }
+    daemon.wait_until("no I/O", |now| requests(now) >= before + 10 || !fio.is_running());
 }
 
 /// What the guest's kernel says if it has noticed.
@@ -148,7 +115,7 @@ fn deaths_lose_nothing() {
     under_fio(&guest, ["vdc", "vdb"], "servers killed and exchanged", |runs| {
         round += 1;
         for (daemon, fio) in [&memory, &late].into_iter().zip(runs) {
-            kill_server(daemon);
+            daemon.end_server(Signal::KILL);
             if round % 5 == 1 {
                 daemon.call(&["upgrade-daemon", "--only", "server"]);
             }
@@ -173,7 +140,7 @@ fn deaths_lose_nothing() {
     let mut round = 0;
     under_fio(&guest, ["vda", "vdb"], "whole daemons killed", |runs| {
         for daemon in [&mut file, &mut late] {
-            kill_whole(daemon);
+            daemon.end_whole();
             daemon.start_again();
         }
         wait_for_io(&file, &runs[0]);
@@ -211,7 +178,7 @@ fn a_larger_disk_is_seen(guest: &Guest, disk: &str, daemon: &Daemon) {
     assert_eq!(size(), sectors(64), "{disk} before");
     daemon.call(&["resize", "80M"]);
     becomes(80, "a resize");
-    kill_server(daemon);
+    daemon.end_server(Signal::KILL);
     daemon.call(&["upgrade-daemon", "--only", "server"]);
     daemon.call(&["resize", "96M"]);
     becomes(96, "a resize behind a death and an exchange");
@@ -247,7 +214,7 @@ fn without_marks_something_is_lost() {
     let options = GuestOptions { reconnect: Some(1), ..GuestOptions::with_disk(daemon.socket()) };
     let guest = Guest::boot(options).unwrap();
     let fio = Fio::start_on(&guest, "vda", 3);
-    kill_whole(&mut daemon);
+    daemon.end_whole();
     lose_marks(guest.qemu_pid());
     daemon.start_again();
     let deadline = Instant::now() + Duration::from_secs(8);

@@ -11,49 +11,15 @@ use std::time::{Duration, Instant};
 
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::client::{Client, Options, Request, Status, features};
-use guest_tests::daemon::{Control, Daemon};
+use guest_tests::daemon::Daemon;
 use guest_tests::stamp::{Load, LoadOptions, LoadReport, assert_intact};
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use rustix::process::Signal;
+use serde_json::json;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 fn supervised(args: &[&str]) -> Daemon {
     Daemon::start(args)
-}
-
-fn status(control: &mut Control) -> Value {
-    control.request("status", json!({})).expect("a status")
-}
-
-fn kill(pid: u64) {
-    let pid = Pid::from_raw(pid.try_into().expect("a process id")).expect("a process id");
-    kill_process(pid, Signal::KILL).expect("the server lives");
-}
-
-/// Waits until `done` says so of the status.
-fn wait_until(daemon: &Daemon, what: &str, done: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + 30 * SECOND;
-    let mut control = daemon.rpc();
-    loop {
-        let now = status(&mut control);
-        if done(&now) {
-            return now;
-        }
-        assert!(Instant::now() < deadline, "{what}: {now}\n{}", daemon.log());
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Kills the server, and waits until another one has gone on.
-fn kill_server(daemon: &Daemon, recoveries: u64) {
-    let before = status(&mut daemon.rpc());
-    let pid = before["server"]["pid"].as_u64().unwrap_or_else(|| panic!("no server: {before}"));
-    kill(pid);
-    let now = wait_until(daemon, "no recovery", |now| {
-        now["server"]["recoveries"].as_u64() >= Some(recoveries)
-    });
-    assert_ne!(now["server"]["pid"], before["server"]["pid"], "{now}");
 }
 
 /// Milliseconds that recoveries took, as the log has them.
@@ -74,7 +40,7 @@ fn killed_a_hundred_times(args: &[&str]) {
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
     for round in 1..=100 {
         load.wait_for(200);
-        kill_server(&daemon, round);
+        daemon.end_server(Signal::KILL);
         assert_eq!(load.faults(), 0, "in round {round}:\n{}", daemon.log());
     }
     load.wait_for(2000);
@@ -111,11 +77,11 @@ fn killed_out_of_order(loses_marks: bool) -> LoadReport {
     let options = LoadOptions { patience: 12 * SECOND, ..LoadOptions::new(1, 16) };
     let load = Load::start(daemon.socket(), &options);
     load.wait_for(400);
-    let server = u64::from(daemon.server_pid());
+    // A stopped supervisor answers nothing.
+    let server = daemon.server();
     daemon.signal(Signal::STOP);
-    kill(server);
-    let stat = format!("/proc/{server}/stat");
-    while !fs::read_to_string(&stat).expect("a child").contains(") Z ") {
+    server.signal(Signal::KILL);
+    while server.runs() {
         thread::sleep(Duration::from_millis(1));
     }
     if loses_marks {
@@ -170,23 +136,23 @@ fn assert_one_read(raw: &mut RawSession) {
 #[test]
 fn a_server_is_killed_at_every_step_of_the_set_up() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
-    kill_server(&daemon, 1);
+    daemon.end_server(Signal::KILL);
     let mut raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
-    kill_server(&daemon, 2);
+    daemon.end_server(Signal::KILL);
     raw.share_memory().expect("memory shared");
-    kill_server(&daemon, 3);
+    daemon.end_server(Signal::KILL);
     raw.start_ring(64).expect("a ring");
-    kill_server(&daemon, 4);
+    daemon.end_server(Signal::KILL);
     assert_one_read(&mut raw);
-    kill_server(&daemon, 5);
+    daemon.end_server(Signal::KILL);
     assert_one_read(&mut raw);
-    kill_server(&daemon, 6);
+    daemon.end_server(Signal::KILL);
     assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
-    kill_server(&daemon, 7);
+    daemon.end_server(Signal::KILL);
     raw.start_ring(64).expect("started again");
     assert_one_read(&mut raw);
     drop(raw);
-    kill_server(&daemon, 8);
+    daemon.end_server(Signal::KILL);
     assert_eq!(daemon.terminate(), 0);
 }
 
@@ -196,7 +162,7 @@ fn a_ring_is_stopped_while_no_server_lives() {
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     for round in 1..=20 {
         assert_one_read(&mut raw);
-        kill(daemon.server_pid().into());
+        daemon.signal_server(Signal::KILL);
         // It may be before the death is known, or after it.
         thread::sleep(Duration::from_micros(round * 100));
         assert_eq!(raw.stop_ring().expect("stopped"), 1, "the next chain to be taken");
@@ -269,9 +235,9 @@ fn a_server_that_is_killed_has_a_spare() {
     let args = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2", "--spare"];
     let daemon = supervised(&args);
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
-    for round in 1..=20 {
+    for _ in 1..=20 {
         load.wait_for(200);
-        kill_server(&daemon, round);
+        daemon.end_server(Signal::KILL);
     }
     load.wait_for(2000);
     load.stop().assert_clean();
@@ -292,37 +258,27 @@ fn sessions_and_servers_leave_nothing_behind_in_the_supervisor() {
         }
     };
     sessions(10);
-    kill_server(&daemon, 1);
+    daemon.end_server(Signal::KILL);
     let before = descriptors();
     sessions(200);
-    for round in 2..=10 {
+    for _ in 2..=10 {
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("one");
         assert_one_read(&mut raw);
-        kill_server(&daemon, round);
+        daemon.end_server(Signal::KILL);
         assert_one_read(&mut raw);
     }
     daemon.call(&["upgrade-daemon", "--only", "server"]);
-    kill_server(&daemon, 11);
+    daemon.end_server(Signal::KILL);
     assert!(descriptors() <= before + 1, "{before} descriptors, and now {}", descriptors());
     // The dead are reaped when nothing goes on, and before another program takes the process over.
     let children = || {
         let path = format!("/proc/{0}/task/{0}/children", daemon.pid());
         fs::read_to_string(path).expect("the daemon lives").split_whitespace().count()
     };
-    wait_until(&daemon, "the dead stay", |_| children() == 1);
-    kill_server(&daemon, 12);
+    daemon.wait_until("the dead stay", |_| children() == 1);
+    daemon.end_server(Signal::KILL);
     daemon.call(&["upgrade-daemon", "--only", "supervisor"]);
     assert_eq!(children(), 1, "what has died is not known any more");
-}
-
-/// Sends the server a signal that a broken process ends with.
-fn crash_server(daemon: &Daemon, recoveries: u64) {
-    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
-    let pid = Pid::from_raw(pid).expect("a process id");
-    kill_process(pid, Signal::ABORT).expect("the server lives");
-    wait_until(daemon, "no recovery", |now| {
-        now["server"]["recoveries"].as_u64() >= Some(recoveries)
-    });
 }
 
 #[test]
@@ -336,10 +292,10 @@ fn a_domain_that_ends_its_server_twice_is_replaced_by_the_standby() {
     daemon.call(&["upgrade", "ramdisk_v2"]);
     let second = live(&daemon);
     assert_ne!(first, second);
-    crash_server(&daemon, 1);
+    daemon.end_server(Signal::ABORT);
     load.wait_for(200);
     assert_eq!(live(&daemon), second);
-    crash_server(&daemon, 2);
+    daemon.end_server(Signal::ABORT);
     load.wait_for(2000);
     assert_eq!(live(&daemon), first, "{}", daemon.log());
     let report = load.stop();
@@ -355,12 +311,11 @@ fn a_device_that_was_given_up_is_brought_back_by_an_upgrade() {
     let daemon = supervised(&args);
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
     load.wait_for(200);
-    for death in 1..=9 {
-        crash_server(&daemon, death);
+    for _ in 1..=9 {
+        daemon.end_server(Signal::ABORT);
     }
-    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
-    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::ABORT).expect("it lives");
-    let now = wait_until(&daemon, "it is not given up", |now| now["state"] == "faulted");
+    daemon.signal_server(Signal::ABORT);
+    let now = daemon.wait_until("it is not given up", |now| now["state"] == "faulted");
     assert_eq!(now["server"]["deaths"], 10, "{now}");
     let done = load.ios();
     thread::sleep(SECOND / 4);
@@ -370,7 +325,7 @@ fn a_device_that_was_given_up_is_brought_back_by_an_upgrade() {
     load.wait_for(2000);
     assert_eq!(daemon.status()["state"], "serving");
     // And the next death is one as any; nine were recovered from, and one by the upgrade.
-    kill_server(&daemon, 11);
+    daemon.end_server(Signal::KILL);
     load.wait_for(2000);
     let report = load.stop();
     report.assert_clean();
@@ -402,9 +357,9 @@ fn a_request_that_ends_its_server_again_and_again_is_not_run_any_more() {
     chain(&mut raw, 0);
     chain(&mut raw, 8);
     assert_eq!(answer(&mut raw, 8), (8, 0), "another one is answered");
-    for death in 1..=3 {
-        wait_until(&daemon, "it is not run again", |now| now["queues"][0]["in_flight"] == 1);
-        crash_server(&daemon, death);
+    for _ in 1..=3 {
+        daemon.wait_until("it is not run again", |now| now["queues"][0]["in_flight"] == 1);
+        daemon.end_server(Signal::ABORT);
     }
     assert_eq!(answer(&mut raw, 0), (0, 1), "an I/O error: {}", daemon.log());
     let now = daemon.status();
@@ -423,8 +378,7 @@ fn a_server_that_does_not_move_is_ended_if_that_is_asked_for() {
     let daemon = supervised(&args);
     let load = Load::start(daemon.socket(), &LoadOptions::new(1, 16));
     load.wait_for(200);
-    let pid = i32::try_from(daemon.server_pid()).expect("a process id");
-    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::STOP).expect("it lives");
+    daemon.signal_server(Signal::STOP);
     let deadline = Instant::now() + 20 * SECOND;
     while !daemon.log().contains("another server serves") {
         assert!(Instant::now() < deadline, "{}", daemon.log());
@@ -437,7 +391,7 @@ fn a_server_that_does_not_move_is_ended_if_that_is_asked_for() {
 #[test]
 fn no_process_and_no_socket_is_left() {
     let mut daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--spare"]);
-    kill_server(&daemon, 1);
+    daemon.end_server(Signal::KILL);
     let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
     let pids = fs::read_to_string(children).expect("the children");
     assert!(!pids.trim().is_empty());

@@ -12,18 +12,13 @@ use std::time::{Duration, Instant};
 
 use guest_tests::daemon::{Control, Daemon, binary, disk_directory};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const RAMDISK: [&str; 6] = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
 
 fn pid(status: &Value, part: &str) -> u64 {
     status[part]["pid"].as_u64().unwrap_or_else(|| panic!("no {part}: {status}"))
-}
-
-fn kill_server(status: &Value) {
-    let pid = i32::try_from(pid(status, "server")).expect("a process id");
-    kill_process(Pid::from_raw(pid).expect("a process id"), Signal::KILL).expect("it lives");
 }
 
 /// A program that does `what` instead of what it is asked for.
@@ -118,7 +113,7 @@ fn both_are_exchanged_ten_times_under_load_and_watched() {
         println!("{}", reply["phases_us"]);
     }
     load.stop().assert_clean();
-    kill_server(&daemon.status());
+    daemon.signal_server(Signal::KILL);
     let events = events_until(&mut watch, "recovered");
     let count = |name: &str| events.iter().filter(|event| *event == name).count();
     assert_eq!(count("supervisor_exchanged"), 10, "{events:?}");
@@ -212,11 +207,8 @@ fn a_silent_program_holds_up_no_client_and_no_other_exchange_begins() {
         let sentence = daemon.refuse(&["upgrade-daemon", "--only", "server"]);
         assert!(sentence.contains("(exchange_runs)"), "{sentence}");
         // A death meanwhile is dealt with.
-        kill_server(&daemon.status());
-        while daemon.status()["server"]["recoveries"] != 1 {
-            assert!(Instant::now() < deadline, "no recovery: {}", daemon.log());
-            thread::sleep(Duration::from_millis(5));
-        }
+        daemon.end_server(Signal::KILL);
+        assert!(Instant::now() < deadline, "the recovery waits: {}", daemon.log());
         assert!(refused.join().expect("a sentence").contains("(program_silent)"));
     });
 }

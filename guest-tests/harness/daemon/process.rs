@@ -5,6 +5,8 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 /// A process of a daemon's, looked at from outside.
 #[derive(Clone, Copy, Debug)]
 pub struct Process {
@@ -22,6 +24,18 @@ pub struct Held {
 }
 
 impl Process {
+    /// Whether it has not ended: the kernel waits for its I/O before that.
+    pub fn runs(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        stat.is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, signal).expect("the process lives");
+    }
+
     /// Number of open file descriptors.
     pub fn open_fds(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("the process lives").count()
