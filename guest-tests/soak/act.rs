@@ -23,11 +23,15 @@ pub enum Act {
     Exchange,
     /// The supervisor executes its program anew.
     ReExec,
+    /// Both processes are killed, and the daemon is started again.
+    Whole,
+    /// The guest's machine is reset, with requests in flight.
+    Reset,
 }
 
 impl Act {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Upgrade,
         Self::Rollback,
         Self::Refusal,
@@ -38,6 +42,8 @@ impl Act {
         Self::Kill,
         Self::Exchange,
         Self::ReExec,
+        Self::Whole,
+        Self::Reset,
     ];
 
     /// As `--only` has it.
@@ -53,6 +59,13 @@ impl Act {
             Self::Kill => "kill",
             Self::Exchange => "exchange",
             Self::ReExec => "re-exec",
+            Self::Whole => "whole-kill",
+            Self::Reset => "reset",
         }
+    }
+
+    /// Whether it takes seconds in a guest: it comes less often than the others.
+    pub const fn is_slow(self) -> bool {
+        matches!(self, Self::Whole | Self::Reset)
     }
 }

@@ -35,11 +35,13 @@ pub struct Options {
     pub acts: Vec<Act>,
     pub queues: usize,
     pub depth: usize,
+    /// The load is `fio` in a guest, and not a native client.
+    pub is_in_guest: bool,
 }
 
 const USAGE: &str = "usage: scripts/soak MINUTES [--seed N] [--disk ramdisk|file|direct] [--only ACT,ACT... | --only none]
-       [--count ACTS] [--queues N] [--depth N]
-acts: upgrade rollback refusal panic reconnect abandon resize kill exchange re-exec";
+       [--count ACTS] [--guest | [--queues N] [--depth N]]
+acts: upgrade rollback refusal panic reconnect abandon resize kill exchange re-exec whole-kill reset";
 
 impl Options {
     pub fn from_args(args: impl Iterator<Item = String>) -> Result<Self, String> {
@@ -55,6 +57,7 @@ impl Options {
             acts: Act::ALL.to_vec(),
             queues: 2,
             depth: 32,
+            is_in_guest: false,
         };
         let mut args = args.peekable();
         let minutes = args.next().ok_or_else(|| usage("how many minutes?"))?;
@@ -64,7 +67,13 @@ impl Options {
             .filter(|minutes| (0.0..=100_000.0).contains(minutes))
             .ok_or_else(|| usage(&format!("`{minutes}` is no number of minutes")))?;
         options.time = Duration::from_secs_f64(minutes * 60.0);
+        let mut is_of_clients = false;
         while let Some(option) = args.next() {
+            if option == "--guest" {
+                options.is_in_guest = true;
+                continue;
+            }
+            is_of_clients |= matches!(option.as_str(), "--queues" | "--depth");
             let value = args.next().ok_or_else(|| usage(&format!("{option} has no value")))?;
             let number = || {
                 value
@@ -92,6 +101,9 @@ impl Options {
                 }
                 _ => return Err(usage(&format!("there is no option `{option}`"))),
             }
+        }
+        if options.is_in_guest && is_of_clients {
+            return Err(usage("a guest has two queues, and its fio is 16 deep on each"));
         }
         Ok(options)
     }

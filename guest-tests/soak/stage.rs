@@ -1,32 +1,52 @@
-//! The device under soak, its load, and its operator.
+//! The device under soak, what does I/O on it, and its operator.
 
 use crate::Random;
 use crate::act::Act;
 use crate::options::{Disk, Options};
+use crate::witness::Witness;
 use guest_tests::daemon::{Daemon, disk_directory};
-use guest_tests::stamp::{Ledger, Load, LoadOptions, LoadReport};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// How long the device may take to be as it should be again.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 /// How large the disk is at first, and how large it may become.
 const MEGABYTES: u64 = 64;
 const MOST_MEGABYTES: u64 = 256;
 
+/// A daemon as the options want it, and what it keeps its disk in.
+pub fn start_daemon(options: &Options) -> (Daemon, Option<TempDir>) {
+    let size = format!("size={MEGABYTES}M");
+    let queues = options.queues.to_string();
+    let mut args = vec!["--queues", &queues];
+    let (mut image, mut path) = (None, String::new());
+    if options.disk != Disk::Ramdisk {
+        let directory = disk_directory();
+        let file = directory.path().join("disk.img");
+        File::create(&file)
+            .and_then(|file| file.set_len(MEGABYTES << 20))
+            .expect("room for an image");
+        path = file.to_str().expect("UTF-8").to_owned();
+        image = Some(directory);
+    }
+    match options.disk {
+        Disk::Ramdisk => args.extend(["--domain", "ramdisk", "--param", &size]),
+        Disk::File => args.extend(["--blk-file", &path]),
+        Disk::Direct => args.extend(["--blk-file", &path, "--param", "direct=true"]),
+    }
+    (Daemon::start(&args), image)
+}
+
 /// See the module's page.
-pub struct Stage {
+pub struct Stage<'guest> {
     daemon: Daemon,
     disk: Disk,
-    load_options: LoadOptions,
-    load: Option<Load>,
-    /// Of the loads that have ended.
-    sum: LoadReport,
+    witness: Box<dyn Witness + 'guest>,
     /// The modules that the disk can go to, and which is next.
     modules: [&'static str; 2],
     turn: usize,
@@ -35,74 +55,44 @@ pub struct Stage {
     has_standby: bool,
     /// How long the load had no answer from each kill on, and each phase of an exchange took.
     waits: BTreeMap<String, Vec<Duration>>,
-    _image: Option<TempDir>,
 }
 
-impl Stage {
-    pub fn new(options: &Options) -> Self {
-        let size = format!("size={MEGABYTES}M");
-        let queues = options.queues.to_string();
-        let mut args = vec!["--queues", &queues];
-        let (mut image, mut path) = (None, String::new());
-        if options.disk != Disk::Ramdisk {
-            let directory = disk_directory();
-            let file = directory.path().join("disk.img");
-            File::create(&file)
-                .and_then(|file| file.set_len(MEGABYTES << 20))
-                .expect("room for an image");
-            path = file.to_str().expect("UTF-8").to_owned();
-            image = Some(directory);
-        }
-        match options.disk {
-            Disk::Ramdisk => args.extend(["--domain", "ramdisk", "--param", &size]),
-            Disk::File => args.extend(["--blk-file", &path]),
-            Disk::Direct => args.extend(["--blk-file", &path, "--param", "direct=true"]),
-        }
-        let daemon = Daemon::start(&args);
-        let mut load_options = LoadOptions::new(options.queues, options.depth);
-        load_options.seed = options.seed;
-        load_options.patience = PATIENCE;
-        load_options.is_quiet = true;
-        let load = Load::start(daemon.socket(), &load_options);
-        let modules = match options.disk {
+impl<'guest> Stage<'guest> {
+    pub fn new(daemon: Daemon, disk: Disk, witness: Box<dyn Witness + 'guest>) -> Self {
+        let modules = match disk {
             Disk::Ramdisk => ["ramdisk_v2", "ramdisk"],
             Disk::File | Disk::Direct => ["file", "file"],
         };
         Self {
             generation: generation(&daemon.status()),
             daemon,
-            disk: options.disk,
-            load_options,
-            load: Some(load),
-            sum: LoadReport::default(),
+            disk,
+            witness,
             modules,
             turn: 0,
             megabytes: MEGABYTES,
             has_standby: false,
             waits: BTreeMap::new(),
-            _image: image,
         }
     }
 
     /// Whether this daemon, with this disk, can do that.
     pub fn offers(&self, act: Act) -> bool {
-        match act {
-            Act::Kill | Act::Exchange | Act::ReExec => self.daemon.status()["server"].is_object(),
+        let has_supervisor = || self.daemon.status()["server"].is_object();
+        let can = match act {
+            Act::Kill | Act::Exchange | Act::ReExec => has_supervisor(),
             Act::Panic => self.disk == Disk::Ramdisk,
+            // What is in memory is lost then.
+            Act::Whole => self.disk != Disk::Ramdisk,
             Act::Resize => self.daemon.ctl(&["resize", "--help"]).status == 0,
             _ => true,
-        }
+        };
+        can && self.witness.offers(act)
     }
 
-    /// Lets the load run for a moment; it must not stand still.
+    /// Lets the I/O go on for a moment.
     pub fn breathe(&mut self, random: &mut Random) {
-        let load = self.load.as_ref().expect("a load between acts");
-        if random.below(4) == 0 {
-            load.wait_for(random.below(200));
-        } else {
-            thread::sleep(Duration::from_micros(random.below(3000)));
-        }
-        assert_eq!(load.faults(), 0, "the load has seen a fault:\n{}", self.daemon.log());
+        self.witness.breathe(&self.daemon, random);
     }
 
     pub fn perform(&mut self, act: Act, random: &mut Random) {
@@ -114,8 +104,8 @@ impl Stage {
                 assert_eq!(error.expect_err("there is none").name(), "module_not_found");
             }
             Act::Panic => self.panic(random),
-            Act::Reconnect => self.reconnect(false),
-            Act::Abandon => self.reconnect(true),
+            Act::Reconnect => self.witness.reconnect(false),
+            Act::Abandon => self.witness.reconnect(true),
             Act::Resize => self.resize(random),
             Act::Kill => self.kill(random),
             Act::Exchange => {
@@ -129,6 +119,8 @@ impl Stage {
             Act::ReExec => {
                 self.upgrade_daemon("supervisor");
             }
+            Act::Whole => self.kill_whole(),
+            Act::Reset => self.witness.reset(),
         }
         self.wait_until_it_serves(act);
     }
@@ -141,21 +133,10 @@ impl Stage {
         )
     }
 
-    /// Ends the load. The report is of all loads; its ledgers are the last one's.
-    pub fn end(mut self) -> (Daemon, LoadReport) {
-        let report = self.load.take().expect("a load between acts").stop();
-        let ledgers = self.add(report);
-        self.sum.ledgers = ledgers;
-        (self.daemon, self.sum)
-    }
-
-    /// Adds a report to the sum. Returns its ledgers.
-    fn add(&mut self, mut report: LoadReport) -> Vec<Ledger> {
-        let ledgers = std::mem::take(&mut report.ledgers);
-        let elapsed = self.sum.elapsed + report.elapsed;
-        self.sum.merge(report);
-        self.sum.elapsed = elapsed;
-        ledgers
+    /// Ends the I/O.
+    pub fn end(mut self) -> Daemon {
+        self.witness.end();
+        self.daemon
     }
 
     fn request(&self, method: &str, params: Value) -> Value {
@@ -193,13 +174,6 @@ impl Stage {
         self.generation += 2;
     }
 
-    fn reconnect(&mut self, with_requests_in_flight: bool) {
-        let load = self.load.take().expect("a load between acts");
-        let report = if with_requests_in_flight { load.abandon() } else { load.stop() };
-        let ledgers = self.add(report);
-        self.load = Some(Load::resume(self.daemon.socket(), &self.load_options, ledgers));
-    }
-
     fn resize(&mut self, random: &mut Random) {
         if self.megabytes < MOST_MEGABYTES {
             self.megabytes += 1 + random.below(4);
@@ -208,6 +182,7 @@ impl Stage {
             self.daemon.refuse(&["resize", "1M"]);
         }
         assert_eq!(self.daemon.status()["capacity"], self.megabytes << 20);
+        self.witness.is_told_of(self.megabytes);
     }
 
     fn kill(&mut self, random: &mut Random) {
@@ -215,26 +190,31 @@ impl Stage {
         if random.below(8) != 0 {
             thread::sleep(Duration::from_millis(120));
         }
-        let number = self.daemon.server_pid();
-        let pid = Pid::from_raw(number as i32).expect("a process");
-        let load = self.load.as_ref().expect("a load between acts");
+        self.witness.answered();
         let killed = Instant::now();
-        kill_process(pid, Signal::KILL).expect("the server lives");
-        let state = || fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
-        let wait = |done: &dyn Fn() -> bool| {
-            while !done() {
-                assert!(killed.elapsed() < PATIENCE, "no answer:\n{}", self.daemon.log());
-                thread::sleep(Duration::from_micros(50));
-            }
+        let server = self.daemon.signal_server(Signal::KILL);
+        let wait = || {
+            assert!(killed.elapsed() < PATIENCE, "no answer:\n{}", self.daemon.log());
+            thread::sleep(Duration::from_micros(50));
         };
-        wait(&|| {
-            let state = state();
-            state.is_empty() || state.contains(") Z ")
-        });
-        let answered = load.ios();
-        wait(&|| load.ios() > answered);
+        while server.runs() {
+            wait();
+        }
+        let answered = self.witness.answered();
+        while self.witness.answered() <= answered {
+            wait();
+        }
         let what = "from a kill to an answer".to_owned();
         self.waits.entry(what).or_default().push(killed.elapsed());
+    }
+
+    /// All of the daemon; the next one has the disk, and nothing else.
+    fn kill_whole(&mut self) {
+        self.witness.lets_go();
+        self.daemon.end_whole();
+        self.daemon.start_again();
+        (self.generation, self.has_standby) = (1, false);
+        self.witness.comes_back();
     }
 
     fn upgrade_daemon(&self, only: &str) -> Value {
@@ -257,6 +237,8 @@ impl Stage {
     fn wait_until_it_serves(&mut self, act: Act) {
         let deadline = Instant::now() + PATIENCE;
         loop {
+            // A domain may be about to panic at a request.
+            self.witness.answered();
             let status = self.daemon.status();
             let is_served = status["state"] == "serving" && generation(&status) == self.generation;
             let has_standby = status["standby"].is_object();

@@ -4,14 +4,19 @@
 //! found, and the first one ends the run with an error. Checking goes on all the while
 //! (`verify_backlog`) and again at the end.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::{Guest, Job, Output};
 
+/// How long it may take until a run does I/O.
+const START: Duration = Duration::from_secs(60);
+
 /// A verifying run that was started in a guest.
 pub struct Fio<'guest> {
+    guest: &'guest Guest,
+    disk: String,
     job: Job<'guest>,
     seconds: u32,
 }
@@ -48,12 +53,19 @@ impl<'guest> Fio<'guest> {
              cat /run/fio-{disk}.json
              exit $status"
         ));
+        let deadline = Instant::now() + START;
         while requests(guest, disk) < before + 100 {
+            assert!(Instant::now() < deadline, "fio does no I/O: {}", guest.sh("dmesg"));
             if job.has_ended() {
                 panic!("fio ended at once: {:?}", job.wait(Duration::ZERO));
             }
         }
-        Fio { job, seconds }
+        Fio { guest, disk: disk.to_owned(), job, seconds }
+    }
+
+    /// Requests that the guest has completed on the disk since its driver was bound.
+    pub fn requests(&self) -> u64 {
+        requests(self.guest, &self.disk)
     }
 
     /// Whether requests are still coming.
