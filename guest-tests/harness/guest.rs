@@ -32,7 +32,8 @@ pub use self::agent::Output;
 use self::agent::{Agent, Ticket};
 pub use self::options::GuestOptions;
 use self::qmp::Qmp;
-use self::start::start_qemu;
+pub use self::start::Launch;
+use crate::debian::Debian;
 use crate::initramfs;
 
 /// Boots take about 5 s under TCG on an idle machine; a busy one gets plenty of slack.
@@ -89,20 +90,30 @@ pub struct Guest {
 impl Guest {
     /// Waits for its turn, starts QEMU, and comes back when the guest answers.
     pub fn boot(options: GuestOptions) -> Result<Guest> {
+        Self::boot_by(&options.debian, |launch| start::spawn(&options, launch))
+    }
+
+    /// As [`boot`](Self::boot), with the kernel of that Debian and a QEMU that `spawn` starts, or
+    /// has started by the process that it returns.
+    pub fn boot_by(
+        debian: &Debian,
+        spawn: impl FnOnce(&Launch<'_>) -> io::Result<Child>,
+    ) -> Result<Guest> {
         let failed = |what: &str, error: io::Error| GuestError {
             what: format!("{what}: {error}"),
             console_tail: String::new(),
         };
         let target = target_dir();
-        let boot_files = initramfs::boot_files(&options.debian, &target)
+        let boot_files = initramfs::boot_files(debian, &target)
             .map_err(|e| failed("cannot make an initramfs", e))?;
         let turn = take_turn(&target).map_err(|e| failed("cannot lock guest-tests.lock", e))?;
         let directory =
             tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
-        let console = Console { path: directory.path().join("console.log") };
+        let launch = Launch { directory: directory.path(), boot_files: &boot_files };
+        let console = Console { path: launch.console() };
 
         let started = Instant::now();
-        let (child, agent, qmp) = start_qemu(&options, &boot_files, directory.path())
+        let (child, agent, qmp) = start::start(&launch, spawn)
             .map_err(|error| console.error(format!("QEMU did not start: {error}")))?;
         let mut guest = Guest {
             qemu: Mutex::new(child),

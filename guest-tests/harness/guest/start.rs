@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,29 +22,69 @@ const KERNEL_COMMAND_LINE: &str =
 /// finds no tick of its timer in time, and gives up ("IO-APIC + timer doesn't work").
 const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc no_timer_check";
 
-/// Starts QEMU and takes the two connections that it makes to us. We listen and it connects, so
-/// there is no moment at which a socket is not there yet.
-pub(super) fn start_qemu(
-    options: &GuestOptions,
-    boot_files: &initramfs::BootFiles,
-    directory: &Path,
-) -> io::Result<(Child, Agent, Qmp)> {
-    let agent_path = directory.join("agent.sock");
-    let qmp_path = directory.join("qmp.sock");
-    let agent_listener = UnixListener::bind(&agent_path)?;
-    let qmp_listener = UnixListener::bind(&qmp_path)?;
+/// What a QEMU that is started for a guest has to know.
+pub struct Launch<'a> {
+    /// For its files. It connects to [`agent_socket`](Self::agent_socket) with a virtio-serial port
+    /// named `agent`, and to [`qmp_socket`](Self::qmp_socket) with a monitor.
+    pub directory: &'a Path,
+    /// The kernel and the initramfs.
+    pub boot_files: &'a initramfs::BootFiles,
+}
 
+impl Launch<'_> {
+    /// Where the guest's agent is to be connected to.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.directory.join("agent.sock")
+    }
+
+    /// Where a monitor is to be connected to.
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.directory.join("qmp.sock")
+    }
+
+    /// The file for the guest's serial console.
+    pub fn console(&self) -> PathBuf {
+        self.directory.join("console.log")
+    }
+
+    /// The kernel's command line.
+    pub fn command_line(&self) -> String {
+        if kvm_is_usable() {
+            KERNEL_COMMAND_LINE.to_owned()
+        } else {
+            format!("{KERNEL_COMMAND_LINE} {TCG_COMMAND_LINE}")
+        }
+    }
+}
+
+/// Has QEMU started and takes the two connections that it makes to us. We listen and it connects,
+/// so there is no moment at which a socket is not there yet.
+pub(super) fn start(
+    launch: &Launch<'_>,
+    spawn: impl FnOnce(&Launch<'_>) -> io::Result<Child>,
+) -> io::Result<(Child, Agent, Qmp)> {
+    let agent_listener = UnixListener::bind(launch.agent_socket())?;
+    let qmp_listener = UnixListener::bind(launch.qmp_socket())?;
+    // From here on, an error must not leave the process behind.
+    let mut child = KillOnDrop(Some(spawn(launch)?));
+    let agent = accept(&agent_listener, &mut child)?;
+    let qmp = accept(&qmp_listener, &mut child)?;
+    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
+    let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
+    Ok((child, agent, qmp))
+}
+
+/// Starts the QEMU that the options describe.
+pub(super) fn spawn(options: &GuestOptions, launch: &Launch<'_>) -> io::Result<Child> {
     let mut command = options.debian.qemu();
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     command.args(["-machine", &format!("{},memory-backend=mem", options.machine)]);
-    let command_line = if kvm_is_usable() {
+    if kvm_is_usable() {
         command.args(["-accel", "kvm", "-cpu", "host"]);
-        KERNEL_COMMAND_LINE.to_owned()
     } else {
         // The more features an emulated CPU has, the more a kernel sets up: "max" boots 2 s later.
         command.args(["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]);
-        format!("{KERNEL_COMMAND_LINE} {TCG_COMMAND_LINE}")
-    };
+    }
     command.arg("-object");
     command.arg(format!("memory-backend-memfd,id=mem,size={}M,share=on", options.memory_mib));
     let (memory, slots) = (options.memory_mib, options.memory_slots);
@@ -54,18 +94,21 @@ pub(super) fn start_qemu(
     };
     command.args(["-m", &format!("{memory}M{more}"), "-smp", &options.smp.to_string()]);
     if !options.boot_from_disk {
-        command.arg("-kernel").arg(&boot_files.kernel).arg("-initrd").arg(&boot_files.initramfs);
-        command.args(["-append", &command_line]);
+        let files = launch.boot_files;
+        command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initramfs);
+        command.args(["-append", &launch.command_line()]);
     }
-    command.arg("-serial").arg(format!("file:{}", directory.join("console.log").display()));
+    command.arg("-serial").arg(format!("file:{}", launch.console().display()));
     command.args([
         "-device",
         "virtio-serial-pci",
         "-device",
         "virtserialport,chardev=agent,name=agent",
     ]);
-    command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent_path.display()));
-    command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp_path.display()));
+    command
+        .arg("-chardev")
+        .arg(format!("socket,id=agent,path={}", launch.agent_socket().display()));
+    command.arg("-chardev").arg(format!("socket,id=qmp,path={}", launch.qmp_socket().display()));
     command.args(["-mon", "chardev=qmp,mode=control"]);
     for (index, socket) in options.vhost_sockets.iter().enumerate() {
         let reconnect =
@@ -79,15 +122,8 @@ pub(super) fn start_qemu(
         ));
     }
     command.args(&options.extra_args);
-    let log = File::create(directory.join("qemu.log"))?;
-    let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-    // From here on, an error must not leave the process behind.
-    let mut child = KillOnDrop(Some(child));
-    let agent = accept(&agent_listener, &mut child)?;
-    let qmp = accept(&qmp_listener, &mut child)?;
-    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
-    let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
-    Ok((child, agent, qmp))
+    let log = File::create(launch.directory.join("qemu.log"))?;
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 
 struct KillOnDrop(Option<Child>);
