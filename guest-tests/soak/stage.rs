@@ -55,6 +55,8 @@ pub struct Stage<'guest> {
     has_standby: bool,
     /// How long the load had no answer from each kill on, and each phase of an exchange took.
     waits: BTreeMap<String, Vec<Duration>>,
+    /// Exchanges that the disk was too slow for.
+    refusals: u64,
 }
 
 impl<'guest> Stage<'guest> {
@@ -73,6 +75,7 @@ impl<'guest> Stage<'guest> {
             megabytes: MEGABYTES,
             has_standby: false,
             waits: BTreeMap::new(),
+            refusals: 0,
         }
     }
 
@@ -109,7 +112,7 @@ impl<'guest> Stage<'guest> {
             Act::Resize => self.resize(random),
             Act::Kill => self.kill(random),
             Act::Exchange => {
-                let reply = self.upgrade_daemon("server");
+                let Some(reply) = self.exchange() else { return };
                 for (phase, us) in reply["phases_us"].as_object().expect("how long each took") {
                     let us = us.as_u64().expect("a number of microseconds");
                     let phase = format!("exchange, {phase}");
@@ -217,12 +220,30 @@ impl<'guest> Stage<'guest> {
         self.witness.comes_back();
     }
 
+    /// None if it was refused because the disk had not done its requests by then.
+    fn exchange(&mut self) -> Option<Value> {
+        if self.disk == Disk::Ramdisk {
+            return Some(self.upgrade_daemon("server"));
+        }
+        let output = self.daemon.ctl(&["upgrade-daemon", "--only", "server"]);
+        if output.status == 0 {
+            return Some(serde_json::from_str(&output.stdout).expect("JSON"));
+        }
+        let is_slow = output.stderr.contains("not drained after");
+        assert!(is_slow, "{output:?}\n{}", self.daemon.log());
+        self.refusals += 1;
+        None
+    }
+
     fn upgrade_daemon(&self, only: &str) -> Value {
         self.daemon.call(&["upgrade-daemon", "--only", only])
     }
 
     /// How long the load waited in kills and exchanges, and in which of their phases.
     pub fn say_waits(&mut self) {
+        if self.refusals > 0 {
+            println!("soak: {} exchanges refused: the disk was too slow", self.refusals);
+        }
         for (what, times) in &mut self.waits {
             times.sort_unstable();
             if let Some(&most) = times.last() {

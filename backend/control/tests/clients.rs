@@ -15,9 +15,13 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// Longer than a busy machine takes for what happens at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 #[test]
 fn of_a_hundred_connections_32_are_served_and_the_others_told() {
-    let fixture = fixture();
+    // None of them is idle for so long that it gives its place up.
+    let fixture = fixture_with(Limits { idle: PATIENCE, ..Limits::default() });
     let mut clients: Vec<Client> = thread::scope(|scope| {
         let connecting: Vec<_> = (0..100).map(|_| scope.spawn(|| fixture.connect())).collect();
         connecting.into_iter().map(|client| client.join().unwrap()).collect()
@@ -194,22 +198,23 @@ fn other_users_are_refused_even_if_they_get_in() {
 
 #[test]
 fn stopping_ends_idle_and_watching_clients_at_once() {
-    let fixture = fixture();
+    let fixture = fixture_with(Limits { stop_patience: PATIENCE, ..Limits::default() });
     let mut idle = fixture.connect();
     idle.works();
     let mut watching = fixture.connect();
     watching.call("watch", json!({}));
     let started = Instant::now();
     assert_eq!(fixture.server.stop(), 0);
-    assert!(started.elapsed() < Duration::from_millis(700), "{:?}", started.elapsed());
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
     assert!(idle.receive().is_none());
     assert!(watching.receive().is_none());
 }
 
 #[test]
 fn stopping_lets_an_answer_out_but_does_not_wait_for_ever() {
+    // Long beside what the slow one takes, short beside what the stuck one does.
     let fixture =
-        fixture_with(Limits { stop_patience: Duration::from_millis(500), ..Limits::default() });
+        fixture_with(Limits { stop_patience: Duration::from_secs(3), ..Limits::default() });
     let mut client = fixture.connect();
     client.send(
         "{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"upgrade\",\"params\":{\"name\":\"slow\"}}\n",
@@ -221,7 +226,7 @@ fn stopping_lets_an_answer_out_but_does_not_wait_for_ever() {
     eventually("both upgrades", || fixture.mock.upgrades.lock().unwrap().len() == 2);
     let started = Instant::now();
     assert_eq!(fixture.server.stop(), 1, "one operation does not come back");
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
     assert_eq!(client.receive().expect("the answer")["result"]["slow"], true);
     assert!(stuck.receive().is_none());
 }
@@ -236,5 +241,5 @@ fn stopping_does_not_wait_for_a_client_that_does_not_read() {
     thread::sleep(Duration::from_millis(200));
     let started = Instant::now();
     assert_eq!(fixture.server.stop(), 0);
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < PATIENCE / 2, "{:?}", started.elapsed());
 }

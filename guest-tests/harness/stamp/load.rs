@@ -169,6 +169,8 @@ impl Load {
 pub fn run_load(socket: &Path, options: &LoadOptions, duration: Duration) -> LoadReport {
     let load = Load::start(socket, options);
     thread::sleep(duration);
+    // A busy machine may have given it no time yet.
+    load.wait_for(u64::from(load.ios() == 0));
     load.stop()
 }
 

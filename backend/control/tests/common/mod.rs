@@ -58,7 +58,7 @@ impl Operations for Mock {
             }),
             "panics" => panic!("this is asked for by a test"),
             "stuck" => {
-                thread::sleep(Duration::from_secs(3));
+                thread::sleep(Duration::from_secs(30));
                 Ok(json!({}))
             }
             "slow" => {
