@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -187,6 +188,43 @@ fn a_program_of_no_use_changes_nothing() {
     daemon.call(&["upgrade-daemon"]);
     // The program before is kept open.
     assert_leaves(&daemon, most + 1);
+}
+
+/// It has said that it can go on with the state, and has it no more: what ran goes on, as it was.
+#[test]
+fn a_program_that_cannot_go_on_after_all_gives_the_process_back() {
+    let daemon = Daemon::start(&RAMDISK);
+    daemon.call(&["upgrade-daemon", "--only", "supervisor"]);
+    let (most, before) = (descriptors(&daemon), daemon.status());
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 8));
+    let directory = disk_directory();
+    let path = impostor(directory.path(), "forgets");
+    symlink(binary("vhost-hotswap"), directory.path().join("vhost-hotswap")).expect("a link");
+    let mut watch = daemon.rpc();
+    watch.request("watch", json!({})).expect("a watch");
+    for only in [&[][..], &["--only", "supervisor"]] {
+        load.wait_for(200);
+        let path = path.to_str().expect("UTF-8");
+        let sentence = daemon.refuse(&[&["upgrade-daemon", path], only].concat());
+        assert!(sentence.contains("(program_unusable)"), "{sentence}");
+        assert!(sentence.contains("it could not go on after all"), "{sentence}");
+        let now = daemon.status();
+        assert_eq!(now["server"], before["server"], "{sentence}");
+        assert_eq!(pid(&now, "supervisor"), u64::from(daemon.pid()));
+    }
+    let reply = daemon.call(&["upgrade-daemon"]);
+    assert_eq!(reply["what"], json!(["supervisor", "server"]), "{reply}");
+    let events = events_until(&mut watch, "server_exchanged");
+    let exchanges = events.iter().filter(|event| *event == "supervisor_exchanged").count();
+    assert_eq!(exchanges, 1, "those that failed are none: {events:?}");
+    load.wait_for(200);
+    assert!(!daemon.log().contains("the frontend has disconnected"), "{}", daemon.log());
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    drop(watch);
+    assert_leaves(&daemon, most + 1);
+    assert_eq!(daemon.terminate(), 0);
 }
 
 #[test]

@@ -14,12 +14,13 @@ use std::ffi::{CString, OsStr};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use supervisor::process::Program;
 use supervisor::reexec;
 use supervisor::supervisor::{
-    ListenSocket, Options, Signals, Supervision, check_state, resume, run,
+    ListenSocket, Options, Resumed, Signals, Supervision, check_state, run,
 };
 
 /// Supervises servers until told to stop. Returns the exit status.
@@ -111,11 +112,25 @@ pub fn of_another_program() -> Option<u8> {
 }
 
 fn go_on(fd: RawFd) -> Result<i32, String> {
-    let socket = inherited_channel(fd)?;
-    let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
-    // What has come since the program before held them is in `ends` now.
-    signals::unblock();
-    resume(socket, ends, SIGNALS)
+    let way_back = reexec::way_back().map(inherited_channel).transpose()?;
+    let resumed = catch_unwind(|| {
+        let socket = inherited_channel(fd)?;
+        let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
+        Resumed::read(socket, ends, SIGNALS)
+    });
+    match (resumed.unwrap_or_else(|_| Err("it panicked".to_owned())), way_back) {
+        (Ok(resumed), way_back) => {
+            drop(way_back);
+            // What has come since the program before held them is in `ends` now.
+            signals::unblock();
+            resumed.run()
+        }
+        (Err(sentence), None) => Err(sentence),
+        (Err(sentence), Some(way_back)) => {
+            log::error!("the supervisor cannot go on, and the program before is run: {sentence}");
+            Err(format!("the program before cannot be run: {}", reexec::go_back(way_back)))
+        }
+    }
 }
 
 /// For each signal that ends the daemon, what is readable once it has come.

@@ -45,6 +45,18 @@ impl Program {
         Ok(Self { path: own_path()?, file })
     }
 
+    /// One that is open.
+    #[must_use]
+    pub fn of_file(path: PathBuf, file: OwnedFd) -> Self {
+        Self { path, file: file.into() }
+    }
+
+    /// Its file.
+    #[must_use]
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// A command that runs it.
     #[must_use]
     pub fn command(&self) -> Command {

@@ -17,6 +17,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 
 use channel::Channel;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -29,7 +30,7 @@ use crate::descriptor::Descriptor;
 use crate::process::Program;
 use crate::slots::{Missing, Packing, Unpacking};
 
-pub use check::{Check, CheckFailure, answer_check};
+pub use check::{Check, CheckFailure, Willing, answer_check};
 
 /// Of the state. A program goes on only with a state of its own version. Members can come without
 /// another one: a program ignores what it does not know, and has a default for what it misses.
@@ -40,6 +41,8 @@ pub const CHECK_STATE: &str = "--check-state";
 /// The option that has a program go on with a state; a descriptor's number follows, then
 /// a separator and what the first program was called with, for people who look.
 pub const RESUME_STATE: &str = "--resume-state";
+/// Follows that number, before the number of a socket: [`go_back`] has it.
+const WAY_BACK: &str = "--way-back";
 /// Stands before the arguments of the first program.
 const BEFORE_ARGUMENTS: &str = "--";
 
@@ -90,6 +93,8 @@ pub struct Written<'a> {
 /// What goes over the socket: which numbers the descriptors of a packet had.
 #[derive(Debug, Serialize, Deserialize)]
 enum Packet {
+    /// The program that has packed it, before all others; only on the way back.
+    Program(PathBuf),
     /// The state itself.
     State,
     /// [`Slot`](crate::slots::Slot)s.
@@ -115,7 +120,14 @@ impl<'a> Written<'a> {
 
     /// Puts all of it into a socket, from whose end a program can [`read`] it.
     pub(crate) fn send(&self) -> io::Result<OwnedFd> {
+        self.send_with(None)
+    }
+
+    fn send_with(&self, program: Option<&Program>) -> io::Result<OwnedFd> {
         let (ours, theirs) = channel::pair()?;
+        if let Some(program) = program {
+            ours.send(&Packet::Program(program.path.clone()), &[program.file()])?;
+        }
         ours.send(&Packet::State, &[self.memfd.as_fd()])?;
         for part in self.slots.chunks(channel::MAX_DESCRIPTORS) {
             let numbers = part.iter().map(AsRawFd::as_raw_fd).collect();
@@ -129,21 +141,55 @@ impl<'a> Written<'a> {
         Ok(theirs)
     }
 
-    /// Runs a program in place of this one, with the state. Comes back only if that fails; all is
-    /// as before then.
-    pub fn exec(&self, program: &Program) -> io::Error {
-        let socket = match self.send() {
-            Ok(socket) => socket,
-            Err(error) => return error,
-        };
-        // It is closed on the way back, so that its flag needs no care.
-        if let Err(error) = fcntl_setfd(&socket, FdFlags::empty()) {
-            return error.into();
+    /// Puts all of it into a socket with which another program of this process can [`go_back`] to
+    /// `program`.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn way_back(&self, program: &Program) -> io::Result<OwnedFd> {
+        self.send_with(Some(program))
+    }
+
+    /// Runs a program in place of this one, with the state, and with a way back. Comes back only if
+    /// that fails; all is as before then.
+    pub fn exec(&self, program: &Program, way_back: Option<&OwnedFd>) -> io::Error {
+        match self.send() {
+            Ok(socket) => run(program, socket.as_fd(), way_back),
+            Err(error) => error,
         }
-        let mut command = program.command();
-        command.args([RESUME_STATE, &socket.as_raw_fd().to_string(), BEFORE_ARGUMENTS]);
-        command.args(first_arguments(std::env::args_os().skip(1)));
-        command.exec()
+    }
+}
+
+/// Runs a program in place of this one, with the state in a socket. The sockets are closed on the
+/// way back from a failure, so that their flags need no care.
+fn run(program: &Program, socket: BorrowedFd<'_>, way_back: Option<&OwnedFd>) -> io::Error {
+    let mut command = program.command();
+    let mut pass = |option: &str, socket: BorrowedFd<'_>| {
+        command.args([option, &socket.as_raw_fd().to_string()]);
+        fcntl_setfd(socket, FdFlags::empty())
+    };
+    let mut passed = pass(RESUME_STATE, socket);
+    if let Some(way_back) = way_back {
+        passed = passed.and_then(|()| pass(WAY_BACK, way_back.as_fd()));
+    }
+    if let Err(error) = passed {
+        return error.into();
+    }
+    command.arg(BEFORE_ARGUMENTS).args(first_arguments(std::env::args_os().skip(1)));
+    command.exec()
+}
+
+/// Runs the program before in place of this one, which cannot go on. Comes back only if that fails.
+pub fn go_back(way_back: OwnedFd) -> io::Error {
+    let way_back = Channel::from_socket(way_back);
+    let (path, file) = match way_back.receive::<Packet>() {
+        Ok(Some((Packet::Program(path), files))) => (path, files.into_iter().next()),
+        Ok(_) => return io::Error::other("the way back does not begin with a program"),
+        Err(error) => return error,
+    };
+    match file {
+        Some(file) => run(&Program::of_file(path, file), way_back.as_fd(), None),
+        None => io::Error::other("the program before has not come with its path"),
     }
 }
 
@@ -151,7 +197,10 @@ impl<'a> Written<'a> {
 fn first_arguments(own: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let own: Vec<OsString> = own.collect();
     match own.first() {
-        Some(first) if first == OsStr::new(RESUME_STATE) => own.into_iter().skip(3).collect(),
+        Some(first) if first == OsStr::new(RESUME_STATE) => {
+            let rest = own.into_iter().skip_while(|word| word != OsStr::new(BEFORE_ARGUMENTS));
+            rest.skip(1).collect()
+        }
         _ => own,
     }
 }
@@ -162,6 +211,15 @@ pub fn asked(option: &str) -> Option<RawFd> {
     let mut arguments = std::env::args_os().skip(1);
     let is_it = arguments.next()? == OsStr::new(option);
     is_it.then(|| arguments.next()?.to_str()?.parse().ok()).flatten()
+}
+
+/// The number of the socket for [`go_back`], if this process was given one.
+#[must_use]
+pub fn way_back() -> Option<RawFd> {
+    let mut arguments = std::env::args_os().skip(1);
+    (arguments.next()? == OsStr::new(RESUME_STATE)).then_some(())?;
+    (arguments.nth(1)? == OsStr::new(WAY_BACK)).then_some(())?;
+    arguments.next()?.to_str()?.parse().ok()
 }
 
 /// Reads a state of this version out of a file.
@@ -190,6 +248,7 @@ pub fn read<T: DeserializeOwned>(socket: OwnedFd) -> Result<(T, Unpacking), Stat
     while let Some((packet, descriptors)) = socket.receive::<Packet>()? {
         let mut descriptors = descriptors.into_iter();
         match packet {
+            Packet::Program(_) => {}
             Packet::State => state = descriptors.next(),
             Packet::Slots(numbers) => slots.extend(numbers.into_iter().zip(descriptors)),
             Packet::Descriptors(numbers) => {
@@ -271,5 +330,7 @@ mod tests {
         let of = |words: &[&str]| first_arguments(words.iter().map(Into::into));
         assert_eq!(of(&["--fd", "3"]), ["--fd", "3"]);
         assert_eq!(of(&[RESUME_STATE, "7", "--", "--fd", "3"]), ["--fd", "3"]);
+        let with_a_way_back = [RESUME_STATE, "7", WAY_BACK, "8", "--", "--fd", "3"];
+        assert_eq!(of(&with_a_way_back), ["--fd", "3"]);
     }
 }

@@ -22,7 +22,7 @@ use exchange::{Candidate, Exchange};
 use leaving::Dead;
 pub use options::{ListenSocket, Options, Signals, Supervision};
 use reexecution::Reexecution;
-pub use reexecution::{check_state, resume};
+pub use reexecution::{Resumed, check_state};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -30,6 +30,18 @@ struct Verdict {
     /// Why not.
     #[serde(default)]
     refused: Option<String>,
+    /// It gives the process back to the program before, if it cannot go on after all.
+    #[serde(default)]
+    goes_back: bool,
+}
+
+/// A program that can go on with a state, as it says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Willing {
+    /// Its version.
+    pub program: String,
+    /// Whether it can be given a [way back](Written::way_back).
+    pub goes_back: bool,
 }
 
 /// Why a program is not to be executed.
@@ -87,8 +99,8 @@ impl Check {
         self.deadline
     }
 
-    /// The version of the program, or why it is not to be executed; `None`: it is still at it.
-    pub fn result(&mut self) -> Option<Result<String, CheckFailure>> {
+    /// What the program says, or why it is not to be executed; `None`: it is still at it.
+    pub fn result(&mut self) -> Option<Result<Willing, CheckFailure>> {
         let Some(ended) = ended(self.pidfd.as_fd()) else {
             if self.deadline <= Instant::now() {
                 self.is_killed = true;
@@ -114,13 +126,13 @@ impl Check {
 }
 
 /// What it means that a program has ended in this way and said this.
-fn judge(ended: Ended, said: &str) -> Result<String, CheckFailure> {
+fn judge(ended: Ended, said: &str) -> Result<Willing, CheckFailure> {
     // What it logs comes before.
     let verdict = said.lines().last().and_then(|line| serde_json::from_str::<Verdict>(line).ok());
     match verdict {
         Some(Verdict { refused: Some(why), .. }) => Err(CheckFailure::Refused(why)),
         Some(verdict) if ended == Ended::Exited(0) && verdict.check_state == VERSION => {
-            Ok(verdict.program)
+            Ok(Willing { program: verdict.program, goes_back: verdict.goes_back })
         }
         _ => {
             let said: String = said
@@ -152,6 +164,7 @@ pub fn answer_check<T: DeserializeOwned>(
         check_state: VERSION,
         program: env!("CARGO_PKG_VERSION").to_owned(),
         refused: looked.err().map(|error| error.to_string()),
+        goes_back: true,
     };
     let said = serde_json::to_string(&verdict).map_err(io::Error::from);
     match said.and_then(|said| writeln!(io::stdout(), "{said}")) {
@@ -180,8 +193,11 @@ mod tests {
     #[test]
     fn only_a_program_that_says_yes_is_believed() {
         let yes = format!(r#"{{"check_state":{VERSION},"program":"9"}}"#);
-        assert_eq!(judge(Ended::Exited(0), &yes), Ok("9".to_owned()));
-        assert_eq!(judge(Ended::Exited(0), &format!("log\n{yes}")), Ok("9".to_owned()));
+        let willing = |goes_back| Ok(Willing { program: "9".to_owned(), goes_back });
+        assert_eq!(judge(Ended::Exited(0), &yes), willing(false));
+        assert_eq!(judge(Ended::Exited(0), &format!("log\n{yes}")), willing(false));
+        let back = yes.replace('}', r#","goes_back":true}"#);
+        assert_eq!(judge(Ended::Exited(0), &back), willing(true));
         let no = r#"{"check_state":2,"program":"9","refused":"too old"}"#;
         let refused = Err(CheckFailure::Refused("too old".to_owned()));
         assert_eq!(judge(Ended::Exited(1), no), refused);
@@ -197,7 +213,7 @@ mod tests {
         }
     }
 
-    fn result(mut check: Check) -> Result<String, CheckFailure> {
+    fn result(mut check: Check) -> Result<Willing, CheckFailure> {
         loop {
             if let Some(result) = check.result() {
                 return result;

@@ -12,6 +12,7 @@ use channel::Settings;
 use control::{KeptName, Limits, SocketFile};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
@@ -54,6 +55,9 @@ pub(super) struct Order {
     pub(super) prepare_us: u64,
     /// When the state was packed.
     pub(super) packed: SystemTime,
+    /// This program is the one before: the one at this path could not go on.
+    #[serde(default)]
+    pub(super) came_back_from: Option<PathBuf>,
 }
 
 /// A supervisor. What is only lent while it is packed has a type of its own.
@@ -148,14 +152,10 @@ impl Supervisor {
         unpacking: &mut Unpacking,
     ) -> Result<(Self, Order, Vec<String>), StateError> {
         state.find_fault().map_err(StateError::Other)?;
-        let mut come = Vec::new();
-        for (word, slot) in state.options.ends {
-            let end = unpacking.take(slot)?;
-            // What could write to it is gone, so that this does not wait.
-            if rustix::io::read(&end, &mut [0; 1]).is_ok_and(|read| read > 0) {
-                come.push(word);
-            }
-        }
+        let before = state.options.ends.into_iter();
+        let before: Vec<_> = before
+            .map(|(word, slot)| unpacking.take(slot).map(|end| (word, end)))
+            .collect::<Result<_, _>>()?;
         let frontends = match state.options.frontends {
             PackedSocket::Path { listener, name } => {
                 ListenSocket::Path(SocketFile::resume(name, unpacking.take(listener)?))
@@ -168,7 +168,8 @@ impl Supervisor {
             has_spare: state.options.has_spare,
             hang_timeout: state.options.hang_timeout_ms.map(Duration::from_millis),
         };
-        let mut supervisor = Self::new(Options {
+        // On the way out with an error nothing is taken down: another program may have to go on.
+        let mut supervisor = ManuallyDrop::new(Self::new(Options {
             frontends,
             control_path: state.options.control_path,
             program: state.options.program,
@@ -178,7 +179,7 @@ impl Supervisor {
             supervision,
             ends,
             signals,
-        });
+        }));
         let now = Instant::now();
         supervisor.start_at = None;
         supervisor.has_served = true;
@@ -198,7 +199,11 @@ impl Supervisor {
         supervisor.told = state.told;
         let front = state.front.map(|front| Front::unpack(front, Limits::default(), unpacking));
         supervisor.front = front.transpose()?;
-        Ok((supervisor, state.order, come))
+        // What could write to it is gone, so that this does not wait.
+        let has_come =
+            |end: &OwnedFd| rustix::io::read(end, &mut [0; 1]).is_ok_and(|read| read > 0);
+        let come = before.into_iter().filter(|(_, end)| has_come(end)).map(|(word, _)| word);
+        Ok((ManuallyDrop::into_inner(supervisor), state.order, come.collect()))
     }
 }
 
@@ -284,6 +289,7 @@ mod tests {
             start_us: 1,
             prepare_us: 2,
             packed: SystemTime::UNIX_EPOCH,
+            came_back_from: None,
         }
     }
 

@@ -15,6 +15,7 @@ use control::messages::{Part, UpgradeDaemonRequest};
 use control::rpc::RpcError;
 use serde_json::{Map, Value, json};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 /// A program that is to take over this process.
@@ -81,6 +82,7 @@ impl Supervisor {
             start_us: 0,
             prepare_us: 0,
             packed: SystemTime::now(),
+            came_back_from: None,
         };
         let check = {
             let (state, packing) = self.pack(order.clone());
@@ -122,9 +124,12 @@ impl Supervisor {
         let ticket = order.ticket;
         let path = program.path.display().to_string();
         let refusal = match result {
-            Ok(_) => match self.unrest() {
+            Ok(willing) => match self.unrest() {
                 Some(why) => (Code::ExchangeRuns, why.to_owned()),
-                None => (Code::ProgramUnusable, self.reexecute(&program, order)),
+                None => {
+                    let goes_back = willing.goes_back;
+                    (Code::ProgramUnusable, self.reexecute(&program, order, goes_back))
+                }
             },
             Err(CheckFailure::Unusable(why)) => (Code::ProgramUnusable, format!("{path}: {why}")),
             Err(CheckFailure::Silent) => {
@@ -136,8 +141,9 @@ impl Supervisor {
         self.answer(ticket, Err(RpcError::new(refusal.0, refusal.1)));
     }
 
-    /// Runs the program in place of this one. Comes back only if that fails.
-    fn reexecute(&mut self, program: &Program, mut order: Order) -> String {
+    /// Runs the program in place of this one, which is run again if it `goes_back`. Comes back only
+    /// if it cannot be run.
+    fn reexecute(&mut self, program: &Program, mut order: Order, goes_back: bool) -> String {
         if let Some(spare) = self.candidate.take() {
             spare.server.kill();
             self.leaving.push((spare.server, Instant::now() + LEAVE_PATIENCE));
@@ -147,12 +153,18 @@ impl Supervisor {
         // What comes from now on waits until the next program handles signals.
         (self.options.signals.hold)();
         order.packed = SystemTime::now();
-        let error = {
+        let written = |order: Order| {
             let (state, packing) = self.pack(order);
-            match Written::write(&state, packing) {
-                Ok(state) => state.exec(program),
-                Err(error) => error,
-            }
+            Written::write(&state, packing)
+        };
+        let way_back = goes_back.then(|| {
+            let came_back_from = Some(program.path.clone());
+            let state = written(Order { came_back_from, ..order.clone() })?;
+            state.way_back(&Program::own()?)
+        });
+        let error = match way_back.transpose().and_then(|back| Ok((back, written(order)?))) {
+            Ok((way_back, state)) => state.exec(program, way_back.as_ref()),
+            Err(error) => error,
         };
         (self.options.signals.release)();
         self.make_spare();
@@ -161,6 +173,29 @@ impl Supervisor {
 
     /// The first thing that a program does which goes on for another one.
     fn went_on(&mut self, order: Order, come: &[String]) {
+        match &order.came_back_from {
+            Some(path) => self.came_back(order.ticket, path),
+            None => self.succeeded(order),
+        }
+        if let Some(signal) = come.first() {
+            self.end(signal);
+        }
+        self.make_spare();
+    }
+
+    /// This program goes on, because another one could not.
+    fn came_back(&mut self, ticket: Ticket, path: &Path) {
+        let message = format!(
+            "{}: it could not go on after all, and the program before does; the log says why",
+            path.display()
+        );
+        log::warn!("the supervisor is not exchanged: {message}");
+        self.tell_facts();
+        self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
+    }
+
+    /// This program goes on for another one.
+    fn succeeded(&mut self, order: Order) {
         let took = order.packed.elapsed().unwrap_or_default();
         log::info!("the supervisor is another program, after {} us", us(took));
         let phases = json!({
@@ -181,10 +216,6 @@ impl Supervisor {
                 self.begin_exchange(ticket, server);
             }
         }
-        if let Some(signal) = come.first() {
-            self.end(signal);
-        }
-        self.make_spare();
     }
 
     /// What the client is told that wanted both to be exchanged; `answer` is about the server.
@@ -216,22 +247,39 @@ fn merged(mut own: Value, server: Value) -> Value {
     own
 }
 
-/// Goes on with what another program of this process has put into `socket`, until told to stop.
-/// Returns the process's exit status.
-///
-/// # Errors
-/// There is no going on: a sentence that says why.
-pub fn resume(
-    socket: OwnedFd,
-    ends: Vec<(String, OwnedFd)>,
-    signals: Signals,
-) -> Result<i32, String> {
-    let unpacked = reexec::read::<Given>(socket).and_then(|(state, mut unpacking)| {
-        Supervisor::unpack(state, ends, signals, &mut unpacking)
-    });
-    let (mut supervisor, order, come) = unpacked.map_err(|error| error.to_string())?;
-    supervisor.went_on(order, &come);
-    supervisor.run()
+/// What another program of this process was.
+#[derive(Debug)]
+pub struct Resumed {
+    supervisor: Supervisor,
+    order: Order,
+    come: Vec<String>,
+}
+
+impl Resumed {
+    /// What was put into `socket`.
+    ///
+    /// # Errors
+    /// There is no going on: a sentence that says why. Nothing was changed.
+    pub fn read(
+        socket: OwnedFd,
+        ends: Vec<(String, OwnedFd)>,
+        signals: Signals,
+    ) -> Result<Self, String> {
+        let unpacked = reexec::read::<Given>(socket).and_then(|(state, mut unpacking)| {
+            Supervisor::unpack(state, ends, signals, &mut unpacking)
+        });
+        let (supervisor, order, come) = unpacked.map_err(|error| error.to_string())?;
+        Ok(Self { supervisor, order, come })
+    }
+
+    /// Goes on with it, until told to stop. Returns the process's exit status.
+    ///
+    /// # Errors
+    /// As for [`run`](super::run).
+    pub fn run(mut self) -> Result<i32, String> {
+        self.supervisor.went_on(self.order, &self.come);
+        self.supervisor.run()
+    }
 }
 
 /// Says whether this program could go on with the state in descriptor `fd`. Returns the process's
