@@ -56,6 +56,8 @@ impl Keep {
 struct Server {
     child: Child,
     channel: Channel,
+    /// Where its vaults come, if it was told that they can.
+    aside: Option<Channel>,
     keep: Keep,
     directory: TempDir,
 }
@@ -79,11 +81,25 @@ fn first(domain: &str, params: &[(&str, &str)]) -> Start {
 impl Server {
     /// Starts the program, and says the first message.
     fn spawn(start: Start, objects: &BTreeMap<u64, OwnedFd>, prepare_only: bool) -> Server {
+        Server::spawn_heard(start, objects, prepare_only, true)
+    }
+
+    fn spawn_heard(
+        start: Start,
+        objects: &BTreeMap<u64, OwnedFd>,
+        prepare_only: bool,
+        hears_aside: bool,
+    ) -> Server {
         let (channel, theirs) = channel::pair().expect("a channel");
         let child = spawn_with(&theirs);
         drop(theirs);
-        let message =
-            ToServer::Start { version: VERSION, settings: settings(2), start, prepare_only };
+        let message = ToServer::Start {
+            version: VERSION,
+            settings: settings(2),
+            start,
+            prepare_only,
+            hears_aside,
+        };
         let order = match &message {
             ToServer::Start { start: Start::Vault(vault), .. } => vault.objects(),
             _ => Vec::new(),
@@ -91,7 +107,7 @@ impl Server {
         let descriptors: Vec<_> = order.iter().map(|number| objects[number].as_fd()).collect();
         channel.send(&message, &descriptors).expect("the first message");
         let directory = tempfile::tempdir().expect("a directory");
-        Server { child, channel, keep: Keep::default(), directory }
+        Server { child, channel, aside: None, keep: Keep::default(), directory }
     }
 
     fn start(start: Start) -> Server {
@@ -117,7 +133,9 @@ impl Server {
     /// What it has left, with what is still on its way.
     fn into_keep(mut self) -> Keep {
         loop {
-            match self.channel.try_receive() {
+            let received = self.channel.try_receive();
+            self.look_aside();
+            match received {
                 Ok(Received::Message(message, descriptors)) => _ = self.noted(message, descriptors),
                 Ok(Received::Nothing | Received::End) => break,
                 Err(error) => panic!("the channel: {error}"),
@@ -128,11 +146,25 @@ impl Server {
 
     fn noted(&mut self, message: ToSupervisor, descriptors: Vec<OwnedFd>) -> Option<ToSupervisor> {
         match message {
+            ToSupervisor::Aside => {
+                self.aside = descriptors.into_iter().next().map(Channel::from_socket);
+                None
+            }
+            ToSupervisor::Look => None,
             ToSupervisor::Vault { vault, new } => {
+                assert!(self.aside.is_none(), "a vault that wakes");
                 self.keep.take(*vault, new, descriptors);
                 None
             }
             message => Some(message),
+        }
+    }
+
+    fn look_aside(&mut self) {
+        let Some(aside) = &self.aside else { return };
+        while let Received::Message(message, descriptors) = aside.try_receive().expect("a vault") {
+            let ToSupervisor::Vault { vault, new } = message else { panic!("{message:?}") };
+            self.keep.take(*vault, new, descriptors);
         }
     }
 
@@ -141,7 +173,9 @@ impl Server {
     fn wait_for(&mut self, is_it: impl Fn(&ToSupervisor) -> bool) -> ToSupervisor {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.channel.try_receive().expect("a message") {
+            let received = self.channel.try_receive().expect("a message");
+            self.look_aside();
+            match received {
                 Received::Message(message, descriptors) => {
                     if let Some(message) = self.noted(message, descriptors) {
                         if is_it(&message) {
@@ -249,6 +283,21 @@ fn spawn_with(theirs: &OwnedFd) -> Child {
         .stdin(Stdio::null())
         .spawn()
         .expect("the server starts")
+}
+
+/// A supervisor of before, or one whose end of the second channel is gone.
+#[test]
+fn vaults_come_with_all_else_where_nothing_is_heard_aside() {
+    let start = || first("ramdisk", &[("size", "1M")]);
+    for hears_aside in [false, true] {
+        let mut server = Server::spawn_heard(start(), &BTreeMap::new(), false, hears_aside);
+        server.wait_for(|message| matches!(message, ToSupervisor::Ready { .. }));
+        assert_eq!(server.aside.take().is_some(), hears_aside);
+        server.upgrade("ramdisk_v2", json!({}));
+        server.kill();
+        let mut next = server.next();
+        assert_eq!(next.status()["generation"], 2);
+    }
 }
 
 fn image() -> (TempDir, PathBuf) {

@@ -205,6 +205,9 @@ pub enum ToServer {
         /// The device belongs to another server still: verify, load and prepare, and wait for
         /// [`ToServer::Activate`].
         prepare_only: bool,
+        /// [`ToSupervisor::Aside`] is understood.
+        #[serde(default)]
+        hears_aside: bool,
     },
     /// The device is this server's now, as the vault has it. Its descriptors come as those of
     /// [`Start::Vault`] do. Answered with [`ToSupervisor::Ready`] or [`ToSupervisor::Failed`].
@@ -278,6 +281,12 @@ pub enum ToSupervisor {
         /// The objects whose descriptors come with this.
         new: Vec<Kept>,
     },
+    /// There is a second channel, whose end comes with this. It carries [`ToSupervisor::Vault`]
+    /// only, and is not waited at: it is read whenever something comes on the first one, before
+    /// that is understood, and when the server has died. So what is put there wakes nothing.
+    Aside,
+    /// There is something on the second channel.
+    Look,
     /// A session is over, and everything of it has left.
     SessionEnded {
         /// [`Session::number`].

@@ -17,6 +17,8 @@ use std::sync::Mutex;
 pub const MAX_DESCRIPTORS: usize = 253;
 /// Longest packet in bytes.
 pub const MAX_PACKET: usize = 128 << 10;
+/// Most packets are no longer.
+const USUAL_PACKET: usize = 4 << 10;
 /// What the socket's buffer is to hold: several of the longest packets.
 const BUFFER: usize = 8 * MAX_PACKET;
 
@@ -76,7 +78,8 @@ impl Channel {
         descriptors: &[BorrowedFd<'_>],
         flags: SendFlags,
     ) -> io::Result<()> {
-        let packet = serde_json::to_vec(message)?;
+        let mut packet = Vec::with_capacity(USUAL_PACKET);
+        serde_json::to_writer(&mut packet, message)?;
         if packet.len() > MAX_PACKET || descriptors.len() > MAX_DESCRIPTORS {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,

@@ -56,7 +56,10 @@ fn any(input: &mut Input<'_>) -> (ToServer, usize) {
             };
             let start = Start::Vault(vault);
             let prepare_only = input.one_in(2);
-            (ToServer::Start { version: 1, settings, start, prepare_only }, count)
+            (
+                ToServer::Start { version: 1, settings, start, prepare_only, hears_aside: false },
+                count,
+            )
         }
         3 | 4 => {
             let vault = Box::new(vault(input));

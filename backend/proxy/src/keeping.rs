@@ -21,6 +21,10 @@ pub trait Keeper: Send + Sync {
     /// while the guest waits for it. Of two calls at a time the one that asks `kept` later has what
     /// is newer.
     fn keep(&self, kept: &dyn Fn() -> Kept);
+
+    /// What may be there soon, but for what is in storage then. Called while nothing waits for it,
+    /// so that what can be made ready is.
+    fn expect(&self, _soon: &Kept) {}
 }
 
 /// A module, with its bytes.
@@ -111,12 +115,26 @@ impl Modules {
     }
 }
 
+impl Modules {
+    fn served_by(&mut self, next: &LoadedDomain, generation: u64, replaced: Option<&LoadedDomain>) {
+        self.generation = generation;
+        self.fault = None;
+        self.told = next.record();
+        note(&mut self.live, Some(next));
+        if replaced.is_some() {
+            note(&mut self.standby, replaced);
+        }
+    }
+}
+
 /// What is told, and to what.
 pub(crate) struct Keeping {
     storage: Arc<Storage>,
     required: AtomicU64,
     /// Nothing before there is a keeper.
     modules: Mutex<Option<Modules>>,
+    /// As they will be when what is under way works.
+    expected: Mutex<Option<Modules>>,
     keeper: OnceLock<Box<dyn Keeper>>,
 }
 
@@ -126,6 +144,7 @@ impl Keeping {
             storage: Arc::clone(storage),
             required: AtomicU64::new(0),
             modules: Mutex::default(),
+            expected: Mutex::default(),
             keeper: OnceLock::new(),
         })
     }
@@ -149,19 +168,24 @@ impl Keeping {
         let Some(keeper) = self.keeper.get() else { return };
         keeper.keep(&|| {
             let modules = lock(&self.modules).clone();
-            let Modules { generation, live, standby, fault, told } =
-                modules.expect("they are there before the keeper is told");
-            let required = self.required();
-            Kept {
-                generation,
-                live,
-                standby,
-                fault,
-                told,
-                storage: self.storage.contents(),
-                required,
-            }
+            self.kept(modules.expect("they are there before the keeper is told"))
         });
+    }
+
+    fn kept(&self, modules: Modules) -> Kept {
+        let Modules { generation, live, standby, fault, told } = modules;
+        let (storage, required) = (self.storage.contents(), self.required());
+        Kept { generation, live, standby, fault, told, storage, required }
+    }
+
+    /// `next` may serve soon: as in [`serves`](Self::serves), which has less to do then.
+    pub(crate) fn may_serve(&self, next: &LoadedDomain, generation: u64, replaced: &LoadedDomain) {
+        let Some(keeper) = self.keeper.get() else { return };
+        let modules = lock(&self.modules).clone();
+        let Some(mut modules) = modules else { return };
+        modules.served_by(next, generation, Some(replaced));
+        keeper.expect(&self.kept(modules.clone()));
+        *lock(&self.expected) = Some(modules);
     }
 
     fn change(&self, change: impl FnOnce(&mut Modules)) {
@@ -177,14 +201,18 @@ impl Keeping {
         generation: u64,
         replaced: Option<&LoadedDomain>,
     ) {
+        let is_of = |module: &Option<KeptModule>, domain: Option<&LoadedDomain>| {
+            module.as_ref().map(|module| module.number) == domain.map(|domain| domain.id.0)
+        };
+        let expected = lock(&self.expected).take().filter(|expected| {
+            is_of(&expected.live, Some(next)) && is_of(&expected.standby, replaced)
+        });
         self.change(|modules| {
-            modules.generation = generation;
-            modules.fault = None;
-            modules.told = next.record();
-            note(&mut modules.live, Some(next));
-            if replaced.is_some() {
-                note(&mut modules.standby, replaced);
+            // They are held open already.
+            if let Some(expected) = expected {
+                (modules.live, modules.standby) = (expected.live, expected.standby);
             }
+            modules.served_by(next, generation, replaced);
         });
     }
 

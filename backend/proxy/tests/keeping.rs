@@ -5,20 +5,32 @@ mod common;
 
 use common::{Device, PATIENCE};
 use domain_abi::Capabilities;
-use proxy::{Keeper, Kept, Options, State};
+use proxy::{Keeper, Kept, KeptModule, Options, State};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 /// Of all that was told: generation, schema, name, failure, fault, required.
 type Told = (u64, u32, String, Option<String>, bool, u64);
 
-/// Writes down what it is told.
+/// Writes down what it is told, and what it was to expect.
 #[derive(Clone, Default)]
-struct Notes(Arc<Mutex<Vec<Told>>>);
+struct Notes(Arc<Mutex<Vec<Told>>>, Arc<Mutex<Vec<Expected>>>);
+
+/// Generation, instances' numbers of what serves and of the standby, the parameters of what serves.
+type Expected = (u64, Option<u64>, Option<u64>, String);
+
+fn expected(kept: &Kept) -> Expected {
+    let number = |module: &Option<KeptModule>| module.as_ref().map(|module| module.number);
+    (kept.generation, number(&kept.live), number(&kept.standby), format!("{:?}", kept.told))
+}
 
 impl Keeper for Notes {
     fn keep(&self, kept: &dyn Fn() -> Kept) {
         let mut notes = self.0.lock().unwrap();
+        let mut soon = self.1.lock().unwrap();
+        if soon.last() == Some(&expected(&kept())) {
+            soon.push((0, None, None, "it came".to_owned()));
+        }
         let Kept { generation, told, storage, fault, required, .. } = kept();
         let name = told.params.get("label").unwrap_or_default().to_owned();
         notes.push((
@@ -29,6 +41,10 @@ impl Keeper for Notes {
             fault.is_some(),
             required.0,
         ));
+    }
+
+    fn expect(&self, soon: &Kept) {
+        self.1.lock().unwrap().push(expected(soon));
     }
 }
 
@@ -69,6 +85,22 @@ fn what_serves_and_what_it_has_made_of_the_storage_change_in_one_step() {
         assert!(notes.take().iter().all(|told| &*told.2 != "d"));
         device.proxy.require(Capabilities::FLUSH);
         assert_eq!(notes.last().5, Capabilities::FLUSH.0);
+    }
+}
+
+#[test]
+fn what_a_handover_will_tell_is_told_before() {
+    let device = Device::start(1, &["swap=false"]);
+    let notes = kept(&device);
+    device.upgrade("plain", "x", &["fail=activate", "swap=false"]).expect_err("it fails");
+    let came = |notes: &Notes| {
+        let soon = std::mem::take(&mut *notes.1.lock().unwrap());
+        soon.last().is_some_and(|(.., what)| what == "it came")
+    };
+    assert!(!came(&notes), "it never serves");
+    for label in ["b", "c"] {
+        device.upgrade("wide", label, &["swap=false"]).expect("committed");
+        assert!(came(&notes), "{label} was not expected as it came");
     }
 }
 

@@ -135,6 +135,8 @@ pub struct Server {
     pub program: Program,
     /// What is said to it, and by it.
     pub channel: Channel,
+    /// What it puts aside, if it does.
+    pub aside: Option<Channel>,
     /// When it was started.
     pub since: SystemTime,
     /// When it began to serve.
@@ -154,6 +156,8 @@ pub struct PackedServer {
     pid: i32,
     pidfd: Slot,
     channel: Slot,
+    #[serde(default)]
+    aside: Option<Slot>,
     program: Program,
     since: SystemTime,
     ready_ms_ago: Option<u64>,
@@ -186,6 +190,7 @@ impl Server {
             pid,
             program: program.clone(),
             channel,
+            aside: None,
             since: SystemTime::now(),
             ready: None,
             version: None,
@@ -214,6 +219,7 @@ impl Server {
             pid: self.pid.as_raw_nonzero().get(),
             pidfd: packing.put(self.pidfd.as_fd()),
             channel: packing.put(self.channel.as_fd()),
+            aside: self.aside.as_ref().map(|aside| packing.put(aside.as_fd())),
             program: self.program.clone(),
             since: self.since,
             ready_ms_ago: self.ready.map(ago),
@@ -235,6 +241,10 @@ impl Server {
             pid: Pid::from_raw(packed.pid).unwrap_or(Pid::INIT),
             pidfd: unpacking.take(packed.pidfd)?,
             channel: Channel::from_socket(unpacking.take(packed.channel)?),
+            aside: packed
+                .aside
+                .map(|aside| unpacking.take(aside).map(Channel::from_socket))
+                .transpose()?,
             program: packed.program,
             since: packed.since,
             ready: packed.ready_ms_ago.map(at),

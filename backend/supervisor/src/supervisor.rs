@@ -307,7 +307,10 @@ impl Supervisor {
     /// Hears all that a server has said.
     fn hear(&mut self, which: Which) {
         while let Some(server) = self.which(which) {
-            match server.channel.try_receive::<ToSupervisor>() {
+            let heard = server.channel.try_receive::<ToSupervisor>();
+            // What was put aside before that is known first.
+            self.hear_aside(which);
+            match heard {
                 Ok(Received::Message(message, files)) => self.told_by(which, message, files),
                 Ok(Received::Nothing) => break,
                 Ok(Received::End) => {
@@ -320,7 +323,7 @@ impl Supervisor {
                 }
                 Err(error) => {
                     log::error!("the server is not heard any more: {error}");
-                    server.kill();
+                    self.which(which).inspect(|server| server.kill());
                     self.set_silent(which);
                     break;
                 }
@@ -328,14 +331,17 @@ impl Supervisor {
         }
     }
 
-    fn set_silent(&mut self, which: Which) {
-        let server = match which {
+    fn which_mut(&mut self, which: Which) -> Option<&mut Server> {
+        match which {
             Which::Current => self.server.as_mut(),
             Which::Stopped => self.stopped.as_mut(),
             Which::Candidate => self.candidate.as_mut().map(|candidate| &mut candidate.server),
             Which::Leaving(at) => self.leaving.get_mut(at).map(|(server, _)| server),
-        };
-        if let Some(server) = server {
+        }
+    }
+
+    fn set_silent(&mut self, which: Which) {
+        if let Some(server) = self.which_mut(which) {
             server.is_silent = true;
         }
     }

@@ -87,6 +87,7 @@ impl DomainProxy {
         options: Options,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
+        self.keeping.may_serve(next, self.next_generation(), live);
         let exchange = |notes| exchange(self, live, next, notes);
         self.at_the_gate(Some(live), options, phases, &exchange)
     }

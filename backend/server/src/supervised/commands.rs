@@ -54,7 +54,7 @@ impl Commands {
         begun: Begun,
         config: SessionConfig,
     ) -> Result<Self, String> {
-        let Begun { proxy, standby, believed } = begun;
+        let Begun { proxy, standby, believed, hears_aside } = begun;
         let sessions = Arc::new(SessionHandle::default());
         let shutdown =
             Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
@@ -65,7 +65,7 @@ impl Commands {
                 sessions.stop();
             }
         });
-        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed));
+        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed, hears_aside));
         proxy.keep_with(Box::new(AsKeeper(Arc::clone(&vault))), standby.clone());
         let device = {
             let channel = Arc::clone(&channel);

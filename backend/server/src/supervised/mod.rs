@@ -111,6 +111,8 @@ struct Begun {
     proxy: Arc<DomainProxy>,
     standby: Option<KeptModule>,
     believed: Believed,
+    /// The supervisor hears what is put aside.
+    hears_aside: bool,
 }
 
 /// Serves as the supervisor at descriptor `fd` says. Returns what had to be left.
@@ -192,7 +194,7 @@ fn begin(
     first: ToServer,
     descriptors: Vec<OwnedFd>,
 ) -> Result<(Begun, Settings), Unfit> {
-    let ToServer::Start { version, settings, start, prepare_only } = first else {
+    let ToServer::Start { version, settings, start, prepare_only, hears_aside } = first else {
         return Err(not_understood("the first message is not `start`"));
     };
     if version != VERSION {
@@ -210,7 +212,7 @@ fn begin(
             }
             let params = told::params(&params);
             let proxy = DomainProxy::start(loader, &domain, params, queues)?;
-            Begun { proxy, standby: None, believed: Believed::default() }
+            Begun { proxy, standby: None, believed: Believed::default(), hears_aside }
         }
         Start::Vault(vault) => {
             let (saved, mut believed) = saved(&vault, descriptors)?;
@@ -225,7 +227,7 @@ fn begin(
                 believed = now;
             }
             let (proxy, standby) = restoring.activate()?;
-            Begun { proxy, standby, believed }
+            Begun { proxy, standby, believed, hears_aside }
         }
     };
     Ok((begun, settings))

@@ -2,7 +2,10 @@
 //!
 //! A message says all there is, with descriptors for what was not in the one before. It is sent
 //! without waiting, because the guest may wait meanwhile: where there is no room, a thread sends
-//! what there is then as soon as there is.
+//! what there is then as soon as there is. If the supervisor knows of that, it is put aside, into a
+//! channel of its own that nothing waits at: to wake a thread costs the guest's time, and may cost
+//! this thread its CPU. The supervisor is told to look when the guest does not wait any more; until
+//! then it looks only if it has to know.
 //!
 //! Invariant: an object's number is that of no other object of this process: twice the storage's
 //! number, or twice the instance's and one.
@@ -11,7 +14,7 @@ use super::told::{Believed, Told, pairs, params};
 use crate::sync::lock;
 use channel::{Bytes, Channel, Module, Region, Stored, ToSupervisor, Vault};
 use domain_abi::Capabilities;
-use proxy::{DomainProxy, Keeper, Kept, KeptModule, Saved};
+use proxy::{DomainProxy, DomainRecord, Keeper, Kept, KeptModule, Saved};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
-use storage::{Filling, HostRegion, Numbered};
+use storage::{Contents, Filling, HostRegion, Numbered};
 
 /// Most bytes at a key.
 const MOST_BYTES: u64 = 64 << 20;
@@ -32,9 +35,39 @@ const WAITS_FOR_ROOM: &str = "vault";
 /// Tells the supervisor what there is.
 pub(super) struct VaultSender {
     channel: Arc<Channel>,
+    /// Where vaults go, if not into that.
+    aside: Option<Arc<Channel>>,
     proxy: Weak<DomainProxy>,
     sent: Mutex<Sent>,
     believed: Mutex<Believed>,
+    expected: Mutex<Option<Expected>>,
+}
+
+/// A vault that was made before it was wanted. What is in storage is not to be relied on.
+struct Expected {
+    vault: Vault,
+    /// What it was made of.
+    told: Arc<DomainRecord>,
+    believed: Believed,
+}
+
+impl Expected {
+    fn new(kept: &Kept, believed: Believed) -> Self {
+        Self { vault: vault_of(kept, believed), told: Arc::clone(&kept.told), believed }
+    }
+
+    /// Whether it is what would be made of this.
+    fn is_of(&self, kept: &Kept, believed: Believed) -> bool {
+        let number = |module: Option<&KeptModule>| module.map(instance);
+        let image = |module: &Option<Module>| module.as_ref().map(|module| module.image);
+        self.vault.generation == kept.generation
+            && image(&self.vault.live) == number(kept.live.as_ref())
+            && image(&self.vault.standby) == number(kept.standby.as_ref())
+            && self.vault.fault == kept.fault
+            && self.vault.required == kept.required.0
+            && Arc::ptr_eq(&self.told, &kept.told)
+            && self.believed == believed
+    }
 }
 
 /// What the supervisor has.
@@ -46,6 +79,10 @@ struct Sent {
     is_outdated: bool,
     /// A thread waits for room.
     is_awaited: bool,
+    /// It is to be told to look.
+    is_unseen: bool,
+    /// It does not have the other end of the second channel any more.
+    is_aside_gone: bool,
 }
 
 impl VaultSender {
@@ -53,12 +90,20 @@ impl VaultSender {
         channel: &Arc<Channel>,
         proxy: &Arc<DomainProxy>,
         believed: Believed,
+        hears_aside: bool,
     ) -> Self {
+        let aside = || -> io::Result<Arc<Channel>> {
+            let (ours, theirs) = channel::pair()?;
+            channel.send(&ToSupervisor::Aside, &[theirs.as_fd()])?;
+            Ok(Arc::new(ours))
+        };
         Self {
             channel: Arc::clone(channel),
+            aside: hears_aside.then(aside).and_then(Result::ok),
             proxy: Arc::downgrade(proxy),
             sent: Mutex::default(),
             believed: Mutex::new(believed),
+            expected: Mutex::default(),
         }
     }
 
@@ -77,25 +122,54 @@ impl VaultSender {
     }
 
     fn send(&self, sent: &mut Sent, kept: &Kept) {
-        let vault = vault_of(kept, self.believed());
+        let believed = self.believed();
+        let expected = lock(&self.expected).take_if(|expected| expected.is_of(kept, believed));
+        // What was expected comes while the guest waits.
+        let may_wake = expected.is_none();
+        let vault = match expected {
+            Some(Expected { vault, .. }) => with_storage(vault, &kept.storage),
+            None => vault_of(kept, believed),
+        };
+        debug_assert_eq!(vault, vault_of(kept, believed), "it was made of something else");
+        self.send_vault(sent, vault, kept);
+        if may_wake && std::mem::take(&mut sent.is_unseen) {
+            // Where there is no room, there is something to be heard.
+            let _ = self.channel.try_send(&ToSupervisor::Look, &[]);
+        }
+    }
+
+    const fn is_aside_used(&self, sent: &Sent) -> bool {
+        self.aside.is_some() && !sent.is_aside_gone
+    }
+
+    /// The channel for vaults.
+    fn way(&self, sent: &Sent) -> &Arc<Channel> {
+        self.aside.as_ref().filter(|_| !sent.is_aside_gone).unwrap_or(&self.channel)
+    }
+
+    fn send_vault(&self, sent: &mut Sent, vault: Vault, kept: &Kept) {
         if sent.vault.as_ref() == Some(&vault) {
             sent.is_outdated = false;
             return;
         }
         let objects: BTreeSet<u64> = vault.objects().into_iter().collect();
         let new: Vec<u64> = objects.difference(&sent.objects).copied().collect();
-        match self.send_new(&vault, new, kept) {
+        let (result, vault) = self.send_new(self.way(sent), vault, new, kept);
+        let is_gone = |error: &io::Error| {
+            matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+        };
+        match result {
             Ok(true) => {
-                let is_awaited = sent.is_awaited;
-                *sent = Sent { vault: Some(vault), objects, is_outdated: false, is_awaited };
+                (sent.vault, sent.objects, sent.is_outdated) = (Some(vault), objects, false);
+                sent.is_unseen = self.is_aside_used(sent);
             }
             Ok(false) => self.owe(sent),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-                ) =>
-            {
+            Err(error) if is_gone(&error) && self.is_aside_used(sent) => {
+                // The supervisor is a program now that does not know of it.
+                (sent.is_aside_gone, sent.objects) = (true, BTreeSet::new());
+                self.send_vault(sent, vault, kept);
+            }
+            Err(error) if is_gone(&error) => {
                 sent.is_outdated = false;
                 log::debug!("the supervisor is gone, and keeps nothing: {error}");
             }
@@ -107,11 +181,19 @@ impl VaultSender {
     }
 
     /// `false` if there is no room for it.
-    fn send_new(&self, vault: &Vault, new: Vec<u64>, kept: &Kept) -> io::Result<bool> {
-        let mut made = Vec::new();
-        for bytes in kept.storage.bytes.iter().filter(|bytes| new.contains(&stored(bytes))) {
-            made.push((stored(bytes), memfd_of(&bytes.object)?));
-        }
+    fn send_new(
+        &self,
+        way: &Channel,
+        vault: Vault,
+        new: Vec<u64>,
+        kept: &Kept,
+    ) -> (io::Result<bool>, Vault) {
+        let bytes = kept.storage.bytes.iter().filter(|bytes| new.contains(&stored(bytes)));
+        let made = bytes.map(|bytes| Ok((stored(bytes), memfd_of(&bytes.object)?)));
+        let made: Vec<(u64, File)> = match made.collect::<io::Result<_>>() {
+            Ok(made) => made,
+            Err(error) => return (Err(error), vault),
+        };
         let find = |number: u64| -> Option<BorrowedFd<'_>> {
             let storage = &kept.storage;
             let modules = kept.live.iter().chain(&kept.standby);
@@ -125,8 +207,11 @@ impl VaultSender {
         };
         let descriptors: Option<Vec<_>> = new.iter().map(|&number| find(number)).collect();
         let descriptors = descriptors.expect("each object of a vault is in what it was made of");
-        let message = ToSupervisor::Vault { vault: Box::new(vault.clone()), new };
-        self.channel.try_send(&message, &descriptors)
+        // It is large: it is put into the message, and taken out again.
+        let message = ToSupervisor::Vault { vault: Box::new(vault), new };
+        let sent = way.try_send(&message, &descriptors);
+        let ToSupervisor::Vault { vault, .. } = message else { unreachable!("it is a vault") };
+        (sent, *vault)
     }
 
     /// Has a thread send what there is when there is room.
@@ -136,9 +221,12 @@ impl VaultSender {
             return;
         }
         log::warn!("the supervisor does not read; it is told what there is when it does");
-        let (channel, proxy) = (Arc::clone(&self.channel), self.proxy.clone());
+        if self.is_aside_used(sent) {
+            let _ = self.channel.try_send(&ToSupervisor::Look, &[]);
+        }
+        let (way, proxy) = (Arc::clone(self.way(sent)), self.proxy.clone());
         let wait = move || {
-            let _ = poll(&mut [PollFd::new(&*channel, PollFlags::OUT)], None);
+            let _ = poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
             if let Some(proxy) = proxy.upgrade() {
                 proxy.keep_again();
             }
@@ -152,8 +240,15 @@ impl VaultSender {
 
     /// Waits until the supervisor has what there is, or is gone.
     pub(super) fn settle(&self) {
-        while lock(&self.sent).is_outdated {
-            let ready = poll(&mut [PollFd::new(&*self.channel, PollFlags::OUT)], None);
+        loop {
+            let way = {
+                let sent = lock(&self.sent);
+                if !sent.is_outdated {
+                    return;
+                }
+                Arc::clone(self.way(&sent))
+            };
+            let ready = poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
             let Some(proxy) = self.proxy.upgrade().filter(|_| ready.is_ok()) else { return };
             proxy.keep_again();
         }
@@ -172,6 +267,10 @@ impl Keeper for AsKeeper {
         // Under the lock: what is newer is sent later.
         let kept = kept();
         self.0.send(&mut sent, &kept);
+    }
+
+    fn expect(&self, soon: &Kept) {
+        *lock(&self.0.expected) = Some(Expected::new(soon, self.0.believed()));
     }
 }
 
@@ -198,7 +297,21 @@ fn vault_of(kept: &Kept, believed: Believed) -> Vault {
         params: pairs(&module.params),
         image: instance(module),
     };
-    let storage = &kept.storage;
+    let told = Told::new(&kept.told, believed);
+    let vault = Vault {
+        generation: kept.generation,
+        live: kept.live.as_ref().map(module),
+        standby: kept.standby.as_ref().map(module),
+        fault: kept.fault.clone(),
+        required: kept.required.0,
+        told: serde_json::to_value(told).expect("it has nothing that JSON cannot say"),
+        ..Vault::default()
+    };
+    with_storage(vault, &kept.storage)
+}
+
+/// A vault with this storage.
+fn with_storage(vault: Vault, storage: &Contents) -> Vault {
     let region = |object: &Numbered<HostRegion>| Region {
         key: object.key.clone(),
         len: object.object.len() as u64,
@@ -207,20 +320,14 @@ fn vault_of(kept: &Kept, believed: Believed) -> Vault {
     let bytes =
         |object: &Numbered<Vec<u8>>| Bytes { key: object.key.clone(), memfd: stored(object) };
     let file = |object: &Numbered<File>| Stored { key: object.key.clone(), file: stored(object) };
-    let told = Told::new(&kept.told, believed);
     Vault {
-        generation: kept.generation,
-        live: kept.live.as_ref().map(module),
-        standby: kept.standby.as_ref().map(module),
-        fault: kept.fault.clone(),
         schema: storage.schema,
         regions: storage.regions.iter().map(region).collect(),
         bytes: storage.bytes.iter().map(bytes).collect(),
         files: storage.files.iter().map(file).collect(),
         failure: storage.failure.clone(),
         counters: storage.counters.clone(),
-        required: kept.required.0,
-        told: serde_json::to_value(told).expect("it has nothing that JSON cannot say"),
+        ..vault
     }
 }
 

@@ -9,8 +9,9 @@ use crate::process::{Ended, Server};
 use crate::region::Region;
 use crate::relay::Relay;
 use crate::session::Session;
-use channel::{Start, ToServer, ToSupervisor, VERSION};
+use channel::{Channel, Received, Start, ToServer, ToSupervisor, VERSION};
 use serde_json::json;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Instant, SystemTime};
 
@@ -35,7 +36,9 @@ impl Supervisor {
             }
         };
         let settings = self.options.settings.clone();
-        (ToServer::Start { version: VERSION, settings, start, prepare_only }, descriptors)
+        let message =
+            ToServer::Start { version: VERSION, settings, start, prepare_only, hears_aside: true };
+        (message, descriptors)
     }
 
     pub(super) fn start_server(&mut self) {
@@ -100,6 +103,14 @@ impl Supervisor {
                     self.give_session();
                 }
             }
+            ToSupervisor::Aside => {
+                let server = self.which_mut(which);
+                if let (Some(server), Some(end)) = (server, files.into_iter().next()) {
+                    server.aside = Some(Channel::from_socket(end));
+                }
+            }
+            // It was looked at before.
+            ToSupervisor::Look => {}
             ToSupervisor::SessionEnded { number, error } => {
                 if which == Which::Current {
                     self.session_has_ended(number, error);
@@ -133,6 +144,26 @@ impl Supervisor {
                 }
             }
             ToSupervisor::ShutdownWanted => self.end("shutdown"),
+        }
+    }
+
+    /// Hears what a server has put aside.
+    pub(super) fn hear_aside(&mut self, which: Which) {
+        while let Some(aside) = self.which(which).and_then(|server| server.aside.as_ref()) {
+            match aside.try_receive::<ToSupervisor>() {
+                Ok(Received::Message(message @ ToSupervisor::Vault { .. }, files)) => {
+                    self.told_by(which, message, files);
+                }
+                Ok(Received::Message(..)) => log::warn!("the server puts aside what is no vault"),
+                Ok(Received::Nothing | Received::End) => break,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    log::warn!("the server puts aside what is not understood: {error}");
+                }
+                Err(error) => {
+                    log::error!("what the server puts aside is not heard: {error}");
+                    break;
+                }
+            }
         }
     }
 
