@@ -1,6 +1,7 @@
 //! NBD servers, as people run them: nbdkit, qemu-nbd, nbd-server, each behind a Unix socket in a
 //! folder of its own.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -64,8 +65,14 @@ impl NbdServer {
             .unwrap_or_else(|e| panic!("{}: {e}; `scripts/setup` installs it", self.command[0]));
         self.child = Some(child);
         let deadline = Instant::now() + Duration::from_secs(30);
-        while !self.socket().exists() {
+        // The socket is there before it is listened on.
+        while UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < deadline, "{:?} does not listen", self.command);
+            let child = self.child.as_mut().expect("just started");
+            if child.try_wait().expect("just started").is_some() {
+                // It was killed at once, as some tests have it.
+                return;
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -78,9 +85,13 @@ impl NbdServer {
         }
     }
 
-    /// Waits until it has ended by itself.
-    pub fn wait(&mut self) {
-        self.child.take().expect("it runs").wait().expect("it was started");
+    /// Starts it again if it has ended by itself.
+    pub fn start_if_ended(&mut self) {
+        let child = self.child.as_mut().expect("it was started");
+        if child.try_wait().expect("it was started").is_some() {
+            self.child = None;
+            self.start();
+        }
     }
 
     /// Ends it with SIGTERM, and waits for that.

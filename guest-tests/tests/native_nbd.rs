@@ -55,6 +55,7 @@ fn upgrades_and_exchanges_take_the_connections_along() {
     load.wait_for(1000);
     let report = load.stop();
     report.assert_clean();
+    // The counts of the last server's process begin anew; what is loaded does not pile up.
     let status = daemon.status();
     assert_eq!(counter(&status, "nbd_connections_lost"), 0, "{status}\n{}", daemon.log());
     assert_intact(daemon.socket(), &report.ledgers);

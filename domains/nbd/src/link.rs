@@ -266,7 +266,7 @@ impl Link {
                 if job.done < job.total(&request) {
                     Mail::Again(Item { request, job })
                 } else {
-                    Mail::Done(PortEnd { request, job, result: Ok(()) })
+                    Mail::Done(pool.concluded(PortEnd { request, job, result: Ok(()) }))
                 }
             }
             // It has done nothing of it.
@@ -277,13 +277,13 @@ impl Link {
             }
             error => {
                 let result = Err(io::Error::from_raw_os_error(error.min(4095) as i32));
-                Mail::Done(PortEnd { request, job, result })
+                Mail::Done(pool.concluded(PortEnd { request, job, result }))
             }
         };
         if sent.queue == lists.queue {
             match mail {
                 Mail::Again(item) => lists.waiting.push_front(item),
-                Mail::Done(end) => lists.done.push_back(pool.concluded(end)),
+                Mail::Done(end) => lists.done.push_back(end),
             }
         } else {
             pool.post(sent.queue, [mail]);
