@@ -30,6 +30,7 @@
 //! in storage as well: it is the disk's, whichever instance serves it, and ends with the process.
 
 use crate::announced::Announced;
+use crate::format;
 use crate::open::{
     LARGEST_ALIGNMENT, PATH, alignment, check_kind, check_size, check_writable, identity, lock,
     open, open_to_sync, stand_behind, take_up,
@@ -59,6 +60,8 @@ pub(crate) struct Wanted {
     pub(crate) locks: bool,
     /// The logical block size to announce, if the operator has said so.
     pub(crate) block_size: Option<u32>,
+    /// The operator says that it is a raw disk, whatever it begins with.
+    pub(crate) is_raw: bool,
 }
 
 /// An image that is open.
@@ -92,7 +95,15 @@ impl Image {
     pub(crate) fn prepare(host: Host, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
         let mode = wanted.mode;
         let file = match host.storage().file(DESCRIPTOR) {
-            None => open(path, mode)?,
+            None => {
+                let file = open(path, mode)?;
+                if !wanted.is_raw {
+                    // Through the page cache: direct I/O wants aligned memory.
+                    let cached = file_io::reopen(&file, OpenMode { write: false, direct: false });
+                    format::check(host, cached.as_ref().unwrap_or(&file), path, mode.write)?;
+                }
+                file
+            }
             Some(served) => take_up(host, served, path, mode)?,
         };
         check_writable(&file, path, mode)?;

@@ -20,6 +20,7 @@
 mod announced;
 mod backend;
 mod disk;
+mod format;
 mod image;
 mod open;
 mod rings;
@@ -50,7 +51,7 @@ impl BlockDomain for FileDisk {
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
     const PARAMS: &'static [&'static str] =
-        &["path", "direct", "readonly", "locking", "block_size", "serial", "aio"];
+        &["path", "format", "direct", "readonly", "locking", "block_size", "serial", "aio"];
     const INHERITED: &'static [&'static str] = Self::PARAMS;
 
     type Queue = Queue<Disk>;
@@ -76,8 +77,17 @@ impl BlockDomain for FileDisk {
                 )));
             }
         };
+        let is_raw = match params.get("format") {
+            None => false,
+            Some("raw") => true,
+            Some(other) => {
+                return Err(DomainError::new(format!(
+                    "parameter `format` is `{other}`; it must be raw: other formats are served by `qemu-nbd`, with --domain nbd"
+                )));
+            }
+        };
         let serial = params.serial()?;
-        let image = Image::prepare(host, path, Wanted { mode, locks, block_size })?;
+        let image = Image::prepare(host, path, Wanted { mode, locks, block_size, is_raw })?;
         let own_sync = image.sync_file(host).map_err(|error| {
             DomainError::new(format!("no descriptor to sync `{path}` through: {error}"))
         })?;

@@ -8,7 +8,7 @@ use domain_api::{Level, Params};
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_file::FileDisk;
 use domain_io::file_io::{OpenMode, open_mode};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 fn refusal(path: &Path, more: &[&str]) -> String {
@@ -208,4 +208,58 @@ fn a_successor_locks_what_its_predecessor_did_not() {
     next.activate().unwrap();
     assert!(Bench::prepare::<FileDisk>(&TestStorage::new(), &locking).is_err());
     assert!(reads_ones(&next) && reads_ones(&old));
+}
+
+/// The first bytes of images of other formats.
+fn heads() -> Vec<(&'static str, Vec<u8>)> {
+    let vdi = [&[b'<'; 64][..], b"\x7f\x10\xda\xbe"].concat();
+    vec![
+        ("qcow2", b"QFI\xfb\0\0\0\x03".to_vec()),
+        ("qcow2", b"QFI\xfb\0\0\0\x02".to_vec()),
+        ("qcow", b"QFI\xfb\0\0\0\x01".to_vec()),
+        ("vmdk", b"KDMV\x01\0\0\0".to_vec()),
+        ("vhdx", b"vhdxfile".to_vec()),
+        ("qed", b"QED\0".to_vec()),
+        ("vdi", vdi),
+    ]
+}
+
+#[test]
+fn an_image_of_another_format_is_refused_with_what_serves_it() {
+    for (format, head) in heads() {
+        let image = image_in(&real_dir(), 1 << 20);
+        image.as_file().write_all_at(&head, 0).unwrap();
+        for more in [&[][..], &["direct=true"], &["readonly=true"]] {
+            let said = refusal(image.path(), more);
+            assert!(said.contains(&format!("is a {format} image")), "{said}");
+            assert!(said.contains("qemu-nbd") && said.contains("format=raw"), "{said}");
+        }
+        Bench::prepare::<FileDisk>(&TestStorage::new(), &params(image.path(), &["format=raw"]))
+            .unwrap();
+        let said = refusal(image.path(), &["format=qcow2"]);
+        assert!(said.contains("must be raw"), "{said}");
+    }
+}
+
+#[test]
+fn a_guest_that_writes_such_a_header_keeps_its_disk() {
+    for (format, head) in heads() {
+        let image = image_in(&real_dir(), 1 << 20);
+        let serve = || {
+            Bench::activated::<FileDisk>(&TestStorage::new(), &params(image.path(), &[])).unwrap()
+        };
+        let bench = serve();
+        let mut lane = bench.lane(0).unwrap();
+        let mut data = head.clone();
+        data.resize(4096, 0);
+        lane.one(Job::write(0, data.clone())).unwrap().ok().unwrap();
+        drop(lane);
+        bench.retire().unwrap();
+        // Another start.
+        let bench = serve();
+        let mut lane = bench.lane(0).unwrap();
+        assert_eq!(lane.one(Job::read(0, 4096)).unwrap().ok().unwrap(), data, "{format}");
+        drop(lane);
+        bench.retire().unwrap();
+    }
 }
