@@ -13,6 +13,7 @@ use crate::drive::{Load, Mix, Wait};
 use crate::options::Against;
 use crate::server::Recipe;
 use guest_tests::loopback::LoopDevice;
+use guest_tests::nbd::NbdServer;
 
 /// Size of all disks but the direct one.
 const DISK_BYTES: u64 = 256 << 20;
@@ -38,16 +39,19 @@ pub(super) enum Backing {
     /// A device with sectors of 4096 bytes, past the page cache, and requests of 512 bytes. A loop
     /// device on tmpfs, which takes root.
     Sectors,
+    /// `nbdkit memory` behind a Unix socket.
+    Nbd,
 }
 
 impl Backing {
-    const ALL: [Backing; 6] = [
+    const ALL: [Backing; 7] = [
         Backing::Null,
         Backing::Memory,
         Backing::Tmpfs,
         Backing::Cached,
         Backing::Direct,
         Backing::Sectors,
+        Backing::Nbd,
     ];
 
     /// How long requests are.
@@ -63,6 +67,7 @@ impl Backing {
             Backing::Cached => "cached",
             Backing::Direct => "direct",
             Backing::Sectors => "sectors",
+            Backing::Nbd => "nbd",
         }
     }
 }
@@ -90,12 +95,19 @@ pub(super) struct Images {
     disk: Option<(TempDir, PathBuf)>,
     direct: Option<(TempDir, PathBuf)>,
     sectors: Option<LoopDevice>,
+    nbd: Option<NbdServer>,
 }
 
 impl Images {
     /// `disk_dir` is on a real disk.
     pub(super) fn new(disk_dir: PathBuf) -> Images {
-        Images { disk_dir, memory: None, disk: None, direct: None, sectors: None }
+        Images { disk_dir, memory: None, disk: None, direct: None, sectors: None, nbd: None }
+    }
+
+    /// The socket of an NBD server.
+    fn socket(&mut self) -> PathBuf {
+        let bytes = DISK_BYTES.to_string();
+        self.nbd.get_or_insert_with(|| NbdServer::nbdkit(&["memory", &bytes])).socket()
     }
 
     pub(super) fn path(&mut self, backing: Backing) -> io::Result<&Path> {
@@ -111,7 +123,7 @@ impl Images {
             Backing::Tmpfs => (&mut self.memory, Path::new("/dev/shm"), DISK_BYTES),
             Backing::Cached => (&mut self.disk, self.disk_dir.as_path(), DISK_BYTES),
             Backing::Direct => (&mut self.direct, self.disk_dir.as_path(), DIRECT_BYTES),
-            Backing::Null | Backing::Memory | Backing::Sectors => {
+            Backing::Null | Backing::Memory | Backing::Sectors | Backing::Nbd => {
                 return Err(io::ErrorKind::Unsupported.into());
             }
         };
@@ -183,6 +195,8 @@ pub(super) fn list(selection: &Selection<'_>) -> Vec<(Backing, String, Load)> {
                             None if selection.quick => is_quick(backing, load),
                             // It takes a right that the others do not.
                             None if backing == Backing::Sectors => false,
+                            // It takes a server that the others do not.
+                            None if backing == Backing::Nbd => false,
                             // Depths in between say little where a system call dominates.
                             None => matches!(backing, Backing::Null) || matches!(depth, 1 | 32),
                         };
@@ -225,7 +239,7 @@ fn is_quick(backing: Backing, load: Load) -> bool {
         Backing::Memory => false,
         Backing::Tmpfs | Backing::Cached => load.wait == Wait::Sleeping && load.mix != Mix::Mixed,
         Backing::Direct => load.wait == Wait::Sleeping && load.mix == Mix::Read,
-        Backing::Sectors => false,
+        Backing::Sectors | Backing::Nbd => false,
     }
 }
 
@@ -250,6 +264,16 @@ pub(super) fn contenders(
             (
                 ours(&args),
                 vec![peer(label, &null, false), peer(&format!("{label}, iothread"), &null, true)],
+            )
+        }
+        Backing::Nbd => {
+            let path = images.socket().display().to_string();
+            let uri = format!("uri=nbd+unix:///?socket={path}");
+            let args = ["--domain", "nbd", "--param", &uri, "--queue-size", "512"];
+            let disk = format!("driver=nbd,server.type=unix,server.path={path}");
+            (
+                ours(&args.map(str::to_owned)),
+                vec![peer("nbd", &disk, false), peer("nbd, iothread", &disk, true)],
             )
         }
         Backing::Tmpfs | Backing::Cached | Backing::Direct | Backing::Sectors => {

@@ -17,7 +17,7 @@ usage: scripts/bench data [--quick] [--cells GLOB] [--pairs N] [--seconds S] [--
   cost       instructions per request that the proxy adds to a domain called directly; counted, so that nothing disturbs it
 
   --quick          what matters, in minutes
-  --cells GLOB     only these, e.g. 'null/d1/*', '*/4k/read', 'sectors/*', queues, idle, ceiling; of upgrade: 'swap/empty/d1', handover, restart
+  --cells GLOB     only these, e.g. 'null/d1/*', '*/4k/read', 'sectors/*', 'nbd/*', queues, idle, ceiling; of upgrade: 'swap/empty/d1', handover, restart
   --pairs N        how many times both sides are measured (5)
   --seconds S      length of each run (data 2, upgrade 3)
   --idle-seconds S how long an idle daemon is watched (10)
