@@ -1,5 +1,5 @@
-//! Fuzzing of what other processes say: a frontend, a server, a supervisor, and what a process has
-//! left in an in-flight region.
+//! Fuzzing of what other processes say: a frontend, a server, a supervisor, an NBD server, and what
+//! a process has left in an in-flight region.
 //!
 //! Each target is a module with one function, `one_input`, that takes any bytes at all as a script
 //! ([`input`]), carries it out, and panics where an invariant does not hold. cargo-fuzz calls it
@@ -11,6 +11,7 @@ pub mod channel_supervisor;
 pub mod frontend_side;
 pub mod inflight_recovery;
 pub mod input;
+pub mod nbd_server;
 pub mod packets;
 pub mod pool;
 pub mod random;
@@ -42,10 +43,11 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target { name: "frontend_side", one_input: frontend_side::one_input },
     Target { name: "server_side", one_input: server_side::one_input },
     Target { name: "channel_server", one_input: channel_server::one_input },
     Target { name: "channel_supervisor", one_input: channel_supervisor::one_input },
     Target { name: "inflight_recovery", one_input: inflight_recovery::one_input },
+    Target { name: "nbd_server", one_input: nbd_server::one_input },
 ];

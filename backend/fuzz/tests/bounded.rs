@@ -50,3 +50,8 @@ fn whatever_a_server_sends() {
 fn whatever_a_region_holds() {
     bounded("inflight_recovery");
 }
+
+#[test]
+fn whatever_an_nbd_server_says() {
+    bounded("nbd_server");
+}
