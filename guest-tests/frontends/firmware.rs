@@ -75,13 +75,16 @@ fn make_bootable(debian: &Debian, image: &Path) {
     fs::create_dir_all(&grub).expect("GRUB's directory");
     let menu = format!(
         "set timeout=0\nset timeout_style=hidden\nmenuentry linux {{\n  linux /vmlinuz {}\n  \
-         initrd /initramfs\n}}\n",
+         initrd /initramfs.gz\n}}\n",
         launch.command_line()
     );
     fs::write(grub.join("grub.cfg"), menu).expect("GRUB's menu");
     let at = |name: &str| tree.path().join("tree").join(name);
     fs::copy(&files.kernel, at("vmlinuz")).expect("the kernel's copy");
+    // Smaller, because a BIOS reads 32 KiB at a time, and waits for each.
     fs::copy(&files.initramfs, at("initramfs")).expect("the initramfs's copy");
+    let packed = Command::new("gzip").args(["-1", "--suffix=.gz"]).arg(at("initramfs")).status();
+    assert!(packed.is_ok_and(|status| status.success()), "gzip does not pack the initramfs");
     let inside = Path::new("/tmp").join(tree.path().file_name().expect("a name"));
     let output = Command::new("chroot")
         .arg(debian.path(""))

@@ -156,6 +156,8 @@ impl Host<'_> {
             }
             thread::sleep(Duration::from_millis(100));
         }
+        // Of a case that did not hold, before; there is none as a rule.
+        let _ = self.try_virsh(&["undefine", "tried"])?;
         let xml = self.file("guest.xml", &self.guest(launch, socket)?);
         for command in [["define", xml.as_str()], ["start", "tried"]] {
             let (done, said) = self.try_virsh(&command)?;
