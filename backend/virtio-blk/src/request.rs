@@ -259,20 +259,34 @@ fn flush(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
 
 /// A discard or a write zeroes: its range is the data, `{ sector: le64, num_sectors: le32, flags:
 /// le32 }` (5.2.6). `sector` in the header means nothing.
+///
+/// What virtio 1.3 says of one that is malformed, in the order in which it is looked at. Where it
+/// says nothing, the answer is QEMU's own device's.
+///
+/// | what is wrong | status | |
+/// |---|---|---|
+/// | the feature was not negotiated | UNSUPP | 5.2.6: not supported by the device |
+/// | a buffer to be filled; no range, or part of one | IOERR | 5.2.6.1, an error of the driver |
+/// | more ranges than `max_..._seg`, which is one | UNSUPP | 5.2.6.1 forbids it; as QEMU answers |
+/// | an unknown flag; in a discard, the unmap flag | UNSUPP | 5.2.6.2 |
+/// | the device is read-only | IOERR | 5.2.6.2 |
+/// | more sectors than `max_..._sectors` | IOERR | 5.2.6.1 forbids it; as QEMU answers |
+/// | sectors behind the capacity | IOERR | 5.2.6.1 forbids it; as QEMU answers |
 #[cold]
 fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Verdict {
     let (feature, max_sectors, known_flags) = match op {
-        // 5.2.6.2: the unmap flag is an error in a discard.
         op::DISCARD => (DISCARD, MAX_DISCARD_SECTORS, 0),
         _ => (WRITE_ZEROES, MAX_WRITE_ZEROES_SECTORS, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
     };
     if limits.features & feature == 0 {
         return Verdict::UNSUPPORTED;
     }
-    // 5.2.6.2: no write succeeds on a read-only device. 5.2.6.1: no more than max_..._seg ranges,
-    // which is one; to bring more is the driver's error, not a command that this device lacks.
-    if limits.read_only || layout.writable != 0 || layout.readable != RANGE_SIZE {
+    let is_whole = layout.readable != 0 && layout.readable.is_multiple_of(RANGE_SIZE);
+    if layout.writable != 0 || !is_whole {
         return Verdict::IO_ERROR;
+    }
+    if layout.readable > RANGE_SIZE {
+        return Verdict::UNSUPPORTED;
     }
     let mut data = Gather::default();
     data.take_segments(segments);
@@ -284,7 +298,7 @@ fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegmen
     if wire_flags & !known_flags != 0 {
         return Verdict::UNSUPPORTED;
     }
-    if sectors > max_sectors {
+    if limits.read_only || sectors > max_sectors {
         return Verdict::IO_ERROR;
     }
     let len = u64::from(sectors) * SECTOR_SIZE;

@@ -119,11 +119,15 @@ impl Guest {
 
     /// The range of a discard or a write zeroes, at `RANGE`.
     pub fn range(&self, sector: u64, sectors: u32, flags: u32) -> &Self {
+        self.range_at(RANGE, sector, sectors, flags)
+    }
+
+    pub fn range_at(&self, at: u64, sector: u64, sectors: u32, flags: u32) -> &Self {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&sector.to_le_bytes());
         bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
         bytes[12..].copy_from_slice(&flags.to_le_bytes());
-        self.memory.write_slice(&bytes, GuestAddress(RANGE)).unwrap();
+        self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
         self
     }
 
