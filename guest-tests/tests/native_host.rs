@@ -199,6 +199,65 @@ fn whoever_is_outside_of_the_daemons_pid_namespace_can_command_it() {
     daemon.call(&["shutdown"]);
 }
 
+/// `vm.memfd_noexec` is of a PID namespace. With 2 the kernel gives no memfd that could be executed.
+#[test]
+fn a_system_without_executable_memfds_has_every_change() {
+    let knob = "/proc/sys/vm/memfd_noexec";
+    let set = format!("echo 2 > {knob} && test \"$(cat {knob})\" = 2");
+    let namespaces = ["--user", "--map-root-user", "--pid", "--fork", "--kill-child"];
+    if !permitted("unshare", &[&namespaces[..], &["--mount-proc", "sh", "-c", &set]].concat()) {
+        return;
+    }
+    let mut command = Command::new("unshare");
+    command.args(namespaces).args(["--mount-proc", "sh", "-c"]);
+    command.arg(format!("{set} && exec \"$0\" \"$@\"")).arg(binary("vhost-hotswap"));
+    let daemon = Daemon::start_command(command, &["--domain", "ramdisk", "--param", "size=16M"]);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(1, 8));
+    load.wait_for(100);
+    assert_eq!(daemon.call(&["upgrade", "ramdisk_v2"])["generation"], 2);
+    load.wait_for(100);
+    daemon.call(&["upgrade-daemon"]);
+    load.wait_for(100);
+    load.stop().assert_clean();
+    daemon.call(&["shutdown"]);
+}
+
+/// Linux 6.3 to 6.5, where that is 2, refuses a memfd that does not say so itself.
+#[test]
+fn no_memory_file_of_the_daemon_can_be_executed() {
+    /// `F_SEAL_EXEC`, since Linux 6.3.
+    const EXEC: u32 = 0x20;
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--param", "size=16M"]);
+    daemon.call(&["upgrade", "ramdisk_v2"]);
+    let _client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+    let mut seen = Vec::new();
+    for pid in [daemon.pid(), daemon.server_pid()] {
+        for fd in fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").flatten() {
+            let target = fs::read_link(fd.path()).unwrap_or_default();
+            let name = target.to_string_lossy().into_owned();
+            let is_ours = name.contains("memfd:hotswap-");
+            let Some(file) = File::open(fd.path()).ok().filter(|_| is_ours) else { continue };
+            let seals = rustix::fs::fcntl_get_seals(&file).expect("it can be sealed");
+            seen.push((name, seals.bits() & EXEC != 0));
+        }
+    }
+    if Command::new("uname").arg("-r").output().is_ok_and(|out| is_before_6_3(&out.stdout)) {
+        println!("skipped: this kernel has no such memfds");
+        return;
+    }
+    for kind in ["hotswap-module-", "hotswap-region-", "hotswap-inflight"] {
+        assert!(seen.iter().any(|(name, _)| name.contains(kind)), "no {kind} in {seen:?}");
+    }
+    assert!(seen.iter().all(|(_, is_sealed)| *is_sealed), "{seen:?}");
+}
+
+fn is_before_6_3(release: &[u8]) -> bool {
+    let release = String::from_utf8_lossy(release);
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version < (6, 3)
+}
+
 #[test]
 fn a_user_without_a_number_in_the_daemons_namespace_is_not_taken_for_its_own() {
     if !permitted("unshare", &["--user", "true"]) {

@@ -13,9 +13,11 @@
 
 #![forbid(unsafe_code)]
 
+mod memory;
 mod messages;
 mod packet;
 
+pub use memory::memfd;
 pub use messages::{
     Bytes, InflightRegion, Kept, Module, Quarantined, Region, Session, Settings, Start, Stored,
     ToServer, ToSupervisor, VERSION, Vault,

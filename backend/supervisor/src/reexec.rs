@@ -20,7 +20,6 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use channel::Channel;
-use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -112,7 +111,7 @@ impl<'a> Written<'a> {
         let (state, descriptors) = Descriptor::written(|| serde_json::to_value(state));
         let program = env!("CARGO_PKG_VERSION").to_owned();
         let envelope = Envelope { version: VERSION, program, state: state? };
-        let memfd = memfd_create("hotswap-state", MemfdFlags::CLOEXEC)?;
+        let memfd = channel::memfd("hotswap-state")?;
         let mut file = std::fs::File::from(memfd);
         file.write_all(&serde_json::to_vec(&envelope)?)?;
         Ok(Self { memfd: file.into(), slots: packing.into_descriptors(), descriptors })

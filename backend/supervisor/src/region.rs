@@ -5,8 +5,8 @@
 //! and no signal.
 
 use crate::descriptor::Descriptor;
-use channel::{InflightRegion, Quarantined};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use channel::{InflightRegion, Quarantined, memfd};
+use rustix::fs::{SealFlags, fcntl_add_seals, fstat, ftruncate};
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -43,8 +43,7 @@ impl Region {
     pub fn new(queues: u16, queue_size: u16) -> io::Result<Self> {
         let queue_size = queue_size.clamp(1, 32768);
         let len = u64::from(queues.max(1)) * part(queue_size);
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memfd = memfd_create("hotswap-inflight", flags)?;
+        let memfd = memfd("hotswap-inflight")?;
         ftruncate(&memfd, len)?;
         // A frontend that made it shorter would end the server that has it mapped.
         fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
@@ -60,11 +59,15 @@ impl Region {
         Self::new(queues, LARGEST)
     }
 
-    /// One that a frontend brings.
+    /// One that a frontend brings. It is sealed against being cut short, if it can be: all that
+    /// QEMU brings can, or is. One that cannot be is [looked at](Self::is_cut_short) when a server
+    /// has died.
     ///
     /// # Errors
     /// It is not where the frontend says, or has no room for what it is to hold.
     pub fn given(place: InflightRegion, memfd: Descriptor) -> Result<Self, String> {
+        // Before its length is looked at.
+        let _ = fcntl_add_seals(&memfd, SealFlags::SHRINK);
         let stat = fstat(&memfd).map_err(|error| format!("it cannot be looked at: {error}"))?;
         let end = place.offset.checked_add(place.len);
         if end.is_none_or(|end| end > stat.st_size as u64) {
@@ -81,6 +84,13 @@ impl Region {
             ));
         }
         Ok(Self { place, memfd })
+    }
+
+    /// Whether its file ends before it does.
+    #[must_use]
+    pub fn is_cut_short(&self) -> bool {
+        let end = self.place.offset + u64::from(self.place.queues) * part(self.place.queue_size);
+        fstat(&self.memfd).map_or(true, |stat| (stat.st_size as u64) < end)
     }
 
     /// The request of each queue that has been in flight for the longest time.
@@ -201,6 +211,21 @@ mod tests {
         assert_eq!([0, 1, 2].map(|queue| region.is_taken_up(queue)), [true, false, true]);
         write(&region, part(4), &[0; 8]);
         assert!(region.is_taken_up(1));
+    }
+
+    #[test]
+    fn what_a_frontend_brings_is_not_cut_short_or_that_is_seen() {
+        let place = Region::new(2, 128).unwrap().place;
+        // As QEMU's and libvhost-user's, and as others'.
+        let memfd = Descriptor::from(channel::memfd("inflight").unwrap());
+        let file = Descriptor::from(std::os::fd::OwnedFd::from(tempfile::tempfile().unwrap()));
+        for (file, is_sealed) in [(memfd, true), (file, false)] {
+            ftruncate(&file, place.len).unwrap();
+            let region = Region::given(place, file.clone()).unwrap();
+            assert!(!region.is_cut_short());
+            assert_eq!(ftruncate(&file, 4096).is_err(), is_sealed);
+            assert_eq!(region.is_cut_short(), !is_sealed);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! length if that is more, or to what the system grants (`RLIMIT_AS`, small address spaces).
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -41,15 +41,7 @@ impl HostRegion {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let len_usize = usize::try_from(len).ok().filter(|&len| len > 0).ok_or_else(invalid)?;
         let name = CString::new(format!("hotswap-region-{name}")).map_err(|_| invalid())?;
-        // SAFETY: `name` is a C string.
-        let fd = unsafe {
-            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the kernel just gave it to us.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let file = memfd(&name)?;
         file.set_len(len)?;
         // A region that shrinks would turn accesses into SIGBUS.
         // SAFETY: no pointers; the descriptor is open.
@@ -173,6 +165,24 @@ fn map_with_reserve(file: &File, len: usize) -> io::Result<MmapRaw> {
             mapped => return mapped,
         }
     }
+}
+
+/// A memfd that can be sealed, and that no program can be executed from: where `vm.memfd_noexec` is
+/// 2 there are no others, and Linux 6.3 to 6.5 refuses what does not say so.
+fn memfd(name: &CStr) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: `name` is a C string.
+    let create = |flags| unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    let mut fd = create(flags | libc::MFD_NOEXEC_SEAL);
+    if fd < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL) {
+        // Linux before 6.3 does not know the flag.
+        fd = create(flags);
+    }
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave it to us.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 #[cfg(test)]

@@ -16,7 +16,6 @@ use channel::{Bytes, Channel, Module, Region, Stored, ToSupervisor, Vault};
 use domain_abi::Capabilities;
 use proxy::{DomainProxy, DomainRecord, Keeper, Kept, KeptModule, Saved};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
@@ -283,7 +282,7 @@ const fn instance(module: &KeptModule) -> u64 {
 }
 
 fn memfd_of(bytes: &[u8]) -> io::Result<File> {
-    let file = File::from(memfd_create("hotswap-bytes", MemfdFlags::CLOEXEC)?);
+    let file = File::from(channel::memfd("hotswap-bytes")?);
     file.write_all_at(bytes, 0)?;
     Ok(file)
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
@@ -71,8 +71,7 @@ impl Check {
     /// It cannot be run.
     pub fn start(program: &Program, state: &Written<'_>) -> io::Result<Self> {
         // A program that is none of ours may say more than there is memory.
-        let output =
-            memfd_create("hotswap-check", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let output = channel::memfd("hotswap-check")?;
         ftruncate(&output, MOST)?;
         fcntl_add_seals(&output, SealFlags::GROW | SealFlags::SHRINK)?;
         let memfd = state.memfd.try_clone()?;
