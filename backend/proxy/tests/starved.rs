@@ -270,6 +270,7 @@ fn a_request_that_the_domain_keeps_has_its_deadline_on_a_busy_machine_too() {
     });
     assert_eq!(refusal.code.as_str(), "drain_timeout", "{refusal}");
     assert_eq!(refusal.stuck.len(), 1);
+    assert!(refusal.message.contains("requests are missing: queue 0 has 1"), "{refusal}");
     assert!(took >= 300 * MS && took < 2000 * MS, "{took:?}");
     assert!(began.elapsed() < PATIENCE * 3);
 }
@@ -289,8 +290,40 @@ fn a_domain_that_does_not_come_back_from_a_call_has_its_deadline_too() {
         device.until("it does not hang", || device.proxy.status().queues[0].in_flight == 1);
         let refusal = upgrade(&device, 100 * MS, PATIENCE * 6).expect_err("it hangs");
         assert_eq!((refusal.code.as_str(), refusal.stuck.len()), ("drain_timeout", 1), "{refusal}");
+        assert!(refusal.message.contains("requests are missing"), "{refusal}");
+        assert!(says_of_the_cpu(&refusal), "{refusal}");
         device.stage.release.store(true, Ordering::Release);
         upgrade(&device, PATIENCE, PATIENCE).expect("it has come back");
+    });
+}
+
+/// It may have waited for a moment, by chance, and then it says that.
+fn says_of_the_cpu(refusal: &Refusal) -> bool {
+    let none = refusal.message.contains("(no CPU was missing: the worker of queue 0");
+    none != refusal.message.contains("(and starved: the worker of queue 0")
+}
+
+#[test]
+fn a_worker_that_does_not_come_without_a_request_is_said_to_be_that() {
+    let device = Device::start(1, &[]);
+    let (began, end) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let ends = End(&end);
+        scope.spawn(|| {
+            let mut hand = device.worker(0);
+            hand.step();
+            began.store(true, Ordering::Relaxed);
+            while !end.load(Ordering::Relaxed) {
+                std::thread::sleep(MS);
+            }
+            hand.worker.sleep();
+        });
+        device.until("no worker", || began.load(Ordering::Relaxed));
+        let refusal = upgrade(&device, 100 * MS, PATIENCE * 6).expect_err("it does not come");
+        drop(ends);
+        assert_eq!((refusal.code.as_str(), refusal.stuck.len()), ("drain_timeout", 0), "{refusal}");
+        assert!(refusal.message.contains("no request is missing, but a worker"), "{refusal}");
+        assert!(says_of_the_cpu(&refusal), "{refusal}");
     });
 }
 

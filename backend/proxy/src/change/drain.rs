@@ -155,7 +155,8 @@ impl<'a> Drain<'a> {
                 Refusal { stuck: self.stuck, ..refusals::starved("not drained", pause, starved) }
             }
             Some(GivenUp::Busy | GivenUp::Dead) | None => {
-                drain_refusal(self.watch.elapsed(), pause, self.stuck, starved)
+                let late = self.watch.late(stalled);
+                drain_refusal(self.watch.elapsed(), pause, self.stuck, starved, &late)
             }
         };
         (is_over, refusal)
@@ -167,6 +168,7 @@ fn drain_refusal(
     pause: Duration,
     stuck: Vec<QueueStatus>,
     starved: Vec<Starved>,
+    late: &[Starved],
 ) -> Refusal {
     let blame: Vec<_> = stuck
         .iter()
@@ -179,14 +181,18 @@ fn drain_refusal(
             )
         })
         .collect();
-    let mut blame = if blame.is_empty() {
-        "a worker did not come to the gate".to_owned()
+    let blame = if blame.is_empty() {
+        "no request is missing, but a worker did not come to the gate".to_owned()
     } else {
-        blame.join("; ")
+        format!("requests are missing: {}", blame.join("; "))
     };
-    if !starved.is_empty() {
-        blame = format!("{blame} (and starved: {})", say(&starved));
-    }
+    // What each has waited for a CPU is what it was not at fault for.
+    let cpu = match (starved.is_empty(), late) {
+        (false, _) => format!("and starved: {}", say(&starved)),
+        (true, []) => "no worker was waited for".to_owned(),
+        (true, late) => format!("no CPU was missing: {}", say(late)),
+    };
+    let blame = format!("{blame} ({cpu})");
     Refusal {
         code: Code::DrainTimeout,
         message: format!(

@@ -121,15 +121,20 @@ impl Watch {
         self.since.elapsed()
     }
 
+    /// How long each of those that are `missing` has been waiting for a CPU.
+    pub(crate) fn late(&self, missing: &[usize]) -> Vec<Starved> {
+        let of = self.elapsed();
+        let workers = self.workers.iter().filter(|worker| missing.contains(&worker.slot));
+        workers
+            .map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of })
+            .collect()
+    }
+
     /// Which of those that are `missing` have been waiting for a CPU for a time that is worth a
     /// word.
     pub(crate) fn starved(&self, missing: &[usize]) -> Vec<Starved> {
-        let of = self.elapsed();
-        let workers = self.workers.iter().filter(|worker| missing.contains(&worker.slot));
-        let starved = workers.filter(|worker| worker.waited >= LOOK_AGAIN);
-        starved
-            .map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of })
-            .collect()
+        let late = self.late(missing).into_iter();
+        late.filter(|worker| worker.waited >= LOOK_AGAIN).collect()
     }
 }
 
