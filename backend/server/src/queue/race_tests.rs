@@ -3,15 +3,17 @@
 //! The worker asks whether the ring is on, once after it has said that it sleeps, and then turns
 //! notifications on: a ring that does something when it is asked lets a test be quicker than that.
 
+use super::inputs::BatchInputs;
 use super::tests::Bench;
-use crate::testing::{AVAIL, Kind, NEXT, Puppets, SIZE, WRITE};
-use std::cell::Cell;
+use crate::testing::{self, AVAIL, END, Guest, Kind, NEXT, Puppets, SIZE, WRITE};
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 /// The descriptor flag of a table.
 const INDIRECT: u16 = 4;
@@ -121,7 +123,6 @@ impl<F: Fn() + 'static> VringT<Memory> for Interposed<F> {
 
 /// Sets `avail.idx` in memory, as the driver does.
 fn set_avail_idx(memory: &Memory, idx: u16) {
-    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
     memory.memory().write_obj(idx, GuestAddress(AVAIL + 2)).expect("guest memory");
 }
 
@@ -220,4 +221,65 @@ fn a_ring_whose_heads_are_all_those_of_lost_requests_is_served_when_it_is_set_up
     });
     bench.guest.offer(0);
     bench.serve_until("an answer", |bench| bench.guest.used_idx() == 1);
+}
+
+/// Serves while the memory map becomes another between the look at its version and the look at the
+/// ring. The ring is the same in both; `driver` goes on in the new one.
+fn serve_over_a_change(bench: &mut Bench, new: GuestMemoryMmap, driver: impl Fn(&mut Guest)) {
+    let is_done = Cell::new(false);
+    let guest = RefCell::new(&mut bench.guest);
+    let memory = guest.borrow().memory.clone();
+    let new = Cell::new(Some(new));
+    let (version, limits, inflight) = (&bench.memory_version, &bench.limits, &bench.inflight);
+    bench.worker.serve(&bench.vring, || {
+        let seen = version.load(Ordering::Acquire);
+        if !is_done.replace(true) {
+            memory.lock().expect("no panic").replace(new.take().expect("once"));
+            version.store(2, Ordering::Release);
+            driver(&mut guest.borrow_mut());
+        }
+        BatchInputs {
+            stop_popping: false,
+            limits,
+            memory_version: seen,
+            newest_version: version,
+            memory: &memory,
+            inflight,
+        }
+    });
+}
+
+#[test]
+fn a_ring_in_memory_that_was_just_added_is_served() {
+    let mut bench = Bench::new(&[]);
+    let elsewhere = GuestMemoryMmap::from_ranges(&[(GuestAddress(END), 0x1000)]).expect("memory");
+    bench.guest.memory.lock().expect("no panic").replace(elsewhere);
+    serve_over_a_change(&mut bench, testing::map(), |guest| guest.reads(0..1));
+    let malformed = bench.puppets.proxy.status().queues[0].malformed;
+    assert_eq!((bench.guest.status(0), bench.guest.used_idx(), malformed), (0, 1, 0));
+}
+
+#[test]
+fn memory_that_was_just_removed_is_not_touched() {
+    let mut bench = Bench::new(&[]);
+    bench.guest.reads(0..1);
+    bench.serve();
+    let old = bench.guest.memory.memory().into_inner();
+    // The data of the second request is behind the end of what is left, of which the beginning is
+    // the same.
+    let mut rest = vec![0; 0x9000];
+    old.read_slice(&mut rest, GuestAddress(0)).expect("guest memory");
+    let left = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), rest.len())]).expect("memory");
+    left.write_slice(&rest, GuestAddress(0)).expect("guest memory");
+    let gone = GuestAddress(0x9000);
+    old.write_obj(0x1234_5678_u32, gone).expect("guest memory");
+    serve_over_a_change(&mut bench, left, |guest| {
+        guest.reads(1..2);
+        // It is the same ring in both.
+        let mut now = vec![0; 0x9000];
+        guest.memory.memory().read_slice(&mut now, GuestAddress(0)).expect("guest memory");
+        old.write_slice(&now, GuestAddress(0)).expect("guest memory");
+    });
+    assert_eq!((bench.guest.status(1), bench.guest.used_idx()), (1, 2), "an I/O error");
+    assert_eq!(old.read_obj::<u32>(gone).expect("guest memory"), 0x1234_5678);
 }

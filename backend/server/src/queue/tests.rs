@@ -24,8 +24,8 @@ pub(super) struct Bench {
     pub(super) vring: VringMutex,
     pub(super) phase: Arc<PhaseCell>,
     pub(super) worker: QueueWorker,
-    limits: Limits,
-    memory_version: AtomicU64,
+    pub(super) limits: Limits,
+    pub(super) memory_version: AtomicU64,
     pub(super) inflight: SharedInflight,
 }
 

@@ -188,7 +188,14 @@ impl VringT<Memory> for Vring {
     }
 
     fn read_kick(&self) -> io::Result<bool> {
-        self.ring.read_kick()
+        match self.ring.read_kick() {
+            // A frontend that writes to the descriptor itself may read it, too, between the event
+            // and this. An error would end the thread.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Ok(self.ring.get_ref().is_enabled())
+            }
+            read => read,
+        }
     }
 
     fn set_err(&self, file: Option<File>) {
@@ -280,6 +287,18 @@ mod tests {
         let call = EventFd::new(EFD_NONBLOCK).unwrap();
         ring.set_call(Some(File::from(raw_fd::dup(&call).unwrap())));
         assert_eq!(call.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn a_kick_that_another_has_read_is_one() {
+        let (ring, _) = ring();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        ring.set_kick(Some(File::from(raw_fd::dup(&kick).unwrap())));
+        assert!(!ring.read_kick().unwrap());
+        ring.set_enabled(true);
+        assert!(ring.read_kick().unwrap());
+        kick.write(1).unwrap();
+        assert!(ring.read_kick().unwrap() && kick.read().is_err());
     }
 
     #[test]
