@@ -199,7 +199,7 @@ fn whoever_is_outside_of_the_daemons_pid_namespace_can_command_it() {
     daemon.call(&["shutdown"]);
 }
 
-/// `vm.memfd_noexec` is of a PID namespace. With 2 the kernel gives no memfd that could be executed.
+/// `vm.memfd_noexec` is of a PID namespace. With 2 the kernel gives no memfd that can be executed.
 #[test]
 fn a_system_without_executable_memfds_has_every_change() {
     let knob = "/proc/sys/vm/memfd_noexec";

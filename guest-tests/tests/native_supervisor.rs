@@ -405,3 +405,23 @@ fn no_process_and_no_socket_is_left() {
         }
     }
 }
+
+/// Nothing is done about it: it may have been stopped on purpose.
+#[test]
+fn a_server_that_does_not_answer_is_said_to_be_that() {
+    let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
+    let server = daemon.signal_server(Signal::STOP);
+    let deadline = Instant::now() + 60 * SECOND;
+    while !daemon.log().contains("has not answered for 10s") {
+        assert!(Instant::now() < deadline, "{}", daemon.log());
+        thread::sleep(SECOND / 10);
+    }
+    assert!(daemon.log().contains(&format!("process {}, has not", server.pid)), "{}", daemon.log());
+    server.signal(Signal::CONT);
+    let now = daemon.status();
+    assert_eq!(
+        (&now["server"]["deaths"], &now["server"]["stuck"]),
+        (&json!(0), &json!([])),
+        "{now}"
+    );
+}

@@ -152,7 +152,7 @@ impl World {
         let region = Region::new(2, 16).expect("a region");
         let hears = Connection::new(frontend.try_clone().expect("a descriptor"));
         Self {
-            session: Session::new(1, theirs, Relay::new(region, Some(64))),
+            session: Session::new(1, theirs, Relay::new(region, Some(64), 1024)),
             frontend,
             hears,
             channel,

@@ -88,7 +88,7 @@ fn is_capacity(message: &Message) -> bool {
 impl World {
     fn new(region: Region, files: Vec<Descriptor>) -> Self {
         Self {
-            relay: Relay::new(region, Some(64)),
+            relay: Relay::new(region, Some(64), 1024),
             parser: Parser::default(),
             owed: VecDeque::new(),
             interrupted: None,

@@ -5,6 +5,8 @@
 
 pub mod deaths;
 pub mod descriptor;
+mod effect;
+mod fields;
 pub mod front;
 pub mod journal;
 pub mod process;

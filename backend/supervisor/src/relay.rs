@@ -10,37 +10,17 @@
 //! requests in the other direction.
 
 use crate::descriptor::Descriptor;
+pub use crate::effect::Effect;
+use crate::fields::{capacity, inflight, is_no_ring_size, reply};
 use crate::journal::{Journal, sort_table, u64_message};
 use crate::region::Region;
 use crate::request::{self, Refusal, protocol};
 use crate::wire::Message;
-use channel::InflightRegion;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, VecDeque};
 
-/// Bytes of the configuration space's head in a message: offset, size, flags.
-const CONFIG_HEAD: usize = 12;
-/// Bytes of what is said of an in-flight region: length, offset, queues, size of a queue.
-const INFLIGHT: usize = 20;
 /// How many kinds of unknown requests are told of in the log.
 const KINDS: usize = 16;
-
-/// What is to be done.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Effect {
-    /// A message goes to the frontend.
-    Frontend(Message),
-    /// A message goes to the server.
-    Server(Message),
-    /// The server is to use this region; it says when it does ([`Relay::inflight_is_taken`]).
-    Inflight(Region),
-    /// What these kick is to be looked at.
-    Kick(Vec<Descriptor>),
-    /// A message goes to the frontend through its other connection.
-    Backend(Descriptor, Message),
-    /// The frontend's connection is to be ended, after what is on its way to it.
-    Close(String),
-}
 
 /// Why the server was asked something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,13 +80,27 @@ pub struct Relay {
     told: Option<u64>,
     was_running: bool,
     unknown: BTreeSet<u32>,
+    /// The largest size that a ring can have.
+    #[serde(default = "largest_ring")]
+    largest: u16,
+    /// The region is the frontend's.
+    #[serde(default)]
+    is_given: bool,
+    /// The device's status, as the driver has set it.
+    #[serde(default)]
+    status: u8,
+}
+
+/// What releases of which none is told have taken.
+const fn largest_ring() -> u16 {
+    1024
 }
 
 impl Relay {
     /// A session that begins, with no server behind it yet. `told` is the size of the disk that
-    /// the last frontend was told.
+    /// the last frontend was told, `largest` the largest size that a ring can have.
     #[must_use]
-    pub fn new(region: Region, told: Option<u64>) -> Self {
+    pub fn new(region: Region, told: Option<u64>, largest: u16) -> Self {
         Self {
             journal: Journal::default(),
             region,
@@ -123,6 +117,9 @@ impl Relay {
             told,
             was_running: false,
             unknown: BTreeSet::new(),
+            largest,
+            is_given: false,
+            status: 0,
         }
     }
 
@@ -233,6 +230,22 @@ impl Relay {
             }
             request::GET_INFLIGHT_FD => self.make_region(&message, &mut effects),
             request::SET_INFLIGHT_FD => self.take_region(&message, &mut effects),
+            request::GET_STATUS => {
+                let status = u64::from(self.status).to_le_bytes();
+                effects.push(Effect::Frontend(reply(&message, status)));
+            }
+            request::SET_STATUS => {
+                // 0 is no reset: it is said at each stop of the guest, too.
+                let status = message.u64_at(0).and_then(|status| u8::try_from(status).ok());
+                self.status = status.unwrap_or(self.status);
+                self.acknowledge(&message, status.is_some(), &mut effects);
+            }
+            request::SET_VRING_KICK if message.files.is_empty() => {
+                if self.unknown.insert(request::SET_VRING_KICK) {
+                    log::warn!("the frontend has no kick descriptor, and rings are not polled");
+                }
+                self.acknowledge(&message, false, &mut effects);
+            }
             known if request::is_passed_on(known) => self.pass_on(message, &mut effects),
             _ => self.refuse(&message, &mut effects),
         }
@@ -296,15 +309,32 @@ impl Relay {
         match region {
             Ok(region) if region == self.region => self.acknowledge(message, true, effects),
             Ok(region) => {
-                self.region = region.clone();
-                self.waits_for_region = true;
-                effects.push(Effect::Inflight(region));
+                self.is_given = true;
+                self.use_region(region, effects);
                 self.acknowledge(message, true, effects);
             }
             Err(why) => {
                 self.acknowledge(message, false, effects);
                 effects.push(Effect::Close(format!("its in-flight region is refused: {why}")));
             }
+        }
+    }
+
+    fn use_region(&mut self, region: Region, effects: &mut Vec<Effect>) {
+        self.region = region.clone();
+        self.waits_for_region = true;
+        effects.push(Effect::Inflight(region));
+    }
+
+    /// The driver begins anew: what is marked was another's, and is never answered. A region of the
+    /// frontend's is its own to replace.
+    fn forget_marks(&mut self, effects: &mut Vec<Effect>) {
+        if self.is_given || self.region.oldest().is_empty() {
+            return;
+        }
+        match Region::own(self.region.place.queues) {
+            Ok(region) => self.use_region(region, effects),
+            Err(error) => effects.push(Effect::Close(format!("no in-flight region: {error}"))),
         }
     }
 
@@ -328,11 +358,15 @@ impl Relay {
         match asked.why {
             Why::Replay => self.replayed(&asked.message, &answer, is_done, &mut effects),
             Why::Frontend { needs_reply } => {
-                if is_done {
-                    self.carried_out(&asked.message, &answer);
+                let is_refused = is_no_ring_size(&asked.message, self.largest);
+                if is_done && !is_refused {
+                    self.carried_out(&asked.message, &answer, &mut effects);
                 }
-                if request::has_answer(answer.request) || needs_reply && self.has_acks {
+                if request::has_answer(answer.request) {
                     effects.push(Effect::Frontend(answer));
+                } else if needs_reply && self.has_acks {
+                    let refusal = is_refused.then(|| reply(&asked.message, 1_u64.to_le_bytes()));
+                    effects.push(Effect::Frontend(refusal.unwrap_or(answer)));
                 }
                 self.look_at_rings(&mut effects);
             }
@@ -346,7 +380,7 @@ impl Relay {
         effects
     }
 
-    fn carried_out(&mut self, message: &Message, answer: &Message) {
+    fn carried_out(&mut self, message: &Message, answer: &Message, effects: &mut Vec<Effect>) {
         self.journal.note(message, Some(answer));
         match message.request {
             request::GET_CONFIG => self.told = capacity(answer).or(self.told),
@@ -354,6 +388,10 @@ impl Relay {
                 if let Some(queue) = message.u32_at(0) {
                     self.region.ring_has_stopped(queue);
                 }
+            }
+            request::RESET_DEVICE => {
+                self.status = 0;
+                self.forget_marks(effects);
             }
             _ => {}
         }
@@ -446,27 +484,4 @@ impl Relay {
     pub fn backend_is_lost(&mut self) {
         self.backend = None;
     }
-}
-
-fn reply(message: &Message, body: [u8; 8]) -> Message {
-    Message::reply(message.request, body, Vec::new())
-}
-
-fn inflight(message: &Message) -> Option<InflightRegion> {
-    if message.body.len() < INFLIGHT {
-        return None;
-    }
-    let sizes = message.u32_at(16)?;
-    Some(InflightRegion {
-        len: message.u64_at(0)?,
-        offset: message.u64_at(8)?,
-        queues: sizes as u16,
-        queue_size: (sizes >> 16) as u16,
-    })
-}
-
-/// The disk's size in sectors, if an answer to GET_CONFIG says it.
-fn capacity(answer: &Message) -> Option<u64> {
-    let is_head = answer.u32_at(0)? == 0 && answer.u32_at(4)? >= 8;
-    is_head.then(|| answer.u64_at(CONFIG_HEAD)).flatten()
 }

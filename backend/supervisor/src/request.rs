@@ -52,6 +52,10 @@ pub const GET_MAX_MEM_SLOTS: u32 = 36;
 pub const ADD_MEM_REG: u32 = 37;
 /// One less.
 pub const REM_MEM_REG: u32 = 38;
+/// The status that the driver has set.
+pub const SET_STATUS: u32 = 39;
+/// The status.
+pub const GET_STATUS: u32 = 40;
 
 /// In the other direction: the configuration space is to be read again.
 pub const CONFIG_CHANGE_MSG: u32 = 2;
@@ -77,12 +81,14 @@ pub mod protocol {
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// Memory comes and goes a region at a time.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// The device's status is told and asked for.
+    pub const STATUS: u64 = 1 << 16;
 
     /// What a server may offer, and what is passed on to it.
     pub const PASSED_ON: u64 =
         MQ | LOG_SHMFD | REPLY_ACK | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
     /// What is done here, whatever the server can do.
-    pub const ADDED: u64 = REPLY_ACK | BACKEND_REQ | INFLIGHT_SHMFD;
+    pub const ADDED: u64 = REPLY_ACK | BACKEND_REQ | INFLIGHT_SHMFD | STATUS;
 }
 
 /// How a request that is not known, or not for this device, can be turned down.
@@ -125,6 +131,7 @@ pub const fn has_answer(request: u32) -> bool {
             | GET_CONFIG
             | GET_INFLIGHT_FD
             | GET_MAX_MEM_SLOTS
+            | GET_STATUS
     )
 }
 
@@ -132,9 +139,9 @@ pub const fn has_answer(request: u32) -> bool {
 #[must_use]
 pub const fn refusal(request: u32) -> Refusal {
     match request {
-        // CREATE_CRYPTO_SESSION, POSTCOPY_ADVISE, POSTCOPY_END, GET_STATUS, GET_SHARED_OBJECT,
+        // CREATE_CRYPTO_SESSION, POSTCOPY_ADVISE, POSTCOPY_END, GET_SHARED_OBJECT,
         // SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE, GET_SHMEM_CONFIG.
-        26 | 28 | 30 | 40..=44 => Refusal::Disconnect,
+        26 | 28 | 30 | 41..=44 => Refusal::Disconnect,
         _ => Refusal::Ignore,
     }
 }

@@ -8,6 +8,7 @@ use crate::relay::{Effect, Relay};
 use crate::wire::{Connection, Incoming, Message};
 use channel::{Channel, ToServer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, getsockname,
     listen, socket_with,
@@ -17,6 +18,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+/// How many names are tried for a server's socket.
+const TRIES: usize = 8;
 /// How many messages are looked at before others have their turn.
 const TURN: usize = 64;
 /// How long rings that a server was given are not looked at again.
@@ -107,6 +110,17 @@ impl Session {
         self.hear_server(None);
         self.inner = None;
         self.end(Over::Ended);
+    }
+
+    /// Ends it if its in-flight region is not all there any more: where that ends, every access is
+    /// a fault, of this server and of each one after it. Whether it is so.
+    pub fn end_without_region(&mut self) -> bool {
+        let is_cut_short = self.relay.region().is_cut_short();
+        if is_cut_short {
+            let why = "the frontend's in-flight region was cut short, which ends its server";
+            self.end(Over::Refused(why.to_owned()));
+        }
+        is_cut_short
     }
 
     fn end(&mut self, why: Over) {
@@ -243,17 +257,39 @@ impl Session {
     }
 }
 
-/// A connection, and the listening socket that its other end is accepted from. Its name is the
-/// kernel's choice, and goes with the socket.
+/// A connection, and the listening socket that its other end is accepted from.
 fn inner_connection() -> io::Result<(OwnedFd, OwnedFd)> {
-    let socket =
-        || socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
-    let (listener, inner) = (socket()?, socket()?);
+    for _ in 0..TRIES {
+        let listener = inner_listener()?;
+        match connect_first(&listener) {
+            Ok(inner) => return Ok((listener, inner)),
+            Err(Errno::AGAIN) => log::warn!("a stranger has connected to a server's socket"),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(io::Error::other("strangers connect to all sockets of servers"))
+}
+
+fn socket(flags: SocketFlags) -> rustix::io::Result<OwnedFd> {
+    socket_with(AddressFamily::UNIX, SocketType::STREAM, flags | SocketFlags::CLOEXEC, None)
+}
+
+/// A socket that one connection can wait at. Its name is the kernel's choice, and goes with it.
+fn inner_listener() -> io::Result<OwnedFd> {
+    let listener = socket(SocketFlags::empty())?;
     bind(&listener, &SocketAddrUnix::new_unnamed())?;
-    listen(&listener, 1)?;
-    let name = SocketAddrUnix::try_from(getsockname(&listener)?)?;
-    connect(&inner, &name)?;
-    Ok((listener, inner))
+    // The kernel takes one more than this.
+    listen(&listener, 0)?;
+    Ok(listener)
+}
+
+/// Connects to a socket at which nothing waits. Its name can be seen and connected to by every
+/// process of the network namespace, and what is accepted there commands the disk; so a connection
+/// that has come before fails this, and one that comes after it finds no room.
+fn connect_first(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let inner = socket(SocketFlags::NONBLOCK)?;
+    connect(&inner, &SocketAddrUnix::try_from(getsockname(listener)?)?)?;
+    Ok(inner)
 }
 
 /// Kicks a ring; spurious kicks are legal. What would have to be waited for is no event descriptor,
@@ -263,5 +299,28 @@ fn kick(kick: &Descriptor) {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     if poll(&mut fds, Some(&now)) == Ok(1) && fds[0].revents() == PollFlags::OUT {
         let _ = rustix::io::write(kick, &1_u64.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::accept;
+    use rustix::net::sockopt::socket_peercred;
+
+    #[test]
+    fn a_stranger_does_not_come_between_a_session_and_its_server() {
+        let (listener, inner) = inner_connection().unwrap();
+        // It knows the name, and finds no room.
+        assert_eq!(connect_first(&listener).err(), Some(Errno::AGAIN));
+        let accepted = accept(&listener).unwrap();
+        rustix::io::write(&inner, b"x").unwrap();
+        let mut byte = [0];
+        assert_eq!(rustix::io::read(&accepted, &mut byte), Ok(1));
+        assert_eq!(socket_peercred(&accepted).unwrap().pid, rustix::process::getpid());
+        // One that was quicker is found out.
+        let listener = inner_listener().unwrap();
+        let _stranger = connect_first(&listener).unwrap();
+        assert_eq!(connect_first(&listener).err(), Some(Errno::AGAIN));
     }
 }

@@ -7,6 +7,7 @@ mod exchange;
 mod leaving;
 mod options;
 mod packing;
+mod pulse;
 mod reexecution;
 mod serving;
 
@@ -21,6 +22,7 @@ use control::{Limits, SocketFile};
 use exchange::{Candidate, Exchange};
 use leaving::Dead;
 pub use options::{ListenSocket, Options, Signals, Supervision};
+use pulse::Pulse;
 use reexecution::Reexecution;
 pub use reexecution::{Resumed, check_state};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -67,23 +69,6 @@ struct Ending {
     deadline: Instant,
 }
 
-/// How the servers are asked whether they live.
-#[derive(Debug)]
-struct Pulse {
-    timeout: Duration,
-    number: u64,
-    asked: Option<Instant>,
-    next: Instant,
-    stuck: Vec<u16>,
-}
-
-impl Pulse {
-    fn new(timeout: Duration) -> Self {
-        let next = Instant::now() + timeout;
-        Self { timeout, number: 0, asked: None, next, stuck: Vec::new() }
-    }
-}
-
 /// All that there is.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -118,7 +103,7 @@ pub struct Supervisor {
     /// The size of the disk that a frontend was told last.
     told: Option<u64>,
     front: Option<Front>,
-    pulse: Option<Pulse>,
+    pulse: Pulse,
     /// What a frontend brings about is not said again and again.
     said: Said,
     ending: Option<Ending>,
@@ -149,7 +134,7 @@ impl Supervisor {
     }
 
     fn new(options: Options) -> Self {
-        let pulse = options.supervision.hang_timeout.map(Pulse::new);
+        let pulse = Pulse::new(options.supervision.hang_timeout);
         Self {
             options,
             since: SystemTime::now(),
@@ -267,7 +252,7 @@ impl Supervisor {
             self.session.as_ref().and_then(Session::deadline),
             self.ending.as_ref().map(|ending| ending.deadline),
             self.front.as_ref().and_then(Front::deadline),
-            self.pulse.as_ref().filter(|_| self.serving().is_some()).map(|pulse| pulse.next),
+            self.serving().map(|_| self.pulse.next()),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
             self.next_to_reap(),
             self.exchange.as_ref().and_then(Exchange::deadline),
@@ -395,25 +380,6 @@ impl Supervisor {
         self.ending_session = Some(session.number).filter(|_| session.was_given);
         self.session = None;
         self.deaths.forgive();
-    }
-
-    fn settle_pulse(&mut self, now: Instant) {
-        let (Some(pulse), Some(server)) = (&mut self.pulse, &self.server) else { return };
-        if pulse.next > now || server.ready.is_none() {
-            return;
-        }
-        let is_dead = pulse.asked.is_some_and(|asked| now - asked >= pulse.timeout);
-        if is_dead {
-            log::error!("the server has not moved for {:?}, and is ended", pulse.timeout);
-            server.kill();
-            self.deaths.blame_the_next();
-        }
-        if pulse.asked.is_none() {
-            pulse.number += 1;
-            pulse.asked = Some(now);
-            let _ = server.channel.try_send(&ToServer::Ping { number: pulse.number }, &[]);
-        }
-        pulse.next = now + pulse.timeout / 2;
     }
 
     fn settle_front(&mut self) {

@@ -6,9 +6,9 @@
 //! fails at once.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -23,11 +23,12 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Where the guest's only memory region starts, as the guest sees it.
 pub const GUEST_BASE: u64 = 0x4000_0000;
 /// Where the same region would be mapped in the frontend.
-const USER_BASE: u64 = 0x7000_0000_0000;
+pub const USER_BASE: u64 = 0x7000_0000_0000;
 /// Size of the region.
 pub const MEMORY_BYTES: u64 = 1 << 20;
 /// Where memory starts, as the guest sees it, that is plugged in and out later
@@ -72,6 +73,26 @@ impl Descriptor {
     }
 }
 
+/// Guest memory beside the usual.
+pub struct LargeMemory {
+    /// Where it starts, as the guest sees it.
+    pub base: u64,
+    file: File,
+}
+
+impl LargeMemory {
+    /// Writes from its start on.
+    pub fn put(&self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, 0)
+    }
+
+    /// Reads from its start on.
+    pub fn get(&self, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, 0).map(|()| bytes)
+    }
+}
+
 /// A vhost-user session with one hand-made queue, number 0.
 pub struct RawSession {
     /// For messages of one's own.
@@ -92,13 +113,8 @@ impl RawSession {
     ///
     /// Like every wait on this session, a missing reply is an error after 10 s.
     pub fn connect(socket: &Path, features: u64) -> io::Result<RawSession> {
-        let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
-        let socket = stream.try_clone()?;
-        // The queue number is checked on this side as well; a large maximum lets wrong ones
-        // through.
-        let mut frontend = Frontend::from_stream(stream, 64);
+        let mut session = RawSession::unnegotiated(socket)?;
+        let frontend = &mut session.frontend;
         frontend.set_owner().map_err(other)?;
         let offered = frontend.get_features().map_err(other)?;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -113,13 +129,25 @@ impl RawSession {
         if offered.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
+        Ok(session)
+    }
+
+    /// Connects, and says nothing.
+    pub fn unnegotiated(socket: &Path) -> io::Result<RawSession> {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        let socket = stream.try_clone()?;
+        // The queue number is checked on this side as well; a large maximum lets wrong ones
+        // through.
+        let frontend = Frontend::from_stream(stream, 64);
         let region = |name| -> io::Result<File> {
             let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
             ftruncate(&file, MEMORY_BYTES)?;
             Ok(file)
         };
         let (memory, plugged) = (region("raw-guest")?, region("raw-guest-plugged")?);
-        let (kick, call) = (EventFd::new(0)?, EventFd::new(EFD_NONBLOCK)?);
+        let (kick, call) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
         Ok(RawSession {
             frontend,
             socket,
@@ -131,6 +159,23 @@ impl RawSession {
             avail_index: 0,
             used_index: 0,
         })
+    }
+
+    /// Sends a message of any kind, with the wish for a reply; the flags and the body of that.
+    pub fn ask(&self, request: u32, body: &[u8], fds: &[RawFd]) -> io::Result<(u32, Vec<u8>)> {
+        let words = [request, 1 | 8, body.len() as u32];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes.extend_from_slice(body);
+        self.socket.send_with_fds(&[&bytes[..]], fds)?;
+        let mut header = [0; 12];
+        (&self.socket).read_exact(&mut header)?;
+        let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
+        if word(0) != request {
+            return Err(io::Error::other(format!("a reply to request {}", word(0))));
+        }
+        let mut body = vec![0; word(8) as usize];
+        (&self.socket).read_exact(&mut body)?;
+        Ok((word(4), body))
     }
 
     /// Connects, negotiates, and starts a ring of `size` descriptors.
@@ -201,14 +246,48 @@ impl RawSession {
         Ok(poll(&mut fds, Some(&limit))? > 0)
     }
 
+    /// Plugs in as much memory as is wanted, at [`PLUGGED_BASE`] plus `offset`.
+    pub fn plug_large(&mut self, offset: u64, len: u64) -> io::Result<LargeMemory> {
+        let file = File::from(memfd_create("raw-guest-large", MemfdFlags::CLOEXEC)?);
+        ftruncate(&file, len)?;
+        let handle = file.as_raw_fd();
+        let region = VhostUserMemoryRegionInfo {
+            memory_size: len,
+            mmap_handle: handle,
+            ..self.plugged_region(offset)
+        };
+        self.frontend.add_mem_region(&region).map(drop).map_err(other)?;
+        Ok(LargeMemory { base: PLUGGED_BASE + offset, file })
+    }
+
     /// Starts the ring, empty.
     pub fn start_ring(&mut self, size: u16) -> io::Result<()> {
         self.start_ring_at(size, 0)
     }
 
+    /// Starts the ring, empty, for a driver that wants no interrupts: there is no call descriptor.
+    pub fn start_polled_ring(&mut self, size: u16) -> io::Result<()> {
+        self.set_up_ring(size, 0)?;
+        self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
+        self.frontend.set_vring_enable(0, true).map_err(other)
+    }
+
+    /// Reads the kick descriptor, as the device does.
+    pub fn take_kicks(&self) {
+        // Which may have been quicker.
+        let _ = self.kick.read();
+    }
+
     /// Starts the ring, empty, for a driver that has been running: everything up to `base` was
     /// answered somewhere else.
     pub fn start_ring_at(&mut self, size: u16, base: u16) -> io::Result<()> {
+        self.set_up_ring(size, base)?;
+        self.frontend.set_vring_call(0, &self.call).map_err(other)?;
+        self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
+        self.frontend.set_vring_enable(0, true).map_err(other)
+    }
+
+    fn set_up_ring(&mut self, size: u16, base: u16) -> io::Result<()> {
         for ring in [AVAIL, USED] {
             self.put(ring, &[0; 2])?;
             self.put(ring + 2, &base.to_le_bytes())?;
@@ -216,10 +295,7 @@ impl RawSession {
         (self.size, self.avail_index, self.used_index) = (size, base, base);
         self.frontend.set_vring_num(0, size).map_err(other)?;
         self.frontend.set_vring_base(0, base).map_err(other)?;
-        self.place_ring(DESCRIPTORS, AVAIL, USED)?;
-        self.frontend.set_vring_call(0, &self.call).map_err(other)?;
-        self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
-        self.frontend.set_vring_enable(0, true).map_err(other)
+        self.place_ring(DESCRIPTORS, AVAIL, USED)
     }
 
     /// Gives the device a new call descriptor (SET_VRING_CALL), as a frontend that reconnects does.

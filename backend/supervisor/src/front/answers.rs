@@ -149,6 +149,7 @@ mod tests {
                 deaths: 3,
                 recoveries: 2,
                 quarantined: 1,
+                stuck: vec![3],
             },
         }
     }
@@ -159,6 +160,7 @@ mod tests {
             status(json!({"state": "serving", "generation": 4}), Some(&facts(Phase::Serving)));
         let server = json!({
             "pid": 2, "version": "0.2.0", "since": 6, "deaths": 3, "recoveries": 2, "quarantined": 1,
+            "stuck": [3],
         });
         let expected = json!({
             "state": "serving", "generation": 4, "server": server,

@@ -42,6 +42,9 @@ pub struct ServerFacts {
     pub recoveries: u64,
     /// How many requests are quarantined.
     pub quarantined: u64,
+    /// The queues whose worker stands still.
+    #[serde(default)]
+    pub stuck: Vec<u16>,
 }
 
 /// What `status` says of the processes.

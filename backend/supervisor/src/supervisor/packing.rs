@@ -268,7 +268,7 @@ mod tests {
         supervisor.server = Some(Server::start(&program).unwrap());
         supervisor.front = Some(Front::new(listen("control"), Limits::default()).unwrap());
         let (frontend, ours) = UnixStream::pair().unwrap();
-        let mut relay = Relay::new(Region::own(1).unwrap(), None);
+        let mut relay = Relay::new(Region::own(1).unwrap(), None, 128);
         relay.from_frontend(Message::new(request::SET_OWNER, [], Vec::new()));
         let kick = vec![Descriptor::from(file())];
         relay.from_frontend(Message::new(request::SET_VRING_KICK, 0_u64.to_le_bytes(), kick));

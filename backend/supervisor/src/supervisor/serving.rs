@@ -136,7 +136,7 @@ impl Supervisor {
                     self.has_resumed();
                 }
             }
-            ToSupervisor::Pong { number, stuck } => self.pong(number, stuck),
+            ToSupervisor::Pong { number, stuck } => self.pong(number, &stuck),
             ToSupervisor::ConfigChanged => {
                 if let (Which::Current, Some(session)) = (which, &mut self.session) {
                     let effect = session.relay.config_has_changed();
@@ -167,19 +167,6 @@ impl Supervisor {
         }
     }
 
-    fn pong(&mut self, number: u64, stuck: Vec<u16>) {
-        let Some(pulse) = &mut self.pulse else { return };
-        if pulse.number != number {
-            return;
-        }
-        // Once may be a long request.
-        let is_stuck = stuck.iter().any(|queue| pulse.stuck.contains(queue));
-        if !is_stuck {
-            pulse.asked = None;
-        }
-        pulse.stuck = stuck;
-    }
-
     fn is_ready(&mut self, version: u32, program: String, serves: &str) {
         let Some(server) = &mut self.server else { return };
         if version != VERSION {
@@ -205,9 +192,7 @@ impl Supervisor {
             log::info!("another server serves {ms} ms after the death of the one before");
             self.event("recovered", json!({"after_ms": ms}));
         }
-        if let Some(pulse) = &mut self.pulse {
-            (pulse.asked, pulse.next) = (None, Instant::now() + pulse.timeout);
-        }
+        self.pulse.begin_anew(Instant::now());
         self.tell_facts();
         if let Some(front) = &mut self.front {
             front.server_up();
@@ -240,7 +225,8 @@ impl Supervisor {
         match Region::own(self.options.settings.queues) {
             Ok(region) => {
                 self.sessions += 1;
-                let relay = Relay::new(region, self.told);
+                let largest = self.options.settings.queue_size;
+                let relay = Relay::new(region, self.told, largest);
                 self.session = Some(Session::new(self.sessions, stream.into(), relay));
                 self.give_session();
             }
@@ -270,6 +256,7 @@ impl Supervisor {
 
     pub(super) fn current_has_died(&mut self, ended: Ended) {
         let Some(server) = self.server.take() else { return };
+        self.pulse.begin_anew(Instant::now());
         if self.stopped.is_none() {
             self.ending_session = None;
             if let Some(session) = &mut self.session {
@@ -320,9 +307,11 @@ impl Supervisor {
         server: Option<Server>,
     ) {
         let oldest = self.session.as_ref().map(|session| session.relay.region().oldest());
+        // The frontend's doing, and not the module's or a request's.
+        let is_cut_short = self.session.as_mut().is_some_and(Session::end_without_region);
         let death = Death {
             served,
-            is_crash: ended.is_crash(),
+            is_crash: ended.is_crash() && !is_cut_short,
             module: self.vault.live().map(ToOwned::to_owned),
             oldest: oldest.unwrap_or_default(),
         };
@@ -407,6 +396,7 @@ impl Supervisor {
                 deaths: self.deaths.count,
                 recoveries: self.recoveries,
                 quarantined: self.deaths.quarantined_count,
+                stuck: self.pulse.stuck().to_vec(),
             },
         };
         if let Some(front) = &mut self.front {

@@ -11,7 +11,7 @@ use life::{Step, get, inflight, life, table};
 use server::Server;
 use std::collections::VecDeque;
 use supervisor::descriptor::Descriptor;
-use supervisor::journal::u64_message;
+use supervisor::journal::{descriptor_message, state_message, u64_message};
 use supervisor::region::Region;
 use supervisor::relay::{Effect, Relay};
 use supervisor::request as r;
@@ -45,7 +45,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let mut world = Self {
-            relay: Relay::new(Region::own(2).unwrap(), None),
+            relay: Relay::new(Region::own(2).unwrap(), None, 128),
             server: None,
             used: [0; 2],
             to_server: VecDeque::new(),
@@ -115,6 +115,10 @@ impl World {
             if dies == Some(Moment::Answered) {
                 has_died = true;
             }
+        }
+        if std::mem::take(&mut self.waits_for_region) {
+            // The session has another since.
+            self.relay.inflight_is_taken();
         }
         if has_died {
             self.die();
@@ -271,9 +275,95 @@ fn what_is_no_request_for_this_device_is_turned_down_and_the_session_goes_on() {
     world.step(&Step::Frontend(get(19)), None);
     world.step(&Step::Frontend(get(39).with_need_reply()), None);
     assert_eq!(bodies(&world.to_frontend), [(39, 5, 1_u64.to_le_bytes().to_vec(), 0)]);
-    // There is no place for a refusal in the answer to GET_STATUS.
-    let effects = world.relay.from_frontend(get(40));
+    // There is no place for a refusal in the answer to GET_SHARED_OBJECT.
+    let effects = world.relay.from_frontend(get(41));
     assert!(matches!(effects[..], [Effect::Close(_)]), "{effects:?}");
+}
+
+/// Begins a session whose frontend may wish for replies.
+fn with_acks() -> World {
+    let mut world = World::new();
+    let taken = r::protocol::REPLY_ACK;
+    world.step(&Step::Frontend(u64_message(r::SET_PROTOCOL_FEATURES, taken)), None);
+    world
+}
+
+/// Says a message and wishes for a reply; the number in that. Without an answer, none.
+fn say(world: &mut World, message: Message) -> Option<u64> {
+    world.to_frontend.clear();
+    world.step(&Step::Frontend(message.with_need_reply()), None);
+    assert!(world.to_frontend.len() <= 1, "{:?}", world.to_frontend);
+    world.to_frontend.first().and_then(|answer| answer.u64_at(0))
+}
+
+#[test]
+fn a_size_that_no_ring_has_is_refused_and_no_other_server_is_told_of_it() {
+    let mut world = with_acks();
+    let size = |size| state_message(r::SET_VRING_NUM, 0, size);
+    assert_eq!(say(&mut world, size(64)), Some(0));
+    for bad in [0, 3, 100, 256, 65_536 + 64] {
+        assert_eq!(say(&mut world, size(bad)), Some(1), "{bad}");
+        world.die();
+        world.revive();
+        assert_eq!(world.state().rings[&0].num, 64, "{bad}");
+    }
+    assert_eq!(say(&mut world, size(128)), Some(0));
+}
+
+#[test]
+fn a_ring_that_is_to_be_polled_is_refused() {
+    let mut world = with_acks();
+    let polled = descriptor_message(r::SET_VRING_KICK, 0, None);
+    assert_eq!(say(&mut world, polled.clone()), Some(1));
+    world.step(&Step::Frontend(polled), None);
+    assert_eq!(world.relay.journal().kicks(), []);
+}
+
+#[test]
+fn the_status_is_the_sessions_until_the_device_is_reset() {
+    let mut world = with_acks();
+    let status = |world: &mut World| say(world, get(r::GET_STATUS));
+    assert_eq!(status(&mut world), Some(0));
+    assert_eq!(say(&mut world, u64_message(r::SET_STATUS, 11)), Some(0));
+    world.die();
+    world.revive();
+    assert_eq!(status(&mut world), Some(11));
+    for bad in [256, u64::MAX] {
+        assert_eq!(say(&mut world, u64_message(r::SET_STATUS, bad)), Some(1));
+    }
+    assert_eq!(say(&mut world, Message::new(r::SET_STATUS, [1], Vec::new())), Some(1));
+    assert_eq!(status(&mut world), Some(11));
+    assert_eq!(say(&mut world, get(r::RESET_DEVICE)), Some(0));
+    assert_eq!(status(&mut world), Some(0));
+}
+
+/// A domain that cannot be ended keeps its requests marked for good. What the next driver sets up
+/// is not theirs.
+#[test]
+fn a_reset_device_has_nothing_in_flight_for_the_next_server() {
+    let mark = |region: &Region| {
+        // The second queue's version and size, and the mark of head 7.
+        let part = region.place.len / 2;
+        let size = region.place.queue_size.to_le_bytes();
+        let header = [1, 0, size[0], size[1]];
+        rustix::io::pwrite(&region.memfd, &header, part + 8).unwrap();
+        rustix::io::pwrite(&region.memfd, &[1], part + 16 + 7 * 16).unwrap();
+        assert_eq!(region.oldest().len(), 1);
+    };
+    let mut world = with_acks();
+    let unmarked = world.relay.region().memfd.clone();
+    assert_eq!(say(&mut world, get(r::RESET_DEVICE)), Some(0));
+    assert_eq!(world.relay.region().memfd, unmarked, "nothing is in flight");
+    mark(world.relay.region());
+    assert_eq!(say(&mut world, get(r::RESET_DEVICE)), Some(0));
+    assert_eq!(world.relay.region().oldest(), [], "requests of the driver before run again");
+    assert!(world.relay.is_idle(), "the server has it");
+    // The frontend's is its own to replace.
+    let given = Region::new(2, 128).unwrap();
+    assert_eq!(say(&mut world, inflight(r::SET_INFLIGHT_FD, Some(&given))), Some(0));
+    mark(&given);
+    assert_eq!(say(&mut world, get(r::RESET_DEVICE)), Some(0));
+    assert_eq!(world.relay.region(), &given);
 }
 
 #[test]
@@ -298,7 +388,7 @@ fn in_flight_regions_that_are_not_there_are_refused() {
 fn a_frontend_that_comes_back_is_told_that_the_disk_has_another_size() {
     for (told, expected) in [(None, 0), (Some(2048), 0), (Some(4096), 1)] {
         let mut world = World::new();
-        world.relay = Relay::new(Region::own(2).unwrap(), told);
+        world.relay = Relay::new(Region::own(2).unwrap(), told, 128);
         world.revive();
         let config = |step: &Step| matches!(step, Step::Frontend(message) if message.request == r::GET_CONFIG);
         let steps = life().into_iter().filter(|step| !config(step));
@@ -325,7 +415,7 @@ fn whatever_a_frontend_and_a_server_say_is_survived() {
     let files = [(); 3].map(|()| Region::new(2, 128).unwrap().memfd);
     for seed in 1..300 {
         let mut below = random(0x9abc_def1 * seed);
-        let mut relay = Relay::new(Region::own(2).unwrap(), Some(1));
+        let mut relay = Relay::new(Region::own(2).unwrap(), Some(1), 128);
         let mut waiting: VecDeque<Message> = VecDeque::new();
         let note = |effects: Vec<Effect>, waiting: &mut VecDeque<Message>| {
             let asked = effects.into_iter().filter_map(|effect| match effect {

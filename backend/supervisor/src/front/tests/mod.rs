@@ -78,6 +78,7 @@ fn facts(phase: Phase) -> Facts {
             deaths: 0,
             recoveries: 0,
             quarantined: 0,
+            stuck: Vec::new(),
         },
     }
 }
