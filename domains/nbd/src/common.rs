@@ -45,6 +45,8 @@ pub(crate) struct Common {
     /// A flush of our own is to be sent.
     pub(crate) flush_wanted: AtomicBool,
     is_going_down: AtomicBool,
+    /// Something was answered since the keeper asked.
+    has_answers: AtomicBool,
     keeper: OwnedFd,
 }
 
@@ -68,6 +70,7 @@ impl Common {
             alone: AtomicBool::new(false),
             flush_wanted: AtomicBool::new(false),
             is_going_down: AtomicBool::new(false),
+            has_answers: AtomicBool::new(false),
             keeper: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -145,6 +148,20 @@ impl Common {
     #[inline]
     pub(crate) fn sent(&self) {
         self.in_flight.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A server has answered something.
+    #[inline]
+    pub(crate) fn note_answer(&self) {
+        // A line that all queues read, as long as nothing changes.
+        if !self.has_answers.load(Ordering::Relaxed) {
+            self.has_answers.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether one has since this was asked.
+    pub(crate) fn takes_answers(&self) -> bool {
+        self.has_answers.swap(false, Ordering::Relaxed)
     }
 
     /// What a connection had of a request has ended.

@@ -33,9 +33,7 @@ pub(crate) fn key(slot: usize) -> String {
 /// Starts it.
 pub(crate) fn start(pool: &Arc<Pool>) -> Result<(), DomainError> {
     let shared = Arc::clone(pool);
-    pool.host.spawn("nbd", move || {
-        Keeper { pool: shared, said: None, later: None, flushing: None }.run();
-    })
+    pool.host.spawn("nbd", move || Keeper::new(shared).run())
 }
 
 struct Keeper {
@@ -46,6 +44,16 @@ struct Keeper {
     later: Option<Duration>,
     /// Has a flush of our own in flight.
     flushing: Option<Arc<Link>>,
+    /// Connections in a row on which nothing was answered, and when the next one may be made.
+    barren: u32,
+    not_before: Duration,
+}
+
+impl Keeper {
+    fn new(pool: Arc<Pool>) -> Self {
+        let not_before = Duration::ZERO;
+        Self { pool, said: None, later: None, flushing: None, barren: 0, not_before }
+    }
 }
 
 impl Keeper {
@@ -125,6 +133,9 @@ impl Keeper {
             if !is_first && self.later.is_some_and(|later| now < later) {
                 return self.later.map(|later| later - now);
             }
+            if is_first && now < self.not_before {
+                return Some(self.not_before - now);
+            }
             if let Err(why) = self.try_slot(slot) {
                 if self.pool.ending.load(Ordering::Relaxed) {
                     return None;
@@ -163,6 +174,11 @@ impl Keeper {
         drop(slots);
         keep_descriptor(pool, &link);
         if let Some(lost) = lost {
+            // A server that greets and goes is not greeted without end.
+            self.barren = if pool.takes_answers() { 0 } else { self.barren + 1 };
+            let pause = RETRY * (1 << self.barren.min(7)) / 2;
+            self.not_before =
+                pool.host.clock() + if self.barren > 1 { pause } else { Duration::ZERO };
             let line = format!("connected to {} again after {} ms", pool.target, lost.as_millis());
             pool.host.log(Level::Info, &line);
             pool.host.count("nbd_reconnects", 1);

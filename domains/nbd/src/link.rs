@@ -165,12 +165,26 @@ impl Link {
         if state.broken {
             return Ok(turn);
         }
-        if !lists.waiting.is_empty() && !self.is_closing() {
-            turn.is_full = state.fill(self, pool, lists, limit);
+        let mut free = state.free.len();
+        for _ in 0..ROUNDS {
+            if !lists.waiting.is_empty() && !self.is_closing() {
+                turn.is_full = state.fill(self, pool, lists, limit);
+            }
+            turn.is_blocked = self.send(&mut state).map_err(|error| error.to_string())?;
+            let in_flight = DEPTH - state.free.len();
+            if in_flight > 0 {
+                self.receive(&mut state, pool, lists)?;
+            }
+            free = state.free.len();
+            let has_ended = DEPTH - free < in_flight;
+            if !has_ended || lists.waiting.is_empty() || self.is_closing() {
+                return Ok(turn);
+            }
+            // There is room for what waits, or a further piece of what has ended.
         }
-        turn.is_blocked = self.send(&mut state).map_err(|error| error.to_string())?;
-        if state.free.len() < DEPTH {
-            self.receive(&mut state, pool, lists)?;
+        if free == DEPTH {
+            // Nothing else would bring the next turn.
+            pool.notify_all();
         }
         Ok(turn)
     }
@@ -255,6 +269,7 @@ impl Link {
     fn ended(&self, state: &mut State, index: usize, error: u32, pool: &Common, lists: &mut Lists) {
         let sent = state.take(index).expect("the decoder has found it");
         self.count(state, pool);
+        pool.note_answer();
         pool.answered(sent.item.as_ref().map(|item| &item.job));
         if sent.work.is_change() {
             pool.clear_mark(self.slot, index);

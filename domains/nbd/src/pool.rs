@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+/// How many requests servers read at a time from one connection.
+pub(crate) const READ_AT_ONCE: usize = 16;
 /// Deaths from which on a request is sent alone.
 const SUSPECT: u32 = 3;
 /// Deaths after which a request is answered with an error.
@@ -132,10 +134,10 @@ impl Pool {
         self.options.timeout.is_some_and(|most| self.lost_for().is_some_and(|lost| lost >= most))
     }
 
-    /// How many requests of a queue may be in flight on one connection: servers read 16 at a time
-    /// from each, so more than these are better sent elsewhere, if there is an elsewhere.
+    /// How many requests may be in flight on one connection: more than a server reads are better
+    /// sent elsewhere, if there is an elsewhere.
     pub(crate) fn depth(slots: &Slots) -> usize {
-        if slots.links.iter().flatten().count() > 1 { 16 } else { crate::marks::DEPTH }
+        if slots.links.iter().flatten().count() > 1 { READ_AT_ONCE } else { crate::marks::DEPTH }
     }
 
     /// A queue lets go of its port.

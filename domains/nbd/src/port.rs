@@ -6,7 +6,7 @@
 
 use crate::job::{Item, Job, Lists, Mail};
 use crate::link::Link;
-use crate::pool::Pool;
+use crate::pool::{Pool, READ_AT_ONCE};
 use domain_api::{Level, QueueIndex, Request};
 use domain_io::engine::{JobKind, Port, PortEnd};
 use domain_io::socket::{News, Watch};
@@ -81,7 +81,7 @@ impl NbdPort {
             }
             match used.link.turn(&self.pool, &mut self.lists, self.depth) {
                 Ok(turn) => {
-                    is_full |= turn.is_full;
+                    is_full |= turn.is_full || used.link.busy() > READ_AT_ONCE;
                     if turn.is_blocked && !used.is_blocked {
                         used.is_blocked = watch_writing(&mut self.watch, used);
                     }
@@ -95,7 +95,7 @@ impl NbdPort {
                 }
             }
         }
-        if is_full && !self.lists.waiting.is_empty() {
+        if is_full && self.links.len() < self.pool.options.connections {
             self.pool.want_more();
         }
         self.collect_mail();

@@ -32,6 +32,13 @@ impl Server {
 
     /// A command with `SOCKET` for its socket, and `FOLDER` for a folder of its own.
     pub fn new(command: &[&str]) -> Self {
+        let mut server = Self::prepared(command);
+        server.start();
+        server
+    }
+
+    /// The same, not started yet.
+    pub fn prepared(command: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let command = command
             .iter()
@@ -40,9 +47,7 @@ impl Server {
                 word => word.replace("FOLDER", folder.path().to_str().unwrap()),
             })
             .collect();
-        let mut server = Self { child: None, folder, command };
-        server.start();
-        server
+        Self { child: None, folder, command }
     }
 
     pub fn folder(&self) -> &Path {
@@ -64,7 +69,7 @@ impl Server {
             .unwrap_or_else(|error| panic!("{}: {error}; run scripts/setup", self.command[0]));
         self.child = Some(child);
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !self.socket().exists() {
+        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < deadline, "{:?} does not listen", self.command);
             std::thread::sleep(Duration::from_millis(2));
         }
