@@ -231,7 +231,11 @@ pub(crate) fn add(
 ) -> Arc<Link> {
     slots.allowed = if export.has(flags::MULTI_CONN) { crate::marks::LINKS } else { 1 };
     slots.names += 1;
-    let nonce = pool.host.clock().as_nanos() as u64 ^ u64::from(slots.names) << 24;
+    // A guest that knew it could only make its own disk less safe.
+    let nonce = pool.host.clock().as_nanos() as u32 ^ slots.names << 24;
+    if let Some(marks) = pool.marks() {
+        marks.set_nonce(slot, nonce);
+    }
     let link = Arc::new(Link::new(slot, slots.names, socket, export, nonce));
     if slots.links.len() <= slot {
         slots.links.resize(slot + 1, None);

@@ -92,7 +92,7 @@ pub(crate) struct Turn {
 }
 
 impl Link {
-    pub(crate) fn new(slot: usize, name: u32, socket: OwnedFd, export: Export, nonce: u64) -> Self {
+    pub(crate) fn new(slot: usize, name: u32, socket: OwnedFd, export: Export, nonce: u32) -> Self {
         let server = Process::behind(socket.as_fd());
         let state = State {
             out: Vec::new(),
@@ -101,7 +101,7 @@ impl Link {
             decoder: Decoder::default(),
             table: (0..DEPTH).map(|_| None).collect(),
             free: (0..DEPTH as u8).rev().collect(),
-            sequence: nonce << 32,
+            sequence: u64::from(nonce) << 32,
             broken: false,
         };
         Self {
@@ -372,8 +372,10 @@ impl State {
 
     fn next_cookie(&mut self) -> (u8, u64) {
         let index = self.free.pop().expect("looked at before");
-        self.sequence = self.sequence.wrapping_add(1 << 8);
-        (index, self.sequence & !0xff | u64::from(index))
+        // The upper half stays: it is the connection's (`answers`).
+        let counter = self.sequence.wrapping_add(1 << 8) & 0xffff_ff00;
+        self.sequence = self.sequence & !0xffff_ffff | counter;
+        (index, self.sequence | u64::from(index))
     }
 
     /// Encodes what waits, as far as there is room. Returns whether there was none.

@@ -7,6 +7,7 @@
 //!
 //! ```text
 //!   a mark per request and connection | marks of broken connections | process, start of the server
+//!   | a number of each connection
 //! ```
 //!
 //! A mark is one number, written in one piece: the first sector, and how many. 0 is none.
@@ -26,7 +27,8 @@ const SECTOR: u64 = 512;
 const LEN_BITS: u32 = 24;
 const AT_OLD: u64 = (LINKS * DEPTH * 8) as u64;
 const AT_SERVER: u64 = AT_OLD + (OLD * 8) as u64;
-const LEN: u64 = AT_SERVER + 16;
+const AT_NONCES: u64 = AT_SERVER + 16;
+const LEN: u64 = AT_NONCES + (LINKS * 8) as u64;
 
 /// The largest disk whose offsets can be marked.
 pub(crate) const LARGEST: u64 = 1 << (64 - LEN_BITS + 9);
@@ -78,6 +80,20 @@ impl Marks {
     #[inline]
     pub(crate) fn clear(&self, link: usize, index: usize) {
         self.put(((link * DEPTH + index) * 8) as u64, 0);
+    }
+
+    /// Whether a connection has any.
+    pub(crate) fn has_any(&self, link: usize) -> bool {
+        (0..DEPTH).any(|index| self.get(((link * DEPTH + index) * 8) as u64) != 0)
+    }
+
+    /// Notes the number that the names of a connection's requests begin with.
+    pub(crate) fn set_nonce(&self, link: usize, nonce: u32) {
+        self.put(AT_NONCES + (link * 8) as u64, nonce.into());
+    }
+
+    pub(crate) fn nonce(&self, link: usize) -> u32 {
+        self.get(AT_NONCES + (link * 8) as u64) as u32
     }
 
     /// Keeps these as the marks of broken connections. What does not fit is marked with others in

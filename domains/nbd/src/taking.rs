@@ -7,6 +7,7 @@
 //! known of, which are ended.
 
 use crate::announced::{Announced, usable};
+use crate::answers;
 use crate::connect;
 use crate::keeper::{self, key};
 use crate::marks::LINKS;
@@ -109,13 +110,20 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
             }));
         }
         Some(_) => {
-            for file in (0..LINKS).filter_map(|slot| storage.file(&key(slot))) {
+            let sockets: Vec<(usize, OwnedFd)> = (0..LINKS)
+                .filter_map(|slot| Some((slot, storage.file(&key(slot))?.into())))
+                .collect();
+            answers::take_in(&sockets, marks);
+            for (_, socket) in &sockets {
                 // Also for what else has it, whatever was half said. It may have ended already.
-                let _ = shutdown(&file, Shutdown::Both);
+                let _ = shutdown(socket, Shutdown::Both);
             }
         }
     }
     let (in_flight, old) = marks.left();
+    if !in_flight.is_empty() {
+        pool.host.count("nbd_unknown_changes", in_flight.len() as u64);
+    }
     let until = pool.host.clock() + pool.options.settle;
     pool.old.begin(in_flight, &old, until, Process::from_numbers(marks.server()), marks);
     let announced = Announced::inherited(pool.host).unwrap_or_else(|| pool.announced());

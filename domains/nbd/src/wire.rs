@@ -7,9 +7,10 @@
 //! All numbers are big-endian (NBD protocol, "Transmission").
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
-const REPLY_MAGIC: u32 = 0x6744_6698;
+/// What a simple reply begins with.
+pub const REPLY_MAGIC: u32 = 0x6744_6698;
 /// Length of a simple reply's header.
-const REPLY_LEN: usize = 16;
+pub const REPLY_LEN: usize = 16;
 /// Length of a request's header.
 pub const REQUEST_LEN: usize = 28;
 
