@@ -7,7 +7,8 @@
 //!
 //! - [`uri`], [`negotiate`], [`wire`]: the protocol, without sockets;
 //! - `connect`, `keeper`: having connections; `link`: using one; `pool`, `port`: using several;
-//! - `marks`, `old`, `answers`: what a broken connection may still change, and what has to wait for that;
+//! - `marks`, `old`, `answers`: what a broken connection may still change, and what has to wait for
+//!   that;
 //! - `disk`: what requests map to; what is in flight is the engine's (`domain_io::engine`).
 //!
 //! Requests are never sent with FUA, because not each server that takes it is durable then: what a
