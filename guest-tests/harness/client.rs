@@ -14,6 +14,7 @@
 //! it owns itself, and the buffers are shared with another process, so they are reached through
 //! raw pointers and copies, never through references.
 
+pub mod dirty;
 pub mod fast;
 pub mod raw;
 mod wire;

@@ -168,6 +168,9 @@ pub struct InflightRegion {
     pub queues: u16,
     /// Number of entries of each queue.
     pub queue_size: u16,
+    /// A ring that is stopped while the guest is migrated leaves there what is in flight.
+    #[serde(default)]
+    pub leaves: bool,
 }
 
 /// A session that begins: a frontend's, or one that is replayed.

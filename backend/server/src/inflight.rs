@@ -32,6 +32,8 @@ pub struct Inflight {
     /// Requests that were in flight run again one at a time, oldest first; nothing new is taken
     /// before all of them have ended.
     pub cautious: bool,
+    /// A ring that is stopped while the guest is migrated leaves what is in flight marked here.
+    pub leaves: bool,
     /// Requests that do not run again, and are answered with an I/O error.
     pub quarantine: Vec<Quarantined>,
 }
@@ -71,6 +73,12 @@ impl SharedInflight {
         let mut slot = lock(&self.0.inflight);
         *slot = inflight.map(Arc::new);
         // Release pairs with the Acquire in `version`: who sees it finds the region.
+        self.0.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// Has the region looked at anew, as after [`set`](Self::set).
+    pub(crate) fn renew(&self) {
+        let _slot = lock(&self.0.inflight);
         self.0.version.fetch_add(1, Ordering::Release);
     }
 

@@ -8,7 +8,8 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Long enough for anything here, and the end of a test that hangs.
@@ -46,7 +47,7 @@ pub(crate) enum Kind {
 
 /// A driver, and the memory that it shares.
 pub(crate) struct Guest {
-    pub(crate) memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    pub(crate) memory: GuestMemoryAtomic<GuestMemory>,
     has_event_idx: bool,
     /// Chains that were made available.
     offered: u16,
@@ -57,8 +58,8 @@ pub(crate) struct Guest {
 }
 
 /// A map as all guests here have it.
-pub(crate) fn map() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), END as usize)]).expect("memory")
+pub(crate) fn map() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), END as usize)]).expect("memory")
 }
 
 impl Guest {
@@ -71,7 +72,7 @@ impl Guest {
     }
 
     /// Tells the device where the ring is, and turns it on.
-    pub(crate) fn start(&self, vring: &impl VringT<GuestMemoryAtomic<GuestMemoryMmap>>) {
+    pub(crate) fn start(&self, vring: &impl VringT<GuestMemoryAtomic<GuestMemory>>) {
         vring.set_queue_size(SIZE);
         vring.set_queue_info(TABLE, AVAIL, USED).expect("addresses");
         vring.set_queue_event_idx(self.has_event_idx);

@@ -25,6 +25,7 @@ pub(crate) fn inflight(message: &Message) -> Option<InflightRegion> {
         offset: message.u64_at(8)?,
         queues: sizes as u16,
         queue_size: (sizes >> 16) as u16,
+        leaves: false,
     })
 }
 

@@ -7,6 +7,7 @@
 use crate::descriptor::Descriptor;
 use crate::request;
 use crate::wire::Message;
+use rustix::fs::fstat;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -94,7 +95,15 @@ impl Journal {
         match message.request {
             request::SET_OWNER => self.has_owner = true,
             request::RESET_OWNER => (self.has_owner, self.features) = (false, None),
-            request::SET_FEATURES => self.features = Some(message.u64_at(0)?),
+            request::SET_FEATURES => {
+                let features = message.u64_at(0)?;
+                let was_logged = self.features.is_none_or(|bits| bits & request::F_LOG_ALL != 0);
+                if was_logged && features & request::F_LOG_ALL == 0 {
+                    // The migration is over. The guest's memory may outgrow its log.
+                    self.log = None;
+                }
+                self.features = Some(features);
+            }
             request::SET_CONFIG => {
                 let place = (message.u32_at(0)?, message.u32_at(4)?);
                 self.config.insert(place, plain());
@@ -258,6 +267,23 @@ pub fn sort_table(message: &mut Message) {
         message.body.extend(bytes);
         message.files.push(file);
     }
+}
+
+/// Whether the file of a migration's log has what the message says: whoever marks in it behind its
+/// end is ended by a signal.
+///
+/// # Errors
+/// It has not, for this reason.
+pub fn log_is_there(message: &Message) -> Result<(), String> {
+    if message.request != request::SET_LOG_BASE {
+        return Ok(());
+    }
+    let place = message.u64_at(0).zip(message.u64_at(8)).zip(message.files.first());
+    let ((len, offset), file) = place.ok_or("there is none in the message")?;
+    let stat = fstat(file).map_err(|error| format!("it cannot be looked at: {error}"))?;
+    let has_it = offset.checked_add(len).is_some_and(|end| end <= stat.st_size as u64);
+    let ends = || format!("it ends at {offset} + {len}, and its file at {}", stat.st_size);
+    if has_it { Ok(()) } else { Err(ends()) }
 }
 
 /// A message whose body is one number.

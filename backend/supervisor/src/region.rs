@@ -47,7 +47,7 @@ impl Region {
         ftruncate(&memfd, len)?;
         // A frontend that made it shorter would end the server that has it mapped.
         fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let place = InflightRegion { offset: 0, len, queues, queue_size };
+        let place = InflightRegion { offset: 0, len, queues, queue_size, leaves: false };
         Ok(Self { place, memfd: memfd.into() })
     }
 
@@ -57,6 +57,13 @@ impl Region {
     /// As for [`new`](Self::new).
     pub fn own(queues: u16) -> io::Result<Self> {
         Self::new(queues, LARGEST)
+    }
+
+    /// The same, in which a ring that is stopped leaves what is in flight, or does not.
+    #[must_use]
+    pub fn leaving(mut self, leaves: bool) -> Self {
+        self.place.leaves = leaves;
+        self
     }
 
     /// One that a frontend brings. It is sealed against being cut short, if it can be: all that

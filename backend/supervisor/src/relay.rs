@@ -12,7 +12,7 @@
 use crate::descriptor::Descriptor;
 pub use crate::effect::Effect;
 use crate::fields::{capacity, inflight, is_no_ring_size, reply};
-use crate::journal::{Journal, sort_table, u64_message};
+use crate::journal::{Journal, log_is_there, sort_table, u64_message};
 use crate::region::Region;
 use crate::request::{self, Refusal, protocol};
 use crate::wire::Message;
@@ -220,6 +220,10 @@ impl Relay {
             request::SET_PROTOCOL_FEATURES => match message.u64_at(0) {
                 Some(taken) => {
                     self.has_acks = taken & protocol::REPLY_ACK != 0;
+                    let leaves = taken & protocol::GET_VRING_BASE_INFLIGHT != 0;
+                    if self.region.place.leaves != leaves {
+                        self.use_region(self.region.clone().leaving(leaves), &mut effects);
+                    }
                     self.acknowledge(&message, true, &mut effects);
                 }
                 None => effects.push(Effect::Close("it takes no protocol features".to_owned())),
@@ -260,6 +264,10 @@ impl Relay {
                 return;
             }
             sort_table(&mut message);
+        }
+        if let Err(why) = log_is_there(&message) {
+            effects.push(Effect::Close(format!("its migration log is refused: {why}")));
+            return;
         }
         self.ask(message, Why::Frontend { needs_reply }, effects);
     }
@@ -302,8 +310,11 @@ impl Relay {
     }
 
     fn take_region(&mut self, message: &Message, effects: &mut Vec<Effect>) {
+        let leaves = self.region.place.leaves;
         let region = match (inflight(message), message.files.first()) {
-            (Some(place), Some(memfd)) => Region::given(place, memfd.clone()),
+            (Some(place), Some(memfd)) => {
+                Region::given(place, memfd.clone()).map(|region| region.leaving(leaves))
+            }
             _ => Err("there is none in the message".to_owned()),
         };
         match region {
@@ -333,7 +344,9 @@ impl Relay {
             return;
         }
         match Region::own(self.region.place.queues) {
-            Ok(region) => self.use_region(region, effects),
+            Ok(region) => {
+                self.use_region(region.leaving(self.region.place.leaves), effects);
+            }
             Err(error) => effects.push(Effect::Close(format!("no in-flight region: {error}"))),
         }
     }

@@ -60,6 +60,8 @@ pub const GET_STATUS: u32 = 40;
 /// In the other direction: the configuration space is to be read again.
 pub const CONFIG_CHANGE_MSG: u32 = 2;
 
+/// Feature bit 26: what is written into the guest's memory is to be logged.
+pub const F_LOG_ALL: u64 = 1 << 26;
 /// Feature bit 30: there are protocol features.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 
@@ -83,12 +85,15 @@ pub mod protocol {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// The device's status is told and asked for.
     pub const STATUS: u64 = 1 << 16;
+    /// A ring that is stopped may leave what is in flight in its region.
+    pub const GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
 
     /// What a server may offer, and what is passed on to it.
     pub const PASSED_ON: u64 =
         MQ | LOG_SHMFD | REPLY_ACK | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
     /// What is done here, whatever the server can do.
-    pub const ADDED: u64 = REPLY_ACK | BACKEND_REQ | INFLIGHT_SHMFD | STATUS;
+    pub const ADDED: u64 =
+        REPLY_ACK | BACKEND_REQ | INFLIGHT_SHMFD | STATUS | GET_VRING_BASE_INFLIGHT;
 }
 
 /// How a request that is not known, or not for this device, can be turned down.

@@ -176,6 +176,12 @@ impl StatusSlot {
         // until it was used for the last time.
         unsafe { self.0.write_volatile(status.as_byte()) };
     }
+
+    /// Where the byte is.
+    #[must_use]
+    pub const fn at(self) -> *const u8 {
+        self.0
+    }
 }
 
 /// Takes the last byte off `segments`, whose last segment must not be empty: it is where the status

@@ -154,7 +154,8 @@ pub const fn used_len(op: u32, len: u64, written: u32) -> u32 {
 }
 
 /// Parses the chain that begins with descriptor `head` of a queue's `table`. `segments` is cleared
-/// and, for a read or a write, filled.
+/// and, for a read or a write, filled. An answer that brings data leaves what it may have written
+/// in there.
 #[inline]
 pub fn parse<M: GuestMemoryBackend>(
     table: DescriptorTable,
@@ -177,7 +178,9 @@ pub fn parse<M: GuestMemoryBackend>(
             Parsed::Request { op, flags, offset, len, status_at, head }
         }
         Verdict::Answer { status, data_written } => {
-            segments.clear();
+            if data_written == 0 {
+                segments.clear();
+            }
             // As in `used_len`: the status counts only if there is no gap before it.
             let written =
                 if data_written == layout.writable { data_written + 1 } else { data_written };

@@ -196,7 +196,7 @@ fn check(
             format!("request {op}")
         }
         Parsed::Answer { status_at, status, written, .. } => {
-            assert_eq!(total, 0);
+            assert!(total == 0 || written > 0, "{parsed:?} of {total}");
             assert!(written <= 21);
             status_at.write(status);
             format!("answer {status:?}")

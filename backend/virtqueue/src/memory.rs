@@ -3,24 +3,25 @@
 //! The frontend may replace the memory map at any time. A queue holds one snapshot of it, and goes
 //! over to another only between requests.
 
+use crate::dirty::GuestMemory;
 use std::sync::Arc;
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, MemoryRegionAddress,
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion,
+    MemoryRegionAddress,
 };
 
 /// One snapshot of the memory map. What is mapped in it stays mapped as long as it, or a
 /// [`RingView`](crate::RingView) of it, exists.
 #[derive(Debug)]
 pub struct Snapshot {
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemory>,
     version: u64,
 }
 
 impl Snapshot {
     /// The map as it is now, which the caller knows as `version`.
     #[must_use]
-    pub fn take(memory: &GuestMemoryAtomic<GuestMemoryMmap>, version: u64) -> Self {
+    pub fn take(memory: &GuestMemoryAtomic<GuestMemory>, version: u64) -> Self {
         Self { memory: memory.memory().into_inner(), version }
     }
 
@@ -32,7 +33,7 @@ impl Snapshot {
     }
 
     /// The map.
-    pub(crate) const fn memory(&self) -> &Arc<GuestMemoryMmap> {
+    pub(crate) const fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 

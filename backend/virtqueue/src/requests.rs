@@ -14,22 +14,34 @@
 //! taken by a domain. The proxy checks each completion against what is in flight before it says
 //! that something has ended; an entry that is not in use is not given back a second time.
 
+use crate::dirty::GuestMemory;
 use crate::memory::Snapshot;
 use crate::view::Used;
-use domain_abi::{RawRequest, RawSegment};
+use domain_abi::{RawRequest, RawSegment, op};
 use virtio_blk::{
     DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator, WireStatus,
     parse, used_len,
 };
-use vm_memory::GuestMemoryMmap;
 
-/// A request: what is needed to end it.
+/// Whether an entry is in use, and where its status byte is.
+#[derive(Clone, Copy, Default)]
+enum Place {
+    /// It was never in use, or what was in it had no status byte.
+    #[default]
+    Nowhere,
+    /// It is in use.
+    Used(StatusSlot),
+    /// It was.
+    Ended(StatusSlot),
+}
+
+/// A request: what is needed to end it, and, until another one takes the entry, to say what was
+/// written into guest memory for it.
 #[derive(Default)]
 struct Entry {
     op: u32,
     len: u64,
-    /// Set as long as the entry is in use.
-    status_at: Option<StatusSlot>,
+    place: Place,
     /// It is, or was when it was used last, of an earlier snapshot, which stays mapped.
     is_stranded: bool,
     segments: Vec<RawSegment>,
@@ -37,7 +49,15 @@ struct Entry {
 
 impl Entry {
     const fn is_in_use(&self) -> bool {
-        self.status_at.is_some()
+        matches!(self.place, Place::Used(_))
+    }
+
+    /// The entry is in use no more; where the status goes, if it was.
+    #[inline(always)]
+    const fn free(&mut self) -> Option<StatusSlot> {
+        let Place::Used(status_at) = self.place else { return None };
+        self.place = Place::Ended(status_at);
+        Some(status_at)
     }
 }
 
@@ -229,7 +249,7 @@ impl RequestTable {
     #[inline]
     pub fn end(&mut self, head: usize, status: u32, written: u32) -> Option<Used> {
         let entry = &mut self.entries[head];
-        entry.status_at.take()?.write(WireStatus::from_completion(status));
+        entry.free()?.write(WireStatus::from_completion(status));
         self.in_use -= 1;
         Some(Used { head: head as u16, len: used_len(entry.op, entry.len, written) })
     }
@@ -237,8 +257,22 @@ impl RequestTable {
     /// Gives up the entry of a request that was not taken, or that has ended with nothing to be
     /// told.
     pub fn discard(&mut self, head: usize) {
-        if self.entries[head].status_at.take().is_some() {
+        if self.entries[head].free().is_some() {
             self.in_use -= 1;
+        }
+    }
+
+    /// Calls `each` with all that was written into guest memory for chains which have ended and
+    /// are to be given back: their data, if they read any, and their status. Some of it may not
+    /// have been written.
+    pub fn written(&self, used: &[Used], mut each: impl FnMut(*const u8, usize)) {
+        for entry in used.iter().filter_map(|used| self.entries.get(usize::from(used.head))) {
+            if entry.op == op::READ {
+                entry.segments.iter().for_each(|piece| each(piece.base(), piece.len()));
+            }
+            if let Place::Ended(status_at) = entry.place {
+                each(status_at.at(), 1);
+            }
         }
     }
 }
@@ -260,7 +294,7 @@ pub struct Parser<'t> {
     in_use: &'t mut usize,
     limit: usize,
     immediate: &'t mut Vec<ImmediateAnswer>,
-    translator: Translator<'t, GuestMemoryMmap>,
+    translator: Translator<'t, GuestMemory>,
     requests: usize,
 }
 
@@ -281,7 +315,7 @@ impl Parser<'_> {
         match parse(table, head, &mut self.translator, limits, &mut entry.segments) {
             Parsed::Request { op, flags, offset, len, status_at, head } => {
                 (entry.op, entry.len) = (op, len);
-                (entry.status_at, entry.is_stranded) = (Some(status_at), false);
+                (entry.place, entry.is_stranded) = (Place::Used(status_at), false);
                 *self.in_use += 1;
                 self.requests += 1;
                 // SAFETY: the list belongs to an entry that is in use from here on. It is written
@@ -295,6 +329,8 @@ impl Parser<'_> {
             }
             Parsed::Answer { head, status_at, status, written } => {
                 give_up_long(&mut entry.segments);
+                // What is in the list was written.
+                (entry.op, entry.place) = (op::READ, Place::Ended(status_at));
                 let used = Used { head, len: written };
                 self.immediate.push(ImmediateAnswer {
                     after: self.requests,
@@ -305,6 +341,7 @@ impl Parser<'_> {
             }
             Parsed::Malformed { head, reason } => {
                 give_up_long(&mut entry.segments);
+                entry.place = Place::Nowhere;
                 let outside = self.translator.take_outside();
                 self.malformed(head, reason, outside)
             }
@@ -335,7 +372,8 @@ impl Parser<'_> {
 fn give_up_long(segments: &mut Vec<RawSegment>) {
     const USUAL: usize = (SEG_MAX as usize).next_power_of_two();
     if segments.capacity() > USUAL {
-        segments.clear();
+        // An answer's data is in the first of them, of which few have no length.
+        segments.truncate(USUAL);
         segments.shrink_to(USUAL);
     }
 }

@@ -23,14 +23,14 @@ fn list(request: &RawRequest) -> Vec<(*mut u8, usize)> {
 
 /// Guest memory with requests in it, and the table that takes them.
 struct Fixture {
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: GuestMemoryAtomic<GuestMemory>,
     table: RequestTable,
     limits: Limits,
     used: Vec<Used>,
 }
 
-fn map() -> GuestMemoryMmap {
-    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory")
+fn map() -> GuestMemory {
+    GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).expect("memory")
 }
 
 impl Fixture {
@@ -93,7 +93,7 @@ impl Fixture {
     }
 
     /// The map that is the current one, to see whether it stays.
-    fn watch(&self) -> Weak<GuestMemoryMmap> {
+    fn watch(&self) -> Weak<GuestMemory> {
         Arc::downgrade(&self.memory.memory().into_inner())
     }
 

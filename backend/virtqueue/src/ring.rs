@@ -120,21 +120,22 @@ pub fn enable_notification(queue: &Queue, view: &RingView) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dirty::GuestMemory;
     use crate::memory::Snapshot;
-    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
     const AVAIL: u64 = 0x1000;
     const USED: u64 = 0x2000;
 
     struct Fixture {
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        memory: GuestMemoryAtomic<GuestMemory>,
         queue: Queue,
         view: RingView,
     }
 
     impl Fixture {
         fn new(event_idx: bool) -> Self {
-            let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+            let map = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
             let memory = GuestMemoryAtomic::new(map);
             let mut queue = Queue::new(8).unwrap();
             queue.set_avail_ring_address(Some(AVAIL as u32), None);

@@ -8,13 +8,14 @@
 //! Deliberately absent: what the numbers mean, and in which order they are to be written
 //! (`ring.rs`).
 
+use crate::dirty::GuestMemory;
 #[cfg(test)]
 use crate::inflight::trace;
 use crate::memory::Snapshot;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use virtio_queue::{Error, Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::GuestAddress;
 
 /// A chain that goes back to the driver: an element of the used ring (2.7.8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +57,13 @@ impl Layout {
     }
 }
 
+/// Where the used ring of `queue` is in guest memory, and how long, event index included.
+#[must_use]
+pub fn used_ring(queue: &Queue) -> (GuestAddress, usize) {
+    let len = RING_HEADER + usize::from(queue.size()) * USED_ELEMENT + size_of::<u16>();
+    (GuestAddress(queue.used_ring()), len)
+}
+
 /// A queue's two rings, mapped.
 ///
 /// A ring that is not whole in one region is refused. A frontend names a ring by its own address
@@ -70,7 +78,7 @@ pub struct RingView {
     /// Null if it is not in one region: only a hint is taken from it.
     desc: *const u8,
     /// Keeps both rings mapped, whatever the frontend does to the map.
-    memory: Arc<GuestMemoryMmap>,
+    memory: Arc<GuestMemory>,
 }
 
 // SAFETY: what the pointers point to belongs to no thread, is only accessed through atomics, and
@@ -205,6 +213,18 @@ impl RingView {
         self.used_word(2 + 4 * usize::from(self.layout.size)).store(idx.to_le(), Ordering::Relaxed);
     }
 
+    /// Calls `each` with what was written in guest memory when the used index went from `first` to
+    /// `next`: address and length.
+    pub fn written(&self, first: u16, next: u16, mut each: impl FnMut(u64, usize)) {
+        each(self.layout.used, RING_HEADER);
+        let (count, at) = (next.wrapping_sub(first).min(self.layout.size), first & self.mask);
+        let until_end = count.min(self.layout.size - at);
+        for (at, count) in [(at, until_end), (0, count - until_end)] {
+            let addr = self.layout.used + (RING_HEADER + usize::from(at) * USED_ELEMENT) as u64;
+            each(addr, usize::from(count) * USED_ELEMENT);
+        }
+    }
+
     /// Tells the CPU that the chain at `position` will be looked at soon. Says nothing and changes
     /// nothing.
     #[inline]
@@ -277,7 +297,7 @@ mod tests {
     /// Two regions that adjoin at 0x4000.
     fn snapshot() -> Snapshot {
         let ranges = [(GuestAddress(0), 0x4000), (GuestAddress(0x4000), 0x4000)];
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        let memory = GuestMemoryAtomic::new(GuestMemory::from_ranges(&ranges).unwrap());
         Snapshot::take(&memory, 1)
     }
 

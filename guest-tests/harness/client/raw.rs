@@ -35,9 +35,10 @@ pub const MEMORY_BYTES: u64 = 1 << 20;
 /// ([`RawSession::plug`]).
 pub const PLUGGED_BASE: u64 = 0x8000_0000;
 
-const DESCRIPTORS: u64 = 0;
-const AVAIL: u64 = 0x1_0000;
-const USED: u64 = 0x2_0000;
+pub(super) const DESCRIPTORS: u64 = 0;
+pub(super) const AVAIL: u64 = 0x1_0000;
+/// Offset in the region of the used ring.
+pub const USED: u64 = 0x2_0000;
 /// Offset in the region from where on it is free for headers and data.
 pub const FREE: u64 = 0x4_0000;
 
@@ -103,7 +104,9 @@ pub struct RawSession {
     plugged: File,
     kick: EventFd,
     call: EventFd,
-    size: u16,
+    /// What was negotiated.
+    pub(super) features: u64,
+    pub(super) size: u16,
     avail_index: u16,
     used_index: u16,
 }
@@ -113,22 +116,35 @@ impl RawSession {
     ///
     /// Like every wait on this session, a missing reply is an error after 10 s.
     pub fn connect(socket: &Path, features: u64) -> io::Result<RawSession> {
+        RawSession::connect_with(socket, features, VhostUserProtocolFeatures::empty())
+    }
+
+    /// As [`connect`](Self::connect), with more protocol features.
+    pub fn connect_with(
+        socket: &Path,
+        features: u64,
+        more: VhostUserProtocolFeatures,
+    ) -> io::Result<RawSession> {
         let mut session = RawSession::unnegotiated(socket)?;
         let frontend = &mut session.frontend;
         frontend.set_owner().map_err(other)?;
         let offered = frontend.get_features().map_err(other)?;
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        frontend.set_features(offered & (features | protocol)).map_err(other)?;
+        let features = offered & (features | protocol);
+        frontend.set_features(features).map_err(other)?;
         let wanted = VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE;
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | more;
         let offered = frontend.get_protocol_features().map_err(other)?;
         frontend.set_protocol_features(offered & wanted).map_err(other)?;
         if offered.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
+        session.features = features;
         Ok(session)
     }
 
@@ -155,6 +171,7 @@ impl RawSession {
             plugged,
             kick,
             call,
+            features: 0,
             size: 0,
             avail_index: 0,
             used_index: 0,
@@ -282,6 +299,10 @@ impl RawSession {
     /// answered somewhere else.
     pub fn start_ring_at(&mut self, size: u16, base: u16) -> io::Result<()> {
         self.set_up_ring(size, base)?;
+        self.turn_on()
+    }
+
+    fn turn_on(&mut self) -> io::Result<()> {
         self.frontend.set_vring_call(0, &self.call).map_err(other)?;
         self.frontend.set_vring_kick(0, &self.kick).map_err(other)?;
         self.frontend.set_vring_enable(0, true).map_err(other)
@@ -292,7 +313,20 @@ impl RawSession {
             self.put(ring, &[0; 2])?;
             self.put(ring + 2, &base.to_le_bytes())?;
         }
-        (self.size, self.avail_index, self.used_index) = (size, base, base);
+        self.place_ring_at(size, base, base)
+    }
+
+    /// Starts the ring as it lies in memory, for a driver that has been running: it goes on at
+    /// `base`, and has seen what was answered before `used`.
+    pub fn resume_ring(&mut self, size: u16, base: u16, used: u16) -> io::Result<()> {
+        self.place_ring_at(size, base, used)?;
+        self.turn_on()
+    }
+
+    fn place_ring_at(&mut self, size: u16, base: u16, used: u16) -> io::Result<()> {
+        let avail = self.get(AVAIL + 2, 2)?;
+        self.avail_index = u16::from_le_bytes([avail[0], avail[1]]);
+        (self.size, self.used_index) = (size, used);
         self.frontend.set_vring_num(0, size).map_err(other)?;
         self.frontend.set_vring_base(0, base).map_err(other)?;
         self.place_ring(DESCRIPTORS, AVAIL, USED)
@@ -369,6 +403,14 @@ impl RawSession {
         self.jump(1)
     }
 
+    /// Offers the chains that start at `heads`, all at once, and kicks.
+    pub fn offer_all(&mut self, heads: &[u16]) -> io::Result<()> {
+        for (index, head) in (self.avail_index..).zip(heads) {
+            self.put(AVAIL + 4 + u64::from(index % self.size) * 2, &head.to_le_bytes())?;
+        }
+        self.jump(heads.len() as u16)
+    }
+
     /// Moves the available index on by `count` entries, written or not, and kicks.
     pub fn jump(&mut self, count: u16) -> io::Result<()> {
         self.avail_index = self.avail_index.wrapping_add(count);
@@ -410,6 +452,6 @@ impl RawSession {
     }
 }
 
-fn other(error: vhost::Error) -> io::Error {
+pub(super) fn other(error: vhost::Error) -> io::Error {
     io::Error::other(error.to_string())
 }

@@ -3,10 +3,11 @@
 use crate::inflight::SharedInflight;
 use std::sync::atomic::AtomicU64;
 use virtio_blk::Limits;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 
 /// Guest memory, as the frontend's messages replace it.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+pub(super) type Memory = GuestMemoryAtomic<GuestMemory>;
 
 /// What the session says to a worker between two batches.
 #[derive(Debug, Clone, Copy)]

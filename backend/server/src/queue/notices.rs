@@ -5,6 +5,7 @@ use log::Level;
 use std::io;
 use virtio_blk::MalformedChain;
 use virtio_queue::Error;
+use virtqueue::NotLogged;
 use virtqueue::inflight::{Contradiction, Marked, RegionError};
 
 /// Says that the ring makes no sense, and is left alone.
@@ -33,6 +34,18 @@ pub(super) fn head_in_use(queue: usize, head: u16) {
         "ring makes no sense",
         format_args!(
             "queue {queue}: the driver offers chain {head} while it is in flight; the queue is not served until the driver resets it"
+        ),
+    );
+}
+
+/// Says that a migration is not complete.
+#[cold]
+pub(super) fn not_logged(queue: usize, error: NotLogged) {
+    log_limit::say(
+        Level::Error,
+        "not logged",
+        format_args!(
+            "queue {queue}: {error}: what arrives where the guest is migrated to may be old. The session is ended; migrate again. The frontend has to send a log for all of the guest's memory (SET_LOG_BASE) before it turns the log on"
         ),
     );
 }

@@ -13,25 +13,26 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 /// The descriptor flag of a table.
 const INDIRECT: u16 = 4;
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+type Memory = GuestMemoryAtomic<GuestMemory>;
 
 /// A ring that calls `asked` each time that it is asked how it is.
 struct Interposed<F> {
-    ring: VringMutex,
+    ring: VringMutex<Memory>,
     asked: F,
 }
 
 impl<'a, F: 'a> VringStateGuard<'a, Memory> for Interposed<F> {
-    type G = <VringMutex as VringStateGuard<'a, Memory>>::G;
+    type G = <VringMutex<Memory> as VringStateGuard<'a, Memory>>::G;
 }
 
 impl<'a, F: 'a> VringStateMutGuard<'a, Memory> for Interposed<F> {
-    type G = <VringMutex as VringStateMutGuard<'a, Memory>>::G;
+    type G = <VringMutex<Memory> as VringStateMutGuard<'a, Memory>>::G;
 }
 
 impl<F: Fn() + 'static> VringT<Memory> for Interposed<F> {
@@ -225,7 +226,7 @@ fn a_ring_whose_heads_are_all_those_of_lost_requests_is_served_when_it_is_set_up
 
 /// Serves while the memory map becomes another between the look at its version and the look at the
 /// ring. The ring is the same in both; `driver` goes on in the new one.
-fn serve_over_a_change(bench: &mut Bench, new: GuestMemoryMmap, driver: impl Fn(&mut Guest)) {
+fn serve_over_a_change(bench: &mut Bench, new: GuestMemory, driver: impl Fn(&mut Guest)) {
     let is_done = Cell::new(false);
     let guest = RefCell::new(&mut bench.guest);
     let memory = guest.borrow().memory.clone();
@@ -252,7 +253,7 @@ fn serve_over_a_change(bench: &mut Bench, new: GuestMemoryMmap, driver: impl Fn(
 #[test]
 fn a_ring_in_memory_that_was_just_added_is_served() {
     let mut bench = Bench::new(&[]);
-    let elsewhere = GuestMemoryMmap::from_ranges(&[(GuestAddress(END), 0x1000)]).expect("memory");
+    let elsewhere = GuestMemory::from_ranges(&[(GuestAddress(END), 0x1000)]).expect("memory");
     bench.guest.memory.lock().expect("no panic").replace(elsewhere);
     serve_over_a_change(&mut bench, testing::map(), |guest| guest.reads(0..1));
     let malformed = bench.puppets.proxy.status().queues[0].malformed;
@@ -269,7 +270,7 @@ fn memory_that_was_just_removed_is_not_touched() {
     // the same.
     let mut rest = vec![0; 0x9000];
     old.read_slice(&mut rest, GuestAddress(0)).expect("guest memory");
-    let left = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), rest.len())]).expect("memory");
+    let left = GuestMemory::from_ranges(&[(GuestAddress(0), rest.len())]).expect("memory");
     left.write_slice(&rest, GuestAddress(0)).expect("guest memory");
     let gone = GuestAddress(0x9000);
     old.write_obj(0x1234_5678_u32, gone).expect("guest memory");

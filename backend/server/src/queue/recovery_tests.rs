@@ -31,7 +31,7 @@ impl Memory {
 
     fn inflight(&self) -> Inflight {
         let region = Arc::clone(&self.region);
-        Inflight { region, cautious: false, quarantine: Vec::new() }
+        Inflight { region, cautious: false, leaves: false, quarantine: Vec::new() }
     }
 
     fn word(&self, at: u64) -> u16 {

@@ -25,13 +25,15 @@ impl QueueWorker {
     #[cold]
     pub(super) fn take_up(
         &mut self,
-        state: &mut VringState,
+        state: &mut VringState<Memory>,
         inputs: &BatchInputs<'_>,
     ) -> Option<Popped> {
         if self.device.awaited() > 0 {
             // It is marked elsewhere, and its end brings us back.
             return Some(Popped::Nothing);
         }
+        // What it had when it was hushed has ended.
+        self.phase.speak(self.queue);
         let Some(snapshot) = self.requests.snapshot() else { return Some(Popped::Nothing) };
         let (version, inflight) = inputs.inflight.get();
         let Some(inflight) = inflight else {
@@ -164,7 +166,7 @@ impl QueueWorker {
 
     /// Answers the chains of the batch that are not the domain's, up to the first request that the
     /// domain did not take. Returns how many chains go back to the ring: that request and all after
-    /// it.
+    /// it. To be called with the ring's lock.
     pub(super) fn end_batch(&mut self, accepted: usize) -> u16 {
         if accepted < self.batch.len() {
             self.unmark_returned(accepted);
@@ -184,7 +186,11 @@ impl QueueWorker {
 
     /// Gives chains back to the ring, the last so many that were taken.
     #[cold]
-    pub(super) fn return_chains(&mut self, state: &mut VringState, chains: u16) {
+    pub(super) fn return_chains(&mut self, state: &mut VringState<Memory>, chains: u16) {
+        if self.phase.is_hushed(self.queue) {
+            // The frontend was told that they are taken.
+            return;
+        }
         if let Some(replay) = &mut self.tracking.replay {
             // They were never the ring's to give.
             replay.returned(usize::from(chains));
@@ -199,6 +205,9 @@ impl QueueWorker {
     /// the domain did not take, and all after it.
     #[cold]
     pub(super) fn unmark_returned(&mut self, accepted: usize) {
+        if self.phase.is_hushed(self.queue) {
+            return;
+        }
         let Self { tracking, requests, batch, .. } = self;
         let Tracking { tracker: Some(tracker), replay: None, .. } = tracking else { return };
         for (index, request) in batch.iter().enumerate().skip(accepted).rev() {

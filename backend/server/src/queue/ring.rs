@@ -1,5 +1,6 @@
 //! What a worker knows of its ring while the ring is on.
 
+use super::inputs::Memory;
 use vhost_user_backend::VringState;
 use virtio_queue::QueueT;
 use virtqueue::{RingView, ViewCache};
@@ -34,6 +35,6 @@ impl RingState {
 }
 
 /// Whether the frontend has started and enabled the ring (vhost-user, "Ring states").
-pub(super) fn is_on(state: &VringState) -> bool {
+pub(super) fn is_on(state: &VringState<Memory>) -> bool {
     state.get_queue().ready() && state.is_enabled()
 }

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vhost_user_backend::{VringMutex, VringT};
 use virtio_blk::{Limits, features};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 pub(super) const OK: u8 = 0;
 pub(super) const IO_ERROR: u8 = 1;
@@ -21,7 +22,7 @@ const UNSUPPORTED: u8 = 2;
 pub(super) struct Bench {
     pub(super) guest: Guest,
     pub(super) puppets: Puppets,
-    pub(super) vring: VringMutex,
+    pub(super) vring: VringMutex<super::inputs::Memory>,
     pub(super) phase: Arc<PhaseCell>,
     pub(super) worker: QueueWorker,
     pub(super) limits: Limits,
@@ -61,7 +62,7 @@ impl Bench {
     /// As [`serve_with`](Self::serve_with), on another face of the ring.
     pub(super) fn serve_between(
         &mut self,
-        vring: &impl VringT<GuestMemoryAtomic<GuestMemoryMmap>>,
+        vring: &impl VringT<GuestMemoryAtomic<GuestMemory>>,
         between: impl Fn(&Guest) -> bool,
     ) {
         let Self { guest, worker, limits, memory_version, inflight, .. } = self;
@@ -463,7 +464,7 @@ fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
 }
 
 /// Copies all of guest memory.
-fn copy(from: &vm_memory::GuestMemoryMmap, to: &vm_memory::GuestMemoryMmap) {
+fn copy(from: &GuestMemory, to: &GuestMemory) {
     use vm_memory::{Bytes, GuestAddress};
     let mut bytes = vec![0; END as usize];
     from.read_slice(&mut bytes, GuestAddress(0)).expect("guest memory");

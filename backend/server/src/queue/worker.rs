@@ -30,10 +30,10 @@ use proxy::{Ended, Gate, Worker, slot_of};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use vhost_user_backend::{VringState, VringT};
+use vhost_user_backend::VringT;
 use virtio_blk::DescriptorTable;
 use virtio_queue::{Error, Queue, QueueT};
-use virtqueue::{Chain, RequestTable, Snapshot, Used, ViewCache};
+use virtqueue::{Chain, Marker, RequestTable, Snapshot, Used, ViewCache};
 
 /// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
 /// and the control messages never wait long, and that a driver that sleeps is being woken by the
@@ -87,6 +87,9 @@ pub(crate) struct QueueWorker {
     pub(super) used: Vec<Used>,
     poller: Poller,
     pub(super) phase: Arc<PhaseCell>,
+    pub(super) marker: Marker,
+    /// Something was written that could not be logged.
+    pub(super) has_unlogged: bool,
     /// Generation of the instance that took less than it was offered; it is offered nothing more
     /// until something has ended.
     backpressured_by: Option<u64>,
@@ -112,6 +115,8 @@ impl QueueWorker {
             used: Vec::with_capacity(BATCH),
             poller: Poller::new(poll),
             phase,
+            marker: Marker::default(),
+            has_unlogged: false,
             backpressured_by: None,
         }
     }
@@ -280,6 +285,10 @@ impl QueueWorker {
 
     /// Gives back what has ended since.
     fn collect(&mut self, vring: &impl VringT<Memory>) -> Progress {
+        if !self.phase.is_plain() && self.phase.is_hushed(self.queue) {
+            self.drop_ended();
+            return Progress::Idle;
+        }
         let Self { device, requests, used, .. } = self;
         used.clear();
         device.reap(|ended| end(requests, used, ended));
@@ -325,9 +334,9 @@ impl QueueWorker {
                 accepted = 1;
             }
         }
+        let mut state = vring.get_mut();
         let unpopped = self.end_batch(accepted);
         self.backpressured_by = (unpopped > 0).then(|| self.device.tags().generation());
-        let mut state = vring.get_mut();
         if unpopped > 0 {
             self.return_chains(&mut state, unpopped);
         }
@@ -453,32 +462,6 @@ impl QueueWorker {
     /// never end are free.
     fn room(&self) -> usize {
         usize::from(self.queue_size).saturating_sub(self.device.awaited())
-    }
-
-    /// Publishes `self.used`.
-    fn publish_used(&mut self, state: &mut VringState) {
-        let Some(snapshot) = self.requests.snapshot() else { return };
-        // What the frontend finds when it is let go is the last of it.
-        if self.used.is_empty() || self.phase.is_at(Phase::Detached) {
-            return;
-        }
-        self.ring.answers += self.used.len();
-        let queue = state.get_queue_mut();
-        let view = self.ring.views.view(snapshot, queue);
-        let used = &self.used;
-        let published = view.map(|view| match &mut self.tracking.tracker {
-            None => virtqueue::publish_used(queue, view, used),
-            Some(tracker) => virtqueue::publish_tracked(queue, view, used, tracker),
-        });
-        match published {
-            Ok(true) => {
-                if let Err(error) = state.signal_used_queue() {
-                    notices::not_notified(self.queue, &error);
-                }
-            }
-            Ok(false) => {}
-            Err(error) => self.give_up(&error),
-        }
     }
 
     /// Leaves the device. Returns how many requests are left unanswered for good.

@@ -10,7 +10,8 @@ use proxy::DomainProxy;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 
 /// The parts of one session that belong to no queue.
 pub(super) struct Context {
@@ -31,7 +32,7 @@ impl Context {
     pub(super) fn new(
         proxy: &Arc<DomainProxy>,
         config: &SessionConfig,
-        map: GuestMemoryAtomic<GuestMemoryMmap>,
+        map: GuestMemoryAtomic<GuestMemory>,
         patience: Duration,
     ) -> io::Result<Self> {
         let offer = Offer::new(proxy, config, patience).ok_or_else(|| {

@@ -6,6 +6,7 @@ use super::queue_control::QueueControl;
 use super::rings::{Event, Vring};
 use super::state::{NotDrained, Session};
 use crate::args::MAX_QUEUE_SIZE;
+use crate::inflight::Inflight;
 use crate::log_limit;
 use crate::phase::Phase;
 use log::Level;
@@ -15,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserHandlerError};
 use virtio_blk::{ConfigSpace, Error};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::{GuestMemory, LogSlot};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
@@ -23,6 +25,9 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 /// queues.
 const WAKE: u16 = 1;
 const LOOK: u16 = 2;
+
+/// The feature bit that turns a migration's log on: no feature of the device.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// Why there is no session any more.
 #[derive(Debug)]
@@ -115,6 +120,8 @@ impl Frontend {
         }
         if event == Event::Starts {
             self.is_replayed.store(false, Ordering::Relaxed);
+            // A process that had this ring before may have died before it marked its last answers.
+            self.control(queue).log_ring();
         }
         if matches!(event, Event::ComesFromElsewhere | Event::Starts) {
             let goes_on = self.goes_on(queue);
@@ -148,6 +155,27 @@ impl Frontend {
     fn control(&self, queue: usize) -> &Arc<QueueControl> {
         &self.session.queues[queue]
     }
+
+    /// From when this returns on, all that is written into guest memory is marked in the
+    /// migration's log, or need not be any more.
+    fn turn_log(&self, on: bool) {
+        if self.session.context.phase.turn_log(on) {
+            self.session.queues.iter().for_each(|control| control.pass_lock());
+            log::info!(
+                "what is written into guest memory is {}",
+                if on { "logged for a migration from now on" } else { "not logged any more" }
+            );
+        }
+    }
+
+    /// Whether a ring that is stopped leaves what it has in flight to another process. A migration
+    /// must be under way: where the guest is reset, what the kernel still reads would come into
+    /// memory that has another use then.
+    fn leaves_in_flight(&self) -> bool {
+        let context = &self.session.context;
+        let leaves = |inflight: &Inflight| inflight.leaves;
+        context.phase.is_logged() && context.config.inflight.get().1.is_some_and(|one| leaves(&one))
+    }
 }
 
 /// What to do about a ring of a size that is refused.
@@ -168,7 +196,7 @@ pub(super) fn how_to_size(size: u16, largest: u16) -> String {
 pub(super) struct Backend(pub(super) Arc<Frontend>);
 
 impl VhostUserBackend for Backend {
-    type Bitmap = ();
+    type Bitmap = LogSlot;
     type Vring = Vring;
 
     fn num_queues(&self) -> usize {
@@ -180,17 +208,21 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        self.0.session.context.offer.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.0.session.context.offer.features()
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | LOG_ALL
     }
 
     fn acked_features(&self, acked: u64) {
-        self.0.session.context.offer.acknowledge(acked);
+        self.0.turn_log(acked & LOG_ALL != 0);
+        self.0.session.context.offer.acknowledge(acked & !LOG_ALL);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
     }
@@ -209,6 +241,7 @@ impl VhostUserBackend for Backend {
                 }
             }
         }
+        self.0.turn_log(false);
         self.0.session.context.offer.reset();
     }
 
@@ -251,8 +284,9 @@ impl VhostUserBackend for Backend {
         }
     }
 
-    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemory>) -> io::Result<()> {
         let Session { context, queues, .. } = &self.0.session;
+        context.phase.log().bind(&memory.memory());
         context.memory.update(&memory, &context.proxy);
         queues.iter().for_each(|control| control.wake());
         Ok(())
@@ -267,8 +301,16 @@ impl VhostUserBackend for Backend {
     }
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        let session = &self.0.session;
-        session.drain_queue(queue_index as usize).map_err(|error| {
+        let (session, queue) = (&self.0.session, queue_index as usize);
+        if self.0.leaves_in_flight() && !session.queues[queue].leave_in_flight() {
+            log::info!(
+                "queue {queue}: what is in flight is left to the process that the guest is migrated to"
+            );
+            return Ok(());
+        }
+        let drained = session.drain_queue(queue);
+        session.queues[queue].log_ring();
+        drained.map_err(|error| {
             if matches!(error, NotDrained::TimedOut { .. }) {
                 // The error ends the session, which has waited long enough.
                 session.context.phase.advance_to(Phase::GaveUp);
@@ -293,6 +335,7 @@ impl VhostUserBackend for Backend {
         }
         // Each thread comes here once before the frontend is heard, see `serve`.
         control.serve_queue(vring, |vring| {
+            control.has_ring(vring);
             let frontend = Arc::downgrade(&self.0);
             vring.listen(self.0.session.context.config.queue_size, move |event| {
                 if let Some(frontend) = frontend.upgrade() {

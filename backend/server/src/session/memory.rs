@@ -4,27 +4,26 @@ use crate::sync::lock;
 use proxy::DomainProxy;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use virtqueue::GuestMemory;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
 
 /// A region of it: where it is mapped, and its length.
 type Range = (usize, usize);
 
 /// The memory map of one session, with a number for each version of it.
 pub(super) struct SharedMemory {
-    map: GuestMemoryAtomic<GuestMemoryMmap>,
+    map: GuestMemoryAtomic<GuestMemory>,
     version: AtomicU64,
     /// What domains have been told of.
     told: Mutex<Vec<Range>>,
 }
 
 impl SharedMemory {
-    pub(super) fn new(map: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
+    pub(super) fn new(map: GuestMemoryAtomic<GuestMemory>) -> Self {
         Self { map, version: AtomicU64::new(1), told: Mutex::default() }
     }
 
-    pub(super) const fn map(&self) -> &GuestMemoryAtomic<GuestMemoryMmap> {
+    pub(super) const fn map(&self) -> &GuestMemoryAtomic<GuestMemory> {
         &self.map
     }
 
@@ -45,11 +44,7 @@ impl SharedMemory {
     }
 
     /// The map has been replaced: tells domains what has gone and what has come.
-    pub(super) fn update(
-        &self,
-        map: &GuestMemoryAtomic<GuestMemoryMmap>,
-        proxy: &Arc<DomainProxy>,
-    ) {
+    pub(super) fn update(&self, map: &GuestMemoryAtomic<GuestMemory>, proxy: &Arc<DomainProxy>) {
         let now: Vec<Range> = map
             .memory()
             .iter()

@@ -19,7 +19,8 @@
 //!
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in
 //! silence); a ring that was stopped or reset has nothing in flight when the frontend gets its
-//! answer (one that was disabled takes nothing more); when a session is over, nothing of it is
+//! answer, unless the guest is migrated and the frontend wants it left to another process (one that
+//! was disabled takes nothing more); when a session is over, nothing of it is
 //! left: no thread, no descriptor, no mapping.
 
 mod beginning;

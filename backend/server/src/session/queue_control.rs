@@ -20,13 +20,19 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
+use vhost_user_backend::VringT;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// After so long a drain is reported, and given up if the daemon is to end. Nothing is cancelled
 /// before: a guest that comes back must not find errors that were made by our leaving.
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+
+/// How long what is in flight has to end, where it need not.
+const TO_END: Duration = Duration::from_millis(3);
 
 /// How often a thread that waits for a drain looks whether it still should.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -84,6 +90,7 @@ pub(super) struct QueueControl {
     is_owed_elsewhere: AtomicBool,
     /// Leave even if something is in flight.
     is_abandoned: AtomicBool,
+    ring: OnceLock<Vring>,
 }
 
 thread_local! {
@@ -113,6 +120,7 @@ impl QueueControl {
             drain: Drain::new(),
             is_owed_elsewhere: AtomicBool::new(false),
             is_abandoned: AtomicBool::new(false),
+            ring: OnceLock::new(),
         })
     }
 
@@ -129,6 +137,52 @@ impl QueueControl {
     /// Takes the wake-up of the queue's thread. Returns whether there was one.
     pub(super) fn woken(&self) -> bool {
         self.wake.clear()
+    }
+
+    /// Which ring it is, from the queue's thread.
+    pub(super) fn has_ring(&self, ring: &Vring) {
+        let _ = self.ring.set(ring.clone());
+    }
+
+    /// What the queue's thread does with its ring after this sees what was done before it.
+    pub(super) fn pass_lock(&self) {
+        if let Some(ring) = self.ring.get() {
+            drop(ring.get_mut());
+        }
+    }
+
+    /// Marks the used ring in a migration's log, if there is one: with its flag and its event
+    /// index, which are not marked when they are written.
+    pub(super) fn log_ring(&self) {
+        let context = &*self.context;
+        let Some(ring) = self.ring.get().filter(|_| context.phase.is_logged()) else { return };
+        let state = ring.get_ref();
+        let (used, len) = virtqueue::used_ring(state.get_queue());
+        if let Some((region, at)) = context.memory.map().memory().to_region_addr(used) {
+            // The library's trait of the same name has the bitmap as well.
+            GuestMemoryRegion::bitmap(region).mark_dirty(at.raw_value() as usize, len);
+        }
+    }
+
+    /// Waits a moment for what is in flight. What does not end by then is not answered here any
+    /// more, and stays marked in the in-flight region. Returns whether all of it has ended.
+    ///
+    /// What has it may go on with it: it is awaited before anything is taken from this ring again,
+    /// before the session ends and before the image is given to another process.
+    pub(super) fn leave_in_flight(&self) -> bool {
+        if self.wait_drained(Instant::now() + TO_END) != Outcome::TimedOut {
+            self.log_ring();
+            return true;
+        }
+        let Some(ring) = self.ring.get() else { return true };
+        let state = ring.get_mut();
+        self.context.phase.hush(self.queue);
+        drop(state);
+        self.log_ring();
+        // So that what is marked is looked at anew.
+        self.context.config.inflight.renew();
+        self.wake();
+        false
     }
 
     /// Runs on the queue's thread, at its first event and at each one after it: serves the queue,
@@ -184,6 +238,9 @@ impl QueueControl {
             memory: context.memory.map(),
             inflight: &context.config.inflight,
         });
+        if worker.take_unlogged() {
+            context.connection.end();
+        }
         context.lookout.note(self.queue, worker.has_taken(), || worker.is_blank(vring));
         self.is_owed_elsewhere.store(worker.is_owed_elsewhere(), Ordering::Relaxed);
         worker.awaited() == 0

@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use vhost_user_backend::{VringMutex, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error, QueueT};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+type Memory = GuestMemoryAtomic<GuestMemory>;
 
 /// What happens to a ring, on the thread of the frontend's messages and before its effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +45,9 @@ pub(crate) struct Vring {
     ring: VringMutex<Memory>,
     listener: Arc<OnceLock<Listener>>,
     is_refused: Arc<AtomicBool>,
+    /// It runs and was told once more where it is, as when a migration's log is turned on and off
+    /// (SET_VRING_ADDR); it goes on where its worker is.
+    stays: Arc<AtomicBool>,
 }
 
 impl Vring {
@@ -81,6 +85,7 @@ impl VringT<Memory> for Vring {
             ring,
             listener: Arc::default(),
             is_refused: Arc::default(),
+            stays: Arc::default(),
         })
     }
 
@@ -138,6 +143,15 @@ impl VringT<Memory> for Vring {
             // SET_VRING_NUM could not be refused.
             return Err(Error::InvalidSize);
         }
+        let state = self.ring.get_ref();
+        let queue = state.get_queue();
+        let now = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
+        let stays = queue.ready() && now == (desc_table, avail_ring, used_ring);
+        drop(state);
+        self.stays.store(stays, Ordering::Relaxed);
+        if stays {
+            return Ok(());
+        }
         self.ring.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
@@ -153,6 +167,10 @@ impl VringT<Memory> for Vring {
     }
 
     fn set_queue_next_used(&self, idx: u16) {
+        // What the library found in the ring may be old by now.
+        if self.stays.swap(false, Ordering::Relaxed) {
+            return;
+        }
         self.ring.set_queue_next_used(idx);
     }
 

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
 
 /// Serves one connection, which must be waiting at `listener`, until it ends.
@@ -45,7 +46,7 @@ pub fn serve_from(
     use vhost::vhost_user::Error::{Disconnected, PartialMessage};
     use vhost_user_backend::Error::HandleRequest;
 
-    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let memory = GuestMemoryAtomic::new(GuestMemory::new());
     let session = Session::new(proxy, config, memory.clone())?;
     let frontend = Arc::new(Frontend::new(session));
     frontend.begin(beginning);

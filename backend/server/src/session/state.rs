@@ -10,7 +10,8 @@ use proxy::DomainProxy;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 
 /// Why a queue has something in flight still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +35,7 @@ impl Session {
     pub(super) fn new(
         proxy: &Arc<DomainProxy>,
         config: &SessionConfig,
-        map: GuestMemoryAtomic<GuestMemoryMmap>,
+        map: GuestMemoryAtomic<GuestMemory>,
     ) -> io::Result<Self> {
         let context = Arc::new(Context::new(proxy, config, map, DRAIN_TIMEOUT)?);
         let queue = |queue| QueueControl::new(queue, Arc::clone(&context)).map(Arc::new);

@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_blk::features;
 use virtio_queue::QueueT;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use virtqueue::GuestMemory;
+use vm_memory::GuestMemoryAtomic;
 
 /// Of one queue.
 fn config(poll: Duration) -> SessionConfig {
@@ -278,7 +279,7 @@ fn a_domain_that_dies_under_a_session_is_replaced_or_the_device_is_faulted() {
 fn domains_are_told_of_memory_that_comes_and_goes() {
     let bench = Bench::new(&[]);
     let told = || bench.puppets.stage.lines("a", "memory").len();
-    let share = |map: GuestMemoryMmap| {
+    let share = |map: GuestMemory| {
         bench.backend.update_memory(GuestMemoryAtomic::new(map)).expect("an update");
     };
     assert!(!bench.context().memory.was_shared());

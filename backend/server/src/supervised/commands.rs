@@ -139,10 +139,12 @@ impl Commands {
         match message {
             ToServer::Session(session) => self.begin_session(session, &mut descriptors),
             ToServer::Inflight(region) => {
+                let leaves = region.leaves;
                 match map(region, descriptors.next()) {
                     Ok(region) => self.inflight.set(Some(Inflight {
                         region: Arc::new(region),
                         cautious: false,
+                        leaves,
                         quarantine: Vec::new(),
                     })),
                     Err(error) => log::error!("an in-flight region is not used: {error}"),
@@ -266,7 +268,7 @@ impl Commands {
 
 /// The region at a place of a memfd.
 fn map(place: InflightRegion, memfd: Option<OwnedFd>) -> Result<Region, String> {
-    let InflightRegion { offset, len, queues, queue_size } = place;
+    let InflightRegion { offset, len, queues, queue_size, leaves: _ } = place;
     let memfd = memfd.ok_or("no memfd came with it")?;
     let region = Region::map(File::from(memfd), offset, len, queues, queue_size);
     region.map_err(|error| error.to_string())
@@ -314,6 +316,7 @@ impl SessionService {
             self.config.inflight.set(region.map(|region| Inflight {
                 region: Arc::new(region),
                 cautious: session.cautious,
+                leaves: session.inflight.is_some_and(|place| place.leaves),
                 quarantine: session.quarantined.iter().map(quarantined).collect(),
             }));
             let served = session::serve_from(

@@ -127,7 +127,8 @@ pub(crate) fn life() -> Vec<Step> {
         say(one_region(r::ADD_MEM_REG, number).with_need_reply());
     }
     say(one_region(r::REM_MEM_REG, 10).with_need_reply());
-    say(Message::new(r::SET_LOG_BASE, [1; 16], vec![file()]));
+    let log = [1024_u64.to_le_bytes(), 0_u64.to_le_bytes()].concat();
+    say(Message::new(r::SET_LOG_BASE, log, vec![Region::new(1, 64).unwrap().memfd]));
     say(u64_message(r::SET_FEATURES, FEATURES).with_need_reply());
     say(addr(0, 3).with_need_reply());
     // `stop` and `cont`.

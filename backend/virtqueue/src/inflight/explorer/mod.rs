@@ -19,6 +19,7 @@ use super::layout::{Entry, Header, queue_bytes};
 use super::region::Part;
 use super::trace::{Store, record};
 use super::{Region, Ring, Tracker};
+use crate::dirty::GuestMemory;
 use crate::memory::Snapshot;
 use crate::ring::publish_tracked;
 use crate::view::{RingView, Used};
@@ -28,8 +29,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    VolatileMemory,
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, VolatileMemory,
 };
 
 use world::{Memory, NO_HEAD, PART, Process, QUEUE, SIZE, USED, USED_AT, World, check};
@@ -81,7 +81,7 @@ struct Explorer {
     /// Where the part is, and the used ring.
     part_at: usize,
     used_at: usize,
-    guest: GuestMemoryAtomic<GuestMemoryMmap>,
+    guest: GuestMemoryAtomic<GuestMemory>,
     queue: Queue,
     view: RingView,
     /// Hashes of what was seen, of 128 bits.
@@ -96,7 +96,7 @@ impl Explorer {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(Region::bytes(2, SIZE)).expect("a length");
         let region = Region::map(file, 0, Region::bytes(2, SIZE), 2, SIZE).expect("a region");
-        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory");
+        let map = GuestMemory::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory");
         let guest = GuestMemoryAtomic::new(map);
         let mut queue = Queue::new(SIZE).expect("a queue");
         queue.set_avail_ring_address(Some(0x1000), None);
