@@ -10,6 +10,7 @@ use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::Daemon;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact, run_load};
 use serde_json::json;
+use vhost::VhostBackend;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -308,6 +309,14 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
         );
     }
     assert!(once(&daemon, "100 entries, which is no power of two"), "{}", daemon.log());
+    // One that does not wish to be told goes on, and is let go.
+    for _ in 0..3 {
+        let raw = RawSession::connect(daemon.socket(), features::USUAL).expect("a connection");
+        raw.share_memory().expect("memory");
+        let _ = raw.frontend.set_vring_num(0, 100);
+        raw.place_ring(0, 0x1_0000, 0x2_0000).expect_err("a ring of another size");
+        assert!(raw.wait_for_end(5 * SECOND).expect("a connection"), "the session goes on");
+    }
     assert!(
         once(&daemon, "the session ended: failed to handle request: invalid parameters"),
         "{}",
