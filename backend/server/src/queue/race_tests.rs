@@ -255,7 +255,14 @@ fn a_ring_in_memory_that_was_just_added_is_served() {
     let mut bench = Bench::new(&[]);
     let elsewhere = GuestMemory::from_ranges(&[(GuestAddress(END), 0x1000)]).expect("memory");
     bench.guest.memory.lock().expect("no panic").replace(elsewhere);
-    serve_over_a_change(&mut bench, testing::map(), |guest| guest.reads(0..1));
+    bench.vring.set_queue_ready(false);
+    // The worker has the map without it.
+    bench.serve();
+    let vring = bench.vring.clone();
+    serve_over_a_change(&mut bench, testing::map(), |guest| {
+        guest.reads(0..1);
+        vring.set_queue_ready(true);
+    });
     let malformed = bench.puppets.proxy.status().queues[0].malformed;
     assert_eq!((bench.guest.status(0), bench.guest.used_idx(), malformed), (0, 1, 0));
 }
