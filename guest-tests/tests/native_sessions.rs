@@ -172,6 +172,22 @@ fn a_client_that_vanishes_with_requests_in_flight_is_followed_by_another() {
     assert_eq!(daemon.status()["state"], "serving");
 }
 
+/// A worker that would look for its next request for longer than a session's end waits for it at a
+/// time.
+#[test]
+fn a_worker_that_looks_for_long_holds_up_no_session() {
+    let args = ["--domain", "ramdisk", "--param", "size=1M", "--queues", "2"];
+    let daemon = Daemon::start(&[&args[..], &["--poll-us", "1000000"]].concat());
+    for round in 0..10 {
+        let options = Options { queues: 2, ..Options::default() };
+        let mut client = Client::connect(daemon.socket(), &options).expect("connected");
+        let read = Request::Read { offset: 0, len: 4096 };
+        let answer = client.queue(round % 2).execute(read, 10 * SECOND).expect("an answer");
+        assert_eq!(answer.0, Status::Ok);
+    }
+    assert!(!daemon.log().contains("still in flight"), "{}", daemon.log());
+}
+
 #[test]
 fn clients_vanish_while_upgrades_run() {
     let daemon = ramdisk();

@@ -17,6 +17,8 @@ pub(super) struct RingState {
     pub(super) answers: usize,
     /// The ring made no sense; it is left alone until it is set up again.
     pub(super) is_broken: bool,
+    /// It was on when it was looked at last, and made sense.
+    pub(super) is_on: bool,
 }
 
 impl RingState {

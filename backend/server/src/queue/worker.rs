@@ -201,7 +201,7 @@ impl QueueWorker {
             // Where the domain takes nothing more, only its answers help.
             let answers = if self.is_backpressured() { 0 } else { self.ring.answers };
             let awaited = Awaited::after(answers, self.device.awaited());
-            if !inputs.stop_popping && !self.ring.is_broken && self.poller.idle(awaited) {
+            if !inputs.stop_popping && self.ring.is_on && self.poller.idle(awaited) {
                 self.spin_poll();
                 continue;
             }
@@ -280,7 +280,7 @@ impl QueueWorker {
     pub(super) fn give_up(&mut self, error: &Error) {
         notices::broken_ring(self.queue, error);
         self.device.count_malformed(1);
-        self.ring.is_broken = true;
+        (self.ring.is_broken, self.ring.is_on) = (true, false);
     }
 
     /// Gives back what has ended since.
@@ -370,6 +370,7 @@ impl QueueWorker {
             self.tracking.ring_is_off(self.device.in_flight());
             return Popped::Nothing;
         }
+        self.ring.is_on = !self.ring.is_broken;
         if self.ring.is_broken {
             return Popped::Nothing;
         }

@@ -334,10 +334,14 @@ impl QueueControl {
         let (queue, context) = (self.queue, &*self.context);
         let started = Instant::now();
         let mut reported = DRAIN_TIMEOUT;
+        // One ticket: a worker that looks for longer than it is waited for completes none of a row
+        // of them before the next is there.
+        let ticket = self.drain.request();
         loop {
             let gave_up = context.phase.is_at(Phase::GaveUp);
             let patience = if gave_up { AT_ONCE } else { LOOK_EVERY };
-            let outcome = self.wait_drained(Instant::now() + patience);
+            self.wake();
+            let outcome = self.drain.wait(ticket, Some(Instant::now() + patience));
             let waited = started.elapsed();
             let way_out =
                 || context.proxy.is_stopping() || self.is_owed_elsewhere.load(Ordering::Relaxed);
