@@ -10,6 +10,7 @@ mod process;
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -104,7 +105,18 @@ impl Daemon {
     }
 
     /// Starts it again, as it was started, after its [end](Self::stop).
+    ///
+    /// The image of one that was killed is locked until the kernel has ended all that it did there.
     pub fn start_again(&mut self) {
+        if let Some(at) = self.args.iter().position(|arg| arg == "--blk-file") {
+            let image = fs::metadata(&self.args[at + 1]).expect("the image is there");
+            let inode = format!(":{} ", image.ino());
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while fs::read_to_string("/proc/locks").expect("Linux").contains(&inode) {
+                assert!(Instant::now() < deadline, "the image stays locked");
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
         let mut command = Command::new(binary("vhost-hotswap"));
         command.arg("--socket-path").arg(&self.socket);
         self.child = launch(command, &self.args, &self.directory.path().join("log"), None);
