@@ -11,7 +11,8 @@ pub enum Effect {
     Frontend(Message),
     /// A message goes to the server.
     Server(Message),
-    /// The server is to use this region; it says when it does ([`Relay::inflight_is_taken`]).
+    /// The server is to use this region; it says when it does
+    /// ([`Relay::inflight_is_taken`](crate::relay::Relay::inflight_is_taken)).
     Inflight(Region),
     /// What these kick is to be looked at.
     Kick(Vec<Descriptor>),
