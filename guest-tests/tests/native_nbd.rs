@@ -2,7 +2,9 @@
 //! exchanged and killed, its server ended and started again.
 
 use std::path::Path;
+use std::time::Duration;
 
+use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::Daemon;
 use guest_tests::nbd::NbdServer;
 use guest_tests::operator::Operator;
@@ -19,10 +21,39 @@ fn counter(status: &Value, name: &str) -> u64 {
     status["counters"][name].as_u64().unwrap_or(0)
 }
 
-/// What nbdkit's log filter has of connections.
-fn connections(log: &Path) -> usize {
+/// How many lines nbdkit's log filter has of this.
+fn lines_of(log: &Path, what: &str) -> usize {
     let text = std::fs::read_to_string(log).expect("nbdkit logs");
-    text.lines().filter(|line| line.contains(" Connect ")).count()
+    text.lines().filter(|line| line.contains(what)).count()
+}
+
+fn connections(log: &Path) -> usize {
+    lines_of(log, " Connect ")
+}
+
+#[test]
+fn each_flush_of_the_guest_is_one_of_the_server_and_no_write_is_more() {
+    let server = NbdServer::nbdkit(&["--filter=log", "memory", "64M", "logfile=FOLDER/log"]);
+    let log = server.folder().join("log");
+    let mut daemon = serve(&server, &[]);
+    let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a client");
+    let data = vec![5; 4096];
+    let mut execute = |request| {
+        let answer = client.queue(0).execute(request, Duration::from_secs(10));
+        assert_eq!(answer.expect("an answer").0, Status::Ok);
+    };
+    let before = lines_of(&log, " Flush id=");
+    for at in 0..10 {
+        for block in 0..3 {
+            execute(Request::Write { offset: (at * 3 + block) * 4096, data: &data });
+        }
+        execute(Request::Flush);
+    }
+    assert_eq!(lines_of(&log, " Flush id=") - before, 10, "one for each");
+    assert_eq!(lines_of(&log, " Write id="), 30);
+    assert_eq!(lines_of(&log, "fua=1"), 0, "it is durable with no server that takes it");
+    drop(client);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
 }
 
 #[test]
