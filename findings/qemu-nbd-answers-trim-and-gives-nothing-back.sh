@@ -15,7 +15,13 @@ for program in qemu-nbd qemu-io; do
     command -v $program >/dev/null || { echo "needs $program"; exit 77; }
 done
 work=$(mktemp -d)
-trap 'for pid in "$work"/*.pid; do [[ ! -f $pid ]] || kill "$(<"$pid")" || true; done; rm -rf "$work"' EXIT
+end() {
+    for pid in "$work"/*.pid; do
+        [[ ! -f $pid ]] || kill "$(<"$pid")" || true
+    done
+    rm -rf "$work"
+}
+trap end EXIT
 qemu-nbd --version | head -1
 
 # Blocks of 512 bytes before and after the TRIM of 4 of 16 MiB, and what is read there.
