@@ -13,6 +13,7 @@
 
 mod agent;
 pub mod fio;
+mod migration;
 mod options;
 mod qmp;
 mod start;
@@ -30,6 +31,7 @@ use serde_json::{Value, json};
 
 pub use self::agent::Output;
 use self::agent::{Agent, Ticket};
+pub use self::migration::Destination;
 pub use self::options::GuestOptions;
 use self::qmp::Qmp;
 pub use self::start::Launch;
@@ -81,8 +83,9 @@ pub struct Guest {
     qmp: Mutex<Qmp>,
     console: Console,
     boot_time: Duration,
+    boot_files: initramfs::BootFiles,
     /// Removed after QEMU is gone.
-    _directory: tempfile::TempDir,
+    directories: Mutex<Vec<tempfile::TempDir>>,
     /// The right to run a guest, given back last.
     _turn: File,
 }
@@ -110,18 +113,20 @@ impl Guest {
         let directory =
             tempfile::tempdir().map_err(|e| failed("cannot make a directory for QEMU", e))?;
         let launch = Launch { directory: directory.path(), boot_files: &boot_files };
-        let console = Console { path: launch.console() };
+        let console = Console::of(&launch);
 
         let started = Instant::now();
         let (child, agent, qmp) = start::start(&launch, spawn)
             .map_err(|error| console.error(format!("QEMU did not start: {error}")))?;
+        let agent = Agent::new(agent).map_err(|e| failed("no thread for the agent", e))?;
         let mut guest = Guest {
             qemu: Mutex::new(child),
             agent,
             qmp: Mutex::new(qmp),
             console,
             boot_time: Duration::ZERO,
-            _directory: directory,
+            boot_files,
+            directories: Mutex::new(vec![directory]),
             _turn: turn,
         };
         guest.wait_for_boot(0)?;
@@ -282,18 +287,28 @@ impl Job<'_> {
 
 /// The file that QEMU writes the guest's serial console to, and its own complaints.
 struct Console {
-    path: PathBuf,
+    /// Of each QEMU that has had the guest.
+    paths: Mutex<Vec<PathBuf>>,
 }
 
 impl Console {
+    fn of(launch: &Launch<'_>) -> Self {
+        Console { paths: Mutex::new(vec![launch.console()]) }
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn text(&self) -> String {
-        fs::read(&self.path)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
+        let read = |path| fs::read(path).unwrap_or_default();
+        let bytes: Vec<u8> = self.paths().iter().flat_map(read).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     fn error(&self, what: String) -> GuestError {
-        let qemu = fs::read_to_string(self.path.with_file_name("qemu.log")).unwrap_or_default();
+        let qemu = |path: &PathBuf| fs::read_to_string(path.with_file_name("qemu.log"));
+        let qemu: String = self.paths().iter().flat_map(qemu).collect();
         let text = self.text() + &qemu;
         let lines: Vec<&str> = text.lines().collect();
         let tail = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n");

@@ -40,7 +40,9 @@ struct State {
     boots: u64,
     last_id: u64,
     replies: HashMap<u64, Output>,
-    /// Why the reader gave up, once it did.
+    /// How many connections there have been.
+    connections: u64,
+    /// Why the reader of the last connection gave up, once it did.
     ended: Option<String>,
 }
 
@@ -68,18 +70,40 @@ impl Agent {
     /// Takes the connection that QEMU made to us and starts to read it; the thread ends with the
     /// connection.
     pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let reader = BufReader::new(stream.try_clone()?);
-        let sink = Arc::clone(&shared);
+        let agent =
+            Agent { shared: Arc::new(Shared::default()), sender: Mutex::new(stream.try_clone()?) };
+        agent.read_from(stream)?;
+        Ok(agent)
+    }
+
+    /// The guest goes on in another QEMU, which has made this connection. What it answers from now
+    /// on comes there.
+    pub(super) fn follow(&self, stream: UnixStream) -> io::Result<()> {
+        *self.sender.lock().unwrap_or_else(PoisonError::into_inner) = stream.try_clone()?;
+        self.read_from(stream)
+    }
+
+    fn read_from(&self, stream: UnixStream) -> io::Result<()> {
+        let reader = BufReader::new(stream);
+        let sink = Arc::clone(&self.shared);
+        let mut state = sink.lock();
+        state.connections += 1;
+        state.ended = None;
+        let connection = state.connections;
+        drop(state);
         thread::Builder::new().name("guest-agent".into()).spawn(move || {
             let why = match read_replies(reader, &sink) {
                 Ok(()) => "QEMU closed the command channel".to_owned(),
                 Err(error) => format!("the command channel broke: {error}"),
             };
-            sink.lock().ended = Some(why);
+            let mut state = sink.lock();
+            if state.connections == connection {
+                state.ended = Some(why);
+            }
+            drop(state);
             sink.changed.notify_all();
         })?;
-        Ok(Agent { shared, sender: Mutex::new(stream) })
+        Ok(())
     }
 
     /// How many times the guest came up so far.

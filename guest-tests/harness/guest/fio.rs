@@ -43,14 +43,20 @@ impl<'guest> Fio<'guest> {
     /// As [`start`](Self::start), on another disk. One run at a time on each.
     #[track_caller]
     pub fn start_on(guest: &'guest Guest, disk: &str, seconds: u32) -> Self {
+        let load = "--rw=randrw --numjobs=2 --size=16M --offset_increment=16M --verify_backlog=256";
+        Self::spawn(guest, disk, "witness", seconds, load)
+    }
+
+    #[track_caller]
+    fn spawn(guest: &'guest Guest, disk: &str, name: &str, seconds: u32, load: &str) -> Self {
         let before = requests(guest, disk);
         let job = guest.spawn(&format!(
-            "fio --name=witness --filename=/dev/{disk} --ioengine=io_uring --direct=1 --rw=randrw --bs=4k \
-             --iodepth=16 --numjobs=2 --size=16M --offset_increment=16M --time_based --runtime={seconds} \
-             --verify=crc32c --verify_fatal=1 --verify_backlog=256 --verify_state_save=0 --group_reporting \
-             --output-format=json --output=/run/fio-{disk}.json
+            "fio --name={name} --filename=/dev/{disk} --ioengine=io_uring --direct=1 --bs=4k \
+             --iodepth=16 {load} --time_based --runtime={seconds} \
+             --verify=crc32c --verify_fatal=1 --verify_state_save=0 --group_reporting \
+             --output-format=json --output=/run/fio-{name}-{disk}.json
              status=$?
-             cat /run/fio-{disk}.json
+             cat /run/fio-{name}-{disk}.json
              exit $status"
         ));
         let deadline = Instant::now() + START;
@@ -68,6 +74,16 @@ impl<'guest> Fio<'guest> {
         requests(self.guest, &self.disk)
     }
 
+    /// Starts a job that reads at random what [`fill`] has written to the 16 MiB from 32 MiB on, 16
+    /// deep, and checks it, and comes back when it has done I/O. It writes nothing, neither to the
+    /// disk nor to its buffers: what is in them has come from the device.
+    #[track_caller]
+    pub fn start_reading(guest: &'guest Guest, disk: &str, seconds: u32) -> Self {
+        // A job that checks what it reads ends after one round of it, whatever time there is.
+        let load = format!("--rw=randread --loops=1000000 {PREPARED}");
+        Self::spawn(guest, disk, "reader", seconds, &load)
+    }
+
     /// Whether requests are still coming.
     pub fn is_running(&self) -> bool {
         !self.job.has_ended()
@@ -82,6 +98,17 @@ impl<'guest> Fio<'guest> {
     /// Waits for the end, which must be free of errors and wrong blocks.
     #[track_caller]
     pub fn finish(self) -> FioReport {
+        let report = self.finish_reading();
+        assert!(
+            report.reads > 100 && report.writes > 100,
+            "hardly anything was tested: {report:?}"
+        );
+        report
+    }
+
+    /// As [`finish`](Self::finish), of a job that only reads.
+    #[track_caller]
+    pub fn finish_reading(self) -> FioReport {
         let output = self.wait();
         assert_eq!(output.status, 0, "fio failed: {}", output.stdout);
         let report = &output.stdout[output.stdout.find('{').expect("a JSON report")..];
@@ -98,12 +125,21 @@ impl<'guest> Fio<'guest> {
             writes: number(&job["write"]["total_ios"]),
             longest: Duration::from_nanos(longest_ns),
         };
-        assert!(
-            report.reads > 100 && report.writes > 100,
-            "hardly anything was tested: {report:?}"
-        );
+        assert!(report.reads > 100, "hardly anything was tested: {report:?}");
         report
     }
+}
+
+/// What [`Fio::start_reading`] reads.
+const PREPARED: &str = "--offset=32M --size=16M";
+
+/// Writes what [`Fio::start_reading`] reads.
+#[track_caller]
+pub fn fill(guest: &Guest, disk: &str) {
+    guest.sh(&format!(
+        "fio --name=reader --filename=/dev/{disk} --ioengine=io_uring --direct=1 --bs=4k \
+         --iodepth=16 --rw=write {PREPARED} --verify=crc32c --do_verify=0 --verify_state_save=0"
+    ));
 }
 
 /// Requests that the guest has completed on a disk since the driver was bound.

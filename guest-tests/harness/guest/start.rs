@@ -8,7 +8,6 @@ use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::agent::Agent;
 use super::options::GuestOptions;
 use super::qmp::Qmp;
 use crate::initramfs;
@@ -62,14 +61,14 @@ impl Launch<'_> {
 pub(super) fn start(
     launch: &Launch<'_>,
     spawn: impl FnOnce(&Launch<'_>) -> io::Result<Child>,
-) -> io::Result<(Child, Agent, Qmp)> {
+) -> io::Result<(Child, UnixStream, Qmp)> {
     let agent_listener = UnixListener::bind(launch.agent_socket())?;
     let qmp_listener = UnixListener::bind(launch.qmp_socket())?;
     // From here on, an error must not leave the process behind.
     let mut child = KillOnDrop(Some(spawn(launch)?));
     let agent = accept(&agent_listener, &mut child)?;
     let qmp = accept(&qmp_listener, &mut child)?;
-    let (agent, qmp) = (Agent::new(agent)?, Qmp::new(qmp)?);
+    let qmp = Qmp::new(qmp)?;
     let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
     Ok((child, agent, qmp))
 }
