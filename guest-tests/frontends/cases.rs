@@ -1,7 +1,7 @@
 //! What is tried, in this order.
 
 use crate::stage::Outcome;
-use crate::{devices, firmware, libvirt};
+use crate::{devices, firmware, libvirt, moves};
 
 /// One row of the table.
 pub struct Case {
@@ -26,4 +26,8 @@ pub const CASES: &[Case] = &[
     Case { name: "seabios", what: "GRUB and Linux from the disk, BIOS", run: firmware::seabios },
     Case { name: "ovmf", what: "GRUB and Linux from the disk, UEFI", run: firmware::ovmf },
     Case { name: "libvirt", what: "define, attach, suspend, restart", run: libvirt::libvirt },
+    Case { name: "migration", what: "live, two daemons, there and back", run: moves::migration },
+    Case { name: "cpr-reboot", what: "QEMU's state through a file", run: moves::cpr_reboot },
+    Case { name: "cpr-transfer", what: "a second QEMU takes over", run: moves::cpr_transfer },
+    Case { name: "cpr-exec", what: "QEMU executes itself", run: moves::cpr_exec },
 ];

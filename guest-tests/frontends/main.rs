@@ -8,6 +8,7 @@ mod cases;
 mod devices;
 mod firmware;
 mod libvirt;
+mod moves;
 mod stage;
 
 use std::io::{Read, Write};

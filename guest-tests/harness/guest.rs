@@ -12,6 +12,7 @@
 //! It knows a vhost-user socket, but not who listens there: nothing in here is about upgrades.
 
 mod agent;
+mod cpr;
 pub mod fio;
 mod migration;
 mod options;
@@ -31,6 +32,7 @@ use serde_json::{Value, json};
 
 pub use self::agent::Output;
 use self::agent::{Agent, Ticket};
+pub use self::cpr::Cpr;
 pub use self::migration::Destination;
 pub use self::options::GuestOptions;
 use self::qmp::Qmp;

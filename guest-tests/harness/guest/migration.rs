@@ -28,11 +28,11 @@ pub struct Destination {
     uri: String,
 }
 
-struct Waiting {
-    qemu: Child,
-    agent: UnixStream,
-    qmp: Qmp,
-    directory: TempDir,
+pub(super) struct Waiting {
+    pub(super) qemu: Child,
+    pub(super) agent: UnixStream,
+    pub(super) qmp: Qmp,
+    pub(super) directory: TempDir,
 }
 
 impl Destination {
@@ -61,13 +61,19 @@ impl Guest {
         let uri = format!("unix:{}", directory.path().join("migration.sock").display());
         let mut options = options.clone();
         options.extra_args.extend(["-incoming".to_owned(), uri.clone()]);
+        let waiting = self.waiting(&options, directory)?;
+        Ok(Destination { waiting: Some(waiting), uri })
+    }
+
+    /// Starts a QEMU that waits, with its files there.
+    pub(super) fn waiting(&self, options: &GuestOptions, directory: TempDir) -> Result<Waiting> {
         let launch = Launch { directory: directory.path(), boot_files: &self.boot_files };
-        let (qemu, agent, qmp) = start::start(&launch, |launch| start::spawn(&options, launch))
+        let (qemu, agent, qmp) = start::start(&launch, |launch| start::spawn(options, launch))
             .map_err(|error| {
                 let what = format!("the destination did not start: {error}");
                 Console::of(&launch).error(what)
             })?;
-        Ok(Destination { waiting: Some(Waiting { qemu, agent, qmp, directory }), uri })
+        Ok(Waiting { qemu, agent, qmp, directory })
     }
 
     /// Begins to migrate, at so many MiB per second at most.
@@ -113,9 +119,16 @@ impl Guest {
             return Err(self.console.error(format!("the migration is `{status}`")));
         }
         let downtime = self.qmp("query-migrate")?["downtime"].as_u64().unwrap_or(0);
-        let Some(Waiting { qemu, agent, mut qmp, directory }) = destination.waiting.take() else {
+        let Some(waiting) = destination.waiting.take() else {
             return Err(self.console.error("the destination has been killed".to_owned()));
         };
+        self.goes_on_in(waiting, within)?;
+        Ok(Duration::from_millis(downtime))
+    }
+
+    /// What has come into another QEMU is this guest from now on.
+    pub(super) fn goes_on_in(&self, waiting: Waiting, within: Duration) -> Result<()> {
+        let Waiting { qemu, agent, mut qmp, directory } = waiting;
         let deadline = Instant::now() + within;
         let failed = |error: io::Error| self.console.error(format!("the destination: {error}"));
         let mut paths = self.console.paths.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,6 +149,6 @@ impl Guest {
         // It is gone, or stands still.
         let _ = before.kill();
         let _ = before.wait();
-        Ok(Duration::from_millis(downtime))
+        Ok(())
     }
 }

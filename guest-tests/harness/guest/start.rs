@@ -62,15 +62,37 @@ pub(super) fn start(
     launch: &Launch<'_>,
     spawn: impl FnOnce(&Launch<'_>) -> io::Result<Child>,
 ) -> io::Result<(Child, UnixStream, Qmp)> {
-    let agent_listener = UnixListener::bind(launch.agent_socket())?;
-    let qmp_listener = UnixListener::bind(launch.qmp_socket())?;
+    let sockets = Sockets::listen(launch)?;
     // From here on, an error must not leave the process behind.
     let mut child = KillOnDrop(Some(spawn(launch)?));
-    let agent = accept(&agent_listener, &mut child)?;
-    let qmp = accept(&qmp_listener, &mut child)?;
-    let qmp = Qmp::new(qmp)?;
+    let qemu = child.0.as_mut().ok_or_else(|| io::Error::other("QEMU is gone"))?;
+    let (agent, qmp) = sockets.accept(qemu)?;
     let child = child.0.take().ok_or_else(|| io::Error::other("QEMU is gone"))?;
     Ok((child, agent, qmp))
+}
+
+/// What a QEMU is to connect to.
+pub(super) struct Sockets {
+    agent: UnixListener,
+    qmp: UnixListener,
+}
+
+impl Sockets {
+    /// Listens, in the place of what has listened there before.
+    pub(super) fn listen(launch: &Launch<'_>) -> io::Result<Self> {
+        let listen = |path: PathBuf| {
+            let _ = fs::remove_file(&path);
+            UnixListener::bind(path)
+        };
+        Ok(Sockets { agent: listen(launch.agent_socket())?, qmp: listen(launch.qmp_socket())? })
+    }
+
+    /// Takes both connections.
+    pub(super) fn accept(self, qemu: &mut Child) -> io::Result<(UnixStream, Qmp)> {
+        let agent = accept(&self.agent, qemu)?;
+        let qmp = accept(&self.qmp, qemu)?;
+        Ok((agent, Qmp::new(qmp)?))
+    }
 }
 
 /// Starts the QEMU that the options describe.
@@ -137,7 +159,7 @@ impl Drop for KillOnDrop {
 }
 
 /// Accepts the connection of a QEMU that may also die of a wrong argument before it connects.
-fn accept(listener: &UnixListener, qemu: &mut KillOnDrop) -> io::Result<UnixStream> {
+fn accept(listener: &UnixListener, qemu: &mut Child) -> io::Result<UnixStream> {
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -149,8 +171,8 @@ fn accept(listener: &UnixListener, qemu: &mut KillOnDrop) -> io::Result<UnixStre
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        if let Some(status) = qemu.0.as_mut().and_then(|child| child.try_wait().transpose()) {
-            return Err(io::Error::other(format!("it exited with {}", status?)));
+        if let Some(status) = qemu.try_wait()? {
+            return Err(io::Error::other(format!("it exited with {status}")));
         }
         if Instant::now() > deadline {
             return Err(io::Error::other("it did not connect to us within 30 s"));
