@@ -19,5 +19,5 @@ mod words;
 
 pub use params::{Params, ParamsError, parse_size};
 pub use tables::*;
-pub use types::{Capabilities, DeviceInfo, DomainError, Level, QueueIndex, Status, Swap};
+pub use types::{Capabilities, Claim, DeviceInfo, DomainError, Level, QueueIndex, Status, Swap};
 pub use words::*;

@@ -482,6 +482,14 @@ pub struct ModuleVtable {
     /// cannot be resized.
     pub resize:
         unsafe extern "C" fn(instance: *mut c_void, capacity: u64, message: *mut RawMessage) -> u32,
+    /// The rings are about to run: claims the data, so that no other program uses it; `*out`
+    /// becomes a number of [`Claim`](crate::Claim). Does not wait. To claim what is claimed changes
+    /// nothing. Not called beside itself or `release`, of whatever instance. A table that ends
+    /// before it is of a module that claims what there is when it is created, for good.
+    pub claim: unsafe extern "C" fn(*mut c_void, out: *mut u32, message: *mut RawMessage) -> u32,
+    /// The rings have stopped, with nothing in flight: what was written is made durable, then
+    /// others may use the data. It stays claimed if that fails.
+    pub release: unsafe extern "C" fn(instance: *mut c_void, message: *mut RawMessage) -> u32,
 }
 
 impl ModuleVtable {

@@ -37,6 +37,31 @@ pub enum Status {
     Unsupported = status::UNSUPPORTED,
 }
 
+/// Whose the data behind a disk is, when its rings are about to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Claim {
+    /// There is nothing to claim: no other program can get at it, or it was not asked for.
+    Nothing = 0,
+    /// No other program uses it while it is claimed.
+    Ours = 1,
+    /// Another program uses it now.
+    Taken = 2,
+}
+
+impl Claim {
+    /// The one with this number.
+    #[must_use]
+    pub const fn from_raw(raw: u32) -> Option<Self> {
+        match raw {
+            0 => Some(Self::Nothing),
+            1 => Some(Self::Ours),
+            2 => Some(Self::Taken),
+            _ => None,
+        }
+    }
+}
+
 /// What a device can do and is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Capabilities(pub u64);

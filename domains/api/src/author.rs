@@ -2,7 +2,7 @@
 
 use crate::host::Host;
 use crate::request::{Batch, Completions};
-use domain_abi::{DeviceInfo, DomainError, Params, QueueIndex};
+use domain_abi::{Claim, DeviceInfo, DomainError, Params, QueueIndex};
 
 /// A replaceable block device.
 ///
@@ -90,6 +90,29 @@ pub trait BlockDomain: Sized + Send + Sync + 'static {
     fn resize(&self, capacity: u64) -> Result<(), DomainError> {
         let _ = capacity;
         Err(DomainError::new("this domain cannot be resized"))
+    }
+
+    /// The guest's rings are about to run, with this instance or one that comes after it: claims
+    /// what is behind the disk, so that no other program uses it meanwhile. Does not wait for one
+    /// that does. Called for an instance that serves; to claim what is claimed changes nothing. The
+    /// claim is the storage's, as is what it is made of: a successor finds it made.
+    ///
+    /// The caches of this host may be behind what another one has written: what is read afterwards
+    /// is what was written before.
+    ///
+    /// # Errors
+    /// A sentence for the operator: it cannot be told whether it is ours.
+    fn claim(&self) -> Result<Claim, DomainError> {
+        Ok(Claim::Nothing)
+    }
+
+    /// The rings have stopped, and nothing is in flight: makes what was written durable, and lets
+    /// others use what is behind the disk, until it is claimed again.
+    ///
+    /// # Errors
+    /// A sentence for the operator. It stays claimed then.
+    fn release(&self) -> Result<(), DomainError> {
+        Ok(())
     }
 
     /// A worker begins to serve `context.queue` with this instance.

@@ -85,6 +85,8 @@ impl<D: BlockDomain> Exported<D> {
         memory_changed: shim::memory_changed::<D>,
         set_write_cache: shim::set_write_cache::<D>,
         resize: shim::resize::<D>,
+        claim: shim::claim::<D>,
+        release: shim::release::<D>,
     };
 }
 
@@ -413,7 +415,7 @@ pub mod shim {
             }
         )*};
     }
-    phases!(quiesce, activate, resume);
+    phases!(quiesce, activate, resume, release);
 
     /// # Safety
     /// As [`ModuleVtable::cancel`] says.
@@ -467,5 +469,21 @@ pub mod shim {
     ) -> u32 {
         // SAFETY: the host passes a live instance.
         guarded(message, || unsafe { exposed::<D>(instance) }.domain.resize(capacity))
+    }
+
+    /// # Safety
+    /// As [`ModuleVtable::claim`] says.
+    pub unsafe extern "C" fn claim<D: BlockDomain>(
+        instance: *mut c_void,
+        out: *mut u32,
+        message: *mut RawMessage,
+    ) -> u32 {
+        guarded(message, || {
+            // SAFETY: the host passes a live instance.
+            let claim = unsafe { exposed::<D>(instance) }.domain.claim()?;
+            // SAFETY: `out` is valid for one number.
+            unsafe { out.write(claim as u32) };
+            Ok(())
+        })
     }
 }

@@ -18,8 +18,8 @@ mod storage;
 pub use author::{BlockDomain, QueueContext};
 pub use buffer::Buffer;
 pub use domain_abi::{
-    Capabilities, DeviceInfo, DomainError, Level, Params, ParamsError, QueueIndex, Status, Swap,
-    parse_size,
+    Capabilities, Claim, DeviceInfo, DomainError, Level, Params, ParamsError, QueueIndex, Status,
+    Swap, parse_size,
 };
 pub use export::Exported;
 pub use host::Host;

@@ -8,6 +8,7 @@
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
+mod disk;
 mod module;
 mod older;
 mod patience;
@@ -318,15 +319,6 @@ impl Instance {
         self.call(|instance, message| unsafe {
             (self.vtable.set_write_cache)(instance, u32::from(on), message)
         })
-    }
-
-    /// See `BlockDomain::resize`.
-    ///
-    /// # Errors
-    /// What the domain says, or that its module is too old to be resized.
-    pub fn resize(&self, capacity: u64) -> Result<(), CallError> {
-        // SAFETY: a live instance and a valid message.
-        self.call(|instance, message| unsafe { (self.vtable.resize)(instance, capacity, message) })
     }
 
     /// Attaches a queue, on the thread that will serve it.
