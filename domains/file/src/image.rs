@@ -26,26 +26,28 @@
 //! that it is activated, asks it what was reported to a predecessor that did not live to say so.
 //! Nothing else is synced through it, and no data goes through it.
 //!
-//! The first instance locks the image, so that no other program writes to it, and leaves the lock
-//! in storage as well: it is the disk's, whichever instance serves it, and ends with the process.
+//! The first instance locks the image, so that no other program writes to it, and leaves the
+//! description that has the lock in storage as well: it is the disk's, whichever instance serves
+//! it. From then on the lock follows the rings: it is given back when they have stopped, and taken
+//! again before they run, so that a guest can go from one daemon to another.
 
 use crate::announced::Announced;
 use crate::format;
 use crate::open::{
-    LARGEST_ALIGNMENT, PATH, alignment, check_kind, check_size, check_writable, identity, lock,
-    open, open_to_sync, stand_behind, take_up,
+    LARGEST_ALIGNMENT, Locking, PATH, alignment, check_kind, check_size, check_writable, identity,
+    lock, open, open_to_sync, stand_behind, take_up,
 };
-use domain_api::{DomainError, Host};
-use domain_io::file_io::{self, Alignment, OpenMode};
+use domain_api::{Claim, DomainError, Host, Level};
+use domain_io::file_io::{self, Alignment, ImageLock, OpenMode};
 use domain_io::uring::Files;
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Storage key of the descriptor.
 const DESCRIPTOR: &str = "image";
-/// Storage key of a descriptor that other programs see as a lock.
+/// Storage key of the descriptor whose locks other programs see.
 const LOCK: &str = "claim";
 /// Storage key of the description that remembers.
 const WITNESS: &str = "witness";
@@ -56,8 +58,8 @@ const SECTOR_SIZE: u32 = 512;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wanted {
     pub(crate) mode: OpenMode,
-    /// See to it that no other program writes to it.
-    pub(crate) locks: bool,
+    /// Whether to see to it that no other program writes to it.
+    pub(crate) locking: Locking,
     /// The logical block size to announce, if the operator has said so.
     pub(crate) block_size: Option<u32>,
     /// The operator says that it is a raw disk, whatever it begins with.
@@ -88,13 +90,18 @@ pub(crate) struct Image {
     /// How others see that the image is in use, if storage has nothing to that end. A description
     /// of its own: what io_uring knows is closed some time after the process is gone.
     lock: Option<File>,
+    /// Something may have been written, by this instance or one before it.
+    is_used: AtomicBool,
 }
 
 impl Image {
     /// Opens and checks the image, or takes up the one in storage.
     pub(crate) fn prepare(host: Host, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
         let mode = wanted.mode;
-        let file = match host.storage().file(DESCRIPTOR) {
+        let served = host.storage().file(DESCRIPTOR);
+        // What is there may be served while we are prepared: to begin to lock it is not late then.
+        let late = wanted.locking == Locking::Late && served.is_none();
+        let file = match served {
             None => {
                 let file = open(path, mode)?;
                 if !wanted.is_raw {
@@ -107,8 +114,8 @@ impl Image {
             Some(served) => take_up(host, served, path, mode)?,
         };
         check_writable(&file, path, mode)?;
-        let locks = wanted.locks && host.storage().file(LOCK).is_none();
-        let lock = if locks { lock(host, &file, path, mode)? } else { None };
+        let locks = wanted.locking != Locking::Never && host.storage().file(LOCK).is_none();
+        let lock = if locks { lock(host, &file, path, mode, late)? } else { None };
         Ok(Self { lock, ..Self::describe(host, file, path, wanted)? })
     }
 
@@ -188,6 +195,7 @@ impl Image {
             cached,
             witness,
             lock: None,
+            is_used: AtomicBool::new(host.storage().file(DESCRIPTOR).is_some()),
         })
     }
 
@@ -216,6 +224,47 @@ impl Image {
     /// What the guest was told that the disk has, in bytes.
     pub(crate) fn capacity(&self, host: Host) -> u64 {
         Announced::inherited(host).unwrap_or(self.announced).capacity
+    }
+
+    /// Has no other program use the image from now on, as locks go.
+    pub(crate) fn claim(&self, host: Host) -> Result<Claim, DomainError> {
+        self.is_used.store(true, Ordering::Relaxed);
+        let Some(lock) = host.storage().file(LOCK) else { return Ok(Claim::Nothing) };
+        let write = self.mode.write;
+        let may_be_stale =
+            !self.mode.direct && file_io::is_of_many_hosts(&self.file).unwrap_or(true);
+        // To claim what is claimed is no reason to begin with cold caches.
+        let was_ours = || {
+            let other = file_io::reopen(&lock, OpenMode { write: false, direct: false })?;
+            file_io::is_written_elsewhere(&other)
+        };
+        let stale = may_be_stale && !was_ours().unwrap_or(false);
+        match file_io::lock_image(&lock, write) {
+            ImageLock::Ours => {}
+            ImageLock::Taken => return Ok(Claim::Taken),
+            ImageLock::Impossible(error) => {
+                return Err(DomainError::new(format!("`{}` cannot be locked: {error}", self.path)));
+            }
+        }
+        if stale && let Err(error) = file_io::forget_cached(&self.file) {
+            host.log(
+                Level::Warn,
+                &format!("what is cached of `{}` may be older than what another host has written: {error}", self.path),
+            );
+        }
+        Ok(Claim::Ours)
+    }
+
+    /// Whether something may have been written.
+    pub(crate) fn may_be_written(&self) -> bool {
+        self.mode.write && self.is_used.load(Ordering::Relaxed)
+    }
+
+    /// Lets other programs use the image. What was written is durable by now.
+    pub(crate) fn release(&self, host: Host) {
+        if let Some(lock) = host.storage().file(LOCK) {
+            file_io::unlock_image(&lock, self.mode.write);
+        }
     }
 
     /// Announces `capacity` bytes from now on, and makes the file as long if it is shorter. What

@@ -28,12 +28,13 @@ mod serve;
 
 use disk::Disk;
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
+    Batch, BlockDomain, Capabilities, Claim, Completions, DeviceInfo, DomainError, Host, Params,
     QueueContext, Swap,
 };
 use domain_io::engine::{Engine, Queue};
 use domain_io::file_io::OpenMode;
 use image::{Image, Wanted};
+use open::Locking;
 use rings::Rings;
 
 /// The disk in a file.
@@ -66,7 +67,7 @@ impl BlockDomain for FileDisk {
             write: !params.flag("readonly", false)?,
             direct: params.flag("direct", false)?,
         };
-        let locks = params.flag("locking", true)?;
+        let locking = Locking::of(params)?;
         let block_size = match params.get("block_size") {
             None => None,
             Some("512") => Some(512),
@@ -87,7 +88,7 @@ impl BlockDomain for FileDisk {
             }
         };
         let serial = params.serial()?;
-        let image = Image::prepare(host, path, Wanted { mode, locks, block_size, is_raw })?;
+        let image = Image::prepare(host, path, Wanted { mode, locking, block_size, is_raw })?;
         let own_sync = image.sync_file(host).map_err(|error| {
             DomainError::new(format!("no descriptor to sync `{path}` through: {error}"))
         })?;
@@ -141,6 +142,21 @@ impl BlockDomain for FileDisk {
 
     fn resize(&self, capacity: u64) -> Result<(), DomainError> {
         self.disk().image().resize(self.host, capacity)
+    }
+
+    fn claim(&self) -> Result<Claim, DomainError> {
+        self.disk().image().claim(self.host)
+    }
+
+    fn release(&self) -> Result<(), DomainError> {
+        let disk = self.disk();
+        if disk.image().may_be_written() {
+            disk.sync_ended(disk.own_sync().sync_data()).map_err(|error| {
+                DomainError::new(format!("what was written may not be on the disk: {error}"))
+            })?;
+        }
+        disk.image().release(self.host);
+        Ok(())
     }
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue<Disk>, DomainError> {

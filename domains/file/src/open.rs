@@ -2,7 +2,7 @@
 //! the disk.
 
 use crate::announced::Announced;
-use domain_api::{DomainError, Host, Level};
+use domain_api::{DomainError, Host, Level, Params};
 use domain_io::file_io::{self, Alignment, ImageLock, OpenMode};
 use std::fs::{File, Metadata};
 use std::io;
@@ -108,12 +108,38 @@ pub(crate) fn open(path: &str, mode: OpenMode) -> Result<File, DomainError> {
     })
 }
 
-/// Locks the image for this process. `None` if that cannot be done with it.
+/// Whether other programs are kept off the image, and from when on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Locking {
+    /// They are not.
+    Never,
+    /// While rings run; and it must be free when the daemon starts.
+    Always,
+    /// While rings run.
+    Late,
+}
+
+impl Locking {
+    pub(crate) fn of(params: &Params) -> Result<Self, DomainError> {
+        match params.get("locking") {
+            Some("late") => Ok(Self::Late),
+            None | Some("true") => Ok(Self::Always),
+            Some("false") => Ok(Self::Never),
+            Some(other) => Err(DomainError::new(format!(
+                "parameter `locking` is `{other}`; it must be true, late or false"
+            ))),
+        }
+    }
+}
+
+/// Locks the image for this process, unless it is to be `late` and another program has it now.
+/// `None` if that cannot be done with it.
 pub(crate) fn lock(
     host: Host,
     file: &File,
     path: &str,
     mode: OpenMode,
+    late: bool,
 ) -> Result<Option<File>, DomainError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let own = file_io::reopen(file, OpenMode { write: false, direct: false });
@@ -124,12 +150,19 @@ pub(crate) fn lock(
         };
         match outcome {
             ImageLock::Ours => return Ok(own.ok()),
+            ImageLock::Taken if late => {
+                host.log(
+                    Level::Info,
+                    &format!("another program uses `{path}` now: the guest's rings will wait until it does not any more"),
+                );
+                return Ok(own.ok());
+            }
             ImageLock::Taken if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10))
             }
             ImageLock::Taken => {
                 return Err(DomainError::new(format!(
-                    "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), or give locking=false if you know better"
+                    "another program uses `{path}`, and both would write to it or rely on what it holds; end that one (`lslocks` may show which it is), give locking=late if its guest is to come here by migration, or locking=false if you know better"
                 )));
             }
             ImageLock::Impossible(error) => {

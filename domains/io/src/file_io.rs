@@ -12,7 +12,7 @@ pub use device::{
     block_device_size, can_discard_device, device_sector_size, discard_device, is_read_only_device,
     is_write_sealed,
 };
-pub use image_lock::{ImageLock, lock_image};
+pub use image_lock::{ImageLock, is_written_elsewhere, lock_image, unlock_image};
 pub use open::{Alignment, OpenMode, direct_alignment, open, open_mode, reopen, stated_alignment};
 
 use domain_abi::RawSegment;
@@ -20,6 +20,7 @@ use domain_api::Buffer;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 
 /// The kernel's limit of iovecs in one call (`IOV_MAX` in limits.h).
 const IOV_MAX: usize = 1024;
@@ -120,6 +121,46 @@ pub fn is_in_memory(file: &File) -> io::Result<bool> {
 /// What `fstatfs` says.
 pub fn is_truly_direct(file: &File) -> io::Result<bool> {
     Ok([libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC].contains(&file_system(file)?))
+}
+
+/// Whether another host may have the same file open, and the page cache of this one not know what
+/// it writes: on a block device, or on a file system that comes over a network.
+///
+/// # Errors
+/// What `fstat` and `fstatfs` say.
+pub fn is_of_many_hosts(file: &File) -> io::Result<bool> {
+    // linux/magic.h, and the sources of the file systems that it leaves out.
+    const REMOTE: [i64; 12] = [
+        0x6969,      // NFS
+        0x517b,      // SMB
+        0xff53_4d42, // CIFS
+        0xfe53_4d42, // SMB2
+        0x00c3_6400, // Ceph
+        0x6573_5546, // FUSE, which GlusterFS and others are
+        0x0102_1997, // 9P
+        0x0116_1970, // GFS2
+        0x7461_636f, // OCFS2
+        0x0bd0_0bd0, // Lustre
+        0x4750_4653, // GPFS
+        0x6b41_4653, // kAFS
+    ];
+    let is_device = file.metadata()?.file_type().is_block_device();
+    Ok(is_device || REMOTE.contains(&file_system(file)?))
+}
+
+/// Has the kernel forget what it has cached of `file` and need not write back, so that the next
+/// look is at the storage.
+///
+/// # Errors
+/// What `fdatasync` and `posix_fadvise` say.
+pub fn forget_cached(file: &File) -> io::Result<()> {
+    // What has to be written back stays.
+    file.sync_data()?;
+    // SAFETY: no pointers; the descriptor is open because `file` is borrowed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
 }
 
 /// Which kind of file system `file` is on, as linux/magic.h has it.

@@ -35,22 +35,25 @@ pub enum ImageLock {
     Impossible(io::Error),
 }
 
+/// The bytes of what is done to an image, and of what no other program may do.
+fn bytes(writes: bool) -> (impl Iterator<Item = i64> + Clone, impl Iterator<Item = i64>) {
+    let does: &[i64] = if writes { &[READ, WRITE] } else { &[READ] };
+    let forbids = &[WRITE, RESIZE];
+    let of = |done: i64, forbidden: i64| {
+        does.iter().map(move |what| done + what).chain(forbids.iter().map(move |w| forbidden + w))
+    };
+    (of(DONE, FORBIDDEN), of(FORBIDDEN, DONE))
+}
+
 /// Locks the image `file`: to read it while no other program writes, or, if `writes`, to write it
 /// while no other does. Does not wait.
 #[must_use]
 pub fn lock_image(file: &File, writes: bool) -> ImageLock {
-    let does: &[i64] = if writes { &[READ, WRITE] } else { &[READ] };
-    let forbids = &[WRITE, RESIZE];
-    let ours =
-        does.iter().map(|what| DONE + what).chain(forbids.iter().map(|what| FORBIDDEN + what));
-    let counterparts =
-        does.iter().map(|what| FORBIDDEN + what).chain(forbids.iter().map(|what| DONE + what));
+    let (ours, mut counterparts) = bytes(writes);
     let locked = ours.clone().try_for_each(|byte| lock(file, libc::F_RDLCK, byte));
     // First lock, then look: of two that come at once at least one sees the other.
     let is_free = locked.and_then(|()| {
-        let others =
-            counterparts.map(|byte| is_locked(file, byte)).collect::<io::Result<Vec<_>>>()?;
-        Ok(!others.contains(&true))
+        counterparts.try_fold(true, |free, byte| Ok(free & !is_locked(file, byte)?))
     });
     let refused = match is_free {
         Ok(true) => return ImageLock::Ours,
@@ -61,9 +64,22 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
         }
         Err(error) => ImageLock::Impossible(error),
     };
-    // It cannot fail where it could be locked.
-    ours.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
+    unlock_image(file, writes);
     refused
+}
+
+/// Lets others use an image that was locked like this. One that was not stays as it is.
+pub fn unlock_image(file: &File, writes: bool) {
+    // It cannot fail where it could be locked.
+    bytes(writes).0.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
+}
+
+/// Whether an open file description other than `file`'s writes to the image, as far as locks say.
+///
+/// # Errors
+/// Its file system has no such locks.
+pub fn is_written_elsewhere(file: &File) -> io::Result<bool> {
+    is_locked(file, DONE + WRITE)
 }
 
 fn flock(kind: libc::c_int, byte: i64) -> libc::flock {
@@ -130,9 +146,18 @@ mod tests {
         assert!(is_ours(&third, false));
         let writer = open();
         assert!(!is_ours(&writer, true));
+        assert!(is_written_elsewhere(&second).is_ok_and(|writes| !writes));
+        unlock_image(&second, false);
+        assert!(!is_ours(&writer, true), "the third reads it still");
         drop((second, third));
         assert!(is_ours(&writer, true));
-        drop(writer);
+        let other = open();
+        let writes = |file| is_written_elsewhere(file).expect("it has locks");
+        assert!(writes(&other) && !writes(&writer), "its own is not another's");
+        unlock_image(&writer, true);
+        assert!(is_ours(&other, true), "what was given back is free");
+        assert!(!is_ours(&writer, true));
+        drop((other, writer));
         let other = open();
         lock_all(&other);
         assert!(!is_ours(&open(), false), "a lock of another kind is a lock");
