@@ -6,6 +6,7 @@
 
 use crate::change::prepare::Preparer;
 use crate::change::refusals::stopping;
+use crate::claims::Claims;
 use crate::datapath::queue::Queues;
 use crate::domain::LoadedDomain;
 use crate::environment::Environment;
@@ -162,6 +163,8 @@ pub struct DomainProxy {
     capacity: AtomicU64,
     /// The capacity that a domain is being given, or was when it died; 0 for none.
     pub(crate) attempted: AtomicU64,
+    /// Whose the data is.
+    pub(crate) claims: Claims,
     /// Told when the configuration space has changed.
     pub(crate) config_hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Since when the device is about to end.
@@ -192,7 +195,9 @@ impl DomainProxy {
         }
         first.instance.set_generation(1);
         let (record, live) = (first.record(), Live::Serving(Arc::clone(&first)));
-        Ok(Self::assemble(preparer, queues, Some(first), live, record, 1))
+        let proxy = Self::assemble(preparer, queues, Some(first), live, record, 1);
+        proxy.settle_claim();
+        Ok(proxy)
     }
 
     /// A device of what is ready. `published` is what workers find: what serves, if anything does.
@@ -232,6 +237,7 @@ impl DomainProxy {
             view: Mutex::new(view),
             capacity,
             attempted: AtomicU64::new(0),
+            claims: Claims::default(),
             config_hook: OnceLock::new(),
             stopping: OnceLock::new(),
         })

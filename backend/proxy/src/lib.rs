@@ -7,6 +7,7 @@
 //! - `change/`: the ways of an upgrade, a takeover and the end: `upgrade.rs`, `takeover.rs`,
 //!   `retire.rs`, `stop.rs`; `resize.rs`: a larger disk.
 //! - `record/`: what is said about them: reports, codes, history, events.
+//! - `claim.rs`, `claims.rs`: other programs are kept off the data while rings run.
 //! - `domain.rs`: a domain that is loaded, and what uses it; `environment.rs`: what it is told.
 //! - `keeping.rs`: what must outlive the process; `restore.rs`: another process goes on with it.
 //!
@@ -20,6 +21,8 @@
 #![forbid(unsafe_code)]
 
 mod change;
+mod claim;
+mod claims;
 mod datapath;
 mod device;
 mod domain;
@@ -30,6 +33,8 @@ mod restore;
 mod services;
 mod signal;
 
+pub use claim::Claimed;
+pub use claims::ClaimState;
 pub use datapath::inflight::{TagScheme, slot_of};
 pub use datapath::progress::{Ended, Gate};
 pub use datapath::queue::{Footprint, Notifier, QueueStatus};

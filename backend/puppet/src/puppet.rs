@@ -22,10 +22,11 @@
 //!   activated; what it finds there first, it writes down;
 //! * `resize=early`: leaves the new capacity in storage before it comes to the step `resize`;
 //!   `resize=never`: does not look there;
+//! * `claim=true`: there is something to claim, which the stage may have `taken`;
 //! * `thread=true`: starts a thread that ends when the stage says so.
 
 use domain_api::{
-    Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Params,
+    Batch, BlockDomain, Capabilities, Claim, Completions, DeviceInfo, DomainError, Host, Params,
     QueueContext, Request, Status, Swap,
 };
 use std::collections::BTreeMap;
@@ -55,6 +56,8 @@ pub struct Stage {
     pub release: AtomicBool,
     /// `wait=...` may go on.
     pub go: AtomicBool,
+    /// Another program has what `claim=true` claims.
+    pub taken: AtomicBool,
     /// `thread=true` may end.
     pub end: AtomicBool,
     /// What `cross` has kept.
@@ -226,6 +229,7 @@ impl<K: Kind> BlockDomain for Puppet<K> {
         "physical",
         "kind",
         "resize",
+        "claim",
     ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
@@ -308,6 +312,19 @@ impl<K: Kind> BlockDomain for Puppet<K> {
         }
         self.step("resize")?;
         self.host.storage().set_bytes("capacity", &capacity.to_le_bytes())
+    }
+
+    fn claim(&self) -> Result<Claim, DomainError> {
+        if !self.is("claim", "true") {
+            return Ok(Claim::Nothing);
+        }
+        self.step("claim")?;
+        let taken = self.stage.taken.load(Ordering::Acquire);
+        Ok(if taken { Claim::Taken } else { Claim::Ours })
+    }
+
+    fn release(&self) -> Result<(), DomainError> {
+        if self.is("claim", "true") { self.step("release") } else { Ok(()) }
     }
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue, DomainError> {

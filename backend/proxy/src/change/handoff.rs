@@ -54,6 +54,9 @@ impl DomainProxy {
                 None
             }) as srcu::Exchange<Option<LoadedDomain>>
         };
-        self.at_the_gate(live.as_ref(), options, &mut Phases::default(), &exchange)
+        self.begin_leaving(options)?;
+        let stayed = self.at_the_gate(live.as_ref(), options, &mut Phases::default(), &exchange);
+        self.end_leaving();
+        stayed
     }
 }

@@ -12,6 +12,7 @@
 
 use crate::change::refusals::preempted;
 use crate::change::upgrade::Nothing;
+use crate::claim::Claimed;
 use crate::device::{DomainProxy, Others};
 use crate::record::code::Code;
 use crate::record::report::{Change, Options, Refusal, Resized};
@@ -74,6 +75,7 @@ impl DomainProxy {
             self.attempted.store(capacity, Ordering::Relaxed);
             // So that it is kept for another server in one step with what is said of it below. It
             // is not undone: what else the domain has written down meanwhile stays.
+            let claimed = self.claim_to_resize()?;
             self.storage.begin(live.id);
             let resized = live.instance.resize(capacity);
             let label = live.label();
@@ -91,6 +93,7 @@ impl DomainProxy {
                 self.keeping.resized(&live, standby);
             }
             self.storage.commit();
+            drop(claimed);
             match resized {
                 Ok(()) => {}
                 Err(CallError::Panicked(why)) => {
@@ -109,6 +112,26 @@ impl DomainProxy {
             self.attempted.store(0, Ordering::Relaxed);
         }
         Ok(Resized { generation, before, capacity })
+    }
+
+    /// Claims the data while it is resized, whether rings run or not. Given back when that is
+    /// dropped.
+    fn claim_to_resize(self: &Arc<Self>) -> Result<impl Drop + use<>, Refusal> {
+        struct Wanted(Arc<DomainProxy>);
+        impl Drop for Wanted {
+            fn drop(&mut self) {
+                self.0.give_back();
+                self.0.release_claim();
+            }
+        }
+        self.want_claim();
+        let wanted = Wanted(Arc::clone(self));
+        let why = match self.claim(false) {
+            Claimed::Yes => return Ok(wanted),
+            Claimed::Taken => "another program uses the disk's data",
+            Claimed::NotNow(_) => "it cannot be told whether another program uses the disk's data",
+        };
+        Err(Refusal::new(Code::ResizeFailed, format!("the disk is not resized: {why}")))
     }
 
     /// Whether the capacity may have become this one, though the domain that was to be resized has

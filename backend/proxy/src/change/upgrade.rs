@@ -225,6 +225,10 @@ impl DomainProxy {
         let generation = next.instance.generation();
         self.set_live(&next);
         self.queues.notify_all();
+        if next.record().params != from.params {
+            // It may be the first that claims anything.
+            self.settle_claim();
+        }
         let report = Report { generation, protocol, from, to: next.record(), phases };
         drop(next);
         Ok(match live {
@@ -247,6 +251,7 @@ impl DomainProxy {
             self.storage.rollback();
             return Err(step_refusal(Step::Activate, &next.record(), &error));
         }
+        let _claim = self.claim_for(next).inspect_err(|_| self.storage.rollback())?;
         self.keeping.serves(next, generation, None);
         self.storage.commit();
         next.instance.set_generation(generation);
