@@ -1,4 +1,5 @@
-//! One image, one writer: daemons see each other, and QEMU's programs see them and are seen.
+//! One image, one writer: daemons see each other, and QEMU's programs see them and are seen. The
+//! claim follows the rings that run, so that a guest can go from one daemon to another.
 //!
 //! Where QEMU's programs are not installed, what needs them says so and passes.
 
@@ -8,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::{CtlOutput, Daemon, run_daemon};
 use guest_tests::stamp::{Load, LoadOptions};
 use tempfile::TempDir;
@@ -40,10 +42,41 @@ fn qemu(program: &str, args: &[&str]) -> Option<Output> {
     output.inspect_err(|_| println!("skipped: {program} is not installed")).ok()
 }
 
+/// Longer than any answer of a machine that is busy takes.
+const SOON: Duration = Duration::from_secs(30);
+
+/// A daemon on `path` whose guest may come from another one.
+fn late(path: &Path) -> Daemon {
+    Daemon::start(&["--blk-file", text(path), "--param", "locking=late"])
+}
+
+/// A guest whose ring runs.
+fn guest(daemon: &Daemon) -> RawSession {
+    let mut guest = RawSession::start(daemon.socket(), u64::MAX, 64).expect("a session");
+    guest.assert_one_read(SOON);
+    assert_eq!(daemon.status()["claim"], "claimed");
+    guest
+}
+
+/// Offers a read of one sector, and says whether it was answered in `limit`.
+fn reads_within(guest: &mut RawSession, limit: Duration) -> bool {
+    guest.offer_read().expect("a read");
+    guest.used(limit).expect("memory").is_some()
+}
+
+fn wait_for(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not so in time: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_second_daemon_is_refused_before_and_after_upgrades() {
     let (_directory, path) = image();
     let daemon = Daemon::start(&["--blk-file", text(&path)]);
+    let guest = guest(&daemon);
     refused(&path, &[]);
     for direct in ["true", "false"] {
         let output = daemon.ctl(&["upgrade", "file", "--param", &format!("direct={direct}")]);
@@ -53,10 +86,12 @@ fn a_second_daemon_is_refused_before_and_after_upgrades() {
     let unlocked = Daemon::start(&["--blk-file", text(&path), "--param", "locking=false"]);
     assert_eq!(unlocked.status()["state"], "serving", "who says so is believed");
     assert_eq!(unlocked.terminate(), 0);
+    drop(guest);
     assert_eq!(daemon.terminate(), 0);
     let readers = [0; 2].map(|_| Daemon::start(&["--blk-file", text(&path), "--read-only"]));
+    let guests = readers.each_ref().map(|daemon| self::guest(daemon));
     refused(&path, &[]);
-    drop(readers);
+    drop((guests, readers));
 }
 
 #[test]
@@ -83,6 +118,7 @@ fn qemu_does_not_touch_an_image_that_is_in_use() {
     let (directory, path) = image();
     let copy = directory.path().join("copy.img");
     let daemon = Daemon::start(&["--blk-file", text(&path)]);
+    let guest = guest(&daemon);
     let commands = [
         &["convert", "-O", "raw", text(&path), text(&copy)][..],
         &["resize", "-f", "raw", text(&path), "128M"],
@@ -95,11 +131,13 @@ fn qemu_does_not_touch_an_image_that_is_in_use() {
     // To look at it is no use of it.
     let output = qemu("qemu-img", &["info", text(&path)]).expect("it was there");
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(daemon.terminate(), 0);
+    // Where no guest uses it, others may, and the daemon waits for what does.
+    guest.stop_ring().expect("a stop");
     for command in commands {
         let output = qemu("qemu-img", command).expect("it was there");
         assert!(output.status.success(), "{command:?}: {output:?}");
     }
+    assert_eq!(daemon.terminate(), 0);
 }
 
 /// `qemu-storage-daemon`, killed when this is dropped.
@@ -139,4 +177,98 @@ fn an_image_that_qemu_writes_to_is_refused() {
     refused(&path, &["--read-only"]);
     drop(peer);
     assert_eq!(Daemon::start(&["--blk-file", text(&path)]).terminate(), 0);
+}
+
+#[test]
+fn a_guest_goes_to_another_daemon_and_back() {
+    let (_directory, path) = image();
+    let source = Daemon::start(&["--blk-file", text(&path)]);
+    let mut at_source = guest(&source);
+    let target = late(&path);
+    assert_eq!(target.status()["claim"], "free");
+    // All but the rings goes on while the source serves the guest.
+    let mut at_target = RawSession::start(target.socket(), u64::MAX, 64).expect("a session");
+    assert!(!reads_within(&mut at_target, Duration::from_millis(500)), "two have the image");
+    assert_eq!(target.status()["claim"], "waiting");
+    wait_for("the log says that rings wait", || target.log().contains("the guest's rings wait"));
+    at_source.assert_one_read(SOON);
+    // An upgrade there takes nothing away.
+    assert_eq!(target.ctl(&["upgrade", "file"]).status, 0);
+    assert!(at_target.used(Duration::from_millis(200)).expect("memory").is_none());
+    at_source.stop_ring().expect("a stop");
+    assert!(at_target.used(SOON).expect("memory").is_some(), "{}", target.log());
+    assert_eq!(target.status()["claim"], "claimed");
+    at_target.assert_one_read(SOON);
+    // The migration has failed: the source goes on, as soon as the target is gone.
+    at_source.start_ring(64).expect("a ring");
+    assert!(!reads_within(&mut at_source, Duration::from_millis(300)), "two have the image");
+    drop(at_target);
+    assert!(at_source.used(SOON).expect("memory").is_some(), "{}", source.log());
+    refused(&path, &[]);
+    drop(at_source);
+    wait_for("it is given back", || source.status()["claim"] == "free");
+    for daemon in [target, source] {
+        assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+#[test]
+fn a_ring_that_waits_is_stopped_at_once_and_has_taken_nothing() {
+    let (_directory, path) = image();
+    let (source, target) = (late(&path), late(&path));
+    let mut at_source = guest(&source);
+    let mut at_target = RawSession::start(target.socket(), u64::MAX, 64).expect("a session");
+    assert!(!reads_within(&mut at_target, Duration::from_millis(100)));
+    let began = Instant::now();
+    assert_eq!(at_target.stop_ring().expect("a stop"), 0);
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    drop(at_source.stop_ring());
+    // It wants nothing any more.
+    wait_for("it is free", || {
+        [&source, &target].into_iter().all(|daemon| daemon.status()["claim"] == "free")
+    });
+    at_source.start_ring(64).expect("a ring");
+    at_source.assert_one_read(SOON);
+}
+
+#[test]
+fn the_claim_stays_over_the_servers_death_and_exchange() {
+    let (_directory, path) = image();
+    let daemon = Daemon::start(&["--blk-file", text(&path)]);
+    let mut guest = guest(&daemon);
+    let other = late(&path);
+    let mut waiting = RawSession::start(other.socket(), u64::MAX, 64).expect("a session");
+    assert!(!reads_within(&mut waiting, Duration::from_millis(100)));
+    let mut still_ours = |how: &str| {
+        guest.assert_one_read(SOON);
+        assert!(waiting.used(Duration::from_millis(100)).expect("memory").is_none(), "{how}");
+        refused(&path, &[]);
+    };
+    if daemon.server_pid() != daemon.pid() {
+        assert_eq!(daemon.ctl(&["upgrade-daemon"]).status, 0);
+        still_ours("an exchange");
+        let server = rustix::process::Pid::from_raw(daemon.server_pid() as i32).expect("a process");
+        rustix::process::kill_process(server, rustix::process::Signal::KILL).expect("a kill");
+        still_ours("a death");
+    }
+    assert_eq!(daemon.ctl(&["upgrade", "file", "--mode", "handover"]).status, 0);
+    still_ours("a handover");
+    assert_eq!(daemon.ctl(&["rollback"]).status, 0);
+    still_ours("a rollback");
+    daemon.kill_whole();
+    assert!(waiting.used(SOON).expect("memory").is_some(), "{}", other.log());
+}
+
+#[test]
+fn a_disk_that_another_guest_uses_is_not_resized() {
+    let (_directory, path) = image();
+    let (daemon, other) = (late(&path), late(&path));
+    let guest = guest(&daemon);
+    let sentence = other.refuse(&["resize", "128M"]);
+    assert!(sentence.contains("another program uses"), "{sentence}");
+    assert_eq!(daemon.ctl(&["resize", "128M"]).status, 0);
+    drop(guest);
+    wait_for("it is given back", || daemon.status()["claim"] == "free");
+    assert_eq!(other.ctl(&["resize", "192M"]).status, 0);
+    assert_eq!(other.status()["claim"], "free");
 }

@@ -4,7 +4,7 @@ use crate::log_limit::{self, how_to_have_more};
 use control::messages::{ResizeRequest, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
 use control::{OperationError, Operations};
 use log::Level;
-use proxy::{DomainProxy, Mode, Options, Refusal, Status};
+use proxy::{ClaimState, DomainProxy, Mode, Options, Refusal, Status};
 use serde::Serialize;
 use serde_json::Value;
 use std::io;
@@ -69,16 +69,19 @@ struct StatusReply<'a> {
     /// The virtio features that the guest is offered.
     features: String,
     connected: bool,
+    /// Whose the disk's data is.
+    claim: ClaimState,
 }
 
-fn status_reply(status: &Status, connected: bool) -> Value {
+fn status_reply(status: &Status, connected: bool, claim: ClaimState) -> Value {
     let features = format!("{:#x}", features::offered(&status.domain.info));
-    to_json(&StatusReply { status, features, connected })
+    to_json(&StatusReply { status, features, connected, claim })
 }
 
 impl Operations for Device {
     fn status(&self) -> Value {
-        status_reply(&self.proxy.status(), self.connected.load(Ordering::Relaxed))
+        let connected = self.connected.load(Ordering::Relaxed);
+        status_reply(&self.proxy.status(), connected, self.proxy.claim_state())
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
@@ -175,11 +178,12 @@ mod tests {
             storage_failure: None,
             counters: std::collections::BTreeMap::new(),
         };
-        let mut told = status_reply(&status, true);
-        assert_eq!(told["connected"], true);
+        let mut told = status_reply(&status, true, ClaimState::Claimed);
+        assert_eq!((&told["connected"], &told["claim"]), (&true.into(), &"claimed".into()));
         assert_eq!(told["features"], format!("{:#x}", features::offered(&status.domain.info)));
         let members = told.as_object_mut().unwrap();
         members.remove("connected");
+        members.remove("claim");
         members.remove("features");
         assert_eq!(told, serde_json::to_value(&status).unwrap());
     }

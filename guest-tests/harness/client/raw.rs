@@ -421,14 +421,18 @@ impl RawSession {
     /// Reads one sector as the chain from head 0 on, which must be answered within `limit`; panics
     /// if it is not, or not well.
     pub fn assert_one_read(&mut self, limit: Duration) {
-        self.put(FREE, &[0; 16]).expect("memory");
-        self.put(FREE + 0x1000, &[0xee]).expect("memory");
-        let at = GUEST_BASE + FREE;
-        self.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
-            .expect("memory");
-        self.offer(0).expect("a kick");
+        self.offer_read().expect("memory and a kick");
         assert_eq!(self.used(limit).expect("memory"), Some((0, 513)));
         assert_eq!(self.get(FREE + 0x1000, 1).expect("memory"), [0]);
+    }
+
+    /// Offers a read of one sector, as the chain from head 0 on.
+    pub fn offer_read(&mut self) -> io::Result<()> {
+        self.put(FREE, &[0; 16])?;
+        self.put(FREE + 0x1000, &[0xee])?;
+        let at = GUEST_BASE + FREE;
+        self.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])?;
+        self.offer(0)
     }
 
     /// The next used entry, head and length; `None` when there is none within `limit`.

@@ -1,5 +1,6 @@
 //! What all queues of a session share.
 
+use super::claim::SessionClaim;
 use super::config::SessionConfig;
 use super::connection::Connection;
 use super::lookout::Lookout;
@@ -22,6 +23,7 @@ pub(super) struct Context {
     pub(super) memory: SharedMemory,
     pub(super) connection: Arc<Connection>,
     pub(super) lookout: Lookout,
+    pub(super) claim: Arc<SessionClaim>,
 }
 
 impl Context {
@@ -46,6 +48,7 @@ impl Context {
             memory: SharedMemory::new(map),
             connection: Arc::default(),
             lookout: Lookout::new()?,
+            claim: SessionClaim::new(proxy),
         })
     }
 }

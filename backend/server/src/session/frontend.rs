@@ -122,6 +122,9 @@ impl Frontend {
             self.is_replayed.store(false, Ordering::Relaxed);
             // A process that had this ring before may have died before it marked its last answers.
             self.control(queue).log_ring();
+            let queues = self.session.queues.clone();
+            let wake = move || queues.iter().for_each(|control| control.wake());
+            context.claim.ring_starts(queue, wake);
         }
         if matches!(event, Event::ComesFromElsewhere | Event::Starts) {
             let goes_on = self.goes_on(queue);
@@ -229,7 +232,7 @@ impl VhostUserBackend for Backend {
 
     fn reset_device(&self) {
         for queue in 0..self.num_queues() {
-            if let Err(error) = self.0.session.drain_queue(queue) {
+            if let Err(error) = self.0.session.stop_ring(queue) {
                 log::error!("device reset: {error}");
                 if matches!(error, NotDrained::TimedOut { .. }) {
                     // What is in flight must not be answered in the ring that the driver sets up
@@ -306,9 +309,10 @@ impl VhostUserBackend for Backend {
             log::info!(
                 "queue {queue}: what is in flight is left to the process that the guest is migrated to"
             );
+            session.leave_ring(queue);
             return Ok(());
         }
-        let drained = session.drain_queue(queue);
+        let drained = session.stop_ring(queue);
         session.queues[queue].log_ring();
         drained.map_err(|error| {
             if matches!(error, NotDrained::TimedOut { .. }) {

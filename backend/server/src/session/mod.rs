@@ -24,6 +24,7 @@
 //! left: no thread, no descriptor, no mapping.
 
 mod beginning;
+mod claim;
 mod config;
 mod connection;
 mod context;

@@ -231,7 +231,9 @@ impl QueueControl {
         let context = &*self.context;
         let limits = context.offer.limits();
         worker.serve(vring, || BatchInputs {
-            stop_popping: context.phase.is_at(Phase::Draining) || self.drain.newest() != ticket,
+            stop_popping: context.phase.is_at(Phase::Draining)
+                || self.drain.newest() != ticket
+                || !context.claim.is_ours(),
             limits: &limits,
             memory_version: context.memory.version(),
             newest_version: context.memory.newest(),
@@ -241,7 +243,8 @@ impl QueueControl {
         if worker.take_unlogged() {
             context.connection.end();
         }
-        context.lookout.note(self.queue, worker.has_taken(), || worker.is_blank(vring));
+        let is_blank = || context.claim.is_ours() && worker.is_blank(vring);
+        context.lookout.note(self.queue, worker.has_taken(), is_blank);
         self.is_owed_elsewhere.store(worker.is_owed_elsewhere(), Ordering::Relaxed);
         worker.awaited() == 0
     }

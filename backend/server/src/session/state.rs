@@ -58,6 +58,34 @@ impl Session {
         }
     }
 
+    /// As [`drain_queue`](Self::drain_queue), of a ring that has stopped: if it was the last, other
+    /// programs may use the disk's data.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn stop_ring(&self, queue: usize) -> Result<(), NotDrained> {
+        let drained = self.drain_queue(queue);
+        self.context.claim.ring_stops(queue, drained.is_ok());
+        drained
+    }
+
+    /// As [`stop_ring`](Self::stop_ring), of a ring with requests in flight that another process
+    /// answers: the disk's data is given back when they have ended here. Does not wait.
+    pub(super) fn leave_ring(&self, queue: usize) {
+        let (claim, control) = (Arc::clone(&self.context.claim), Arc::clone(&self.queues[queue]));
+        let starts = claim.starts();
+        let wait = move || {
+            let outcome = control.drain_queue();
+            if claim.starts() == starts {
+                claim.ring_stops(queue, outcome == Outcome::Clean);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("left".to_owned()).spawn(wait) {
+            // It is given back when the session ends.
+            log::warn!("no thread to wait for what was left in flight: {error}");
+        }
+    }
+
     /// Answers what is in flight and takes nothing more, before the frontend is let go. What does
     /// not end in time is given up by [`close`](Self::close).
     pub(super) fn drain(&self) {
@@ -79,7 +107,9 @@ impl Session {
         let context = &*self.context;
         context.phase.advance_to(Phase::Detached);
         for (queue, control) in self.queues.iter().enumerate() {
-            if control.drain_queue() == Outcome::TimedOut {
+            let outcome = control.drain_queue();
+            context.claim.ring_stops(queue, outcome == Outcome::Clean);
+            if outcome == Outcome::TimedOut {
                 let error = NotDrained::TimedOut { queue };
                 log::error!("{error}; its requests stay unanswered");
                 context.proxy.leave_behind(&format!(

@@ -128,6 +128,7 @@ impl Commands {
             }
         }
         // The supervisor is gone, and its frontend may be served by another one at any moment.
+        self.proxy.keep_claim();
         self.sessions.abandon();
         self.shutdown.begin("the supervisor is gone");
         self.end()
@@ -292,6 +293,9 @@ fn take_standby(proxy: &Arc<DomainProxy>, standby: KeptModule) {
     }
 }
 
+/// How long the session of a server before may take to go on in this one.
+const TO_COME_BACK: Duration = Duration::from_secs(10);
+
 /// Serves one session after the other.
 struct SessionService {
     channel: Arc<Channel>,
@@ -304,7 +308,14 @@ struct SessionService {
 
 impl SessionService {
     fn serve_all(&self, orders: &mpsc::Receiver<Order>) {
-        while let Ok(Order { session, listener, region }) = orders.recv() {
+        let mut first = orders.recv_timeout(TO_COME_BACK).ok();
+        if first.is_none() {
+            // The server before may have claimed the disk, and its session does not go on.
+            self.proxy.settle_claim();
+        }
+        while let Some(Order { session, listener, region }) =
+            first.take().or_else(|| orders.recv().ok())
+        {
             let (vault, number) = (Arc::clone(&self.vault), session.number);
             let before = self.vault.believed();
             let beginning = Beginning {
