@@ -19,6 +19,7 @@ pub mod logging;
 mod phase;
 mod queue;
 pub mod raw_fd;
+pub mod second;
 pub mod session;
 pub mod shutdown;
 pub mod signals;

@@ -24,7 +24,8 @@ use vhost_hotswap::inflight::SharedInflight;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::inherited;
-use vhost_hotswap::session::{self, SessionConfig, SessionHandle};
+use vhost_hotswap::second;
+use vhost_hotswap::session::{self, Failure, SessionConfig, SessionHandle};
 use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
 use vhost_hotswap::startup::{check_proc, raise_descriptor_limit};
@@ -163,15 +164,13 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         inflight: SharedInflight::default(),
     };
     while wait_for_frontend(socket.listener(), shutdown.wanted())? {
-        match session::serve(
-            &proxy,
-            &session_config,
-            socket.listener(),
-            &sessions,
-            device.connected(),
-        ) {
+        let connected = device.connected();
+        let serve =
+            || session::serve(&proxy, &session_config, socket.listener(), &sessions, connected);
+        let served = second::turned_away_while(socket.listener(), connected, serve);
+        match served.map_err(Failure::from).flatten() {
             Ok(()) => log::info!("the frontend has disconnected"),
-            Err(session::Failure { kind, error }) => {
+            Err(Failure { kind, error }) => {
                 let error = how_to_have_more(&error);
                 log_limit::say(Level::Warn, kind, format_args!("the session ended: {error}"));
                 // The next look finds the end, too.

@@ -18,6 +18,8 @@ pub enum Effect {
     Kick(Vec<Descriptor>),
     /// A message goes to the frontend through its other connection.
     Backend(Descriptor, Message),
+    /// An answer goes to the session that waits.
+    Other(Message),
     /// The frontend's connection is to be ended, after what is on its way to it.
     Close(String),
 }

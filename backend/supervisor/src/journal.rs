@@ -207,6 +207,12 @@ impl Journal {
         })
     }
 
+    /// Where a ring that does not run is to begin, or has stopped.
+    #[must_use]
+    pub fn base(&self, queue: u32) -> u32 {
+        self.rings.get(&queue).and_then(|ring| ring.base).unwrap_or(0)
+    }
+
     /// How the rings are kicked that have started.
     #[must_use]
     pub fn kicks(&self) -> Vec<Descriptor> {

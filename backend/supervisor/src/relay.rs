@@ -11,13 +11,16 @@
 
 use crate::descriptor::Descriptor;
 pub use crate::effect::Effect;
-use crate::fields::{capacity, inflight, is_no_ring_size, reply};
+use crate::fields::{capacity, is_no_ring_size, reply};
 use crate::journal::{Journal, log_is_there, sort_table, u64_message};
 use crate::region::Region;
 use crate::request::{self, Refusal, protocol};
 use crate::wire::Message;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, VecDeque};
+
+mod inflight;
+mod waiting;
 
 /// How many kinds of unknown requests are told of in the log.
 const KINDS: usize = 16;
@@ -31,6 +34,8 @@ enum Why {
     Replay,
     /// The frontend may not know the disk's size any more.
     Capacity,
+    /// The frontend of a session that waits has.
+    Other,
 }
 
 /// A message that was passed on, as it came, and is not answered.
@@ -49,6 +54,8 @@ enum Link {
     Replaying,
     /// One that serves.
     Up,
+    /// One that another session has.
+    Waiting,
 }
 
 /// A frontend's session.
@@ -89,6 +96,14 @@ pub struct Relay {
     /// The device's status, as the driver has set it.
     #[serde(default)]
     status: u8,
+    /// What the frontend has asked while it waits, and is to be answered.
+    #[serde(default)]
+    question: Option<Message>,
+    #[serde(default)]
+    is_question_asked: bool,
+    /// How it has read the configuration space while it waited: a server has to know that it has.
+    #[serde(default)]
+    config_read: Option<Message>,
 }
 
 /// What releases of which none is told have taken.
@@ -120,6 +135,9 @@ impl Relay {
             largest,
             is_given: false,
             status: 0,
+            question: None,
+            is_question_asked: false,
+            config_read: None,
         }
     }
 
@@ -144,7 +162,10 @@ impl Relay {
     /// Whether the frontend's next message has to wait.
     #[must_use]
     pub fn is_held(&self) -> bool {
-        self.is_paused || self.link != Link::Up || !self.is_idle()
+        match self.link {
+            Link::Waiting => self.question.is_some(),
+            link => self.is_paused || link != Link::Up || !self.is_idle(),
+        }
     }
 
     /// Whether the server owes nothing.
@@ -189,7 +210,8 @@ impl Relay {
             Message::new(request::GET_PROTOCOL_FEATURES, [], Vec::new()),
             u64_message(request::SET_PROTOCOL_FEATURES, protocol::PASSED_ON),
         ];
-        for message in negotiation.into_iter().chain(self.journal.replay()) {
+        let read = self.config_read.clone();
+        for message in negotiation.into_iter().chain(read).chain(self.journal.replay()) {
             self.ask(message, Why::Replay, &mut effects);
         }
         effects
@@ -213,7 +235,7 @@ impl Relay {
             return effects;
         }
         match message.request {
-            request::GET_PROTOCOL_FEATURES => {
+            request::GET_PROTOCOL_FEATURES if !self.is_waiting() => {
                 let all = self.offered & protocol::PASSED_ON | protocol::ADDED;
                 effects.push(Effect::Frontend(reply(&message, all.to_le_bytes())));
             }
@@ -249,6 +271,9 @@ impl Relay {
                     log::warn!("the frontend has no kick descriptor, and rings are not polled");
                 }
                 self.acknowledge(&message, false, &mut effects);
+            }
+            known if self.is_waiting() && waiting::may_come(known) => {
+                self.note_for_later(message, &mut effects);
             }
             known if request::is_passed_on(known) => self.pass_on(message, &mut effects),
             _ => self.refuse(&message, &mut effects),
@@ -293,64 +318,6 @@ impl Relay {
         }
     }
 
-    fn make_region(&mut self, message: &Message, effects: &mut Vec<Effect>) {
-        let Some(wanted) = inflight(message) else {
-            effects.push(Effect::Close("it asks for no in-flight region".to_owned()));
-            return;
-        };
-        match Region::new(wanted.queues, wanted.queue_size) {
-            Ok(region) => {
-                let mut body = [region.place.len.to_le_bytes(), [0; 8]].concat();
-                body.extend(&message.body[16..]);
-                let answer = Message::reply(message.request, body, vec![region.memfd]);
-                effects.push(Effect::Frontend(answer));
-            }
-            Err(error) => effects.push(Effect::Close(format!("no in-flight region: {error}"))),
-        }
-    }
-
-    fn take_region(&mut self, message: &Message, effects: &mut Vec<Effect>) {
-        let leaves = self.region.place.leaves;
-        let region = match (inflight(message), message.files.first()) {
-            (Some(place), Some(memfd)) => {
-                Region::given(place, memfd.clone()).map(|region| region.leaving(leaves))
-            }
-            _ => Err("there is none in the message".to_owned()),
-        };
-        match region {
-            Ok(region) if region == self.region => self.acknowledge(message, true, effects),
-            Ok(region) => {
-                self.is_given = true;
-                self.use_region(region, effects);
-                self.acknowledge(message, true, effects);
-            }
-            Err(why) => {
-                self.acknowledge(message, false, effects);
-                effects.push(Effect::Close(format!("its in-flight region is refused: {why}")));
-            }
-        }
-    }
-
-    fn use_region(&mut self, region: Region, effects: &mut Vec<Effect>) {
-        self.region = region.clone();
-        self.waits_for_region = true;
-        effects.push(Effect::Inflight(region));
-    }
-
-    /// The driver begins anew: what is marked was another's, and is never answered. A region of the
-    /// frontend's is its own to replace.
-    fn forget_marks(&mut self, effects: &mut Vec<Effect>) {
-        if self.is_given || self.region.oldest().is_empty() {
-            return;
-        }
-        match Region::own(self.region.place.queues) {
-            Ok(region) => {
-                self.use_region(region.leaving(self.region.place.leaves), effects);
-            }
-            Err(error) => effects.push(Effect::Close(format!("no in-flight region: {error}"))),
-        }
-    }
-
     /// The server uses the region.
     pub const fn inflight_is_taken(&mut self) {
         self.waits_for_region = false;
@@ -383,6 +350,7 @@ impl Relay {
                 }
                 self.look_at_rings(&mut effects);
             }
+            Why::Other => effects.push(Effect::Other(answer)),
             Why::Capacity => {
                 let is_other = capacity(&answer).is_some_and(|now| self.told != Some(now));
                 if is_other {
@@ -428,7 +396,7 @@ impl Relay {
         if !self.asked.is_empty() {
             return;
         }
-        (self.link, self.has_been_up) = (Link::Up, true);
+        (self.link, self.has_been_up, self.config_read) = (Link::Up, true, None);
         let kicks = self.journal.kicks();
         if !kicks.is_empty() {
             effects.push(Effect::Kick(kicks));

@@ -56,6 +56,12 @@ pub struct Session {
     over: Option<Over>,
     /// The frontend is gone, but what it has said before is still to be heard.
     has_hung_up: bool,
+    /// The frontend has said something.
+    #[serde(default)]
+    has_spoken: bool,
+    /// Answers for the session that waits.
+    #[serde(skip)]
+    answers: Vec<Message>,
 }
 
 impl Session {
@@ -72,7 +78,26 @@ impl Session {
             inner: None,
             over: None,
             has_hung_up: false,
+            has_spoken: false,
+            answers: Vec::new(),
         }
+    }
+
+    /// Whether the frontend has said anything.
+    #[must_use]
+    pub const fn has_spoken(&self) -> bool {
+        self.has_spoken
+    }
+
+    /// Another session is to have the server, or has it.
+    pub fn wait(&mut self) {
+        self.take_back();
+        self.relay.wait();
+    }
+
+    /// Answers for the session that waits, once.
+    pub fn take_answers(&mut self) -> Vec<Message> {
+        std::mem::take(&mut self.answers)
     }
 
     /// Gives the session to a server, and has it made what it was.
@@ -195,6 +220,7 @@ impl Session {
             }
             match self.frontend.receive() {
                 Incoming::Message(message) => {
+                    self.has_spoken = true;
                     let effects = self.relay.from_frontend(message);
                     self.apply(effects, channel);
                 }
@@ -242,6 +268,7 @@ impl Session {
                 }
                 Effect::Kick(kicks) => kicks.iter().for_each(kick),
                 Effect::Backend(backend, message) => self.tell(&backend, &message),
+                Effect::Other(answer) => self.answers.push(answer),
                 Effect::Close(why) => self.end(Over::Refused(why)),
             }
         }

@@ -3,6 +3,7 @@
 //! What is looked at: signals, the frontends' listening socket, the session's two sockets, the
 //! channel and the death of each server, the control front's clients, and the clock.
 
+mod commands;
 mod exchange;
 mod leaving;
 mod options;
@@ -10,15 +11,15 @@ mod packing;
 mod pulse;
 mod reexecution;
 mod serving;
+mod waiting;
 
 use crate::deaths::Deaths;
-use crate::front::{Front, Ticket, Token, Wish};
+use crate::front::{Front, Ticket, Token};
 use crate::process::{Program, Server};
 use crate::said::Said;
 use crate::session::{Over, Session};
 use crate::vault::Vault;
 use channel::{Received, ToServer, ToSupervisor};
-use control::{Limits, SocketFile};
 use exchange::{Candidate, Exchange};
 use leaving::Dead;
 pub use options::{ListenSocket, Options, Signals, Supervision};
@@ -29,6 +30,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
+use waiting::Waiting;
 
 /// How long a server may take to end. It has a bound of 15 s of its own.
 const END_PATIENCE: Duration = Duration::from_secs(16);
@@ -56,6 +58,7 @@ enum Source {
     End(usize),
     Frontends,
     Frontend,
+    Waiting,
     Inner,
     Channel(Which),
     Death(Which),
@@ -95,6 +98,8 @@ pub struct Supervisor {
     has_served: bool,
     is_given_up: bool,
     session: Option<Session>,
+    /// A second frontend's, whose rings run when those of the other have stopped.
+    waiting: Option<Waiting>,
     sessions: u64,
     /// The session that the server has not left yet.
     ending_session: Option<u64>,
@@ -155,6 +160,7 @@ impl Supervisor {
             has_served: false,
             is_given_up: false,
             session: None,
+            waiting: None,
             sessions: 0,
             ending_session: None,
             accept_at: None,
@@ -186,12 +192,18 @@ impl Supervisor {
         [Which::Current, Which::Stopped, Which::Candidate].into_iter().chain(leaving)
     }
 
-    /// Whether a frontend can be served now.
+    /// Whether a frontend can be let in now: to be served, or to wait, or to be turned away.
     fn takes_frontends(&self) -> bool {
-        let is_free = self.session.is_none() && self.ending_session.is_none();
+        let has_one = self.session.is_some() || self.waiting.is_some();
+        (has_one || self.is_free()) && self.ending.is_none()
+    }
+
+    /// Whether a frontend can be served now.
+    fn is_free(&self) -> bool {
         let is_stable =
             self.stopped.is_none() && !self.exchange.as_ref().is_some_and(Exchange::is_stopping);
-        is_free && is_stable && self.serving().is_some() && self.ending.is_none()
+        let is_free = self.session.is_none() && self.ending_session.is_none();
+        is_free && is_stable && self.serving().is_some()
     }
 
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
@@ -210,6 +222,10 @@ impl Supervisor {
             let frontend = session.frontend().map(|(fd, flags)| (Source::Frontend, fd, flags));
             let inner = session.inner().map(|(fd, flags)| (Source::Inner, fd, flags));
             watched.extend(frontend.into_iter().chain(inner));
+        }
+        if let Some(waiting) = &self.waiting {
+            let frontend = waiting.session.frontend();
+            watched.extend(frontend.map(|(fd, flags)| (Source::Waiting, fd, flags)));
         }
         for which in self.whiches() {
             let Some(server) = self.which(which) else { continue };
@@ -250,6 +266,7 @@ impl Supervisor {
             self.start_at,
             accept,
             self.session.as_ref().and_then(Session::deadline),
+            self.waiting.as_ref().and_then(Waiting::deadline),
             self.ending.as_ref().map(|ending| ending.deadline),
             self.front.as_ref().and_then(Front::deadline),
             self.serving().map(|_| self.pulse.next()),
@@ -273,6 +290,11 @@ impl Supervisor {
             Source::Frontend => {
                 if let Some(session) = &mut self.session {
                     session.frontend_is_ready(what);
+                }
+            }
+            Source::Waiting => {
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.session.frontend_is_ready(what);
                 }
             }
             // Pumped whenever something has happened.
@@ -343,6 +365,7 @@ impl Supervisor {
     fn settle(&mut self) {
         let now = Instant::now();
         self.settle_session();
+        self.settle_waiting(now);
         if self.start_at.is_some_and(|at| at <= now) {
             self.start_at = None;
             self.start_server();
@@ -380,58 +403,6 @@ impl Supervisor {
         self.ending_session = Some(session.number).filter(|_| session.was_given);
         self.session = None;
         self.deaths.forgive();
-    }
-
-    fn settle_front(&mut self) {
-        if let Some(front) = &mut self.front {
-            front.tick();
-        }
-        // What is done for one wish may be the reason of the next.
-        loop {
-            let wishes = self.front.as_mut().map(Front::wishes).unwrap_or_default();
-            if wishes.is_empty() {
-                return;
-            }
-            for wish in wishes {
-                self.grant(wish);
-            }
-        }
-    }
-
-    fn grant(&mut self, wish: Wish) {
-        match wish {
-            Wish::Client(stream) => {
-                let Some(server) = &self.server else { return };
-                // A server that hears nothing must not hold up the rest.
-                match server.channel.try_send(&ToServer::Client, &[stream.as_fd()]) {
-                    Ok(true) => {}
-                    Ok(false) => log::warn!("the server takes no more clients"),
-                    Err(error) => log::debug!("the server is given no client: {error}"),
-                }
-            }
-            Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
-            Wish::Shutdown => self.end("shutdown"),
-            Wish::Revive => self.revive(),
-        }
-    }
-
-    fn make_front(&mut self) {
-        if self.front.is_some() {
-            return;
-        }
-        let socket = SocketFile::listen(&self.options.control_path, 0o600);
-        let front = socket
-            .map_err(|error| error.to_string())
-            .and_then(|socket| Front::new(socket, Limits::default()).map_err(|e| e.to_string()));
-        match front {
-            Ok(front) => self.front = Some(front),
-            Err(error) => {
-                if let Some(server) = &self.server {
-                    server.kill();
-                }
-                self.over = Some(Err(error));
-            }
-        }
     }
 
     /// The end is wanted.

@@ -1,5 +1,6 @@
 //! The whole supervisor as a state that the next program of this process goes on with.
 
+use super::waiting::Waiting;
 use super::{ListenSocket, Options, Signals, Supervision, Supervisor};
 use crate::deaths::Deaths;
 use crate::front::{Front, PackedFront, Ticket};
@@ -70,6 +71,8 @@ pub(super) struct Packed<V, D, S> {
     vault: V,
     deaths: D,
     session: Option<S>,
+    #[serde(default = "Option::default")]
+    waiting: Option<S>,
     recoveries: u64,
     program_before: Option<Program>,
     server: Option<PackedServer>,
@@ -131,6 +134,7 @@ impl Supervisor {
             vault: &self.vault,
             deaths: &self.deaths,
             session: self.session.as_ref(),
+            waiting: self.waiting.as_ref().map(|waiting| &waiting.session),
             recoveries: self.recoveries,
             program_before: self.program_before.clone(),
             server: self.server.as_ref().map(|server| server.pack(&mut packing)),
@@ -186,6 +190,10 @@ impl Supervisor {
         supervisor.vault = state.vault;
         supervisor.deaths = state.deaths;
         supervisor.session = state.session;
+        supervisor.waiting = state.waiting.map(|mut session| {
+            session.relay.question_is_lost();
+            Waiting::new(session)
+        });
         supervisor.recoveries = state.recoveries;
         supervisor.program_before = state.program_before;
         let server = state.server.map(|server| Server::unpack(server, unpacking));

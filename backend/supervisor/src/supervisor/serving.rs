@@ -203,7 +203,8 @@ impl Supervisor {
     /// Gives the frontend's session to the server that serves.
     pub(super) fn give_session(&mut self) {
         let (Some(server), Some(session)) = (&self.server, &mut self.session) else { return };
-        if server.ready.is_none() || session.is_given() || self.vault.awaits_upgrade() {
+        let is_left = self.ending_session.is_none();
+        if server.ready.is_none() || session.is_given() || self.vault.awaits_upgrade() || !is_left {
             return;
         }
         if let Err(error) = session.give_to(&server.channel, &self.deaths) {
@@ -223,6 +224,9 @@ impl Supervisor {
             }
         };
         match Region::own(self.options.settings.queues) {
+            Ok(region) if !self.is_free() || self.waiting.is_some() => {
+                self.let_wait(stream.into(), region);
+            }
             Ok(region) => {
                 self.sessions += 1;
                 let largest = self.options.settings.queue_size;
@@ -252,6 +256,8 @@ impl Supervisor {
             // There is nothing left to end.
             session.was_given = false;
         }
+        // It may have waited for that.
+        self.give_session();
     }
 
     pub(super) fn current_has_died(&mut self, ended: Ended) {

@@ -67,6 +67,7 @@ impl World {
                 Effect::Inflight(_) => self.waits_for_region = true,
                 Effect::Kick(kicks) => self.kicked += kicks.len(),
                 Effect::Backend(..) => self.told += 1,
+                Effect::Other(answer) => panic!("{answer:?} for another session"),
                 Effect::Close(why) => drop(self.closed.get_or_insert(why)),
             }
         }
