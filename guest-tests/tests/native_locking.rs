@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::client::features;
 use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::{CtlOutput, Daemon, run_daemon};
 use guest_tests::stamp::{Load, LoadOptions};
@@ -52,7 +53,7 @@ fn late(path: &Path) -> Daemon {
 
 /// A guest whose ring runs.
 fn guest(daemon: &Daemon) -> RawSession {
-    let mut guest = RawSession::start(daemon.socket(), u64::MAX, 64).expect("a session");
+    let mut guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     guest.assert_one_read(SOON);
     assert_eq!(daemon.status()["claim"], "claimed");
     guest
@@ -187,7 +188,7 @@ fn a_guest_goes_to_another_daemon_and_back() {
     let target = late(&path);
     assert_eq!(target.status()["claim"], "free");
     // All but the rings goes on while the source serves the guest.
-    let mut at_target = RawSession::start(target.socket(), u64::MAX, 64).expect("a session");
+    let mut at_target = RawSession::start(target.socket(), features::USUAL, 64).expect("a session");
     assert!(!reads_within(&mut at_target, Duration::from_millis(500)), "two have the image");
     assert_eq!(target.status()["claim"], "waiting");
     wait_for("the log says that rings wait", || target.log().contains("the guest's rings wait"));
@@ -217,7 +218,7 @@ fn a_ring_that_waits_is_stopped_at_once_and_has_taken_nothing() {
     let (_directory, path) = image();
     let (source, target) = (late(&path), late(&path));
     let mut at_source = guest(&source);
-    let mut at_target = RawSession::start(target.socket(), u64::MAX, 64).expect("a session");
+    let mut at_target = RawSession::start(target.socket(), features::USUAL, 64).expect("a session");
     assert!(!reads_within(&mut at_target, Duration::from_millis(100)));
     let began = Instant::now();
     assert_eq!(at_target.stop_ring().expect("a stop"), 0);
@@ -237,7 +238,7 @@ fn the_claim_stays_over_the_servers_death_and_exchange() {
     let daemon = Daemon::start(&["--blk-file", text(&path)]);
     let mut guest = guest(&daemon);
     let other = late(&path);
-    let mut waiting = RawSession::start(other.socket(), u64::MAX, 64).expect("a session");
+    let mut waiting = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
     assert!(!reads_within(&mut waiting, Duration::from_millis(100)));
     let mut still_ours = |how: &str| {
         guest.assert_one_read(SOON);

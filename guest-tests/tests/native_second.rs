@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::client::features;
 use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::Daemon;
 use rustix::process::{Pid, Signal, kill_process};
@@ -19,7 +20,7 @@ fn ramdisk() -> Daemon {
 }
 
 fn guest(daemon: &Daemon) -> RawSession {
-    let mut guest = RawSession::start(daemon.socket(), u64::MAX, 64).expect("a session");
+    let mut guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     guest.assert_one_read(SOON);
     guest
 }
@@ -61,9 +62,9 @@ fn asks(session: &mut RawSession, limit: Duration) {
 /// As QEMU does that begins: a reset, which is to touch no other session's rings, and memory.
 fn sets_up(session: &mut RawSession) {
     let frontend = &mut session.frontend;
-    let features = frontend.get_features().expect("features");
+    let offered = frontend.get_features().expect("features");
     frontend.reset_device().expect("a reset");
-    frontend.set_features(features).expect("features");
+    frontend.set_features(offered & features::USUAL | 1 << 30).expect("features");
     session.share_memory().expect("memory");
 }
 
@@ -71,7 +72,8 @@ fn sets_up(session: &mut RawSession) {
 fn two_frontends_take_turns() {
     let daemon = ramdisk();
     let mut first = guest(&daemon);
-    let mut second = RawSession::connect(daemon.socket(), u64::MAX).expect("a second session");
+    let mut second =
+        RawSession::connect(daemon.socket(), features::USUAL).expect("a second session");
     asks(&mut second, Duration::from_secs(5));
     sets_up(&mut second);
     first.assert_one_read(SOON);
@@ -92,7 +94,7 @@ fn two_frontends_take_turns() {
     drop(second);
     assert!(first.used(SOON).expect("memory").is_some(), "{}", daemon.log());
     // And once more to and fro, by its leaving.
-    let mut third = RawSession::start(daemon.socket(), u64::MAX, 64).expect("a session");
+    let mut third = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     third.offer_read().expect("a read");
     assert!(third.used(Duration::from_millis(100)).expect("memory").is_none());
     drop(first);
@@ -104,7 +106,7 @@ fn two_frontends_take_turns() {
 fn a_ring_that_waits_is_stopped_where_it_was_to_begin() {
     let daemon = ramdisk();
     let mut first = guest(&daemon);
-    let mut second = RawSession::connect(daemon.socket(), u64::MAX).expect("a session");
+    let mut second = RawSession::connect(daemon.socket(), features::USUAL).expect("a session");
     second.share_memory().expect("memory");
     second.start_ring_at(64, 17).expect("a ring");
     assert_eq!(second.stop_ring().expect("a stop"), 17);
@@ -127,7 +129,7 @@ fn a_third_and_a_silent_one_are_turned_away() {
     says(&daemon, "a second frontend has said nothing, and is turned away");
     first.assert_one_read(SOON);
     // There is room again.
-    let mut second = RawSession::connect(daemon.socket(), u64::MAX).expect("a session");
+    let mut second = RawSession::connect(daemon.socket(), features::USUAL).expect("a session");
     asks(&mut second, Duration::from_secs(5));
     thread::sleep(Duration::from_secs(3));
     asks(&mut second, Duration::from_secs(5));
@@ -140,7 +142,7 @@ fn a_third_and_a_silent_one_are_turned_away() {
 fn a_second_frontend_waits_over_deaths_and_exchanges() {
     let daemon = ramdisk();
     let mut first = guest(&daemon);
-    let mut second = RawSession::connect(daemon.socket(), u64::MAX).expect("a session");
+    let mut second = RawSession::connect(daemon.socket(), features::USUAL).expect("a session");
     sets_up(&mut second);
     second.start_ring(64).expect("a ring");
     second.offer_read().expect("a read");
