@@ -23,9 +23,9 @@ pub fn migration() -> Outcome {
     let image = directory.path().join("disk.img");
     File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
     let path = image.display().to_string();
-    // One at a time has the guest; neither locks the image against the other.
+    // The image's lock goes with the guest.
     let daemons = [(); 2].map(|()| {
-        let image = ["--blk-file", &path, "--param", "direct=true", "--param", "locking=false"];
+        let image = ["--blk-file", &path, "--param", "direct=true", "--param", "locking=late"];
         Daemon::start(&[&["--queues", "2"], &image[..]].concat())
     });
     let options = |at: usize| GuestOptions::with_disk(daemons[at].socket());

@@ -41,7 +41,7 @@ impl Pair {
             "--param",
             "direct=true",
             "--param",
-            "locking=false",
+            "locking=late",
         ];
         Self { daemons: [Daemon::start(&args), Daemon::start(&args)] }
     }

@@ -204,7 +204,9 @@ impl World {
         }
         let effects = if has_looked {
             let region = self.relay.region();
-            let part = region.place.len / u64::from(region.place.queues.max(1));
+            // A header of 16 bytes and as many for each descriptor, in whole lines; the region may
+            // have more than that.
+            let part = (16 + 16 * u64::from(region.place.queue_size)).next_multiple_of(64);
             for queue in 0..u64::from(region.place.queues) {
                 let at = region.place.offset + queue * part;
                 let _ = rustix::io::pwrite(&region.memfd, &[0; 8], at);
