@@ -90,7 +90,7 @@ fn a_second_daemon_is_refused_before_and_after_upgrades() {
     drop(guest);
     assert_eq!(daemon.terminate(), 0);
     let readers = [0; 2].map(|_| Daemon::start(&["--blk-file", text(&path), "--read-only"]));
-    let guests = readers.each_ref().map(|daemon| self::guest(daemon));
+    let guests = readers.each_ref().map(self::guest);
     refused(&path, &[]);
     drop((guests, readers));
 }
