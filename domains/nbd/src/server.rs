@@ -5,6 +5,8 @@
 //! each connection (nbd-server) does the work in another; over TCP nothing is known.
 
 use domain_io::socket::peer_process;
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use std::os::fd::BorrowedFd;
 
 /// A process, and when it began: numbers come again.
@@ -15,12 +17,18 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// What listens at the other end of `socket`.
+    /// What listens at the other end of `socket`; it may have ended meanwhile.
     pub(crate) fn behind(socket: BorrowedFd<'_>) -> Option<Self> {
         let number = u64::from(peer_process(socket)?);
         // A socket that the service manager listens on says nothing of the server.
         (number > 1).then_some(())?;
-        Some(Self { number, start: start_of(number)? })
+        let start = match State::of(number) {
+            State::Runs { start } => start,
+            // No process begins then, so that this one is gone.
+            State::Ended => 0,
+            State::Unknown => return None,
+        };
+        Some(Self { number, start })
     }
 
     /// From its two numbers; zeros are none.
@@ -30,20 +38,42 @@ impl Process {
 
     /// Whether it has ended, and with it all that it had begun.
     pub(crate) fn is_gone(self) -> bool {
-        // A `/proc` that shows nothing shows ourselves as little.
-        start_of(self.number) != Some(self.start) && start_of(std::process::id().into()).is_some()
+        match State::of(self.number) {
+            State::Runs { start } => start != self.start,
+            State::Ended => true,
+            State::Unknown => false,
+        }
     }
 }
 
-/// When a process began, in the kernel's ticks; `None` if there is none, or it has ended and is not
-/// awaited yet.
-fn start_of(process: u64) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The name may hold anything, and is in brackets.
-    let mut fields = stat[stat.rfind(')')? + 1..].split_ascii_whitespace();
-    let state = fields.next()?;
-    (!matches!(state, "Z" | "X")).then_some(())?;
-    fields.nth(18)?.parse().ok()
+/// What can be seen of a process.
+enum State {
+    Runs {
+        /// When it began, in the kernel's ticks.
+        start: u64,
+    },
+    /// There is none, or it is not awaited yet.
+    Ended,
+    /// There is one that `/proc` does not show.
+    Unknown,
+}
+
+impl State {
+    fn of(process: u64) -> Self {
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{process}/stat")) else {
+            let number = i32::try_from(process).ok().and_then(Pid::from_raw);
+            let is_there = number.is_none_or(|it| test_kill_process(it) != Err(Errno::SRCH));
+            return if is_there { Self::Unknown } else { Self::Ended };
+        };
+        // The name may hold anything, and is in brackets.
+        let fields = stat.rfind(')').map_or("", |end| &stat[end + 1..]);
+        let mut fields = fields.split_ascii_whitespace();
+        match (fields.next(), fields.nth(18).and_then(|start| start.parse().ok())) {
+            (Some("Z" | "X"), _) => Self::Ended,
+            (_, Some(start)) => Self::Runs { start },
+            _ => Self::Unknown,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -54,14 +84,17 @@ mod tests {
     fn a_process_is_there_until_it_has_ended() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let number = u64::from(child.id());
-        let process = Process { number, start: start_of(number).unwrap() };
+        let State::Runs { start } = State::of(number) else { panic!("it runs") };
+        let process = Process { number, start };
         assert!(!process.is_gone());
         assert!(Process { start: process.start + 1, ..process }.is_gone(), "another one");
         child.kill().unwrap();
         while !process.is_gone() {
             std::thread::yield_now();
         }
+        // What is seen of it for the first time now is known, too.
+        assert!(matches!(State::of(number), State::Ended));
         child.wait().unwrap();
-        assert!(process.is_gone());
+        assert!(process.is_gone() && matches!(State::of(number), State::Ended));
     }
 }
