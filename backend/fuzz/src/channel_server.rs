@@ -86,6 +86,7 @@ fn place(input: &mut Input<'_>) -> InflightRegion {
         len: input.pick(&[0, 320, 640, 4096, 8192, 65536, wild, u64::MAX]),
         queues: input.pick(&[0, 1, 2, 3, u16::MAX]),
         queue_size: input.pick(&[0, 1, 16, 128, 32768, u16::MAX]),
+        leaves: wild & 1 != 0,
     }
 }
 
@@ -151,7 +152,7 @@ fn take(vault: &Vault, descriptors: Vec<OwnedFd>) {
 }
 
 fn map(place: InflightRegion, memfd: OwnedFd) {
-    let InflightRegion { offset, len, queues, queue_size } = place;
+    let InflightRegion { offset, len, queues, queue_size, leaves: _ } = place;
     let there = len_of(&memfd);
     let Ok(region) = Region::map(File::from(memfd), offset, len, queues, queue_size) else {
         return;

@@ -52,6 +52,8 @@ fn shape(message: &Message) -> Shape {
 /// What the frontend waits for.
 struct Waiting {
     request: u32,
+    /// No server is asked.
+    is_without_kick: bool,
     body: Vec<u8>,
 }
 
@@ -195,11 +197,13 @@ impl World {
             return;
         }
         self.has_acks = said::has_acks_after(&message, self.has_acks);
+        let is_without_kick = message.request == request::SET_VRING_KICK && files == 0;
         if said::is_answered(&message, self.has_acks) {
             let (request, body) = (message.request, message.body.clone());
-            self.waiting.push_back(Waiting { request, body });
+            self.waiting.push_back(Waiting { request, is_without_kick, body });
         }
         if request::is_passed_on(message.request)
+            && !is_without_kick
             && message.request != request::GET_PROTOCOL_FEATURES
             && message.request != request::SET_PROTOCOL_FEATURES
         {
@@ -298,7 +302,12 @@ impl World {
         let (request, count) = (message.request, self.count);
         let has_answer = request::has_answer(request);
         let is_sound = said::is_sound(&message, said::regions(&self.journal));
-        let code = if kind == Kind::Replay { 0 } else { code | u64::from(!is_sound) };
+        let code = match kind {
+            Kind::Replay => 0,
+            // The supervisor refuses some with this answer, whatever the server says.
+            _ if request == request::SET_VRING_NUM && !is_sound => 1,
+            _ => code | u64::from(!is_sound),
+        };
         let body = match request {
             request::GET_VRING_BASE => [message.u32_at(0).unwrap_or(0), count]
                 .iter()
@@ -336,7 +345,7 @@ impl World {
         let is_passed_on = request::is_passed_on(answer.request)
             && answer.request != request::GET_PROTOCOL_FEATURES
             && answer.request != request::SET_PROTOCOL_FEATURES;
-        if !is_passed_on {
+        if !is_passed_on || waiting.is_without_kick {
             return;
         }
         // Those before it were answers that the frontend does not want.

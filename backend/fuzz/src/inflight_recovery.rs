@@ -163,7 +163,8 @@ fn one_region(input: &mut Input<'_>, desc_num: u16, file: &File) {
     let region = Arc::new(Region::map(mapped, 0, bytes, QUEUES, desc_num).expect("a region"));
     // What the supervisor finds without knowing the ring.
     let memfd = Descriptor::from(std::os::fd::OwnedFd::from(file.try_clone().expect("one")));
-    let place = InflightRegion { offset: 0, len: bytes, queues: QUEUES, queue_size: desc_num };
+    let (queues, queue_size) = (QUEUES, desc_num);
+    let place = InflightRegion { offset: 0, len: bytes, queues, queue_size, leaves: false };
     let outside = supervisor::region::Region::given(place, memfd).expect("a region");
 
     let Ok((tracker, recovery)) = Tracker::start(&region, QUEUE, ring) else {

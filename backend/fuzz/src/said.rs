@@ -116,10 +116,10 @@ pub fn any(input: &mut Input<'_>) -> Plan {
 pub fn is_answered(message: &Message, has_acks: bool) -> bool {
     let wants = message.needs_reply() && has_acks;
     match message.request {
-        request::GET_PROTOCOL_FEATURES | request::GET_INFLIGHT_FD => true,
+        request::GET_PROTOCOL_FEATURES | request::GET_INFLIGHT_FD | request::GET_STATUS => true,
         known if request::is_passed_on(known) => request::has_answer(known) || wants,
         request::SET_PROTOCOL_FEATURES | request::SET_BACKEND_REQ_FD => wants,
-        request::SET_INFLIGHT_FD => wants,
+        request::SET_INFLIGHT_FD | request::SET_STATUS => wants,
         unknown => request::refusal(unknown) == Refusal::Ignore && wants,
     }
 }
@@ -132,6 +132,9 @@ pub fn has_acks_after(message: &Message, before: bool) -> bool {
         _ => before,
     }
 }
+
+/// Descriptors of the largest ring that these sessions may have.
+pub const LARGEST_RING: u32 = 1024;
 
 /// Whether a server carries a message out, as strictly as a server has to be for its session to
 /// stay small. `regions` is how many memory regions it has.
@@ -147,9 +150,11 @@ pub fn is_sound(message: &Message, regions: usize) -> bool {
         request::ADD_MEM_REG => body.len() == 40 && files == 1 && regions < REGIONS,
         request::REM_MEM_REG => body.len() == 40,
         request::SET_LOG_BASE => body.len() == 16 && files == 1,
-        request::SET_VRING_NUM | request::SET_VRING_BASE | request::SET_VRING_ENABLE => {
-            body.len() == 8 && ring
+        request::SET_VRING_NUM => {
+            let size = message.u32_at(4).unwrap_or(0);
+            body.len() == 8 && ring && size.is_power_of_two() && size <= LARGEST_RING
         }
+        request::SET_VRING_BASE | request::SET_VRING_ENABLE => body.len() == 8 && ring,
         request::GET_VRING_BASE => body.len() == 8 && ring,
         request::SET_VRING_ADDR => body.len() == 40 && ring,
         request::SET_VRING_KICK | request::SET_VRING_CALL | request::SET_VRING_ERR => {

@@ -236,7 +236,7 @@ impl World {
             true => body,
             false if request::has_answer(request) => body,
             // A server that carries out what cannot be: its session would grow for ever.
-            false => vec![1; 8],
+            false => 1_u64.to_le_bytes().to_vec(),
         };
         let answer = Message::reply(request, code, Vec::new());
         self.hear(&answer.bytes(), Vec::new(), input);
