@@ -355,10 +355,16 @@ fn a_file_stays_locked_and_what_it_was_said_to_be() {
         assert_eq!(output.status, 1, "{output:?}");
         assert!(output.stderr.contains("another program uses"), "{output:?}");
     };
+    // As long as rings run: the lock follows them.
+    let load = Load::start(&server.session(), &LoadOptions::new(2, 16));
+    load.wait_for(2000);
     is_locked();
-    let ledgers = killed_after_load(&mut server, Vec::new());
+    server.kill();
     // Nothing lives that has opened it but what keeps the vault.
     is_locked();
+    let report = load.abandon();
+    assert_eq!((report.errors, report.mismatches), (0, 0), "{report:?}");
+    let ledgers = report.ledgers;
     // The guest's disk is what it was, whatever lies at the path by now.
     let other = path.with_extension("other");
     std::fs::rename(&path, &other).expect("renamed");
