@@ -194,8 +194,10 @@ impl<'guest> Stage<'guest> {
             thread::sleep(Duration::from_millis(120));
         }
         self.witness.answered();
+        // To ask for it takes milliseconds.
+        let server = self.daemon.server();
         let killed = Instant::now();
-        let server = self.daemon.signal_server(Signal::KILL);
+        server.signal(Signal::KILL);
         let wait = || {
             assert!(killed.elapsed() < PATIENCE, "no answer:\n{}", self.daemon.log());
             thread::sleep(Duration::from_micros(50));

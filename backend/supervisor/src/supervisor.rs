@@ -11,6 +11,7 @@ mod packing;
 mod pulse;
 mod reexecution;
 mod serving;
+mod spare;
 mod waiting;
 
 use crate::deaths::Deaths;
@@ -85,6 +86,8 @@ pub struct Supervisor {
     server: Option<Server>,
     stopped: Option<Server>,
     candidate: Option<Candidate>,
+    /// No spare is begun before.
+    spare_at: Instant,
     exchange: Option<Exchange>,
     reexecution: Option<Reexecution>,
     /// What the client is told of the supervisor that waits for the server's exchange.
@@ -150,6 +153,7 @@ impl Supervisor {
             server: None,
             stopped: None,
             candidate: None,
+            spare_at: Instant::now(),
             exchange: None,
             reexecution: None,
             exchanged_self: None,
@@ -274,6 +278,7 @@ impl Supervisor {
             self.next_to_reap(),
             self.exchange.as_ref().and_then(Exchange::deadline),
             self.reexecution.as_ref().map(Reexecution::deadline),
+            self.spare_deadline(),
         ]
         .into_iter()
         .flatten()
@@ -375,6 +380,7 @@ impl Supervisor {
         self.settle_reexecution();
         self.settle_front();
         self.settle_leaving(now);
+        self.settle_spare(now);
         if self.ending.as_ref().is_some_and(|ending| ending.deadline <= now) {
             log::error!("the server does not end; what is in flight is left");
             if let Some(server) = &self.server {

@@ -34,6 +34,12 @@ pub(super) struct Candidate {
     live: Option<String>,
 }
 
+impl Candidate {
+    pub(super) fn live(&self) -> Option<&str> {
+        self.live.as_deref()
+    }
+}
+
 /// How far an exchange is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -85,7 +91,7 @@ fn failed(message: impl Into<String>) -> RpcError {
 }
 
 impl Supervisor {
-    fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
+    pub(super) fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
         let server = Server::start(program)?;
         let (message, descriptors) = self.start_message(true);
         // If it cannot be told, it is dead, or has to be; that is found out as any death.
@@ -94,25 +100,11 @@ impl Supervisor {
         Ok(Candidate { server, is_prepared: false, prepared: None, live })
     }
 
-    /// Has a second server ready, if that is wanted.
-    pub(super) fn make_spare(&mut self) {
-        let is_wanted = self.options.supervision.has_spare && self.ending.is_none();
-        if !is_wanted || self.exchange.is_some() || self.serving().is_none() {
-            return;
-        }
-        if let Some(candidate) = &self.candidate {
-            if candidate.live.as_deref() == self.vault.live() {
-                return;
-            }
+    /// Ends a candidate that is not needed.
+    pub(super) fn dismiss_candidate(&mut self) {
+        if let Some(candidate) = self.candidate.take() {
             candidate.server.kill();
-            return;
-        }
-        if self.vault.live().is_none() {
-            return;
-        }
-        match self.start_candidate(&self.options.program) {
-            Ok(candidate) => self.candidate = Some(candidate),
-            Err(error) => log::warn!("there is no spare server: {error}"),
+            self.leaving.push((candidate.server, Instant::now() + LEAVE_PATIENCE));
         }
     }
 
@@ -160,10 +152,7 @@ impl Supervisor {
             self.answer(ticket, Err(RpcError::new(Code::NoServer, message)));
             return;
         }
-        if let Some(spare) = self.candidate.take() {
-            spare.server.kill();
-            self.leaving.push((spare.server, now + LEAVE_PATIENCE));
-        }
+        self.dismiss_candidate();
         match self.start_candidate(&program) {
             Ok(candidate) => {
                 let spawned = Instant::now();
@@ -266,10 +255,7 @@ impl Supervisor {
 
     /// The exchange fails, before the current server was stopped.
     fn fail(&mut self, why: &str) {
-        if let Some(candidate) = self.candidate.take() {
-            candidate.server.kill();
-            self.leaving.push((candidate.server, Instant::now() + LEAVE_PATIENCE));
-        }
+        self.dismiss_candidate();
         if let Some(exchange) = self.exchange.take() {
             log::warn!("the server is not exchanged: {why}");
             self.answer(exchange.ticket, Err(failed(why)));
@@ -339,7 +325,7 @@ impl Supervisor {
     /// After a death: the candidate goes on, if there is one. `false` if not.
     pub(super) fn promote_candidate(&mut self) -> bool {
         let Some(candidate) = self.candidate.take_if(|candidate| {
-            candidate.is_prepared && candidate.live.as_deref() == self.vault.live()
+            candidate.is_prepared && candidate.live() == self.vault.live()
         }) else {
             return false;
         };
@@ -421,7 +407,7 @@ impl Supervisor {
         self.answer(exchange.ticket, Ok(answer));
         self.tell_facts();
         self.dismiss();
-        self.make_spare();
+        self.put_spare_off();
     }
 
     /// The current server has died while the one before can still go on. `false` if there is none.
@@ -487,7 +473,7 @@ impl Supervisor {
             None => format!("the new server has ended with {ended}"),
         };
         let Some(exchange) = &mut self.exchange else {
-            log::warn!("the spare server is gone: {why}");
+            self.spare_has_died(&why);
             return;
         };
         match exchange.step {

@@ -6,7 +6,7 @@
 //! changed nothing by then.
 
 use super::packing::{Given, Order};
-use super::{LEAVE_PATIENCE, Signals, Supervisor};
+use super::{Signals, Supervisor};
 use crate::front::Ticket;
 use crate::process::{Program, own_path};
 use crate::reexec::{self, Check, CheckFailure, Written};
@@ -144,10 +144,7 @@ impl Supervisor {
     /// Runs the program in place of this one, which is run again if it `goes_back`. Comes back only
     /// if it cannot be run.
     fn reexecute(&mut self, program: &Program, mut order: Order, goes_back: bool) -> String {
-        if let Some(spare) = self.candidate.take() {
-            spare.server.kill();
-            self.leaving.push((spare.server, Instant::now() + LEAVE_PATIENCE));
-        }
+        self.dismiss_candidate();
         log::info!("the supervisor goes on as {}", program.path.display());
         self.reap_all();
         // What comes from now on waits until the next program handles signals.
@@ -167,7 +164,7 @@ impl Supervisor {
             Err(error) => error,
         };
         (self.options.signals.release)();
-        self.make_spare();
+        self.put_spare_off();
         format!("{} cannot be run: {error}", program.path.display())
     }
 
@@ -180,7 +177,7 @@ impl Supervisor {
         if let Some(signal) = come.first() {
             self.end(signal);
         }
-        self.make_spare();
+        self.put_spare_off();
     }
 
     /// This program goes on, because another one could not.

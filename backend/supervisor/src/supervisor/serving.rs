@@ -197,7 +197,7 @@ impl Supervisor {
         if let Some(front) = &mut self.front {
             front.server_up();
         }
-        self.make_spare();
+        self.put_spare_off();
     }
 
     /// Gives the frontend's session to the server that serves.
