@@ -244,31 +244,25 @@ fn a_server_that_is_killed_has_a_spare() {
     say_pauses(&daemon);
 }
 
-/// The spare: the daemon's child that does not serve. Waits for one that is not `other`.
-fn spare(daemon: &Daemon, other: Option<u64>) -> u64 {
-    let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
-    let serves = daemon.status()["server"]["pid"].as_u64();
-    let deadline = Instant::now() + 20 * SECOND;
+/// Waits until a spare is ready that is none of the `others`. Returns its process.
+fn spare(daemon: &Daemon, others: &[u64]) -> u64 {
+    let deadline = Instant::now() + 40 * SECOND;
+    let pid = |line: &str| {
+        let (before, _) = line.split_once(" is the spare")?;
+        before.rsplit_once(' ')?.1.parse().ok()
+    };
     loop {
-        let pids = fs::read_to_string(&children).expect("the children");
-        let mut pids = pids.split_whitespace().map(|pid| pid.parse().expect("a number"));
-        let found = pids.find(|&pid| Some(pid) != serves && Some(pid) != other);
-        match found {
+        let log = daemon.log();
+        match log.lines().filter_map(pid).find(|pid| !others.contains(pid)) {
             Some(pid) => return pid,
-            None => assert!(Instant::now() < deadline, "no spare:\n{}", daemon.log()),
+            None => assert!(Instant::now() < deadline, "no spare:\n{log}"),
         }
         thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// The one that is ready is the one that goes on.
-fn assert_goes_on(daemon: &Daemon, spare: u64) {
-    daemon.wait_until("not ready", |_| {
-        let status = fs::read_to_string(format!("/proc/{spare}/stat")).unwrap_or_default();
-        // It waits for what it is told.
-        status.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S'))
-    });
-    thread::sleep(SECOND / 5);
+/// The one that is ready is the one that serves next.
+fn assert_serves_next(daemon: &Daemon, spare: u64) {
     daemon.end_server(Signal::KILL);
     let now = daemon.status();
     assert_eq!(now["server"]["pid"], spare, "{now}\n{}", daemon.log());
@@ -277,21 +271,23 @@ fn assert_goes_on(daemon: &Daemon, spare: u64) {
 #[test]
 fn a_spare_is_of_the_generation_that_serves() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--spare"]);
-    let first = spare(&daemon, None);
-    daemon.call(&["upgrade", "ramdisk"]);
-    let second = spare(&daemon, Some(first));
-    assert_goes_on(&daemon, second);
+    let first = spare(&daemon, &[]);
+    daemon.call(&["upgrade", "ramdisk_v2"]);
+    let second = spare(&daemon, &[first]);
+    assert_serves_next(&daemon, second);
     assert_eq!(daemon.status()["generation"], 2);
+    let third = spare(&daemon, &[first, second]);
+    assert_serves_next(&daemon, third);
 }
 
 #[test]
 fn a_spare_that_dies_is_replaced() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M", "--spare"]);
-    let first = spare(&daemon, None);
-    let pid = rustix::process::Pid::from_raw(first as i32).expect("a process");
-    rustix::process::kill_process(pid, Signal::KILL).expect("a signal");
-    let second = spare(&daemon, Some(first));
-    assert_goes_on(&daemon, second);
+    let first = spare(&daemon, &[]);
+    let pid = i32::try_from(first).ok().and_then(rustix::process::Pid::from_raw);
+    rustix::process::kill_process(pid.expect("a process"), Signal::KILL).expect("a signal");
+    let second = spare(&daemon, &[first]);
+    assert_serves_next(&daemon, second);
     assert_eq!(daemon.status()["server"]["deaths"], 1);
 }
 

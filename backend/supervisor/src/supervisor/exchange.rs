@@ -190,6 +190,10 @@ impl Supervisor {
             self.promote_candidate();
             return;
         }
+        if self.exchange.is_none() {
+            let pid = candidate.server.pid.as_raw_nonzero();
+            log::info!("process {pid} is the spare: it serves when the server dies");
+        }
         let now = Instant::now();
         if let Some(exchange) = &mut self.exchange
             && exchange.step == Step::Preparing
@@ -324,9 +328,10 @@ impl Supervisor {
 
     /// After a death: the candidate goes on, if there is one. `false` if not.
     pub(super) fn promote_candidate(&mut self) -> bool {
-        let Some(candidate) = self.candidate.take_if(|candidate| {
-            candidate.is_prepared && candidate.live() == self.vault.live()
-        }) else {
+        let Some(candidate) = self
+            .candidate
+            .take_if(|candidate| candidate.is_prepared && candidate.live() == self.vault.live())
+        else {
             return false;
         };
         if let Some(exchange) = self.exchange.take() {
