@@ -1,10 +1,11 @@
-//! What every source has to be: comments that fit a screen, files that fit a head.
+//! What every source has to be: comments that fit a screen, files that fit a head, tests that are
+//! run.
 //!
 //! The checkers are pure functions, and each has a test that shows it something forbidden.
 
 mod workspace;
 
-use workspace::{Source, comments, sources};
+use workspace::{Source, code_only, comments, sources};
 
 /// The widest that a line with a comment may be.
 const WIDTH: usize = 100;
@@ -17,9 +18,9 @@ const LONG_FILES: &[(&str, &str)] = &[
     ("backend/srcu/src/models.rs", "the models: one for each case of the argument"),
     ("guest-tests/demo/main.rs", "the acts of the demo, in their order"),
     ("guest-tests/harness/client.rs", "the native client: its rings are argued for in one place"),
-    ("guest-tests/tests/native_server.rs", "a supervisor, and one test for each thing it commands"),
-    ("guest-tests/tests/native_storage.rs", "one test for each thing that storage does"),
-    ("guest-tests/tests/native_wire.rs", "one test for each thing that a frontend says"),
+    ("guest-tests/tests/native/server.rs", "a supervisor, and one test for each thing it commands"),
+    ("guest-tests/tests/native/storage.rs", "one test for each thing that storage does"),
+    ("guest-tests/tests/native/wire.rs", "one test for each thing that a frontend says"),
 ];
 
 /// The comments that are wider than they may be: file, line and width.
@@ -60,6 +61,65 @@ fn wrong_lengths(files: &[Source], listed: &[(&str, &str)]) -> Vec<String> {
         }
     }
     wrong
+}
+
+/// The files below `tests` that no program of tests has as a module, so that what they test is not
+/// run. Cargo makes a program of each file there, and of each directory with a `main.rs`; another
+/// directory is shared by programs.
+fn orphans(files: &[Source]) -> Vec<String> {
+    let mut orphans = Vec::new();
+    for file in files {
+        let Some((crate_, inner)) = file.path.split_once("/tests/") else { continue };
+        let Some((directory, name)) = inner.rsplit_once('/') else { continue };
+        let name = name.trim_end_matches(".rs");
+        if crate_.contains("/src") || !file.path.ends_with(".rs") || name == "main" {
+            continue;
+        }
+        // Of a directory's own file, the directory is the module, and the program may be beside it.
+        let (name, above) = match (name, directory.rsplit_once('/')) {
+            ("mod", Some((above, directory))) => (directory, above),
+            ("mod", None) => (directory, ""),
+            _ => (name, directory),
+        };
+        let above = format!("{crate_}/tests/{above}");
+        let says_where = format!("#[path = \"../{directory}/mod.rs\"]");
+        let declares = |file: &&Source| {
+            let beside = file.path.rsplit_once('/').map(|(directory, _)| directory);
+            (beside == Some(above.trim_end_matches('/')) || file.text.contains(&says_where))
+                && code_only(&file.text)
+                    .split(|c: char| !c.is_alphanumeric() && c != '_')
+                    .collect::<Vec<_>>()
+                    .windows(2)
+                    .any(|pair| pair == ["mod", name])
+        };
+        if !files.iter().any(|file| declares(&file)) {
+            orphans.push(file.path.clone());
+        }
+    }
+    orphans
+}
+
+#[test]
+fn each_file_of_tests_is_in_a_program() {
+    let orphans = orphans(&sources());
+    assert!(orphans.is_empty(), "no `main.rs` has them as modules:\n{}", orphans.join("\n"));
+}
+
+#[test]
+fn a_file_that_no_program_has_is_found() {
+    let files = |more: &[(&str, &str)]| -> Vec<Source> {
+        let all = [("a/tests/b/main.rs", "mod c;"), ("a/tests/d.rs", "mod shared;")];
+        all.iter().chain(more).map(|(path, text)| source(path, (*text).to_owned())).collect()
+    };
+    for good in ["a/tests/b/c.rs", "a/tests/shared/mod.rs", "a/src/tests/x.rs", "a/tests/e.rs"] {
+        assert_eq!(orphans(&files(&[(good, "")])), [""; 0], "{good}");
+    }
+    for bad in ["a/tests/b/d.rs", "a/tests/c.rs/e.rs", "a/tests/other/mod.rs", "a/tests/f/x.rs"] {
+        assert_eq!(orphans(&files(&[(bad, "")])), [bad], "{bad}");
+    }
+    let comment = source("a/tests/b/main.rs", "// mod c;".into());
+    let files = [comment, source("a/tests/b/c.rs", String::new())];
+    assert_eq!(orphans(&files), ["a/tests/b/c.rs"]);
 }
 
 #[test]

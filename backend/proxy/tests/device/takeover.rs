@@ -3,9 +3,7 @@
 //!
 //! If a test hangs here, a guest would.
 
-mod common;
-
-use common::{Device, Hand, well};
+use crate::common::{Device, Hand, well};
 use domain_abi::Status;
 use proxy::{State, Worker};
 use std::sync::atomic::{AtomicUsize, Ordering};

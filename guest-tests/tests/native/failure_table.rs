@@ -3,20 +3,20 @@
 //!
 //! | row | covered by |
 //! |---|---|
-//! | unreadable, truncated, foreign, wrong ABI or class | `native_refusals` |
-//! | a wrong schema | `native_refusals`, `backend/proxy/tests/decisions.rs` |
-//! | prepare fails or panics | `native_failures::a_failing_upgrade_leaves_the_device_as_it_was` |
-//! | drain deadline passes | `native_failures::a_stalled_request_ends_the_upgrade_and_not_the_io` |
-//! | quiesce or activate fails or panics | `native_failures`, `backend/proxy/tests/decisions.rs` |
+//! | unreadable, truncated, foreign, wrong ABI or class | `refusals` |
+//! | a wrong schema | `refusals`, `backend/proxy/tests/device/decisions.rs` |
+//! | prepare fails or panics | `failures::a_failing_upgrade_leaves_the_device_as_it_was` |
+//! | drain deadline passes | `failures::a_stalled_request_ends_the_upgrade_and_not_the_io` |
+//! | quiesce or activate fails or panics | `failures`, `backend/proxy/tests/device/decisions.rs` |
 //! | quiesce or activate hangs | here: `a_hang_inside_the_bracket_is_said_and_ends` |
-//! | the live domain panics | `native_takeover`, `backend/proxy/tests/takeover.rs` |
-//! | it panics behind a shut gate, or in a grace period | `backend/proxy/tests/midway.rs` |
-//! | it cannot be fenced off | `backend/proxy/tests/residents.rs` |
-//! | a grace period does not end | `backend/proxy/tests/residents.rs` |
-//! | an instance is left with a request | `backend/proxy/tests/takeover.rs` |
-//! | a second upgrade | `native_failures::upgrades_at_the_same_time_never_interleave` |
+//! | the live domain panics | `takeover`, `backend/proxy/tests/device/takeover.rs` |
+//! | it panics behind a shut gate, or in a grace period | `backend/proxy/tests/device/midway.rs` |
+//! | it cannot be fenced off | `backend/proxy/tests/device/residents.rs` |
+//! | a grace period does not end | `backend/proxy/tests/device/residents.rs` |
+//! | an instance is left with a request | `backend/proxy/tests/device/takeover.rs` |
+//! | a second upgrade | `failures::upgrades_at_the_same_time_never_interleave` |
 //! | a second upgrade that is refused as `busy` | here |
-//! | no guest | `native_sessions::an_upgrade_without_any_client` |
+//! | no guest | `sessions::an_upgrade_without_any_client` |
 //! | the frontend acts midway | here: `the_frontend_acts_in_the_middle_of_each_phase` |
 //! | SIGTERM midway | here: `sigterm_in_the_middle_of_each_phase` |
 //! | an upgrade from inside a read section | `backend/srcu/tests/api.rs` |

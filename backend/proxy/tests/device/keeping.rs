@@ -1,9 +1,7 @@
 //! What must outlive the process: what its keeper is told, and a device that is given away for a
 //! while.
 
-mod common;
-
-use common::{Device, PATIENCE};
+use crate::common::{Device, PATIENCE};
 use domain_abi::Capabilities;
 use proxy::{Keeper, Kept, KeptModule, Options, State};
 use std::sync::{Arc, Mutex, mpsc};

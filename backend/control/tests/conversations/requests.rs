@@ -1,8 +1,6 @@
 //! What a client can say, right or wrong, and what it is answered.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use control::messages::{RollbackRequest, UpgradeMode, WhenBusy};
 use serde_json::json;
 use std::net::Shutdown;

@@ -1,9 +1,7 @@
 //! What stays when it should go: it is reported as long as it is there, and holds up what it must
 //! and nothing else.
 
-mod common;
-
-use common::{Device, Hand, well};
+use crate::common::{Device, Hand, well};
 use domain_abi::Status;
 use proxy::{Options, Protocol, State};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -5,9 +5,7 @@
 //! ones with a few numbers changed, because arbitrary ones seldom get past the first check. That
 //! all outcomes came up is checked at the end: a fuzzer that reaches nothing proves nothing.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use domain_abi::{RawSegment, op};
 use std::collections::BTreeMap;
 use virtio_blk::{

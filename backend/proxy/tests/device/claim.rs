@@ -1,8 +1,6 @@
 //! Whose the data is: claimed for sessions, given back after them, and never twice.
 
-mod common;
-
-use common::{Device, PATIENCE};
+use crate::common::{Device, PATIENCE};
 use proxy::{ClaimState, Claimed, Code, Options};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

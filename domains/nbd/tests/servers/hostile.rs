@@ -1,8 +1,6 @@
 //! Servers that break the protocol, or connections: no panic, no wrong data, no request answered
 //! from half a reply, and the next good server serves.
 
-mod common;
-
 use domain_api::{Params, Status};
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_nbd::NbdDisk;

@@ -1,8 +1,6 @@
 //! The end of a device, and a session's beginning while something else is under way.
 
-mod common;
-
-use common::{Device, well};
+use crate::common::{Device, well};
 use domain_abi::Capabilities;
 use proxy::{Options, State};
 use std::sync::atomic::Ordering;
@@ -207,7 +205,7 @@ fn a_session_that_begins_before_a_takeover_is_told_of_what_comes_out_of_it() {
         let device = Device::start(1, &[]);
         device.upgrade("plain", "b", &["caps=6", "break=cache"]).expect("committed");
         device.proxy.set_write_cache(true);
-        let offered = device.proxy.offer(common::PATIENCE, |info| info.capabilities);
+        let offered = device.proxy.offer(crate::common::PATIENCE, |info| info.capabilities);
         let offered = offered.expect("there is a device").capabilities;
         assert_eq!(offered, Capabilities::FLUSH, "the standby has no more than that");
         // Had the guest been offered what the dead one had, none could have taken over.
@@ -241,7 +239,7 @@ fn a_session_that_begins_in_an_upgrade_is_told_of_what_comes_out_of_it() {
             offer(Duration::from_millis(20)).is_none(),
             "it is not known yet what there is to be offered"
         );
-        let session = scope.spawn(|| offer(common::PATIENCE));
+        let session = scope.spawn(|| offer(crate::common::PATIENCE));
         std::thread::sleep(Duration::from_millis(20));
         device.stage.go.store(true, Ordering::Release);
         upgrade.join().expect("no panic").expect("committed");
@@ -268,7 +266,7 @@ fn the_end_does_not_wait_for_a_drain() {
             hand.until(device, "no answer", |hand| hand.ended.len() == 1);
         });
         device.until("nothing in flight", || device.proxy.status().queues[0].in_flight == 1);
-        let options = Options { drain_timeout: 3 * common::PATIENCE, ..Options::default() };
+        let options = Options { drain_timeout: 3 * crate::common::PATIENCE, ..Options::default() };
         let upgrade = scope.spawn(move || device.upgrade_with("plain", "b", &[], options));
         device.until("not shut", || device.proxy.status().state == State::Upgrading);
         std::thread::sleep(Duration::from_millis(150));

@@ -1,8 +1,6 @@
 //! What a chain may look like, and what becomes of one that does not.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use domain_abi::op;
 use virtio_blk::{
     DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain, Parsed, Translator, WireStatus,

@@ -1,9 +1,7 @@
 //! A disk that becomes larger under its guest: what follows, what is refused, and what is left by a
 //! domain that dies meanwhile.
 
-mod common;
-
-use common::{Device, PATIENCE, well};
+use crate::common::{Device, PATIENCE, well};
 use proxy::{Code, Options, Outcome, Refusal, Resized, State, WhenBusy};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -3,9 +3,7 @@
 //!
 //! If a test hangs here, a guest would.
 
-mod common;
-
-use common::{Device, Hand, PATIENCE, well};
+use crate::common::{Device, Hand, PATIENCE, well};
 use domain_abi::{Capabilities, Status};
 use proxy::{Mode, Notifier, Options, State};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -270,7 +268,7 @@ fn a_predecessor_that_cannot_serve_any_more_still_answers_what_it_has() {
 /// Does not come back from waking a worker between a successor's activation and its takeover.
 #[derive(Default)]
 struct UntilDead {
-    stage: std::sync::Arc<common::Stage>,
+    stage: std::sync::Arc<crate::common::Stage>,
     taken_over: std::sync::Arc<AtomicUsize>,
 }
 

@@ -1,9 +1,7 @@
 //! What an upgrade decides before a queue is paused: swap or handover, or no, with a code; and what
 //! it leaves behind.
 
-mod common;
-
-use common::{Device, well};
+use crate::common::{Device, well};
 use domain_abi::Capabilities;
 use proxy::{Mode, Options, Protocol, State, WhenBusy};
 

@@ -1,9 +1,7 @@
 //! What servers are like: over TCP, with large blocks, with one connection only, read-only, with a
 //! size that is no multiple of a block, and with one that grows.
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use domain_api::{Capabilities, Params, Status};
 use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_nbd::NbdDisk;

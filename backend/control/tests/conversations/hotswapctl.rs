@@ -1,8 +1,6 @@
 //! `hotswapctl`, as it is run, against operations that are made up.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use control::Operations;
 use control::messages::{UpgradeMode, WhenBusy};
 use serde_json::{Value, json};

@@ -1,8 +1,6 @@
 //! Many clients, silent, deaf, flooded and foreign ones, and the end of all of them.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use control::Limits;
 use serde_json::json;
 use std::io::{Read, Write};

@@ -138,14 +138,14 @@ const PLUGGED: u64 = 1 << 40;
 #[test]
 fn no_more_is_offered_than_works() {
     let known = [
-        (Protocol::MQ, "native_sessions"),
+        (Protocol::MQ, "native::sessions"),
         (Protocol::LOG_SHMFD, "migration"),
         (Protocol::REPLY_ACK, "here"),
-        (Protocol::BACKEND_REQ, "native_resize"),
-        (Protocol::CONFIG, "native_wire"),
-        (Protocol::INFLIGHT_SHMFD, "guest_recovery"),
-        (Protocol::RESET_DEVICE, "native_failure_table"),
-        (Protocol::CONFIGURE_MEM_SLOTS, "native_failure_table"),
+        (Protocol::BACKEND_REQ, "native::resize"),
+        (Protocol::CONFIG, "native::wire"),
+        (Protocol::INFLIGHT_SHMFD, "guest::recovery"),
+        (Protocol::RESET_DEVICE, "native::failure_table"),
+        (Protocol::CONFIGURE_MEM_SLOTS, "native::failure_table"),
         (Protocol::STATUS, "here"),
         // GET_VRING_BASE_INFLIGHT.
         (Protocol::from_bits_retain(1 << 20), "migration"),

@@ -1,8 +1,6 @@
 //! What a request may ask for, and what the driver is told otherwise.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use domain_abi::{Capabilities, DeviceInfo, Swap};
 use domain_abi::{REQUEST_MAY_UNMAP, op};
 use virtio_blk::{

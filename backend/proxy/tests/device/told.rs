@@ -1,8 +1,6 @@
 //! A domain that dies in a call that is no request: told of the write cache, or of guest memory.
 
-mod common;
-
-use common::{Device, PATIENCE};
+use crate::common::{Device, PATIENCE};
 use domain_abi::RawRequest;
 use proxy::{Gate, Mode, Notifier, Options};
 use std::sync::Arc;

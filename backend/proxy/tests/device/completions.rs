@@ -1,9 +1,7 @@
 //! What a domain says in the call that submits requests: in their order and all well, which is the
 //! short way, and everything else.
 
-mod common;
-
-use common::{Device, well};
+use crate::common::{Device, well};
 use domain_abi::Status;
 use std::sync::atomic::Ordering;
 use std::time::Duration;

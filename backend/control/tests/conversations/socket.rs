@@ -1,8 +1,6 @@
 //! The path that clients connect to: who gets it, who may use it, and what is removed.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use control::{Server, SocketError, SocketFile};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};

@@ -1,0 +1,6 @@
+//! Servers, such as there are and such as there should not be.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod hostile;
+mod real;

@@ -1,0 +1,38 @@
+//! Everything end to end without a guest: what is shipped, under a native client.
+//!
+//! One program for all, because a program of tests costs as much to build as what is in it. The
+//! daemons are processes of their own, and what is counted is theirs, seen from outside:
+//! descriptors, threads, memory and mappings. So tests may run side by side here. One that changes
+//! or counts something of its own process is a program of its own, whose file stands beside this
+//! directory and begins with `native_`: `scripts/test` runs those, too.
+
+mod dirty_log;
+mod durability;
+mod ending;
+mod failure_table;
+mod failures;
+mod host;
+mod inflight_migration;
+mod leaks;
+mod locking;
+mod log;
+mod nbd;
+mod nbd_failures;
+mod nbd_page;
+mod peer;
+mod protocol;
+mod refusals;
+mod residents;
+mod resize;
+mod second;
+mod server;
+mod sessions;
+mod stalled_storage;
+mod starved;
+mod storage;
+mod supervisor;
+mod takeover;
+mod upgrade_daemon;
+mod upgrades;
+mod wire;
+mod write_cache;
