@@ -117,7 +117,11 @@ impl Daemon {
                 thread::sleep(Duration::from_millis(5));
             }
         }
-        let mut command = Command::new(binary("vhost-hotswap"));
+        self.start_again_by(Command::new(binary("vhost-hotswap")));
+    }
+
+    /// As [`start_again`](Self::start_again), by a command that ends in what is given to it.
+    pub fn start_again_by(&mut self, mut command: Command) {
         command.arg("--socket-path").arg(&self.socket);
         self.child = launch(command, &self.args, &self.directory.path().join("log"), None);
         self.wait_until_it_answers();

@@ -12,6 +12,7 @@
 //! - [`debian`]: whose QEMU and kernel: the system's, or those of another Debian in a directory.
 //! - [`guest`]: a real Linux guest in QEMU, with [`initramfs`] for what it boots.
 //! - [`loopback`]: loop devices and file systems of the host.
+//! - [`manager`]: a service manager that keeps descriptors.
 //! - [`modules`]: modules that only tests have.
 //! - [`nbd`]: NBD servers.
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
@@ -25,6 +26,7 @@ pub mod debian;
 pub mod guest;
 pub mod initramfs;
 pub mod loopback;
+pub mod manager;
 pub mod modules;
 pub mod nbd;
 pub mod operator;

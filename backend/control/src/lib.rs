@@ -43,4 +43,4 @@ pub use limits::Limits;
 pub use operations::{OperationError, Operations};
 pub use peer::Commanders;
 pub use server::{Adopting, Server};
-pub use socket::{KeptName, SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};
+pub use socket::{Access, KeptName, SOCKET_PATH_MAX, SocketError, SocketFile, SocketName};

@@ -23,11 +23,11 @@
 //! Deliberately absent: abstract names, which have no mode, and waiting for the other daemon to
 //! end.
 
-use std::ffi::{OsStr, OsString};
-use std::hash::{BuildHasher, Hasher, RandomState};
+mod form;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,8 +37,11 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use rustix::process::geteuid;
+use rustix::process::{Gid, geteuid};
 use serde::{Deserialize, Serialize};
+
+use form::DraftForm;
+pub use form::SOCKET_PATH_MAX;
 
 /// How many clients may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -48,8 +51,6 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 /// How long another process that has come between is given first.
 const OTHERS_TURN: Duration = Duration::from_millis(2);
 
-/// The longest path that fits `sockaddr_un`, whose last byte is the terminating NUL.
-pub const SOCKET_PATH_MAX: usize = 107;
 /// How often a process that does not take the lock may come between.
 const ATTEMPTS: usize = 10;
 
@@ -63,6 +64,18 @@ pub enum SocketError {
     /// Something is there that no daemon has left.
     #[error("{0} exists and is not a socket; remove it, or choose another path")]
     NotASocket(PathBuf),
+    /// The group is not this process's to give.
+    #[error(
+        "cannot give {path} to group {group}: {source}; run as root or as a member of the group"
+    )]
+    Group {
+        /// The path.
+        path: PathBuf,
+        /// The group's number.
+        group: u32,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The system refused.
     #[error("cannot listen on {path}: {source}")]
     System {
@@ -71,6 +84,21 @@ pub enum SocketError {
         /// What it said.
         source: io::Error,
     },
+}
+
+/// Which processes may connect to a socket: those that may write to its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    /// The name's mode.
+    pub mode: u32,
+    /// The name's group; the process's own if none.
+    pub group: Option<u32>,
+}
+
+impl From<u32> for Access {
+    fn from(mode: u32) -> Self {
+        Self { mode, group: None }
+    }
 }
 
 /// The name of a [`SocketFile`], for what has to remove it from elsewhere.
@@ -118,11 +146,12 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Listens on `path`, which gets `mode`; replaces what a dead daemon has left there.
+    /// Listens on `path`, which gets `access`; replaces what a dead daemon has left there.
     ///
     /// # Errors
-    /// The path belongs to a living daemon, is no socket, or cannot be bound.
-    pub fn listen(path: &Path, mode: u32) -> Result<SocketFile, SocketError> {
+    /// The path belongs to a living daemon, is no socket, or cannot be bound or given to the group.
+    pub fn listen(path: &Path, access: impl Into<Access>) -> Result<SocketFile, SocketError> {
+        let access = access.into();
         let system = |e: Errno| SocketError::System { path: path.to_owned(), source: e.into() };
         if path.as_os_str().is_empty() {
             // It would bind to an abstract name of the kernel's choice.
@@ -132,7 +161,7 @@ impl SocketFile {
         let form = DraftForm::of(path).ok_or_else(|| system(Errno::ISDIR))?;
         let lock = lock_directory(path);
         if lock.is_some() {
-            form.remove_remains();
+            remove_remains(&form);
         }
         // What goes wrong here is done by a process that does not take the lock: no daemon of ours.
         for _ in 0..ATTEMPTS {
@@ -142,7 +171,14 @@ impl SocketFile {
                 Found::Living => return Err(SocketError::InUse(path.to_owned())),
                 Found::SomethingElse => return Err(SocketError::NotASocket(path.to_owned())),
             };
-            let draft = Draft::listen(&form, mode).map_err(system)?;
+            let draft = Draft::listen(&form, access).map_err(|Refused(is_group, e)| {
+                match (is_group, access) {
+                    (true, Access { group: Some(group), .. }) => {
+                        SocketError::Group { path: path.to_owned(), group, source: e.into() }
+                    }
+                    _ => system(e),
+                }
+            })?;
             match draft.publish(&form, path, replaces) {
                 Ok(socket) => return Ok(socket),
                 Err(Errno::EXIST | Errno::NOENT) => {}
@@ -226,72 +262,18 @@ fn look(path: &Path, address: &SocketAddrUnix) -> Result<Found, Errno> {
     }
 }
 
-/// The names under which a socket is bound before it gets its own: `NAME~` and random letters, in
-/// the same directory. Where that would be too long for a socket there is less of either.
-#[derive(Debug)]
-struct DraftForm {
-    /// With the slash at its end.
-    directory: Vec<u8>,
-    /// All of the name but the letters.
-    stem: Vec<u8>,
-    letters: usize,
-}
-
-/// What the random part of a draft's name is made of.
-const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-
-impl DraftForm {
-    /// That of `path`, unless it ends like a directory or is too long.
-    fn of(path: &Path) -> Option<DraftForm> {
-        let path = path.as_os_str().as_bytes();
-        let begin = path.iter().rposition(|&byte| byte == b'/').map_or(0, |slash| slash + 1);
-        let (directory, name) = path.split_at(begin);
-        // For what is not the mark.
-        let room = SOCKET_PATH_MAX.checked_sub(directory.len() + 1).filter(|_| !name.is_empty())?;
-        let letters = room.min(8);
-        // It must differ from the name even if there is room for nothing else.
-        let mark: &[u8] = if name == b"~" { b"-" } else { b"~" };
-        let stem = [&name[..name.len().min(room - letters)], mark].concat();
-        Some(DraftForm { directory: directory.to_owned(), stem, letters })
-    }
-
-    fn path(&self, name: &[u8]) -> PathBuf {
-        OsString::from_vec([&self.directory, name].concat()).into()
-    }
-
-    fn new_path(&self) -> PathBuf {
-        let mut random = RandomState::new().build_hasher().finish();
-        let mut name = self.stem.clone();
-        for _ in 0..self.letters {
-            name.push(LETTERS[(random % 32) as usize]);
-            random /= 32;
+/// Removes what daemons of this user have left that were killed. What cannot be looked at stays.
+fn remove_remains(form: &DraftForm) {
+    let Ok(entries) = std::fs::read_dir(form.directory()) else { return };
+    for name in entries.flatten().map(|entry| entry.file_name()) {
+        if !form.fits(name.as_bytes()) {
+            continue;
         }
-        self.path(&name)
-    }
-
-    fn fits(&self, name: &[u8]) -> bool {
-        let letters = name.strip_prefix(self.stem.as_slice());
-        letters.is_some_and(|letters| {
-            letters.len() == self.letters && letters.iter().all(|letter| LETTERS.contains(letter))
-        })
-    }
-
-    /// Removes what daemons of this user have left that were killed. What cannot be looked at
-    /// stays.
-    fn remove_remains(&self) {
-        let directory = if self.directory.is_empty() { b"." } else { self.directory.as_slice() };
-        let Ok(entries) = std::fs::read_dir(OsStr::from_bytes(directory)) else { return };
-        for name in entries.flatten().map(|entry| entry.file_name()) {
-            if !self.fits(name.as_bytes()) {
-                continue;
-            }
-            let path = self.path(name.as_bytes());
-            let is_ours =
-                rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
-            if is_ours && is_remains(&path) {
-                log::debug!("{} is what a daemon that was killed has left", path.display());
-                drop(DraftName(path));
-            }
+        let path = form.path(name.as_bytes());
+        let is_ours = rustix::fs::lstat(&path).is_ok_and(|stat| stat.st_uid == geteuid().as_raw());
+        if is_ours && is_remains(&path) {
+            log::debug!("{} is what a daemon that was killed has left", path.display());
+            drop(DraftName(path));
         }
     }
 }
@@ -316,12 +298,28 @@ struct Draft {
     identity: (u64, u64),
 }
 
+/// Why there is no draft, and whether it was refused to the group.
+#[derive(Debug)]
+struct Refused(bool, Errno);
+
+impl From<Errno> for Refused {
+    fn from(e: Errno) -> Self {
+        Refused(false, e)
+    }
+}
+
 impl Draft {
-    fn listen(form: &DraftForm, mode: u32) -> Result<Draft, Errno> {
+    fn listen(form: &DraftForm, access: Access) -> Result<Draft, Refused> {
         let socket = stream_socket(SocketFlags::CLOEXEC)?;
-        let mode = Mode::from_raw_mode(mode);
-        rustix::fs::fchmod(&socket, mode)?;
+        let mode = Mode::from_raw_mode(access.mode);
+        // Another group than it is to have gets nothing meanwhile.
+        let first = if access.group.is_some() { mode & Mode::RWXU } else { mode };
+        rustix::fs::fchmod(&socket, first)?;
         let name = Self::bind(form, &socket)?;
+        if let Some(group) = access.group {
+            rustix::fs::chown(&name.0, None, Some(Gid::from_raw(group)))
+                .map_err(|e| Refused(true, e))?;
+        }
         let stat = rustix::fs::lstat(&name.0)?;
         if Mode::from_raw_mode(stat.st_mode) != mode {
             // The umask took away what the owner needs.
@@ -468,7 +466,7 @@ mod tests {
             let path = directory.path().join("socket");
             let form = DraftForm::of(&path).unwrap();
             let publish =
-                |replaces| way(Draft::listen(&form, 0o600).unwrap(), &form, &path, replaces);
+                |replaces| way(Draft::listen(&form, 0o600.into()).unwrap(), &form, &path, replaces);
             let names = || fs::read_dir(directory.path()).unwrap().count();
             fs::write(&path, "precious").unwrap();
             for replaces in [false, true] {

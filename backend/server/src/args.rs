@@ -29,6 +29,9 @@ pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "b
 /// The largest queue size: as large as QEMU makes them.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
+/// The mode of a socket, if nothing else was said.
+const SOCKET_MODE: u32 = 0o600;
+
 /// The option that QEMU's conventions let win over all others, whatever they say.
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
@@ -43,6 +46,18 @@ pub struct Args {
     /// Listen for the frontend on this Unix socket
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     socket_path: Option<PathBuf>,
+
+    /// Listen for the frontend on the socket that a systemd socket unit passes
+    #[arg(long, conflicts_with_all = ["socket_path", "fd"])]
+    socket_activation: bool,
+
+    /// Give the socket of --socket-path this mode, in octal [default: 0600]
+    #[arg(long, value_name = "MODE", value_parser = socket_mode)]
+    socket_mode: Option<u32>,
+
+    /// Give the socket of --socket-path to this group: a name or a number [default: the daemon's]
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
 
     /// Listen for the frontend on this inherited, listening descriptor
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
@@ -68,6 +83,10 @@ pub struct Args {
     /// Serve this file or block device: short for --domain file --param path=PATH
     #[arg(long, value_name = "PATH")]
     blk_file: Option<PathBuf>,
+
+    /// The disk's serial number, at most 20 bytes: short for --param serial=TEXT
+    #[arg(long, value_name = "TEXT")]
+    serial: Option<String>,
 
     /// Refuse writes: short for --param readonly=true, for the domain `file`
     #[arg(long)]
@@ -119,6 +138,8 @@ pub enum Listen {
     Path(PathBuf),
     /// An inherited descriptor, said to be a listening Unix socket. Nobody has looked yet.
     Fd(RawFd),
+    /// What a service manager passes.
+    Activated,
 }
 
 /// What the daemon is asked to be: the command line, checked and with its defaults filled in.
@@ -126,6 +147,10 @@ pub enum Listen {
 pub struct Config {
     /// Where the frontend connects.
     pub listen: Listen,
+    /// The mode of a socket of our own.
+    pub socket_mode: u32,
+    /// Its group, a name or a number, if it is to be another than the process's.
+    pub socket_group: Option<String>,
     /// Where `hotswapctl` connects.
     pub control_path: PathBuf,
     /// The first domain: a name, or a path if it contains `/`.
@@ -151,7 +176,7 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Invocation {
     /// Serve a device.
-    Serve(Config),
+    Serve(Box<Config>),
     /// Serve the device that is said at the private channel, which this descriptor is.
     ServeChannel(RawFd),
     /// Print [`CAPABILITIES`] and exit with 0.
@@ -179,7 +204,7 @@ impl Args {
             return Ok(Invocation::ServeChannel(fd));
         }
         args.check()
-            .map(Invocation::Serve)
+            .map(|config| Invocation::Serve(Box::new(config)))
             .map_err(|sentence| Args::command().error(ErrorKind::ValueValidation, sentence))
     }
 
@@ -202,10 +227,21 @@ impl Args {
         let listen = match (self.socket_path, self.fd) {
             (Some(path), _) => Listen::Path(socket_path("--socket-path", path)?),
             (None, Some(fd)) => Listen::Fd(fd),
+            (None, None) if self.socket_activation => Listen::Activated,
             (None, None) => {
-                return Err("give --socket-path PATH or --fd N: where the frontend connects".into());
+                return Err("give --socket-path PATH or --fd N: where the frontend connects; \
+                            or --socket-activation, with a systemd socket unit"
+                    .into());
             }
         };
+        let is_ours = matches!(listen, Listen::Path(_));
+        if !is_ours && (self.socket_mode.is_some() || self.socket_group.is_some()) {
+            return Err(
+                "--socket-mode and --socket-group are for the socket of --socket-path; one \
+                        that is passed has its own"
+                    .into(),
+            );
+        }
         let control_path = match (self.control_path, &listen) {
             (Some(path), _) => socket_path("--control-path", path)?,
             (None, Listen::Path(socket)) => {
@@ -214,8 +250,8 @@ impl Args {
                 socket_path("the control socket's default path", path.into())
                     .map_err(|sentence| format!("{sentence}, or give --control-path"))?
             }
-            (None, Listen::Fd(_)) => {
-                return Err("with --fd there is no path to derive the control socket's from; \
+            (None, Listen::Fd(_) | Listen::Activated) => {
+                return Err("with --fd or --socket-activation there is no path to derive the control socket's from; \
                             give --control-path PATH as well"
                     .into());
             }
@@ -237,6 +273,9 @@ impl Args {
             let path = path.ok_or("--blk-file must be a path, and valid UTF-8")?;
             set_once(&mut params, "path", path, "--blk-file")?;
         }
+        if let Some(serial) = &self.serial {
+            set_once(&mut params, "serial", serial, "--serial")?;
+        }
         if self.read_only {
             if !is_file_domain(&domain) {
                 return Err(format!(
@@ -252,6 +291,8 @@ impl Args {
         Ok(Config {
             supervision,
             listen,
+            socket_mode: self.socket_mode.unwrap_or(SOCKET_MODE),
+            socket_group: self.socket_group,
             control_path,
             domain,
             domain_dirs: self.domain_dir.map_or_else(default_domain_dirs, |dir| vec![dir]),
@@ -291,6 +332,15 @@ fn is_file_domain(domain: &str) -> bool {
             && Path::new(domain).file_name().is_some_and(|name| name == "libdomain_file.so")
 }
 
+/// Everything but execution, which means nothing, and never less than the daemon's own user needs.
+fn socket_mode(text: &str) -> Result<u32, &'static str> {
+    let mode =
+        u32::from_str_radix(text, 8).ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
+    mode.filter(|mode| mode & !0o666 == 0 && mode & SOCKET_MODE == SOCKET_MODE).ok_or(
+        "it must be octal, of reading and writing only, and let the owner do both: like 0660",
+    )
+}
+
 fn queue_size(text: &str) -> Result<u16, &'static str> {
     let size = text
         .parse::<u16>()
@@ -308,172 +358,4 @@ fn default_domain_dirs() -> Vec<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(line: &str) -> Result<Invocation, clap::Error> {
-        Args::parse_from(std::iter::once("vhost-hotswap").chain(line.split_whitespace()))
-    }
-
-    fn config(line: &str) -> Config {
-        match parse(line) {
-            Ok(Invocation::Serve(config)) => config,
-            other => panic!("{line}: {other:?}"),
-        }
-    }
-
-    /// The sentence of a refused line, after checking that it exits with 2.
-    fn refusal(line: &str) -> String {
-        let error = parse(line).expect_err(line);
-        assert_eq!(error.exit_code(), 2, "{line}");
-        error.to_string()
-    }
-
-    #[test]
-    fn clap_agrees_with_the_definition() {
-        Args::command().debug_assert();
-    }
-
-    #[test]
-    fn defaults() {
-        let config = config("--socket-path /run/vm.sock");
-        assert_eq!(config.listen, Listen::Path("/run/vm.sock".into()));
-        assert_eq!(config.control_path, Path::new("/run/vm.sock.control"));
-        assert_eq!((config.domain.as_str(), config.params), ("ramdisk", Params::default()));
-        assert_eq!(
-            (config.queues, config.queue_size, config.poll),
-            (1, 1024, Duration::from_micros(50))
-        );
-        let exe = std::env::current_exe().unwrap();
-        let beside = exe.parent().unwrap();
-        assert_eq!(config.domain_dirs, [beside.to_owned(), beside.join("../lib/vhost-hotswap")]);
-    }
-
-    #[test]
-    fn everything_given() {
-        let config = config(
-            "--fd 7 --control-path c --domain ./x.so --domain-dir d --param size=1M --param serial=a=b \
-             --queues 64 --queue-size 1024 --poll-us 1000000 --worker-cpus 3,0-1",
-        );
-        assert_eq!(config.worker_cpus, [3, 0, 1]);
-        assert_eq!((config.listen, config.control_path), (Listen::Fd(7), "c".into()));
-        assert_eq!((config.domain.as_str(), config.domain_dirs), ("./x.so", vec!["d".into()]));
-        assert_eq!(config.params, Params::from_pairs(["size=1M", "serial=a=b"]).unwrap());
-        assert_eq!(
-            (config.queues, config.queue_size, config.poll),
-            (64, 1024, Duration::from_secs(1))
-        );
-    }
-
-    #[test]
-    fn exactly_one_place_to_listen() {
-        assert!(refusal("").contains("give --socket-path PATH or --fd N"));
-        assert!(refusal("--socket-path s --fd 3 --control-path c").contains("cannot be used with"));
-        assert!(refusal("--fd -1 --control-path c").contains("--fd"));
-        assert!(refusal("--fd x --control-path c").contains("--fd"));
-        assert!(refusal("--fd 3").contains("give --control-path PATH"));
-        assert!(refusal("--socket-path s --socket-path t").contains("multiple times"));
-        assert!(refusal("--socket-path s stray").contains("stray"));
-    }
-
-    #[test]
-    fn socket_paths_are_usable() {
-        let long = "x".repeat(SOCKET_PATH_MAX);
-        assert!(refusal(&format!("--socket-path {long}x")).contains("at most 107"));
-        assert!(refusal(&format!("--socket-path {long}")).contains("or give --control-path"));
-        assert_eq!(
-            config(&format!("--socket-path {long} --control-path c")).listen,
-            Listen::Path(long.into())
-        );
-        assert!(refusal("--socket-path s --control-path s").contains("must differ"));
-        let empty = Args::parse_from(["vhost-hotswap", "--socket-path", ""]).unwrap_err();
-        assert_eq!(empty.exit_code(), 2);
-    }
-
-    #[test]
-    fn params_are_pairs_and_come_once() {
-        assert!(refusal("--socket-path s --param size").contains("KEY=VALUE"));
-        assert!(refusal("--socket-path s --param =1").contains("KEY=VALUE"));
-        assert!(refusal("--socket-path s --param a=1 --param a=1").contains("given twice"));
-    }
-
-    #[test]
-    fn blk_file_is_short_for_the_file_domain() {
-        let config = config("--socket-path s --blk-file /img --param direct=true --read-only");
-        assert_eq!(config.domain, "file");
-        assert_eq!(
-            config.params,
-            Params::from_pairs(["path=/img", "direct=true", "readonly=true"]).unwrap()
-        );
-        assert!(
-            refusal("--socket-path s --blk-file f --domain file").contains("cannot be used with")
-        );
-        assert!(
-            refusal("--socket-path s --blk-file f --domain ramdisk")
-                .contains("cannot be used with")
-        );
-        assert!(refusal("--socket-path s --blk-file f --param path=g").contains("--param path="));
-        let empty = Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--blk-file", ""])
-            .unwrap_err();
-        assert_eq!(empty.exit_code(), 2);
-    }
-
-    #[test]
-    fn read_only_is_for_the_file_domain() {
-        for domain in ["file", "./libdomain_file.so"] {
-            let config = config(&format!("--socket-path s --domain {domain} --read-only"));
-            assert_eq!(config.params.get("readonly"), Some("true"));
-        }
-        assert!(refusal("--socket-path s --read-only").contains("not `ramdisk`"));
-        assert!(refusal("--socket-path s --domain empty --read-only").contains("not `empty`"));
-        assert!(
-            refusal("--socket-path s --blk-file f --read-only --param readonly=false")
-                .contains("readonly=")
-        );
-    }
-
-    #[test]
-    fn an_empty_domain_is_refused() {
-        let empty =
-            Args::parse_from(["vhost-hotswap", "--socket-path", "s", "--domain", ""]).unwrap_err();
-        assert_eq!(empty.exit_code(), 2);
-    }
-
-    #[test]
-    fn numbers_have_ranges() {
-        for bad in ["--queues 0", "--queues 65", "--queues x", "--poll-us 1000001", "--poll-us -1"]
-        {
-            refusal(&format!("--socket-path s {bad}"));
-        }
-        for bad in ["0", "8", "100", "2048", "65536", "-16", "16.0"] {
-            let sentence = refusal(&format!("--socket-path s --queue-size {bad}"));
-            assert!(sentence.contains("--queue-size"), "{bad}: {sentence}");
-        }
-        assert_eq!(config("--socket-path s --queue-size 16").queue_size, 16);
-    }
-
-    #[test]
-    fn cpus_are_a_list() {
-        for bad in ["", "x", "-1", "1-", "3-2", "1024", "0,", "0-99999999999"] {
-            refusal(&format!("--socket-path s --worker-cpus={bad}"));
-        }
-    }
-
-    #[test]
-    fn capabilities_win_over_everything() {
-        for line in ["--print-capabilities", "--fd x --print-capabilities --no-such-option"] {
-            assert_eq!(parse(line).unwrap(), Invocation::PrintCapabilities, "{line}");
-        }
-        let capabilities: serde_json::Value = serde_json::from_str(CAPABILITIES).unwrap();
-        assert_eq!(
-            capabilities,
-            serde_json::json!({"type": "block", "features": ["read-only", "blk-file"]})
-        );
-    }
-
-    #[test]
-    fn help_and_version_are_no_errors() {
-        assert_eq!(parse("--help").unwrap_err().exit_code(), 0);
-        assert_eq!(parse("--version").unwrap_err().exit_code(), 0);
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@
 pub mod args;
 pub mod cpus;
 pub mod device;
+mod group;
 pub mod inflight;
 pub mod log_limit;
 pub mod logging;

@@ -13,9 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use supervisor::notify::Manager;
 use supervisor::supervisor::Supervision;
 use vhost_hotswap::args::{Args, Config, Invocation, Listen};
 use vhost_hotswap::cpus;
@@ -23,12 +23,14 @@ use vhost_hotswap::device::Device;
 use vhost_hotswap::inflight::SharedInflight;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
-use vhost_hotswap::raw_fd::inherited;
+use vhost_hotswap::raw_fd::{ListenVariables, passed};
 use vhost_hotswap::second;
 use vhost_hotswap::session::{self, Failure, SessionConfig, SessionHandle};
 use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
-use vhost_hotswap::startup::{check_proc, raise_descriptor_limit};
+use vhost_hotswap::startup::{
+    check_proc, frontends_access, given_listener, raise_descriptor_limit,
+};
 use vhost_hotswap::supervised;
 use vhost_hotswap::supervision;
 
@@ -44,9 +46,9 @@ fn main() -> ExitCode {
     logging::start();
     let ended = match invocation {
         Invocation::Serve(config) => match config.supervision {
-            None => run(config),
+            None => run(*config),
             Some(supervision) => {
-                return match supervise(config, supervision) {
+                return match supervise(*config, supervision) {
                     Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
                     Err(sentence) => refused(&sentence),
                 };
@@ -83,12 +85,6 @@ fn supervise(config: Config, supervision: Supervision) -> Result<i32, String> {
     supervision::supervise(config, supervision)
 }
 
-/// What there is to listen on, before it is listened on.
-enum Given {
-    Path(PathBuf),
-    Listener(UnixListener),
-}
-
 /// Where frontends come in.
 enum ListenSocket {
     /// A socket of the daemon's own, removed at the end.
@@ -112,18 +108,21 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     cpus::check(&config.worker_cpus)?;
     raise_descriptor_limit();
     // First of all that is opened, while no other descriptor can have the number.
-    let given = match config.listen {
-        Listen::Fd(fd) => Given::Listener(inherited(fd)?),
-        Listen::Path(path) => Given::Path(path),
-    };
+    let mut passed = passed(&ListenVariables::of_environment())?;
+    let given = given_listener(&config.listen, &mut passed)?;
+    let access = frontends_access(&config)?;
+    let manager = Manager::from_environment();
     let shutdown = Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
     shutdown.install_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
     // A process that sees the socket may end this one, so signals are handled by then.
-    let socket = match given {
-        Given::Path(path) => {
-            ListenSocket::Path(shutdown.listen(&path, 0o600).map_err(|error| error.to_string())?)
+    let socket = match (given, config.listen) {
+        (Some(listener), _) => ListenSocket::Inherited(listener),
+        (None, Listen::Path(path)) => {
+            ListenSocket::Path(shutdown.listen(&path, access).map_err(|error| error.to_string())?)
         }
-        Given::Listener(listener) => ListenSocket::Inherited(listener),
+        (None, Listen::Fd(_) | Listen::Activated) => {
+            return Err("there is no listening socket".to_owned());
+        }
     };
 
     let loader = Box::new(FileLoader::new(config.domain_dirs));
@@ -156,6 +155,9 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         config.queue_size,
         config.control_path.display()
     );
+    if let Some(Err(error)) = manager.map(|manager| manager.say("READY=1\n", None)) {
+        log::warn!("the service manager cannot be told anything: {error}");
+    }
     let session_config = SessionConfig {
         queues: config.queues,
         queue_size: config.queue_size,

@@ -10,7 +10,7 @@
 
 use crate::signals;
 use crate::sync::lock;
-use control::{SocketError, SocketFile, SocketName};
+use control::{Access, SocketError, SocketFile, SocketName};
 use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::iterator::Signals;
 use std::io;
@@ -65,9 +65,9 @@ impl Shutdown {
     ///
     /// # Errors
     /// As for [`SocketFile::listen`].
-    pub fn listen(&self, path: &Path, mode: u32) -> Result<SocketFile, SocketError> {
+    pub fn listen(&self, path: &Path, access: Access) -> Result<SocketFile, SocketError> {
         let mut names = lock(&self.names);
-        let socket = SocketFile::listen(path, mode)?;
+        let socket = SocketFile::listen(path, access)?;
         names.push(Arc::clone(socket.name()));
         Ok(socket)
     }

@@ -4,8 +4,9 @@
 
 use crate::args::{Config, Listen};
 use crate::logging;
-use crate::raw_fd::{inherited, inherited_channel};
+use crate::raw_fd::{ListenVariables, inherited_channel, passed};
 use crate::signals;
+use crate::startup::{frontends_access, given_listener};
 use channel::Settings;
 use control::SocketFile;
 use signal_hook::consts::SIGCHLD;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use supervisor::process::Program;
 use supervisor::reexec;
+use supervisor::store::Store;
 use supervisor::supervisor::{
     ListenSocket, Options, Resumed, Signals, Supervision, check_state, run,
 };
@@ -29,10 +31,11 @@ use supervisor::supervisor::{
 /// There is no device: a sentence that says why.
 pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String> {
     // First of all that is opened, while no other descriptor can have the number.
-    let given = match &config.listen {
-        Listen::Fd(fd) => Some(inherited(*fd)?),
-        Listen::Path(_) => None,
-    };
+    let mut passed = passed(&ListenVariables::of_environment())?;
+    let given = given_listener(&config.listen, &mut passed)?;
+    let access = frontends_access(&config)?;
+    let mut store = Store::from_environment();
+    let kept = store.take_back(passed.into_values().collect())?;
     let program = Program::own().map_err(|error| format!("cannot read this program: {error}"))?;
     let ends = signal_ends().map_err(|error| format!("cannot handle signals: {error}"))?;
     // Children of a process that ignores this signal, as it may have been told to, leave no status.
@@ -42,13 +45,15 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
     // A process that sees the socket may end this one, so signals are handled by then.
     let frontends = match (given, config.listen) {
         (Some(listener), _) => ListenSocket::Inherited(listener),
-        (None, Listen::Path(path)) => {
-            ListenSocket::Path(SocketFile::listen(&path, 0o600).map_err(|error| error.to_string())?)
+        (None, Listen::Path(path)) => ListenSocket::Path(
+            SocketFile::listen(&path, access).map_err(|error| error.to_string())?,
+        ),
+        (None, Listen::Fd(_) | Listen::Activated) => {
+            return Err("there is no listening socket".to_owned());
         }
-        (None, Listen::Fd(_)) => return Err("there is no listening socket".to_owned()),
     };
     let poll_us = u64::try_from(config.poll.as_micros()).unwrap_or(u64::MAX);
-    run(Options {
+    let options = Options {
         frontends,
         control_path: config.control_path,
         program,
@@ -68,7 +73,8 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
         supervision,
         ends,
         signals: SIGNALS,
-    })
+    };
+    run(options, store, kept)
 }
 
 /// How signals are kept while the program is exchanged.

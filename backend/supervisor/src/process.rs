@@ -1,6 +1,7 @@
 //! A server's process: how it is started, talked to and known to be dead.
 
 use crate::descriptor::Descriptor;
+use crate::notify::VARIABLES;
 use crate::slots::{Missing, Packing, Slot, Unpacking};
 use channel::Channel;
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -175,6 +176,7 @@ impl Server {
         let (channel, theirs) = channel::pair()?;
         fcntl_setfd(&theirs, FdFlags::empty())?;
         let mut command = program.command();
+        VARIABLES.iter().for_each(|name| _ = command.env_remove(name));
         command
             .args([OsString::from("--serve-channel"), theirs.as_raw_fd().to_string().into()])
             .stdin(Stdio::null())

@@ -12,6 +12,7 @@ mod pulse;
 mod reexecution;
 mod serving;
 mod spare;
+mod storing;
 mod waiting;
 
 use crate::deaths::Deaths;
@@ -19,6 +20,7 @@ use crate::front::{Front, Ticket, Token};
 use crate::process::{Program, Server};
 use crate::said::Said;
 use crate::session::{Over, Session};
+use crate::store::{KeptDisk, Store};
 use crate::vault::Vault;
 use channel::{Received, ToServer, ToSupervisor};
 use exchange::{Candidate, Exchange};
@@ -64,6 +66,7 @@ enum Source {
     Channel(Which),
     Death(Which),
     Check,
+    Store,
     Front(Token),
 }
 
@@ -79,6 +82,7 @@ pub struct Supervisor {
     options: Options,
     since: SystemTime,
     vault: Vault,
+    store: Store,
     deaths: Deaths,
     recoveries: u64,
     /// The program that has served before the current one.
@@ -119,12 +123,22 @@ pub struct Supervisor {
     over: Option<Result<i32, String>>,
 }
 
-/// Serves until told to stop. Returns the process's exit status.
+/// Serves until told to stop, from `kept` on if that was in the service manager's store. Returns
+/// the process's exit status.
 ///
 /// # Errors
 /// There is no device: a sentence that says why.
-pub fn run(options: Options) -> Result<i32, String> {
-    Supervisor::new(options).run()
+pub fn run(options: Options, store: Store, kept: Option<KeptDisk>) -> Result<i32, String> {
+    let mut supervisor = Supervisor::new(options);
+    supervisor.store = store;
+    let is_kept = kept.is_some();
+    if let Some(kept) = kept {
+        supervisor.go_on_with(kept);
+    }
+    supervisor.run().map_err(|sentence| match is_kept {
+        true => format!("{sentence}; the disk stays in the service manager's store"),
+        false => sentence,
+    })
 }
 
 impl Supervisor {
@@ -132,6 +146,7 @@ impl Supervisor {
         loop {
             self.settle();
             if let Some(over) = self.over.take() {
+                self.store.finish();
                 return over;
             }
             let happened = self.wait().map_err(|error| format!("cannot wait: {error}"))?;
@@ -147,6 +162,7 @@ impl Supervisor {
             options,
             since: SystemTime::now(),
             vault: Vault::default(),
+            store: Store::default(),
             deaths: Deaths::default(),
             recoveries: 0,
             program_before: None,
@@ -241,6 +257,9 @@ impl Supervisor {
         if let Some(reexecution) = &self.reexecution {
             watched.push((Source::Check, reexecution.pidfd(), PollFlags::IN));
         }
+        if let Some(barrier) = self.store.awaited() {
+            watched.push((Source::Store, barrier, PollFlags::IN));
+        }
         if let Some(front) = &self.front {
             let polled = front.polled().into_iter();
             watched.extend(polled.map(|one| (Source::Front(one.token), one.fd, one.interest)));
@@ -279,6 +298,7 @@ impl Supervisor {
             self.exchange.as_ref().and_then(Exchange::deadline),
             self.reexecution.as_ref().map(Reexecution::deadline),
             self.spare_deadline(),
+            self.store.deadline(),
         ]
         .into_iter()
         .flatten()
@@ -306,6 +326,7 @@ impl Supervisor {
             Source::Inner => {}
             // Looked at at each turn.
             Source::Check => {}
+            Source::Store => self.store_has_looked(),
             Source::Channel(which) => self.hear(which),
             Source::Death(which) => self.bury(which),
             Source::Front(token) => {
@@ -378,6 +399,7 @@ impl Supervisor {
         self.settle_exchange(now);
         self.settle_pulse(now);
         self.settle_reexecution();
+        self.settle_store(now);
         self.settle_front();
         self.settle_leaving(now);
         self.settle_spare(now);
@@ -416,6 +438,7 @@ impl Supervisor {
         if self.ending.is_some() {
             return;
         }
+        self.store.say("STOPPING=1");
         self.start_at = None;
         self.give_exchange_up();
         self.ending = Some(Ending { deadline: Instant::now() + END_PATIENCE });

@@ -18,6 +18,20 @@ pub struct Vault {
 }
 
 impl Vault {
+    /// One that was kept elsewhere.
+    ///
+    /// # Errors
+    /// The list refers to something that is not among the objects.
+    pub fn restored(
+        list: channel::Vault,
+        objects: BTreeMap<Kept, Descriptor>,
+    ) -> Result<Self, String> {
+        match list.objects().iter().find(|object| !objects.contains_key(object)) {
+            Some(missing) => Err(format!("object {missing} is not there")),
+            None => Ok(Self { list: Some(list), objects, awaits_upgrade: false }),
+        }
+    }
+
     /// What there is, if a server has said so.
     #[must_use]
     pub const fn list(&self) -> Option<&channel::Vault> {

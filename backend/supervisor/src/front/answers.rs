@@ -137,11 +137,17 @@ pub(super) fn read(line: &[u8]) -> Option<Said> {
 mod tests {
     use super::*;
     use crate::front::{ServerFacts, SupervisorFacts};
+    use crate::store::StoreFacts;
 
     fn facts(phase: Phase) -> Facts {
         Facts {
             phase,
-            supervisor: SupervisorFacts { pid: 1, version: "0.1.0".into(), since: 5 },
+            supervisor: SupervisorFacts {
+                pid: 1,
+                version: "0.1.0".into(),
+                since: 5,
+                store: StoreFacts { entries: 4, lost: Some("x".into()), ..StoreFacts::default() },
+            },
             server: ServerFacts {
                 pid: Some(2),
                 version: "0.2.0".into(),
@@ -164,7 +170,12 @@ mod tests {
         });
         let expected = json!({
             "state": "serving", "generation": 4, "server": server,
-            "supervisor": {"pid": 1, "version": "0.1.0", "since": 5},
+            "supervisor": {
+                "pid": 1, "version": "0.1.0", "since": 5,
+                "store": {
+                    "state": "none", "entries": 4, "limit": null, "why": null, "lost": "x",
+                },
+            },
         });
         assert_eq!(told, expected);
         assert_eq!(status(json!("odd"), Some(&facts(Phase::Serving))), json!("odd"));

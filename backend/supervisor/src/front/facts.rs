@@ -1,5 +1,6 @@
 //! What the supervisor knows of its own two processes, as `status` shows it.
 
+use crate::store::StoreFacts;
 use serde::{Deserialize, Serialize};
 
 /// How the device is, where the supervisor knows better than the server.
@@ -25,6 +26,9 @@ pub struct SupervisorFacts {
     pub version: String,
     /// When this program began, in milliseconds since 1970.
     pub since: u64,
+    /// What the service manager keeps.
+    #[serde(default)]
+    pub store: StoreFacts,
 }
 
 /// The server that lives, or the last one that did.

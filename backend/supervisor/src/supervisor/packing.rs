@@ -8,6 +8,7 @@ use crate::process::{PackedServer, Program, Server};
 use crate::reexec::StateError;
 use crate::session::Session;
 use crate::slots::{Missing, Packing, Slot, Unpacking};
+use crate::store::{PackedStore, Store};
 use crate::vault::Vault;
 use channel::Settings;
 use control::{KeptName, Limits, SocketFile};
@@ -69,6 +70,8 @@ pub(super) struct Packed<V, D, S> {
     order: Order,
     options: PackedOptions,
     vault: V,
+    #[serde(default)]
+    store: PackedStore,
     deaths: D,
     session: Option<S>,
     #[serde(default = "Option::default")]
@@ -132,6 +135,7 @@ impl Supervisor {
             order,
             options,
             vault: &self.vault,
+            store: self.store.pack(),
             deaths: &self.deaths,
             session: self.session.as_ref(),
             waiting: self.waiting.as_ref().map(|waiting| &waiting.session),
@@ -188,6 +192,7 @@ impl Supervisor {
         supervisor.start_at = None;
         supervisor.has_served = true;
         supervisor.vault = state.vault;
+        supervisor.store = Store::unpack(state.store);
         supervisor.deaths = state.deaths;
         supervisor.session = state.session;
         supervisor.waiting = state.waiting.map(|mut session| {

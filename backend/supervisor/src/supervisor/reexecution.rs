@@ -170,6 +170,7 @@ impl Supervisor {
 
     /// The first thing that a program does which goes on for another one.
     fn went_on(&mut self, order: Order, come: &[String]) {
+        self.keep_in_store();
         match &order.came_back_from {
             Some(path) => self.came_back(order.ticket, path),
             None => self.succeeded(order),

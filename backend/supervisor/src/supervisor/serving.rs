@@ -96,8 +96,11 @@ impl Supervisor {
             ToSupervisor::Vault { vault, new } => {
                 // Another one has nothing to say of the device.
                 if which == Which::Current {
-                    if let Err(why) = self.vault.take(*vault, &new, files) {
-                        log::error!("what the server wants to be kept is not: {why}");
+                    match self.vault.take(*vault, &new, files) {
+                        Ok(()) => self.keep_in_store(),
+                        Err(why) => {
+                            log::error!("what the server wants to be kept is not: {why}");
+                        }
                     }
                     // What was waited for may have come.
                     self.give_session();
@@ -183,6 +186,7 @@ impl Supervisor {
             log::debug!("{serves}");
             log::info!("commands at {}", self.options.control_path.display());
             self.make_front();
+            self.store.say(&format!("READY=1\nSTATUS={serves}"));
         }
         self.leave_stopped();
         self.give_session();
@@ -334,6 +338,7 @@ impl Supervisor {
             Next::Start { after, falls_back, takes_standby } => {
                 if takes_standby && let Some(name) = self.vault.fall_back() {
                     log::error!("the domain has ended its server again: `{name}` goes on");
+                    self.keep_in_store();
                 }
                 if falls_back && let Some(before) = self.program_before.take() {
                     log::error!("the program does not serve: the one before goes on");
@@ -365,6 +370,7 @@ impl Supervisor {
         self.is_given_up = false;
         self.deaths.forgive();
         self.vault.drop_live("no server has lived with the domain that there was");
+        self.keep_in_store();
         self.start_at = Some(Instant::now());
         self.tell_facts();
     }
@@ -394,6 +400,7 @@ impl Supervisor {
                 pid: std::process::id(),
                 version: version(),
                 since: milliseconds(self.since),
+                store: self.store.facts(),
             },
             server: ServerFacts {
                 pid: server.and_then(|server| server.pid.as_raw_nonzero().get().try_into().ok()),

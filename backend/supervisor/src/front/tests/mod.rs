@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::reexec::{Written, read};
+use crate::store::StoreFacts;
 
 mod changes;
 
@@ -70,7 +71,12 @@ struct Stage {
 fn facts(phase: Phase) -> Facts {
     Facts {
         phase,
-        supervisor: SupervisorFacts { pid: 1, version: "1".into(), since: 0 },
+        supervisor: SupervisorFacts {
+            pid: 1,
+            version: "1".into(),
+            since: 0,
+            store: StoreFacts::default(),
+        },
         server: ServerFacts {
             pid: Some(2),
             version: "1".into(),
