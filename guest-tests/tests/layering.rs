@@ -29,6 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("proxy", &["srcu", "storage", "domain-abi", "domain-host"]),
     ("puppet", &["proxy", "domain-api", "domain-host", "domain-conformance"]),
     ("control", &["domain-abi"]),
+    ("manual", &[]),
     ("channel", &[]),
     ("supervisor", &["channel", "control"]),
     (
@@ -77,7 +78,9 @@ const ARROWS_OF_TESTS: &[(&str, &[&str])] = &[
             "puppet",
         ],
     ),
-    ("vhost-hotswap", &["puppet"]),
+    // Manuals are written by examples.
+    ("control", &["manual"]),
+    ("vhost-hotswap", &["puppet", "manual"]),
 ];
 
 /// What a domain is checked with.

@@ -39,7 +39,7 @@ const UPGRADE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Commands a running vhost-hotswap.
 #[derive(Debug, Parser)]
 #[command(name = "hotswapctl", version)]
-struct Cli {
+pub struct Cli {
     /// The daemon's control socket, SOCKET-PATH.control if it was not told otherwise
     #[arg(long, value_name = "PATH")]
     control_path: PathBuf,
