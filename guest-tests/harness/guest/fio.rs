@@ -17,6 +17,8 @@ const START: Duration = Duration::from_secs(60);
 pub struct Fio<'guest> {
     guest: &'guest Guest,
     disk: String,
+    /// How the names of its files begin.
+    files: String,
     job: Job<'guest>,
     seconds: u32,
 }
@@ -43,40 +45,60 @@ impl<'guest> Fio<'guest> {
     /// As [`start`](Self::start), on another disk. One run at a time on each.
     #[track_caller]
     pub fn start_on(guest: &'guest Guest, disk: &str, seconds: u32) -> Self {
-        let load = "--rw=randrw --numjobs=2 --size=16M --offset_increment=16M --verify_backlog=256";
+        let load = "--bs=4k --rw=randrw --numjobs=2 --size=16M --offset_increment=16M \
+                    --verify_backlog=256";
+        Self::start_with(guest, disk, seconds, load)
+    }
+
+    /// As [`start_on`](Self::start_on), on a disk or a partition, with requests of the caller's
+    /// choice: options of `fio`.
+    #[track_caller]
+    pub fn start_with(guest: &'guest Guest, disk: &str, seconds: u32, load: &str) -> Self {
         Self::spawn(guest, disk, "witness", seconds, load)
     }
 
     #[track_caller]
     fn spawn(guest: &'guest Guest, disk: &str, name: &str, seconds: u32, load: &str) -> Self {
-        let before = requests(guest, disk);
-        // A job that checks what it reads ends after one round, whatever time there is.
+        // Another run may be on the disk, and only one of them writes.
+        let progress = || {
+            let (reads, writes) = answered(guest, disk);
+            if name == READER { reads } else { writes }
+        };
+        let before = progress();
+        let files = format!("/run/fio-{name}-{disk}");
+        // A job that checks what it reads ends after one round, whatever time there is. One that
+        // was told to end says so with 128, and has counted and checked all the same.
         let job = guest.spawn(&format!(
-            "end=$(($(date +%s) + {seconds}))
+            "rm -f {files}.enough
+             end=$(($(date +%s) + {seconds}))
              while :; do
-             fio --name={name} --filename=/dev/{disk} --ioengine=io_uring --direct=1 --bs=4k \
+             fio --name={name} --filename=/dev/{disk} --ioengine=io_uring --direct=1 \
              --iodepth=16 {load} --time_based --runtime={seconds} \
              --verify=crc32c --verify_fatal=1 --verify_state_save=0 --group_reporting \
-             --output-format=json --output=/run/fio-{name}-{disk}.json
+             --output-format=json --output={files}.json &
+             echo $! >{files}.pid
+             wait $!
              status=$?
-             [ $status -eq 0 ] && [ $(date +%s) -lt $end ] || break
+             [ ! -e {files}.enough ] || [ $status -ne 128 ] || status=0
+             [ $status -eq 0 ] && [ ! -e {files}.enough ] && [ $(date +%s) -lt $end ] || break
              done
-             cat /run/fio-{name}-{disk}.json
+             cat {files}.json
              exit $status"
         ));
         let deadline = Instant::now() + START;
-        while requests(guest, disk) < before + 100 {
+        while progress() < before + 50 {
             assert!(Instant::now() < deadline, "fio does no I/O: {}", guest.sh("dmesg"));
             if job.has_ended() {
                 panic!("fio ended at once: {:?}", job.wait(Duration::ZERO));
             }
         }
-        Fio { guest, disk: disk.to_owned(), job, seconds }
+        Fio { guest, disk: disk.to_owned(), files, job, seconds }
     }
 
     /// Requests that the guest has completed on the disk since its driver was bound.
     pub fn requests(&self) -> u64 {
-        requests(self.guest, &self.disk)
+        let (reads, writes) = answered(self.guest, &self.disk);
+        reads + writes
     }
 
     /// Starts a job that reads at random what [`fill`] has written to the 16 MiB from 32 MiB on, 16
@@ -84,7 +106,27 @@ impl<'guest> Fio<'guest> {
     /// disk nor to its buffers: what is in them has come from the device.
     #[track_caller]
     pub fn start_reading(guest: &'guest Guest, disk: &str, seconds: u32) -> Self {
-        Self::spawn(guest, disk, "reader", seconds, &format!("--rw=randread {PREPARED}"))
+        Self::spawn(guest, disk, READER, seconds, &format!("--bs=4k --rw=randread {PREPARED}"))
+    }
+
+    /// Ends the run as its time does, for a test that has seen what it wanted to see under it: what
+    /// is in flight is awaited and checked. One that only reads ends with its round.
+    #[track_caller]
+    pub fn enough(&self) {
+        let files = &self.files;
+        // Where rounds are short, a new `fio` may not have begun to listen to signals.
+        let end = if files.contains(READER) { "true" } else { "kill -TERM $(cat $files.pid)" };
+        self.guest.sh(&format!("files={files}; touch $files.enough; {end} || true"));
+    }
+
+    /// Waits until so many more requests have been answered, for what comes next to come under I/O.
+    #[track_caller]
+    pub fn wait_for_requests(&self, more: u64) {
+        let (before, deadline) = (self.requests(), Instant::now() + START);
+        while self.requests() < before + more {
+            assert!(self.is_running(), "fio has ended before");
+            assert!(Instant::now() < deadline, "fio does no I/O: {}", self.guest.sh("dmesg"));
+        }
     }
 
     /// Whether requests are still coming.
@@ -133,6 +175,9 @@ impl<'guest> Fio<'guest> {
     }
 }
 
+/// The job of [`Fio::start_reading`].
+const READER: &str = "reader";
+
 /// What [`Fio::start_reading`] reads.
 const PREPARED: &str = "--offset=32M --size=16M";
 
@@ -140,19 +185,18 @@ const PREPARED: &str = "--offset=32M --size=16M";
 #[track_caller]
 pub fn fill(guest: &Guest, disk: &str) {
     guest.sh(&format!(
-        "fio --name=reader --filename=/dev/{disk} --ioengine=io_uring --direct=1 --bs=4k \
+        "fio --name={READER} --filename=/dev/{disk} --ioengine=io_uring --direct=1 --bs=4k \
          --iodepth=16 --rw=write {PREPARED} --verify=crc32c --do_verify=0 --verify_state_save=0"
     ));
 }
 
-/// Requests that the guest has completed on a disk since the driver was bound.
-fn requests(guest: &Guest, disk: &str) -> u64 {
-    let statistics = guest.sh(&format!("cat /sys/block/{disk}/stat"));
+/// Reads and writes that the guest has completed on a disk or a partition since its driver was
+/// bound.
+fn answered(guest: &Guest, disk: &str) -> (u64, u64) {
+    let statistics = guest.sh(&format!("cat /sys/class/block/{disk}/stat"));
     let field = |index| {
         statistics.split_whitespace().nth(index).and_then(|word: &str| word.parse::<u64>().ok())
     };
     // Documentation/block/stat.rst in the kernel's sources: reads, ..., writes in the fifth.
-    field(0)
-        .zip(field(4))
-        .map_or_else(|| panic!("not statistics: {statistics}"), |(reads, writes)| reads + writes)
+    field(0).zip(field(4)).unwrap_or_else(|| panic!("not statistics: {statistics}"))
 }

@@ -63,13 +63,15 @@ fn under_fio(guest: &Guest, seconds: u32, during: impl FnOnce()) {
     let (reader, witness) = (Fio::start_reading(guest, "vda", seconds), Fio::start(guest, seconds));
     during();
     assert!(reader.is_running() && witness.is_running(), "the load has ended before");
+    reader.enough();
+    witness.enough();
     let (read, written) = (reader.finish_reading(), witness.finish());
     println!("{read:?}, {written:?}");
 }
 
-/// How long the load runs for one migration.
+/// How long the load of one migration runs at most.
 fn seconds() -> u32 {
-    u32::try_from(count("HOTSWAP_LEG_SECONDS", 60)).expect("some seconds")
+    u32::try_from(count("HOTSWAP_LEG_SECONDS", 240)).expect("some seconds")
 }
 
 fn wait_until_active(guest: &Guest) {

@@ -10,7 +10,8 @@ use guest_tests::guest::fio::Fio;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::operator::Operator;
 
-const FIO_SECONDS: u32 = 20;
+/// How long `fio` runs at most: a test has seen enough long before.
+const FIO_SECONDS: u32 = 120;
 /// How many domains die while fio runs.
 const PANICS: u64 = 12;
 /// A request that is not run again takes for ever. A takeover takes milliseconds, but QEMU, fio
@@ -67,6 +68,7 @@ fn refused_upgrades_leave_the_io_undisturbed() {
 
     // What came of it is nothing: a good module still gets in, and the data is still right.
     operator.upgrade("ramdisk_v2", "handover", &[]);
+    fio.enough();
     fio.finish();
     operator.settle();
     guest.shutdown().unwrap();
@@ -90,6 +92,7 @@ fn a_domain_that_breaks_goes_on_or_is_taken_over_and_the_guest_sees_neither() {
         operator.upgrade("ramdisk", "handover", &[]);
     }
     assert!(fio.is_running(), "not all faults came under I/O");
+    fio.enough();
     fio.finish();
     operator.settle();
 
@@ -101,6 +104,7 @@ fn a_domain_that_breaks_goes_on_or_is_taken_over_and_the_guest_sees_neither() {
         operator.taken_over("ramdisk");
     }
     assert!(fio.is_running(), "not all panics came under I/O");
+    fio.enough();
     let report = fio.finish();
     println!("{PANICS} panics under {report:?}");
     assert!(report.longest < LONGEST, "{report:?}");

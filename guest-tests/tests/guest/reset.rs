@@ -12,10 +12,13 @@ const MARK_SUM: &str = "dd if=/dev/vda bs=1M skip=60 count=2 iflag=direct 2>/dev
 
 /// I/O with an upgrade and a rollback in its midst.
 fn assert_io_and_upgrades_go_on(guest: &Guest, operator: &mut Operator<'_>) {
-    let fio = Fio::start(guest, 6);
+    let fio = Fio::start(guest, 60);
     operator.upgrade("ramdisk_v2", "handover", &[]);
+    fio.wait_for_requests(1000);
     operator.roll_back("handover");
+    fio.wait_for_requests(1000);
     assert!(fio.is_running());
+    fio.enough();
     fio.finish();
     operator.settle();
 }

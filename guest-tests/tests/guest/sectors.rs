@@ -5,9 +5,9 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::Duration;
 
 use guest_tests::daemon::{Daemon, disk_directory};
+use guest_tests::guest::fio::Fio;
 use guest_tests::guest::{Guest, GuestOptions};
 use guest_tests::loopback::{LoopDevice, Mounted, host};
 use guest_tests::operator::Operator;
@@ -19,7 +19,9 @@ const FIRST: u64 = 63;
 const FIRST_LEN: u64 = 32 << 10;
 const SECOND: u64 = FIRST + FIRST_LEN + 1;
 const SECOND_LEN: u64 = 16 << 10;
-const FIO_SECONDS: u32 = 8;
+/// How long `fio` runs at most: it has enough after so many upgrades.
+const FIO_SECONDS: u32 = 120;
+const UPGRADES: u64 = 10;
 
 /// A classic partition table: two of Linux's.
 fn partition_table() -> [u8; 512] {
@@ -68,29 +70,21 @@ fn a_guest_finds_and_keeps_it(target: &Path) {
     );
     guest.sh("mount -t ext4 /dev/vda1 /mnt");
     assert_eq!(guest.sh("cat /mnt/hello"), "made on the host");
-    let fio = guest.spawn(&format!(
-        "fio --name=sectors --filename=/dev/vda2 --ioengine=io_uring --direct=1 --rw=randrw --bsrange=512-8k \
-         --blockalign=512 --iodepth=16 --numjobs=2 --size=3M --offset_increment=4M --time_based \
-         --runtime={FIO_SECONDS} --verify=crc32c --verify_fatal=1 --verify_backlog=64 --verify_state_save=0 \
-         --output=/run/fio.txt
-         status=$?
-         cat /run/fio.txt
-         exit $status"
-    ));
+    let load = "--bsrange=512-8k --blockalign=512 --rw=randrw --numjobs=2 --size=3M \
+                --offset_increment=4M --verify_backlog=64";
+    let fio = Fio::start_with(&guest, "vda2", FIO_SECONDS, load);
     // Blocks are changed in place, so a successor must not serve beside its predecessor.
     let sentence = operator.upgrade_refused("file", &["--mode", "swap"]);
     assert!(sentence.contains("side by side"), "{sentence}");
-    let mut round = 0;
-    while !fio.has_ended() {
+    for round in 0..UPGRADES {
         operator.upgrade("file", "handover", &[]);
         guest.sh(&format!("echo {round} >>/mnt/rounds; sync /mnt/rounds"));
         operator.settle();
-        round += 1;
+        fio.wait_for_requests(100);
     }
-    let output = fio.wait(Duration::from_secs(1));
-    assert_eq!(output.status, 0, "fio failed: {}", output.stdout);
-    assert!(round >= 5, "only {round} upgrades while fio ran");
-    assert_eq!(guest.sh("wc -l </mnt/rounds").trim(), round.to_string());
+    fio.enough();
+    fio.finish();
+    assert_eq!(guest.sh("wc -l </mnt/rounds").trim(), UPGRADES.to_string());
     guest.sh("umount /mnt");
     let dmesg = guest.sh("dmesg");
     assert!(!dmesg.contains("I/O error"), "{dmesg}");
