@@ -1,5 +1,5 @@
 //! What every source has to be: comments that fit a screen, files that fit a head, tests that are
-//! run.
+//! built and run.
 //!
 //! The checkers are pure functions, and each has a test that shows it something forbidden.
 
@@ -120,6 +120,59 @@ fn a_file_that_no_program_has_is_found() {
     let comment = source("a/tests/b/main.rs", "// mod c;".into());
     let files = [comment, source("a/tests/b/c.rs", String::new())];
     assert_eq!(orphans(&files), ["a/tests/b/c.rs"]);
+}
+
+/// The targets whose manifest says that there are no tests in them, and the files of each that have
+/// some: all that are beside its root, which is a directory of its own unless it is `src/main.rs`.
+fn tests_that_are_not_built(files: &[Source]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for manifest in files.iter().filter(|file| file.path.ends_with("/Cargo.toml")) {
+        let directory = manifest.path.trim_end_matches("Cargo.toml");
+        for section in manifest.text.split("\n[").filter(|text| text.contains("\ntest = false")) {
+            let path = section.lines().find_map(|line| line.strip_prefix("path = "));
+            let root =
+                directory.to_owned() + path.map_or("src/lib.rs", |path| path.trim_matches('"'));
+            let beside = root.rsplit_once('/').map_or("", |(directory, _)| directory);
+            let belongs = |path: &str| match root.ends_with("/src/main.rs") {
+                true => path == root,
+                false => path.starts_with(&format!("{beside}/")),
+            };
+            let with_tests = |file: &&Source| {
+                belongs(&file.path) && file.path.ends_with(".rs") && has_tests(&file.text)
+            };
+            wrong.extend(files.iter().filter(with_tests).map(|file| file.path.clone()));
+        }
+    }
+    wrong
+}
+
+fn has_tests(source: &str) -> bool {
+    code_only(source).contains("#[test]")
+}
+
+#[test]
+fn what_is_said_to_have_no_tests_has_none() {
+    let sources = sources();
+    let said = |file: &&Source| file.text.contains("\ntest = false");
+    assert!(sources.iter().filter(said).count() > 3, "hardly any manifest was found");
+    let wrong = tests_that_are_not_built(&sources);
+    assert!(wrong.is_empty(), "`test = false`, and yet there are tests:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_test_that_is_not_built_is_found() {
+    let manifest = "[package]\nname = \"a\"\n\n[lib]\ntest = false\n\n[[bin]]\nname = \"b\"\n\
+                    path = \"b/main.rs\"\ntest = false\n\n[[bin]]\npath = \"c/main.rs\"\n";
+    let files = |path: &str, text: &str| {
+        [source("x/a/Cargo.toml", manifest.into()), source(path, text.into())]
+    };
+    for bad in ["x/a/src/lib.rs", "x/a/src/y/z.rs", "x/a/b/main.rs", "x/a/b/y.rs"] {
+        assert_eq!(tests_that_are_not_built(&files(bad, "#[test]\nfn f() {}")), [bad]);
+        assert_eq!(tests_that_are_not_built(&files(bad, "// #[test]\nfn f() {}")), [""; 0]);
+    }
+    for good in ["x/a/c/main.rs", "x/a/tests/t.rs", "x/b/src/lib.rs"] {
+        assert_eq!(tests_that_are_not_built(&files(good, "#[test]\nfn f() {}")), [""; 0]);
+    }
 }
 
 #[test]
