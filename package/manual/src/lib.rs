@@ -33,7 +33,7 @@ pub fn write(command: &Command, directory: &Path) -> io::Result<()> {
 /// As the whole of a program: the directory is its only argument.
 ///
 /// # Errors
-/// It has none, or another number; or as for [`write`].
+/// It has none, or another number; or as for [`write()`].
 pub fn run(command: &Command) -> io::Result<()> {
     let mut arguments = std::env::args_os().skip(1);
     match (arguments.next(), arguments.next()) {
