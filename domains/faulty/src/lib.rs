@@ -6,6 +6,10 @@
 //! commas between them, come each at their time, and in their order. The fault is not inherited, so
 //! a successor, or a rollback, does not break again because its predecessor did.
 //!
+//! It can also be worse than it should be all the time: with `error_every=N` each N-th request ends
+//! with an I/O error, with `bad=SIZE` reads of the first SIZE bytes do, and with `delay_ms=N` each
+//! request is answered so much later. None of these is inherited either.
+//!
 //! What is the same as in `ramdisk` is written down again, for domains do not depend on each other;
 //! it is kept to what tests need.
 
@@ -35,6 +39,13 @@ pub struct Faulty {
     serial: String,
     region: OnceLock<Region>,
     faults: Vec<Fault>,
+    /// Each so-manieth request fails; 0 is none.
+    error_every: u64,
+    requests: AtomicU64,
+    /// Reads that begin before fail.
+    bad: u64,
+    /// Each request is answered so much later.
+    delay: Duration,
     /// Set by `cancel`: what is stalled fails now.
     cancelled: AtomicBool,
     /// Bit per queue that has something stalled, for `cancel` to notify.
@@ -54,7 +65,8 @@ impl BlockDomain for Faulty {
     const SCHEMA_NAME: &'static str = "ramdisk";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] = &["size", "serial", "fault"];
+    const PARAMS: &'static [&'static str] =
+        &["size", "serial", "fault", "error_every", "bad", "delay_ms"];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
     type Queue = Queue;
@@ -72,12 +84,17 @@ impl BlockDomain for Faulty {
             .get("fault")
             .map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
         let serial = params.serial()?;
+        let delay = Duration::from_millis(number(params, "delay_ms")?);
         let new = Self {
             host,
             size,
             serial,
             region: OnceLock::new(),
             faults,
+            error_every: number(params, "error_every")?,
+            requests: AtomicU64::new(0),
+            bad: params.size("bad", 0)?,
+            delay,
             cancelled: AtomicBool::new(false),
             stalled_queues: AtomicU64::new(0),
         };
@@ -139,10 +156,14 @@ impl BlockDomain for Faulty {
                 }
                 Some(FaultKind::Panic) => panic!("fault=request:panic"),
                 Some(FaultKind::Stall) => {
-                    self.stall(queue, request, completions);
+                    self.stall(queue, request, LATE, completions);
                     continue;
                 }
                 Some(FaultKind::Hang) => std::thread::sleep(LATE),
+            }
+            if !self.delay.is_zero() {
+                self.stall(queue, request, self.delay, completions);
+                continue;
             }
             let status = self.serve(&request);
             completions.complete(request, status);
@@ -210,10 +231,16 @@ impl Faulty {
     }
 
     /// Keeps a request in flight, and lets the worker go on.
-    fn stall(&self, queue: &mut Queue, request: Request, completions: &mut Completions<'_>) {
+    fn stall(
+        &self,
+        queue: &mut Queue,
+        request: Request,
+        late: Duration,
+        completions: &mut Completions<'_>,
+    ) {
         let (host, index) = (self.host, queue.index);
-        let due = host.clock() + LATE;
-        if let Err(error) = host.after(LATE, move || host.notify(index)) {
+        let due = host.clock() + late;
+        if let Err(error) = host.after(late, move || host.notify(index)) {
             host.log(domain_api::Level::Error, &format!("cannot stall a request: {error}"));
             completions.complete(request, Status::IoError);
             return;
@@ -223,6 +250,12 @@ impl Faulty {
     }
 
     fn serve(&self, request: &Request) -> Status {
+        // A counter by itself: Relaxed.
+        let number = 1 + self.requests.fetch_add(1, Ordering::Relaxed);
+        let is_bad = request.op() == Some(Op::Read) && request.offset() < self.bad;
+        if is_bad || self.error_every != 0 && number.is_multiple_of(self.error_every) {
+            return Status::IoError;
+        }
         let Some(region) = self.region.get() else { return Status::IoError };
         match request.op() {
             Some(Op::Read) => region.read(request.offset(), &request.buffer()),
@@ -233,6 +266,14 @@ impl Faulty {
         }
         Status::Ok
     }
+}
+
+/// A whole number at `key`; 0 if there is none.
+fn number(params: &Params, key: &str) -> Result<u64, DomainError> {
+    let Some(text) = params.get(key) else { return Ok(0) };
+    text.parse().map_err(|_| {
+        DomainError::new(format!("parameter `{key}` is `{text}`; it must be a whole number"))
+    })
 }
 
 domain_api::export_domain!(Faulty);
