@@ -19,7 +19,7 @@ mod packet;
 
 pub use memory::memfd;
 pub use messages::{
-    Bytes, InflightRegion, Kept, Module, Quarantined, Region, Session, Settings, Start, Stored,
-    ToServer, ToSupervisor, VERSION, Vault,
+    Bytes, InflightRegion, Kept, Module, Quarantined, RateLimits, Region, Session, Settings, Start,
+    Stored, ToServer, ToSupervisor, VERSION, Vault,
 };
 pub use packet::{Channel, MAX_DESCRIPTORS, MAX_PACKET, Received, pair};

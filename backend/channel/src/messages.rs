@@ -11,6 +11,20 @@ pub const VERSION: u32 = 1;
 /// server's, and come once.
 pub type Kept = u64;
 
+/// How much a guest may do in a second, on all queues together. 0 is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimits {
+    /// Requests.
+    pub iops: u64,
+    /// Of these, so many at once.
+    pub iops_burst: u64,
+    /// Bytes.
+    pub bandwidth: u64,
+    /// Of these, so many at once.
+    pub bandwidth_burst: u64,
+}
+
 /// What a server is told once, before anything else, and what does not change while it lives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -25,6 +39,13 @@ pub struct Settings {
     pub worker_cpus: Vec<usize>,
     /// Where modules are looked up.
     pub domain_dirs: Vec<PathBuf>,
+    /// How much the guest may do at first: a vault that says something else is right.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub limits: RateLimits,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a server begins with.

@@ -47,6 +47,8 @@ codes! {
     NoResources = "no_resources",
     /// The request is for a device that the daemon does not have.
     UnknownDevice = "unknown_device",
+    /// A rate limit that cannot be.
+    BadLimit = "bad_limit",
     /// The daemon runs as one process, which cannot be exchanged.
     NoSupervisor = "no_supervisor",
     /// The server died while it had the request, which may have been carried out.

@@ -128,6 +128,7 @@ impl<O: Operations> Connection<O> {
         let done = catch_unwind(AssertUnwindSafe(|| match method.action {
             Action::Status => Ok(operations.status()),
             Action::History => Ok(operations.history()),
+            Action::Check(request) => Ok(operations.check(request)?),
             Action::Upgrade(request) => Ok(operations.upgrade(request)?),
             Action::Rollback(request) => Ok(operations.rollback(request)?),
             Action::UpgradeDaemon(_) => Err(RpcError::new(
@@ -135,6 +136,7 @@ impl<O: Operations> Connection<O> {
                 "this daemon is one process, and cannot be exchanged under its guest; start it anew",
             )),
             Action::Resize(request) => Ok(operations.resize(request)?),
+            Action::Limit(request) => Ok(operations.limit(request)?),
             Action::Watch => {
                 // Watching twice is watching.
                 watching.get_or_insert_with(|| operations.last_event());

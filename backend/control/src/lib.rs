@@ -1,8 +1,9 @@
 //! The control socket: how an operator commands a running daemon.
 //!
 //! JSON-RPC 2.0 over a Unix stream socket, one object per line in both directions; the methods are
-//! `status`, `upgrade`, `rollback`, `upgrade_daemon`, `history`, `watch` and `shutdown`. This crate
-//! knows the protocol and the socket, on both sides: the server in a daemon, and `hotswapctl`. What
+//! `status`, `check`, `upgrade`, `rollback`, `upgrade_daemon`, `resize`, `limit`, `history`,
+//! `watch` and `shutdown`. This crate knows the protocol and the socket, on both sides: the server
+//! in a daemon, and `hotswapctl`. What
 //! the methods *do* is behind [`Operations`], so that all of it can be tested without a device.
 //!
 //! The parts: [`messages`] are the methods' parameters, [`Code`] the words for what goes wrong,
@@ -21,12 +22,14 @@
 //! Deliberately absent: batches, authentication beyond the peer's uid, any transport but this one,
 //! and any knowledge of domains, queues or generations.
 
+mod canary;
 pub mod client;
 mod clients;
 mod code;
 mod connection;
 mod credentials;
 mod exhausted;
+mod limit_args;
 mod limits;
 pub mod lines;
 pub mod messages;
@@ -39,6 +42,7 @@ mod socket;
 pub use clients::refuse;
 pub use code::Code;
 pub use exhausted::how_to_have_more;
+pub use limit_args::LimitArgs;
 pub use limits::Limits;
 pub use operations::{OperationError, Operations};
 pub use peer::Commanders;

@@ -12,8 +12,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::canary::given;
+pub use crate::canary::{CanaryParams, CanaryRequest, MAX_CANARY};
 use domain_abi::Params;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 /// The name of the one device that a daemon has today. A request may name it in the member
 /// `device` of its parameters, or leave that out.
@@ -64,7 +66,7 @@ pub struct NoParams {
 }
 
 /// The parameters of `upgrade`, of which only `name` is needed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UpgradeParams {
     /// Which device, if it is said.
@@ -87,6 +89,9 @@ pub struct UpgradeParams {
     /// What to do if another upgrade is running.
     #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     pub when_busy: Option<WhenBusy>,
+    /// How it is tried, if it is.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub canary: Option<CanaryParams>,
 }
 
 /// One of the two processes that a daemon is made of.
@@ -146,13 +151,32 @@ pub struct ResizeParams {
     pub when_busy: Option<WhenBusy>,
 }
 
-/// A member that may be left out, but is not null if it is there.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
-    T::deserialize(from).map(Some)
+/// The parameters of `limit`, none of them needed: what is left out stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitParams {
+    /// Which device, if it is said.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Forget all limits first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub off: bool,
+    /// Requests in a second; 0 is no limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// How many of them at once.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub iops_burst: Option<u64>,
+    /// Bytes in a second; 0 is no limit.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// How many of them at once.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    pub bandwidth_burst: Option<u64>,
 }
 
 /// An upgrade that was asked for, checked, with its defaults filled in.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct UpgradeRequest {
     /// A domain's name, or a module's path if it contains `/`. Neither empty nor with a NUL.
     pub name: String,
@@ -167,6 +191,8 @@ pub struct UpgradeRequest {
     pub starved_timeout: Duration,
     /// What to do if another upgrade is running.
     pub when_busy: WhenBusy,
+    /// How it is tried, if it is.
+    pub canary: Option<CanaryRequest>,
 }
 
 /// An exchange of the daemon's program that was asked for, checked.
@@ -197,6 +223,28 @@ pub struct ResizeRequest {
     pub size: u64,
     /// What to do if an upgrade is running.
     pub when_busy: WhenBusy,
+}
+
+/// A change of the rate limits that was asked for. Whether they can be is the device's to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LimitRequest {
+    /// Forget all limits first.
+    pub off: bool,
+    /// Requests in a second; 0 is no limit.
+    pub iops: Option<u64>,
+    /// How many of them at once.
+    pub iops_burst: Option<u64>,
+    /// Bytes in a second; 0 is no limit.
+    pub bandwidth: Option<u64>,
+    /// How many of them at once.
+    pub bandwidth_burst: Option<u64>,
+}
+
+impl From<LimitParams> for LimitRequest {
+    fn from(params: LimitParams) -> Self {
+        let LimitParams { device: _, off, iops, iops_burst, bandwidth, bandwidth_burst } = params;
+        Self { off, iops, iops_burst, bandwidth, bandwidth_burst }
+    }
 }
 
 impl ResizeParams {
@@ -244,6 +292,7 @@ impl UpgradeParams {
             drain_timeout,
             starved_timeout,
             when_busy: self.when_busy.unwrap_or_default(),
+            canary: self.canary.map(CanaryParams::check).transpose()?,
         })
     }
 }
@@ -316,6 +365,7 @@ mod tests {
         let all = json!({
             "device": "0", "name": "./x.so", "params": {"size": "1M"}, "mode": "handover",
             "drain_timeout_ms": 0, "starved_timeout_ms": 3, "when_busy": "refuse",
+            "canary": {"seconds": 5, "max_errors": 2, "max_latency_ratio": 1.5},
         });
         let params: UpgradeParams = serde_json::from_value(all.clone()).unwrap();
         assert_eq!(serde_json::to_value(&params).unwrap(), all);
@@ -326,6 +376,11 @@ mod tests {
             drain_timeout: Duration::ZERO,
             starved_timeout: Duration::from_millis(3),
             when_busy: WhenBusy::Refuse,
+            canary: Some(CanaryRequest {
+                time: Duration::from_secs(5),
+                max_errors: 2,
+                max_latency_ratio: 1.5,
+            }),
         };
         assert_eq!(params.check(), Ok(expected));
         let all = json!({"device": "0", "drain_timeout_ms": 7, "starved_timeout_ms": 8, "when_busy": "queue"});

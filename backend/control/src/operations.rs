@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::messages::{DEVICE, ResizeRequest, RollbackRequest, UpgradeRequest};
+use crate::messages::{DEVICE, LimitRequest, ResizeRequest, RollbackRequest, UpgradeRequest};
 
 /// What the methods do. Calls come from many threads at once; each blocks only the client that made
 /// it.
@@ -19,6 +19,12 @@ pub trait Operations: Send + Sync + 'static {
     /// Why it was refused or failed; the device then goes on as before.
     fn upgrade(&self, request: UpgradeRequest) -> Result<Value, OperationError>;
 
+    /// Says whether [`upgrade`](Self::upgrade) would be accepted, and changes nothing.
+    ///
+    /// # Errors
+    /// Why it would be refused.
+    fn check(&self, request: UpgradeRequest) -> Result<Value, OperationError>;
+
     /// Goes back to the standby.
     ///
     /// # Errors
@@ -30,6 +36,12 @@ pub trait Operations: Send + Sync + 'static {
     /// # Errors
     /// Why it was refused or failed; the device then goes on as before.
     fn resize(&self, request: ResizeRequest) -> Result<Value, OperationError>;
+
+    /// Changes how much the guest may do in a second, and answers with what holds then.
+    ///
+    /// # Errors
+    /// What is wrong with it; nothing is changed.
+    fn limit(&self, request: LimitRequest) -> Result<Value, OperationError>;
 
     /// What has happened, oldest first.
     fn history(&self) -> Value;

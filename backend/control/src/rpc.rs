@@ -16,8 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::code::{Code, OPERATION_REFUSED};
 use crate::lines::Line;
 use crate::messages::{
-    NoParams, ResizeParams, ResizeRequest, RollbackParams, RollbackRequest, UpgradeDaemonParams,
-    UpgradeDaemonRequest, UpgradeParams, UpgradeRequest,
+    LimitParams, LimitRequest, NoParams, ResizeParams, ResizeRequest, RollbackParams,
+    RollbackRequest, UpgradeDaemonParams, UpgradeDaemonRequest, UpgradeParams, UpgradeRequest,
 };
 use crate::operations::OperationError;
 
@@ -45,6 +45,8 @@ pub struct Method {
 pub enum Action {
     /// The state of the device.
     Status,
+    /// Another domain, if it would be accepted.
+    Check(UpgradeRequest),
     /// Another domain.
     Upgrade(UpgradeRequest),
     /// The domain before.
@@ -53,6 +55,8 @@ pub enum Action {
     UpgradeDaemon(UpgradeDaemonRequest),
     /// A larger disk.
     Resize(ResizeRequest),
+    /// How much the guest may do in a second.
+    Limit(LimitRequest),
     /// What has happened.
     History,
     /// What happens from now on.
@@ -236,11 +240,13 @@ impl Method {
             "history" => plain(Action::History, params),
             "watch" => plain(Action::Watch, params),
             "shutdown" => plain(Action::Shutdown, params),
-            "upgrade" => {
+            "check" | "upgrade" => {
                 let mut params: UpgradeParams = read_params(params)?;
                 let device = params.device.take();
                 let request = params.check().map_err(RpcError::invalid_params)?;
-                Ok(Self { device, action: Action::Upgrade(request) })
+                let is_check = method == "check";
+                let action = if is_check { Action::Check } else { Action::Upgrade };
+                Ok(Self { device, action: action(request) })
             }
             "rollback" => {
                 let mut params: RollbackParams = read_params(params)?;
@@ -260,11 +266,16 @@ impl Method {
                 let request = params.check().map_err(RpcError::invalid_params)?;
                 Ok(Self { device, action: Action::Resize(request) })
             }
+            "limit" => {
+                let mut params: LimitParams = read_params(params)?;
+                let device = params.device.take();
+                Ok(Self { device, action: Action::Limit(params.into()) })
+            }
             _ => Err(RpcError::new(
                 Code::MethodNotFound,
                 format!(
-                    "there is no method `{method}`; there are status, upgrade, rollback, \
-                     upgrade_daemon, resize, history, watch and shutdown"
+                    "there is no method `{method}`; there are status, check, upgrade, \
+                     rollback, upgrade_daemon, resize, limit, history, watch and shutdown"
                 ),
             )),
         }
@@ -358,112 +369,5 @@ impl<'de> Visitor<'de> for UniqueVisitor {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::messages::{UpgradeMode, WhenBusy};
-    use domain_abi::Params;
-    use std::time::Duration;
-
-    fn method(line: &str) -> Method {
-        parse(line.as_bytes()).unwrap().method.unwrap()
-    }
-
-    #[test]
-    fn each_method_is_read_with_and_without_a_device() {
-        for (method, action) in [
-            ("status", Action::Status),
-            ("history", Action::History),
-            ("watch", Action::Watch),
-            ("shutdown", Action::Shutdown),
-        ] {
-            let line = |rest: &str| format!(r#"{{"jsonrpc":"2.0","method":"{method}"{rest}}}"#);
-            let read = method_of(&line(""));
-            assert_eq!(read, Ok(Method { device: None, action }), "{method}");
-            let read = method_of(&line(r#","params":{"device":"0"}"#)).unwrap();
-            assert_eq!(read.device.as_deref(), Some("0"), "{method}");
-            for bad in [r#"{"device":null}"#, r#"{"device":0}"#, r#"{"devise":"0"}"#, r#"["0"]"#] {
-                let refused = method_of(&line(&format!(r#","params":{bad}"#))).unwrap_err();
-                assert_eq!(refused.code, "invalid_params", "{method} {bad}");
-            }
-        }
-        let upgrade = r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a","device":"b"}}"#;
-        assert_eq!(method(upgrade).device.as_deref(), Some("b"));
-        let daemon = r#"{"jsonrpc":"2.0","method":"upgrade_daemon","params":{"device":"b"}}"#;
-        assert_eq!(method(daemon).device.as_deref(), Some("b"));
-        let rollback = r#"{"jsonrpc":"2.0","method":"rollback","params":{"device":"b"}}"#;
-        assert_eq!(method(rollback).device.as_deref(), Some("b"));
-        let resize = r#"{"jsonrpc":"2.0","method":"resize","params":{"size":512,"device":"b"}}"#;
-        let request = ResizeRequest { size: 512, when_busy: WhenBusy::Queue };
-        let expected = Method { device: Some("b".into()), action: Action::Resize(request) };
-        assert_eq!(method(resize), expected);
-        for bad in ["{}", r#"{"size":0}"#, r#"{"size":-1}"#, r#"{"size":"1M"}"#, r#"{"size":null}"#]
-        {
-            let line = format!(r#"{{"jsonrpc":"2.0","method":"resize","params":{bad}}}"#);
-            assert_eq!(method_of(&line).unwrap_err().code, "invalid_params", "{bad}");
-        }
-    }
-
-    fn method_of(line: &str) -> Result<Method, RpcError> {
-        parse(line.as_bytes()).unwrap().method
-    }
-
-    #[test]
-    fn an_upgrade_with_everything() {
-        let line = r#"{"jsonrpc":"2.0","id":1,"method":"upgrade","params":{"name":"./x.so","params":{"size":"1M"},
-            "mode":"handover","drain_timeout_ms":0,"starved_timeout_ms":3,"when_busy":"refuse"}}"#;
-        let expected = UpgradeRequest {
-            name: "./x.so".into(),
-            params: Params::from_pairs(["size=1M"]).unwrap(),
-            mode: UpgradeMode::Handover,
-            drain_timeout: Duration::ZERO,
-            starved_timeout: Duration::from_millis(3),
-            when_busy: WhenBusy::Refuse,
-        };
-        assert_eq!(method(line), Method { device: None, action: Action::Upgrade(expected) });
-    }
-
-    #[test]
-    fn defaults() {
-        let upgrade = method(r#"{"jsonrpc":"2.0","method":"upgrade","params":{"name":"a"}}"#);
-        let Action::Upgrade(upgrade) = upgrade.action else {
-            panic!("not an upgrade");
-        };
-        assert_eq!((upgrade.mode, upgrade.when_busy), (UpgradeMode::Auto, WhenBusy::Queue));
-        assert_eq!(upgrade.drain_timeout, Duration::from_millis(500));
-        assert_eq!(upgrade.starved_timeout, Duration::from_secs(10));
-        let (drain_timeout, starved_timeout) = (upgrade.drain_timeout, upgrade.starved_timeout);
-        let rollback =
-            RollbackRequest { drain_timeout, starved_timeout, when_busy: WhenBusy::Queue };
-        assert_eq!(
-            method(r#"{"jsonrpc":"2.0","method":"rollback"}"#).action,
-            Action::Rollback(rollback)
-        );
-    }
-
-    #[test]
-    fn strict_reading_gives_what_serde_json_gives() {
-        let text = r#"{"a":[1,-2,3.5,null,true,"\u00e9\n"],"b":{"c":{}},"d":18446744073709551615,"e":1e300}"#;
-        assert_eq!(
-            parse_strictly(text.as_bytes()).unwrap(),
-            serde_json::from_str::<Value>(text).unwrap()
-        );
-    }
-
-    #[test]
-    fn the_code_of_an_error_cannot_be_overwritten_by_its_data() {
-        let error = OperationError {
-            code: "busy",
-            message: "x".into(),
-            data: Some(json!({"code": 1, "queue": 2})),
-        };
-        assert_eq!(
-            reply(1.into(), Err(error.into()))["error"]["data"],
-            json!({"code": "busy", "queue": 2})
-        );
-        let error = OperationError { code: "busy", message: "x".into(), data: Some(json!([1])) };
-        assert_eq!(
-            reply(1.into(), Err(error.into()))["error"]["data"],
-            json!({"code": "busy", "detail": [1]})
-        );
-    }
-}
+#[path = "rpc_tests.rs"]
+mod tests;

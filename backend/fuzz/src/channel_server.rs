@@ -53,6 +53,7 @@ fn any(input: &mut Input<'_>) -> (ToServer, usize) {
                 poll_us: input.u64(),
                 worker_cpus: Vec::new(),
                 domain_dirs: Vec::new(),
+                limits: channel::RateLimits::default(),
             };
             let start = Start::Vault(vault);
             let prepare_only = input.one_in(2);

@@ -4,6 +4,7 @@
 //! changed first where a domain is published or taken out of service, and [`Live`] follows under
 //! the lock of changes.
 
+use crate::canary::Canary;
 use crate::change::prepare::Preparer;
 use crate::change::refusals::stopping;
 use crate::claims::Claims;
@@ -163,6 +164,7 @@ pub struct DomainProxy {
     capacity: AtomicU64,
     /// The capacity that a domain is being given, or was when it died; 0 for none.
     pub(crate) attempted: AtomicU64,
+    pub(crate) canary: Canary,
     /// Whose the data is.
     pub(crate) claims: Claims,
     /// Told when the configuration space has changed.
@@ -210,6 +212,7 @@ impl DomainProxy {
         generation: u64,
     ) -> Arc<Self> {
         let capacity = AtomicU64::new(record.info.capacity);
+        let canary = Canary::new(&preparer.signal);
         let view = View {
             record,
             generation,
@@ -237,6 +240,7 @@ impl DomainProxy {
             view: Mutex::new(view),
             capacity,
             attempted: AtomicU64::new(0),
+            canary,
             claims: Claims::default(),
             config_hook: OnceLock::new(),
             stopping: OnceLock::new(),

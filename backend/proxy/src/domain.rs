@@ -99,6 +99,12 @@ impl Domain {
         format!("`{}` {}", record.name, record.version)
     }
 
+    /// Whether it could take up what `other` keeps in storage.
+    pub(crate) fn accepts_schema_of(&self, other: &Self) -> bool {
+        let schema = other.instance.description().schema;
+        self.instance.description().accepted_schemas.contains(&schema)
+    }
+
     /// Whether it has panicked.
     #[inline]
     pub(crate) fn is_dead(&self) -> bool {

@@ -88,6 +88,9 @@ pub struct Kept {
     pub storage: Contents,
     /// What guests rely on.
     pub required: Capabilities,
+    /// The generation that is on trial, if one is, or is about to be: one that a server dies with
+    /// is not gone on with.
+    pub canary: Option<u64>,
 }
 
 /// What is not in storage.
@@ -131,6 +134,8 @@ impl Modules {
 pub(crate) struct Keeping {
     storage: Arc<Storage>,
     required: AtomicU64,
+    /// 0 is none.
+    canary: AtomicU64,
     /// Nothing before there is a keeper.
     modules: Mutex<Option<Modules>>,
     /// As they will be when what is under way works.
@@ -143,6 +148,7 @@ impl Keeping {
         Arc::new(Self {
             storage: Arc::clone(storage),
             required: AtomicU64::new(0),
+            canary: AtomicU64::new(0),
             modules: Mutex::default(),
             expected: Mutex::default(),
             keeper: OnceLock::new(),
@@ -175,7 +181,8 @@ impl Keeping {
     fn kept(&self, modules: Modules) -> Kept {
         let Modules { generation, live, standby, fault, told } = modules;
         let (storage, required) = (self.storage.contents(), self.required());
-        Kept { generation, live, standby, fault, told, storage, required }
+        let canary = Some(self.canary.load(Ordering::Relaxed)).filter(|&canary| canary != 0);
+        Kept { generation, live, standby, fault, told, storage, required, canary }
     }
 
     /// `next` may serve soon: as in [`serves`](Self::serves), which has less to do then.
@@ -244,6 +251,11 @@ impl Keeping {
     /// What would serve next.
     pub(crate) fn stands_by(&self, standby: Option<&LoadedDomain>) {
         self.change(|modules| note(&mut modules.standby, standby));
+    }
+
+    /// `generation` is on trial when it serves; 0 is none.
+    pub(crate) fn tries(&self, generation: u64) {
+        self.canary.store(generation, Ordering::Relaxed);
     }
 
     pub(crate) fn require(&self, capabilities: Capabilities) {

@@ -6,6 +6,7 @@
 //! - `datapath/`: the way of a request: `worker.rs` and what it keeps.
 //! - `change/`: the ways of an upgrade, a takeover and the end: `upgrade.rs`, `takeover.rs`,
 //!   `retire.rs`, `stop.rs`; `resize.rs`: a larger disk.
+//! - `canary/`: an upgrade that takes itself back.
 //! - `record/`: what is said about them: reports, codes, history, events.
 //! - `claim.rs`, `claims.rs`: other programs are kept off the data while rings run.
 //! - `domain.rs`: a domain that is loaded, and what uses it; `environment.rs`: what it is told.
@@ -20,6 +21,7 @@
 
 #![forbid(unsafe_code)]
 
+mod canary;
 mod change;
 mod claim;
 mod claims;
@@ -33,6 +35,7 @@ mod restore;
 mod services;
 mod signal;
 
+pub use canary::latency::Probe;
 pub use claim::Claimed;
 pub use claims::ClaimState;
 pub use datapath::inflight::{TagScheme, slot_of};
@@ -41,11 +44,12 @@ pub use datapath::queue::{Footprint, Notifier, QueueStatus};
 pub use datapath::worker::Worker;
 pub use device::DomainProxy;
 pub use keeping::{Keeper, Kept, KeptModule};
+pub use record::canary::{CanaryReport, CanaryState, Trial};
 pub use record::code::Code;
 pub use record::history::Counts;
 pub use record::report::{
-    Change, DomainRecord, Entry, Event, Mode, Options, Outcome, Phases, Protocol, Refusal, Report,
-    Resized, Starved, WhenBusy,
+    Change, Checked, DomainRecord, Entry, Event, Mode, Options, Outcome, Phases, Protocol, Refusal,
+    Report, Resized, Starved, WhenBusy,
 };
 pub use record::status::{State, Status};
 pub use record::wire::Blame;

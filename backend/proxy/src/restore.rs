@@ -38,6 +38,8 @@ pub struct Saved {
     pub storage: Filling,
     /// What guests rely on.
     pub required: Capabilities,
+    /// The generation that was on trial, if one was.
+    pub canary: Option<u64>,
 }
 
 /// A device that is prepared, and not this process's yet.
@@ -85,7 +87,26 @@ impl Restoring {
         self.preparer.storage.fill(std::mem::take(&mut self.saved.storage));
     }
 
+    /// A generation that was on trial when its server died, perhaps by its doing, is not gone on
+    /// with if there is a standby: that it could be was made sure of before.
+    fn take_canary_back(&mut self) {
+        let saved = &mut self.saved;
+        if saved.canary == Some(saved.generation)
+            && let Some(standby) = saved.standby.take()
+        {
+            log::warn!(
+                "generation {} was on trial when its server died: `{}` {} serves again",
+                saved.generation,
+                standby.name,
+                standby.version
+            );
+            saved.live = Some(standby);
+            saved.generation += 1;
+        }
+    }
+
     fn prepare_live(&mut self) -> Result<(), Refusal> {
+        self.take_canary_back();
         let Some(live) = &self.saved.live else {
             self.next = None;
             return Ok(());
@@ -104,13 +125,16 @@ impl Restoring {
     /// Why its live module cannot be used.
     pub fn activate(self) -> Result<(Arc<DomainProxy>, Option<KeptModule>), Refusal> {
         let Self { preparer, queues, saved, next } = self;
-        let Saved { generation, standby, fault, told, required, .. } = saved;
+        let Saved { generation, standby, fault, told, required, canary, .. } = saved;
         let why = fault.unwrap_or_else(|| "the server before had no live domain".to_owned());
         let told = Arc::new(told);
         let live = Live::Faulted(why);
         let record = Arc::clone(&told);
         let proxy = DomainProxy::assemble(preparer, queues, None, live, record, generation);
         proxy.require(required);
+        if let Some(canary) = canary.filter(|&canary| canary < generation) {
+            proxy.canary.taken_back_before(canary);
+        }
         if let Some((next, _)) = next {
             proxy.check_compatible(&told.info, &next)?;
             proxy.recover(&next, generation, &mut Phases::default())?;

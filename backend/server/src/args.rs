@@ -20,7 +20,11 @@ use clap::{CommandFactory, Parser};
 use domain_abi::Params;
 
 use crate::cpus::{Cpus, worker_cpus};
+use crate::limiter;
+use channel::RateLimits;
+use control::LimitArgs;
 use control::SOCKET_PATH_MAX;
+use control::messages::LimitRequest;
 use supervisor::supervisor::Supervision;
 
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
@@ -110,6 +114,9 @@ pub struct Args {
     #[arg(long, value_name = "LIST", value_parser = worker_cpus)]
     worker_cpus: Option<Cpus>,
 
+    #[command(flatten)]
+    limits: LimitArgs,
+
     /// Serve from this process, which then can neither die nor be exchanged under the guest
     #[arg(long)]
     no_supervisor: bool,
@@ -168,6 +175,8 @@ pub struct Config {
     pub poll: Duration,
     /// Which CPU each worker is kept on, in turn; none if empty.
     pub worker_cpus: Vec<usize>,
+    /// How much the guest may do in a second, until `hotswapctl` says something else.
+    pub limits: RateLimits,
     /// How a second process is to serve; none if this one does.
     pub supervision: Option<Supervision>,
 }
@@ -288,8 +297,10 @@ impl Args {
             has_spare: self.spare,
             hang_timeout: self.hang_timeout_ms.map(|ms| Duration::from_millis(ms.into())),
         });
+        let limits = limiter::changed(RateLimits::default(), &LimitRequest::from(self.limits))?;
         Ok(Config {
             supervision,
+            limits,
             listen,
             socket_mode: self.socket_mode.unwrap_or(SOCKET_MODE),
             socket_group: self.socket_group,

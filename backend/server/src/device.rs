@@ -1,12 +1,20 @@
 //! What the commands of the control socket do to the device.
 
+use crate::limiter::Limiter;
 use crate::log_limit::{self, how_to_have_more};
-use control::messages::{ResizeRequest, RollbackRequest, UpgradeMode, UpgradeRequest, WhenBusy};
-use control::{OperationError, Operations};
+use control::messages::{
+    CanaryRequest, LimitRequest, ResizeRequest, RollbackRequest, UpgradeMode, UpgradeRequest,
+    WhenBusy,
+};
+use control::{Code, OperationError, Operations};
+use domain_abi::Params;
 use log::Level;
-use proxy::{ClaimState, DomainProxy, Mode, Options, Refusal, Status};
+use proxy::{
+    CanaryReport, CanaryState, ClaimState, DomainProxy, Mode, Options, Refusal, Report, Status,
+    Trial,
+};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,14 +24,20 @@ use virtio_blk::features;
 /// The device as operators see it.
 pub struct Device {
     proxy: Arc<DomainProxy>,
+    limiter: Arc<Limiter>,
     connected: AtomicBool,
     stop: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Device {
-    /// A device on `proxy`; `stop` makes the daemon end, soon, and returns at once.
-    pub fn new(proxy: Arc<DomainProxy>, stop: impl Fn() + Send + Sync + 'static) -> Self {
-        Self { proxy, connected: AtomicBool::new(false), stop: Box::new(stop) }
+    /// A device on `proxy` under the limits of `limiter`; `stop` makes the daemon end, soon, and
+    /// returns at once.
+    pub fn new(
+        proxy: Arc<DomainProxy>,
+        limiter: Arc<Limiter>,
+        stop: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        Self { proxy, limiter, connected: AtomicBool::new(false), stop: Box::new(stop) }
     }
 
     /// Whether a frontend is connected: set by the session.
@@ -39,6 +53,43 @@ fn options(
     when_busy: WhenBusy,
 ) -> Options {
     Options { mode, drain_timeout, starved_timeout, when_busy: busy(when_busy) }
+}
+
+/// What is to be loaded, with what parameters, and how.
+fn change(request: UpgradeRequest) -> (String, Params, Options) {
+    let mode = match request.mode {
+        UpgradeMode::Auto => Mode::Auto,
+        UpgradeMode::Swap => Mode::Swap,
+        UpgradeMode::Handover => Mode::Handover,
+    };
+    let UpgradeRequest { drain_timeout, starved_timeout, when_busy, .. } = request;
+    let options = options(mode, drain_timeout, starved_timeout, when_busy);
+    (request.name, request.params, options)
+}
+
+const fn trial(canary: CanaryRequest) -> Trial {
+    let CanaryRequest { time, max_errors, max_latency_ratio } = canary;
+    Trial { time, max_errors, max_latency_ratio }
+}
+
+/// What came of a trial: a refusal, unless it was kept.
+fn tried(report: &Report, canary: &CanaryReport) -> Result<Value, OperationError> {
+    let mut reply = to_json(report);
+    reply["canary"] = to_json(canary);
+    let code = match canary.state {
+        CanaryState::TakenBack => proxy::Code::TakenBack,
+        CanaryState::Stuck => proxy::Code::NotTakenBack,
+        _ => return Ok(reply),
+    };
+    let why = canary.why.as_deref().unwrap_or("it did not stand its trial");
+    let message = match canary.state {
+        CanaryState::Stuck => format!("generation {} serves on: {why}", report.generation),
+        _ => format!(
+            "generation {} was taken back, `{}` {} serves again: {why}",
+            report.generation, report.from.name, report.from.version
+        ),
+    };
+    Err(OperationError { code: code.as_str(), message, data: Some(reply) })
 }
 
 const fn busy(when_busy: WhenBusy) -> proxy::WhenBusy {
@@ -71,28 +122,44 @@ struct StatusReply<'a> {
     connected: bool,
     /// Whose the disk's data is.
     claim: ClaimState,
+    /// What the guest may do in a second.
+    limits: Value,
+    /// The generation on trial, or the last one that was.
+    canary: Option<CanaryReport>,
 }
 
-fn status_reply(status: &Status, connected: bool, claim: ClaimState) -> Value {
+/// What is not in the device's own state.
+struct Beside {
+    connected: bool,
+    claim: ClaimState,
+    limits: Value,
+    canary: Option<CanaryReport>,
+}
+
+fn status_reply(status: &Status, beside: Beside) -> Value {
+    let Beside { connected, claim, limits, canary } = beside;
     let features = format!("{:#x}", features::offered(&status.domain.info));
-    to_json(&StatusReply { status, features, connected, claim })
+    to_json(&StatusReply { status, features, connected, claim, limits, canary })
 }
 
 impl Operations for Device {
     fn status(&self) -> Value {
         let connected = self.connected.load(Ordering::Relaxed);
-        status_reply(&self.proxy.status(), connected, self.proxy.claim_state())
+        let (claim, limits) = (self.proxy.claim_state(), self.limiter.report());
+        let canary = self.proxy.canary();
+        status_reply(&self.proxy.status(), Beside { connected, claim, limits, canary })
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
-        let mode = match request.mode {
-            UpgradeMode::Auto => Mode::Auto,
-            UpgradeMode::Swap => Mode::Swap,
-            UpgradeMode::Handover => Mode::Handover,
+        let trial = request.canary.map(trial);
+        let (name, params, options) = change(request);
+        let Some(trial) = trial else {
+            return answer(self.proxy.upgrade(&name, params, options));
         };
-        let options =
-            options(mode, request.drain_timeout, request.starved_timeout, request.when_busy);
-        answer(self.proxy.upgrade(&request.name, request.params, options))
+        match self.proxy.upgrade_on_trial(&name, params, options, trial) {
+            Ok((report, canary)) => tried(&report, &canary),
+            Err(refusal) => answer(Err::<(), _>(refusal)),
+        }
     }
 
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError> {
@@ -103,6 +170,22 @@ impl Operations for Device {
     fn resize(&self, request: ResizeRequest) -> Result<Value, OperationError> {
         let options = Options { when_busy: busy(request.when_busy), ..Options::default() };
         answer(self.proxy.resize(request.size, options))
+    }
+
+    fn check(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
+        let (name, params, options) = change(request);
+        answer(self.proxy.check(&name, params, options))
+    }
+
+    fn limit(&self, request: LimitRequest) -> Result<Value, OperationError> {
+        self.limiter.change(&request).map_err(|message| OperationError {
+            code: Code::BadLimit.as_str(),
+            message,
+            data: None,
+        })?;
+        // Those that wait for a token, and may not have to any more.
+        self.proxy.wake_workers();
+        Ok(json!({"limits": self.limiter.report()}))
     }
 
     fn history(&self) -> Value {
@@ -137,7 +220,7 @@ impl Operations for Device {
 mod tests {
     use super::*;
     use crate::testing::{Puppets, Silent};
-    use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
+    use domain_abi::{Capabilities, DeviceInfo, Swap};
     use proxy::{Counts, DomainRecord, State};
     use std::sync::atomic::AtomicU64;
 
@@ -178,12 +261,16 @@ mod tests {
             storage_failure: None,
             counters: std::collections::BTreeMap::new(),
         };
-        let mut told = status_reply(&status, true, ClaimState::Claimed);
+        let (claim, limits) = (ClaimState::Claimed, json!({"iops": 7}));
+        let beside = Beside { connected: true, claim, limits, canary: None };
+        let mut told = status_reply(&status, beside);
         assert_eq!((&told["connected"], &told["claim"]), (&true.into(), &"claimed".into()));
         assert_eq!(told["features"], format!("{:#x}", features::offered(&status.domain.info)));
         let members = told.as_object_mut().unwrap();
         members.remove("connected");
         members.remove("claim");
+        assert_eq!(members.remove("canary"), Some(Value::Null));
+        assert_eq!(members.remove("limits"), Some(json!({"iops": 7})));
         members.remove("features");
         assert_eq!(told, serde_json::to_value(&status).unwrap());
     }
@@ -193,7 +280,7 @@ mod tests {
         let stops = Arc::<AtomicU64>::default();
         let count = Arc::clone(&stops);
         let stop = move || _ = count.fetch_add(1, Ordering::Relaxed);
-        (Device::new(Arc::clone(&puppets.proxy), stop), stops)
+        (Device::new(Arc::clone(&puppets.proxy), Arc::default(), stop), stops)
     }
 
     fn upgrade(puppets: &Puppets, name: &str, script: &[&str]) -> UpgradeRequest {
@@ -204,6 +291,7 @@ mod tests {
             drain_timeout: Duration::from_millis(20),
             starved_timeout: Duration::ZERO,
             when_busy: WhenBusy::Queue,
+            canary: None,
         }
     }
 

@@ -15,6 +15,7 @@ pub mod cpus;
 pub mod device;
 mod group;
 pub mod inflight;
+pub mod limiter;
 pub mod log_limit;
 pub mod logging;
 mod phase;

@@ -21,6 +21,7 @@ use vhost_hotswap::args::{Args, Config, Invocation, Listen};
 use vhost_hotswap::cpus;
 use vhost_hotswap::device::Device;
 use vhost_hotswap::inflight::SharedInflight;
+use vhost_hotswap::limiter::Limiter;
 use vhost_hotswap::log_limit::{self, how_to_have_more};
 use vhost_hotswap::logging;
 use vhost_hotswap::raw_fd::{ListenVariables, passed};
@@ -137,9 +138,10 @@ fn run(config: Config) -> Result<Vec<String>, String> {
             sessions.stop();
         }
     });
+    let limiter = Arc::new(Limiter::new(config.limits));
     let device = {
-        let shutdown = Arc::clone(&shutdown);
-        Arc::new(Device::new(Arc::clone(&proxy), move || shutdown.begin("shutdown")))
+        let (proxy, shutdown) = (Arc::clone(&proxy), Arc::clone(&shutdown));
+        Arc::new(Device::new(proxy, Arc::clone(&limiter), move || shutdown.begin("shutdown")))
     };
     let control = Server::start(&config.control_path, Arc::clone(&device))
         .map_err(|error| error.to_string())?;
@@ -164,6 +166,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         poll: config.poll,
         worker_cpus: config.worker_cpus,
         inflight: SharedInflight::default(),
+        limiter,
     };
     while wait_for_frontend(socket.listener(), shutdown.wanted())? {
         let connected = device.connected();

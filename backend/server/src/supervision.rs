@@ -63,6 +63,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             poll_us,
             worker_cpus: config.worker_cpus,
             domain_dirs: config.domain_dirs,
+            limits: config.limits,
         },
         domain: config.domain,
         params: config

@@ -229,6 +229,13 @@ impl Puppets {
     }
 }
 
+/// Copies all of guest memory.
+pub(crate) fn copy(from: &GuestMemory, to: &GuestMemory) {
+    let mut bytes = vec![0; END as usize];
+    from.read_slice(&mut bytes, GuestAddress(0)).expect("guest memory");
+    to.write_slice(&bytes, GuestAddress(0)).expect("guest memory");
+}
+
 /// Waits until `done`.
 #[track_caller]
 pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {

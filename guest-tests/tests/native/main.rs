@@ -6,6 +6,8 @@
 //! or counts something of its own process is a program of its own, whose file stands beside this
 //! directory and begins with `native_`: `scripts/test` runs those, too.
 
+mod canary;
+mod check;
 mod dirty_log;
 mod durability;
 mod ending;
@@ -14,6 +16,7 @@ mod failures;
 mod host;
 mod inflight_migration;
 mod leaks;
+mod limits;
 mod locking;
 mod log;
 mod nbd;

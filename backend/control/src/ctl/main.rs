@@ -21,12 +21,13 @@ use std::time::Duration;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use control::Code;
 use control::client::{Client, Failure};
 use control::messages::{
-    DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, NoParams, Part, ResizeParams, RollbackParams,
-    UpgradeDaemonParams, UpgradeMode, UpgradeParams, WhenBusy,
+    CanaryParams, DEFAULT_DRAIN_TIMEOUT, DEFAULT_STARVED_TIMEOUT, LimitParams, MAX_CANARY,
+    NoParams, Part, ResizeParams, RollbackParams, UpgradeDaemonParams, UpgradeMode, UpgradeParams,
+    WhenBusy,
 };
+use control::{Code, LimitArgs};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -56,19 +57,22 @@ pub struct Cli {
 enum Command {
     /// Show the state of the device
     Status,
+    /// Say whether a module would be accepted by an upgrade, and change nothing
+    Check {
+        #[command(flatten)]
+        module: Module,
+        /// Be refused, and do not wait, if an upgrade is running
+        #[arg(long)]
+        no_queue: bool,
+    },
     /// Replace the domain under the running guest
     Upgrade {
-        /// The new domain: a name that the daemon looks up, or a path (with a `/`)
-        #[arg(value_name = "NAME|PATH")]
-        name: String,
-        /// A parameter of the new domain; can be repeated
-        #[arg(long = "param", value_name = "KEY=VALUE")]
-        params: Vec<String>,
-        /// Which protocol to use
-        #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "swap", "handover"]).try_map(|word| mode(&word)))]
-        mode: UpgradeMode,
+        #[command(flatten)]
+        module: Module,
         #[command(flatten)]
         limits: UpgradeLimits,
+        #[command(flatten)]
+        canary: CanaryArgs,
     },
     /// Go back to the previous domain
     Rollback {
@@ -93,12 +97,68 @@ enum Command {
         #[arg(long)]
         no_queue: bool,
     },
+    /// Limit what the guest may do in a second; show the limits, if nothing is said
+    Limit {
+        #[command(flatten)]
+        limits: LimitArgs,
+        /// Forget all limits, but for those that are given
+        #[arg(long)]
+        off: bool,
+    },
     /// Show what has happened
     History,
     /// Show what happens, until interrupted
     Watch,
     /// End the daemon
     Shutdown,
+}
+
+/// What is to be loaded, and how.
+#[derive(Debug, clap::Args)]
+struct Module {
+    /// The new domain: a name that the daemon looks up, or a path (with a `/`)
+    #[arg(value_name = "NAME|PATH")]
+    name: String,
+    /// A parameter of the new domain; can be repeated
+    #[arg(long = "param", value_name = "KEY=VALUE")]
+    params: Vec<String>,
+    /// Which protocol to use
+    #[arg(long, default_value = "auto", value_parser = PossibleValuesParser::new(["auto", "swap", "handover"]).try_map(|word| mode(&word)))]
+    mode: UpgradeMode,
+}
+
+impl Module {
+    fn params(&self) -> Result<UpgradeParams, String> {
+        let (name, params) = (absolute(&self.name)?, pairs_to_map(&self.params)?);
+        Ok(UpgradeParams { name, params, mode: self.mode, ..UpgradeParams::default() })
+    }
+}
+
+/// How the new domain is tried.
+#[derive(Debug, clap::Args)]
+struct CanaryArgs {
+    /// Watch the new domain for so long, and take it back if it fails requests or is too slow
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=MAX_CANARY.as_secs()))]
+    canary: Option<u64>,
+    /// How many requests may end with I/O errors that the domain before would not have made
+    /// [default: 0]
+    #[arg(long, value_name = "N", requires = "canary")]
+    max_errors: Option<u64>,
+    /// How many times that of the domain before its 99th percentile of latency may be [default: 2]
+    #[arg(long, value_name = "R", requires = "canary")]
+    max_latency_ratio: Option<f64>,
+}
+
+impl CanaryArgs {
+    fn params(&self) -> Option<CanaryParams> {
+        let Self { canary, max_errors, max_latency_ratio } = *self;
+        canary.map(|seconds| CanaryParams { seconds, max_errors, max_latency_ratio })
+    }
+
+    /// How much longer the answer takes: before it as long as after it, and then a way back.
+    fn answer_timeout(&self) -> Duration {
+        self.canary.map_or(Duration::ZERO, |seconds| 2 * Duration::from_secs(seconds))
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -206,17 +266,29 @@ impl Request {
                 let params = ResizeParams { device: None, size: *size, when_busy };
                 Request::new("resize", &params, UPGRADE_TIMEOUT)
             }
-            Command::Upgrade { name, params: pairs, mode, limits } => {
+            Command::Check { module, no_queue } => {
+                let when_busy = no_queue.then_some(WhenBusy::Refuse);
+                let params = UpgradeParams { when_busy, ..module.params()? };
+                Request::new("check", &params, UPGRADE_TIMEOUT)
+            }
+            Command::Limit { limits, off } => {
+                let LimitArgs { iops, iops_burst, bandwidth, bandwidth_burst } = *limits;
+                let (device, off) = (None, *off);
+                let params =
+                    LimitParams { device, off, iops, iops_burst, bandwidth, bandwidth_burst };
+                Request::new("limit", &params, ANSWER_TIMEOUT)
+            }
+            Command::Upgrade { module, limits, canary } => {
                 let params = UpgradeParams {
-                    device: None,
-                    name: absolute(name)?,
-                    params: pairs_to_map(pairs)?,
-                    mode: *mode,
                     drain_timeout_ms: limits.drain_timeout_ms,
                     starved_timeout_ms: limits.starved_timeout_ms,
                     when_busy: limits.when_busy(),
+                    canary: canary.params(),
+                    ..module.params()?
                 };
-                Request::new("upgrade", &params, limits.answer_timeout())
+                canary.params().map(CanaryParams::check).transpose()?;
+                let timeout = limits.answer_timeout() + canary.answer_timeout();
+                Request::new("upgrade", &params, timeout)
             }
         })
     }
@@ -284,6 +356,8 @@ fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
         Command::Upgrade { .. } | Command::Rollback { .. } => print::upgrade(&result),
         Command::UpgradeDaemon { .. } => print::upgrade_daemon(&result),
         Command::Resize { .. } => print::resize(&result),
+        Command::Check { .. } => print::check(&result),
+        Command::Limit { .. } => print::limit(&result),
         Command::History => print::history(&result),
         Command::Watch | Command::Shutdown => "the daemon is shutting down".to_owned(),
     };

@@ -35,7 +35,11 @@ const QUEUE_FIRST: [&str; 6] =
 
 /// An upgrade's or a rollback's reply: what happened, and below it how long each phase took.
 pub fn upgrade(reply: &Value) -> String {
-    with_times(sentence(reply), &reply["phases_us"], &PHASES)
+    let mut text = with_times(sentence(reply), &reply["phases_us"], &PHASES);
+    if let Some(canary) = reply.get("canary") {
+        let _ = write!(text, "\n  canary: {}", shown(canary));
+    }
+    text
 }
 
 /// The reply to `upgrade-daemon`: what was replaced by what, and below it how long it took.
@@ -84,6 +88,32 @@ fn sentence(reply: &Value) -> String {
         text += &format!(", pause {} us", number(pause));
     }
     text
+}
+
+/// The reply to `check`: what would happen, and below it how long it took to know.
+pub fn check(reply: &Value) -> String {
+    let mut text = "would be accepted".to_owned();
+    if let (Some(from), Some(to)) = (reply.get("from"), reply.get("to")) {
+        let _ = write!(text, ": {} -> {}", domain(from), domain(to));
+    }
+    if let Some(mode) = reply.get("mode") {
+        text += &format!(" by {}", shown(mode));
+    }
+    if reply.get("can_roll_back") == Some(&Value::Bool(false)) {
+        text += "; a rollback would not be possible";
+    }
+    if let Some(left) = reply.get("left") {
+        let _ = write!(text, "\n  not ended: {}", shown(left));
+    }
+    with_times(text, &reply["phases_us"], &["verify", "load", "prepare", "retire"])
+}
+
+/// The reply to `limit`: what holds now.
+pub fn limit(reply: &Value) -> String {
+    match &reply["limits"] {
+        Value::Null => "no limits".to_owned(),
+        limits => shown(limits),
+    }
 }
 
 /// The reply to `resize`: how large the disk is now, and was.
@@ -317,6 +347,23 @@ mod tests {
     }
 
     #[test]
+    fn a_check_says_what_would_happen() {
+        let reply = json!({
+            "accepted": true, "mode": "swap", "can_roll_back": true,
+            "from": {"name": "a", "version": "1"}, "to": {"name": "a", "version": "2"},
+            "phases_us": {"verify": 1, "load": 2, "prepare": 3, "drain": 0, "retire": 4},
+        });
+        let text = "would be accepted: a 1 -> a 2 by swap\n  in us: verify 1, load 2, prepare 3, \
+                    retire 4";
+        assert_eq!(check(&reply), text);
+        let reply = json!({"can_roll_back": false, "left": "a thread"});
+        let text = "would be accepted; a rollback would not be possible\n  not ended: a thread";
+        assert_eq!(check(&reply), text);
+        assert_eq!(limit(&json!({"limits": null})), "no limits");
+        assert_eq!(limit(&json!({"limits": {"iops": 7, "bandwidth": null}})), "bandwidth=- iops=7");
+    }
+
+    #[test]
     fn an_entry_says_when_and_what_and_why() {
         let refused = json!({
             "sequence": 4, "event": "ended", "change": "upgrade", "outcome": "refused", "time_ms": 1_795_393_819_672_i64,
@@ -343,6 +390,8 @@ mod tests {
             upgrade(&value);
             upgrade_daemon(&value);
             resize(&value);
+            check(&value);
+            limit(&value);
             status(&value);
             history(&value);
             event(&value);

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::messages::{ResizeRequest, RollbackRequest, UpgradeRequest};
+use control::messages::{LimitRequest, ResizeRequest, RollbackRequest, UpgradeRequest};
 use control::{Limits, OperationError, Operations, Server};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -71,6 +71,21 @@ impl Operations for Mock {
                 "phases_us": {"drain": 3, "quiesce": 1, "activate": 2, "pause": 12},
             })),
         }
+    }
+
+    fn check(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
+        match request.name.as_str() {
+            "refused" => Err(OperationError {
+                code: "swap_not_possible",
+                message: "these cannot serve side by side".to_owned(),
+                data: None,
+            }),
+            name => Ok(json!({"accepted": true, "to": {"name": name, "version": "2.0.0"}})),
+        }
+    }
+
+    fn limit(&self, request: LimitRequest) -> Result<Value, OperationError> {
+        Ok(json!({"limits": {"iops": request.iops, "off": request.off}}))
     }
 
     fn rollback(&self, request: RollbackRequest) -> Result<Value, OperationError> {

@@ -36,6 +36,27 @@ fn a_size_is_sent_in_bytes() {
 }
 
 #[test]
+fn a_check_and_a_limit_are_asked_for_and_answered() {
+    let fixture = fixture();
+    for (args, status, said) in [
+        (&["check", "next"][..], 0, "would be accepted\n"),
+        (&["limit"], 0, "iops=- off=no\n"),
+        (&["limit", "--iops", "7", "--off"], 0, "iops=7 off=yes\n"),
+        (&["check", "refused"], 1, ""),
+        (&["check"], 2, ""),
+        (&["check", "a", "--drain-timeout-ms", "1"], 2, ""),
+        (&["limit", "--iops", "1M"], 2, ""),
+        (&["limit", "--bandwidth", "much"], 2, ""),
+    ] {
+        let output = fixture.ctl(args);
+        let told = (output.status.code(), text(&output.stdout));
+        assert_eq!(told, (Some(status), said.to_owned()), "{args:?}: {output:?}");
+    }
+    let refused = text(&fixture.ctl(&["check", "refused", "--mode", "swap"]).stderr);
+    assert_eq!(refused, "error: these cannot serve side by side (swap_not_possible)\n");
+}
+
+#[test]
 fn hotswapctl_prints_for_people() {
     let fixture = fixture();
     for (args, expected) in [

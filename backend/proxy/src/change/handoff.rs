@@ -28,8 +28,11 @@ impl DomainProxy {
         stopped: Arc<dyn Fn() + Send + Sync>,
         resume: mpsc::Receiver<()>,
     ) -> Result<(), Refusal> {
+        // The next server could not judge a canary of this one.
+        self.canary.check_idle()?;
         let _operator = lock(&self.operator);
         self.check_stopping()?;
+        self.canary.check_idle()?;
         let mut others = self.lock_after_takeover(options)?;
         self.finish_earlier(&mut others, options)?;
         let live = self.live();

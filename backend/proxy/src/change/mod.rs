@@ -1,6 +1,7 @@
 //! What replaces the live domain, or changes it: upgrades, takeovers, a new size, and the end of
 //! the device.
 
+pub(crate) mod check;
 pub(crate) mod compatible;
 pub(crate) mod drain;
 pub(crate) mod fence;

@@ -28,12 +28,12 @@ use crate::record::report::{
     Change, Options, Outcome, Phases, Protocol, Refusal, Report, WhenBusy, timed,
 };
 use crate::signal::lock;
-use domain_abi::Params;
-use std::sync::{Arc, TryLockError};
+use domain_abi::{DeviceInfo, Params};
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 /// What a change has prepared before it has the lock of changes.
-pub(super) trait Prepared {
+pub(crate) trait Prepared {
     /// It is not wanted.
     fn give_up(self, proxy: &DomainProxy, limit: Duration);
 }
@@ -47,7 +47,7 @@ impl Prepared for (LoadedDomain, Phases) {
 }
 
 /// Nothing is to be prepared: the standby, or the live domain, is there already.
-pub(super) struct Nothing;
+pub(crate) struct Nothing;
 
 impl Prepared for Nothing {
     fn give_up(self, _: &DomainProxy, _: Duration) {}
@@ -67,6 +67,7 @@ impl DomainProxy {
         let mut phases = Phases::default();
         // Without the lock: a takeover must not wait for a domain that takes its time to prepare.
         let prepare = || {
+            self.canary.check_idle()?;
             let live = self.record();
             let is_wanted = || self.check_stopping();
             let next = self.preparer.prepare(name, params, Some(&live), is_wanted, &mut phases)?;
@@ -84,31 +85,39 @@ impl DomainProxy {
     pub fn rollback(self: &Arc<Self>, options: Options) -> Result<Report, Refusal> {
         let prepare = || Ok(Nothing);
         self.recorded(Change::Rollback, "standby", options, prepare, |others, Nothing| {
-            let Some(standby) = others.standby.take() else {
-                return Err(Refusal::new(
-                    Code::NoStandby,
-                    "there is no standby to roll back to: none was upgraded away from yet, or it was used up; upgrade to the module that you want",
-                ));
-            };
-            let kept = Arc::clone(&standby);
-            let result = self.replace(others, standby, options, Phases::default());
-            if result.is_err() {
-                if kept.is_dead() {
-                    // It was replaced before, and has no requests.
-                    let _ = self.retire(kept, options.limit(), &mut Phases::default());
-                } else {
-                    others.standby = Some(kept);
-                }
-            }
-            result
+            self.bring_standby_back(others, options)
         })
+    }
+
+    pub(crate) fn bring_standby_back(
+        self: &Arc<Self>,
+        others: &mut Others,
+        options: Options,
+    ) -> Result<Report, Refusal> {
+        let Some(standby) = others.standby.take() else {
+            return Err(Refusal::new(
+                Code::NoStandby,
+                "there is no standby to roll back to: none was upgraded away from yet, or it was used up; upgrade to the module that you want",
+            ));
+        };
+        let kept = Arc::clone(&standby);
+        let result = self.replace(others, standby, options, Phases::default());
+        if result.is_err() {
+            if kept.is_dead() {
+                // It was replaced before, and has no requests.
+                let _ = self.retire(kept, options.limit(), &mut Phases::default());
+            } else {
+                others.standby = Some(kept);
+            }
+        }
+        result
     }
 
     /// One at a time; puts what happens into state, history and log. `prepare` runs without the
     /// lock of changes, `change_over` with it; it is held until the history has the entry, so that
     /// no takeover of the new live domain is told of first. If a takeover comes first,
     /// `change_over` is tried again after it.
-    pub(super) fn recorded<T: Prepared, R: Clone + Into<Outcome>>(
+    pub(crate) fn recorded<T: Prepared, R: Clone + Into<Outcome>>(
         self: &Arc<Self>,
         change: Change,
         target: &str,
@@ -116,25 +125,9 @@ impl DomainProxy {
         prepare: impl FnOnce() -> Result<T, Refusal>,
         mut change_over: impl FnMut(&mut Others, &T) -> Result<R, Refusal>,
     ) -> Result<R, Refusal> {
-        let _operator = match (options.when_busy, self.operator.try_lock()) {
-            (_, Ok(operator)) => operator,
-            (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
-            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
-            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => {
-                return Err(Refusal::new(
-                    Code::Busy,
-                    "another upgrade is under way; try again when it has ended",
-                ));
-            }
-        };
+        let _operator = self.operate(options)?;
         self.started(change, target);
-        let prepared = self
-            .check_stopping()
-            .and_then(|()| self.finish_earlier(&mut *self.lock_after_takeover(options)?, options))
-            // It is asked once more before the change.
-            .or_else(|refusal| if refusal.code == Code::Preempted { Ok(()) } else { Err(refusal) })
-            .and_then(|()| prepare());
-        let (others, result) = match prepared {
+        let (others, result) = match self.prepare_after_earlier(options, prepare) {
             Ok(prepared) => {
                 let (others, result) =
                     self.try_until_alive(options, |others| change_over(others, &prepared));
@@ -149,10 +142,36 @@ impl DomainProxy {
         result
     }
 
+    /// Takes the lock of operators.
+    pub(super) fn operate(&self, options: Options) -> Result<MutexGuard<'_, ()>, Refusal> {
+        match (options.when_busy, self.operator.try_lock()) {
+            (_, Ok(operator)) => Ok(operator),
+            (_, Err(TryLockError::Poisoned(poisoned))) => Ok(poisoned.into_inner()),
+            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => Ok(lock(&self.operator)),
+            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => Err(Refusal::new(
+                Code::Busy,
+                "another upgrade is under way; try again when it has ended",
+            )),
+        }
+    }
+
+    /// Prepares a change, when what an earlier one could not finish is.
+    pub(super) fn prepare_after_earlier<T>(
+        self: &Arc<Self>,
+        options: Options,
+        prepare: impl FnOnce() -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        self.check_stopping()
+            .and_then(|()| self.finish_earlier(&mut *self.lock_after_takeover(options)?, options))
+            // It is asked once more before the change.
+            .or_else(|refusal| if refusal.code == Code::Preempted { Ok(()) } else { Err(refusal) })
+            .and_then(|()| prepare())
+    }
+
     /// Makes a change, after each takeover that comes first: the checks are made anew then, because
     /// another domain serves, or none. Comes back with the lock, unless a takeover has it for too
     /// long.
-    fn try_until_alive<R>(
+    pub(super) fn try_until_alive<R>(
         self: &Arc<Self>,
         options: Options,
         mut attempt: impl FnMut(&mut Others) -> Result<R, Refusal>,
@@ -192,9 +211,28 @@ impl DomainProxy {
         })
     }
 
+    /// The live domain. If it has died and that is not known yet, the takeover comes first.
+    pub(crate) fn live_noticed(self: &Arc<Self>) -> Option<LoadedDomain> {
+        self.notice_death();
+        self.live()
+    }
+
+    /// All that is decided of a successor before the gate.
+    pub(crate) fn accept(
+        &self,
+        told: &DeviceInfo,
+        live: Option<&LoadedDomain>,
+        next: &LoadedDomain,
+        options: Options,
+    ) -> Result<Protocol, Refusal> {
+        self.check_stopping()?;
+        self.check_compatible(told, next)?;
+        decide(options.mode, live, next)
+    }
+
     /// Brings `next` into service in place of the live domain. If it is refused, what becomes of it
     /// is the caller's.
-    fn replace(
+    pub(crate) fn replace(
         self: &Arc<Self>,
         others: &mut Others,
         next: LoadedDomain,
@@ -202,13 +240,8 @@ impl DomainProxy {
         mut phases: Phases,
     ) -> Result<Report, Refusal> {
         let from = self.record();
-        // If it has died and that is not known yet, the takeover comes first.
-        self.notice_death();
-        let live = self.live();
-        let decided = self
-            .check_stopping()
-            .and_then(|()| self.check_compatible(&from.info, &next))
-            .and_then(|()| decide(options.mode, live.as_ref(), &next));
+        let live = self.live_noticed();
+        let decided = self.accept(&from.info, live.as_ref(), &next, options);
         let changed = match (decided, &live) {
             (Ok(_), None) => self
                 .recover(&next, self.next_generation(), &mut phases)

@@ -8,6 +8,7 @@
 //! Invariants: a slot is taken by one generation or by none; what it says about a request stays
 //! when the generation that had it has died.
 
+use crate::canary::errors::ErrorLog;
 use crate::change::fence::Fence;
 use crate::datapath::progress::Ended;
 use crate::datapath::queue::{QueueLine, add};
@@ -99,6 +100,7 @@ impl InflightTable {
         completed: &[RawCompletion],
         tags: TagScheme,
         line: &QueueLine,
+        log: &ErrorLog,
         ended: &mut impl FnMut(Ended),
     ) -> usize {
         let (mut count, mut errors) = (0, 0);
@@ -112,7 +114,10 @@ impl InflightTable {
                 continue;
             };
             count += 1;
-            errors += u64::from(completion.status != abi::status::OK);
+            if completion.status != abi::status::OK {
+                errors += 1;
+                log.note(tags.generation, &self.0[slot].request, completion.status);
+            }
             ended(Ended { slot, status: status(completion), written: completion.written });
         }
         add(&line.requests, count as u64);

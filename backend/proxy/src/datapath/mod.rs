@@ -4,6 +4,7 @@ mod attach;
 mod attachment;
 pub(crate) mod cpu_time;
 pub(crate) mod inflight;
+mod measured;
 pub(crate) mod progress;
 pub(crate) mod queue;
 mod replay;

@@ -89,6 +89,7 @@ impl Worker {
         if accepted == 0 && owing == 0 && self.is_served() {
             // Against the contract; nothing would ever bring us back here.
             log::error!("queue {}: the domain takes no request although it has none", self.queue);
+            self.note_failed(&replay[0]);
             ended(Ended { slot: given.remove(0).slot, status: Status::IoError, written: 0 });
             add(&self.line.requests, 1);
             add(&self.line.errors, 1);

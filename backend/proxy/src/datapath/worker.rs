@@ -303,7 +303,8 @@ impl Worker {
         self.enter(&taken[told..], fresh);
         if let Some(attached) = self.current.as_mut() {
             let completed = &self.completions.completed()[told..];
-            let ended = self.inflight.complete(completed, attached.tags, &self.line, &mut ended);
+            let (line, log) = (&self.line, &self.proxy.canary.errors);
+            let ended = self.inflight.complete(completed, attached.tags, line, log, &mut ended);
             attached.in_flight -= ended;
             self.owing -= ended;
         }
@@ -375,7 +376,7 @@ impl Worker {
 
     /// Collects what has ended since; calls `ended` for each.
     pub fn reap(&mut self, mut ended: impl FnMut(Ended)) {
-        let line = &*self.line;
+        let (line, log) = (&*self.line, &self.proxy.canary.errors);
         let mut died = false;
         for attached in self
             .current
@@ -385,7 +386,7 @@ impl Worker {
         {
             let result = attached.attachment.handle.reap(&mut self.completions);
             let completed = self.completions.completed();
-            let ended = self.inflight.complete(completed, attached.tags, line, &mut ended);
+            let ended = self.inflight.complete(completed, attached.tags, line, log, &mut ended);
             attached.in_flight -= ended;
             self.owing -= ended;
             if let Err(error) = result {

@@ -31,6 +31,11 @@ impl DomainProxy {
         self.keeping.tell();
     }
 
+    /// Has each worker look at its queue.
+    pub fn wake_workers(&self) {
+        self.queues.notify_all();
+    }
+
     /// Where all workers are on their way.
     #[must_use]
     pub fn footprints(&self) -> Vec<Footprint> {

@@ -1,7 +1,7 @@
 //! What the device says of itself.
 
-use super::DomainProxy;
-use crate::record::report::{DomainRecord, Entry, Event};
+use super::{DomainProxy, Live};
+use crate::record::report::{Change, DomainRecord, Entry, Event};
 use crate::record::status::Status;
 use crate::signal::lock;
 use std::sync::Arc;
@@ -47,6 +47,29 @@ impl DomainProxy {
             storage_failure: self.storage.failure(),
             counters: self.storage.counters(),
         }
+    }
+
+    /// How the live domain has been replaced since `generation` was that, in words; `None`: it has
+    /// not, or the change is under way.
+    pub(crate) fn replaced_by(&self, generation: u64) -> Option<String> {
+        let view = lock(&self.view);
+        if let Live::Faulted(why) = &view.live {
+            return Some(format!("it has died: {why}"));
+        }
+        if view.generation == generation || view.changing > 0 {
+            return None;
+        }
+        let last = view.history.entries().last().map(|entry| entry.change);
+        Some(match last {
+            Some(Change::Takeover) => "it has died, and its standby took over".to_owned(),
+            Some(Change::Rollback) => "it was rolled back by a command".to_owned(),
+            _ => format!("generation {} serves", view.generation),
+        })
+    }
+
+    /// Tells what happened to clients that watch.
+    pub(crate) fn happened(&self, event: Event) {
+        self.events.push(event);
     }
 
     /// What has been asked for and how it ended, oldest first; the last 1024.

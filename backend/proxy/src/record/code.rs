@@ -35,6 +35,14 @@ codes! {
     Stopping = "stopping",
     /// There is no standby to go back to, or to take over.
     NoStandby = "no_standby",
+    /// A new generation is on trial.
+    CanaryRuns = "canary_runs",
+    /// A new generation could not be taken back.
+    NoWayBack = "no_way_back",
+    /// A new generation did not stand its trial.
+    TakenBack = "taken_back",
+    /// A new generation did not stand its trial, and serves on.
+    NotTakenBack = "not_taken_back",
     /// A takeover comes first, and has not ended in time.
     Preempted = "preempted",
     /// The instance that was replaced last still has requests.

@@ -1,5 +1,6 @@
 //! What is said about the device and its changes.
 
+pub(crate) mod canary;
 pub(crate) mod code;
 pub(crate) mod events;
 pub(crate) mod history;

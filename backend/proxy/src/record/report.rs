@@ -1,6 +1,7 @@
 //! What an upgrade says about itself: phases, result, history, events.
 
 use crate::datapath::queue::QueueStatus;
+use crate::record::canary::CanaryReport;
 use crate::record::code::Code;
 use crate::record::serialize;
 use domain_abi::DeviceInfo;
@@ -165,6 +166,23 @@ pub struct Report {
     pub phases: Phases,
 }
 
+/// What a check says of a module that would be accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// How it would come.
+    pub protocol: Protocol,
+    /// Whether what serves now could go on with what the module has made of the storage.
+    pub can_roll_back: bool,
+    /// What serves now.
+    pub from: Arc<DomainRecord>,
+    /// What would serve.
+    pub to: Arc<DomainRecord>,
+    /// What could not be ended of it, and why.
+    pub left: Option<String>,
+    /// How long it took.
+    pub phases: Phases,
+}
+
 /// A committed change of the capacity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Resized {
@@ -316,4 +334,6 @@ pub enum Event {
     },
     /// A frontend came or went.
     Connected(bool),
+    /// A canary serves, or there is a verdict.
+    Canary(Box<CanaryReport>),
 }

@@ -5,9 +5,10 @@
 //! reports, an event named by what happened.
 
 use crate::datapath::queue::QueueStatus;
+use crate::record::canary::CanaryReport;
 use crate::record::history::Counts;
 use crate::record::report::{
-    DomainRecord, Entry, Event, Outcome, Phases, Refusal, Report, Starved,
+    Checked, DomainRecord, Entry, Event, Outcome, Phases, Refusal, Report, Starved,
 };
 use crate::record::status::{State, Status};
 use serde::{Serialize, Serializer};
@@ -92,6 +93,32 @@ impl Serialize for Report {
     }
 }
 
+impl Serialize for Checked {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shape<'a> {
+            accepted: bool,
+            mode: &'static str,
+            can_roll_back: bool,
+            from: Brief<'a>,
+            to: Brief<'a>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            left: &'a Option<String>,
+            phases_us: &'a Phases,
+        }
+        Shape {
+            accepted: true,
+            mode: self.protocol.name(),
+            can_roll_back: self.can_roll_back,
+            from: Brief::of(&self.from),
+            to: Brief::of(&self.to),
+            left: &self.left,
+            phases_us: &self.phases,
+        }
+        .serialize(to)
+    }
+}
+
 /// The part of a refusal beside its code and sentence: for programs.
 #[derive(Debug, Serialize)]
 pub struct Blame<'a> {
@@ -151,6 +178,7 @@ impl Serialize for Event {
             Faulted { generation: u64, reason: &'a str },
             Connected,
             Disconnected,
+            Canary(&'a CanaryReport),
         }
         match self {
             Event::Started { change, target } => Shape::Started { change: change.name(), target },
@@ -160,6 +188,7 @@ impl Serialize for Event {
             }
             Event::Connected(true) => Shape::Connected,
             Event::Connected(false) => Shape::Disconnected,
+            Event::Canary(report) => Shape::Canary(report),
         }
         .serialize(to)
     }

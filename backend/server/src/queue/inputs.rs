@@ -1,6 +1,7 @@
 //! What a worker is given for each batch.
 
 use crate::inflight::SharedInflight;
+use crate::limiter::Limiter;
 use std::sync::atomic::AtomicU64;
 use virtio_blk::Limits;
 use virtqueue::GuestMemory;
@@ -10,7 +11,7 @@ use vm_memory::GuestMemoryAtomic;
 pub(super) type Memory = GuestMemoryAtomic<GuestMemory>;
 
 /// What the session says to a worker between two batches.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct BatchInputs<'a> {
     /// Take nothing more.
     pub(crate) stop_popping: bool,
@@ -24,4 +25,6 @@ pub(crate) struct BatchInputs<'a> {
     pub(crate) memory: &'a Memory,
     /// Where what is in flight is marked.
     pub(crate) inflight: &'a SharedInflight,
+    /// What is let through in a second.
+    pub(crate) limiter: &'a Limiter,
 }

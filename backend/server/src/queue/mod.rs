@@ -2,9 +2,10 @@
 //!
 //! By file: `worker` (the loop), `inputs` (what it is given for each batch), `ring` (what is known
 //! of a ring while it is on), `tracking` (where what is in flight is marked), `replay` (what does
-//! not go the usual way), `publish` (answers to the guest, and a migration's log), `poller` (look
-//! again, or sleep?), `notices` (what the log is told of).
+//! not go the usual way), `admission` (a rate limit), `publish` (answers to the guest, and a
+//! migration's log), `poller` (look again, or sleep?), `notices` (what the log is told of).
 
+mod admission;
 mod inputs;
 mod notices;
 mod poller;

@@ -31,6 +31,10 @@ impl QueueWorker {
         } else {
             self.publish_otherwise(state);
         }
+        if self.probe.is_on() {
+            let slots = self.used.iter().map(|used| usize::from(used.head));
+            self.device.note_answered(&mut self.probe, slots);
+        }
     }
 
     #[inline(always)]

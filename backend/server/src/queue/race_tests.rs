@@ -232,6 +232,7 @@ fn serve_over_a_change(bench: &mut Bench, new: GuestMemory, driver: impl Fn(&mut
     let memory = guest.borrow().memory.clone();
     let new = Cell::new(Some(new));
     let (version, limits, inflight) = (&bench.memory_version, &bench.limits, &bench.inflight);
+    let limiter = &bench.limiter;
     bench.worker.serve(&bench.vring, || {
         let seen = version.load(Ordering::Acquire);
         if !is_done.replace(true) {
@@ -246,6 +247,7 @@ fn serve_over_a_change(bench: &mut Bench, new: GuestMemory, driver: impl Fn(&mut
             newest_version: version,
             memory: &memory,
             inflight,
+            limiter,
         }
     });
 }

@@ -3,7 +3,9 @@
 use super::{BatchInputs, QueueWorker};
 use crate::inflight::SharedInflight;
 use crate::phase::{Phase, PhaseCell};
-use crate::testing::{self, END, Guest, Kind, NEXT, NONE, PATIENCE, Puppets, SIZE, Silent, WRITE};
+use crate::testing::{
+    self, END, Guest, Kind, NEXT, NONE, PATIENCE, Puppets, SIZE, Silent, WRITE, copy,
+};
 use proxy::State;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -28,6 +30,7 @@ pub(super) struct Bench {
     pub(super) limits: Limits,
     pub(super) memory_version: AtomicU64,
     pub(super) inflight: SharedInflight,
+    pub(super) limiter: crate::limiter::Limiter,
 }
 
 impl Bench {
@@ -49,7 +52,8 @@ impl Bench {
         let worker = QueueWorker::new(device, 0, SIZE, poll, Arc::clone(&phase));
         let limits = Limits::new(&puppets.proxy.domain().info, features::FLUSH);
         let (memory_version, inflight) = (AtomicU64::new(1), SharedInflight::default());
-        Self { guest, puppets, vring, phase, worker, limits, memory_version, inflight }
+        let limiter = crate::limiter::Limiter::default();
+        Self { guest, puppets, vring, phase, worker, limits, memory_version, inflight, limiter }
     }
 
     /// Serves until the worker would sleep; `between` is called before each batch, and says whether
@@ -65,7 +69,7 @@ impl Bench {
         vring: &impl VringT<GuestMemoryAtomic<GuestMemory>>,
         between: impl Fn(&Guest) -> bool,
     ) {
-        let Self { guest, worker, limits, memory_version, inflight, .. } = self;
+        let Self { guest, worker, limits, memory_version, inflight, limiter, .. } = self;
         worker.serve(vring, || BatchInputs {
             stop_popping: between(guest),
             limits,
@@ -73,6 +77,7 @@ impl Bench {
             newest_version: memory_version,
             memory: &guest.memory,
             inflight,
+            limiter,
         });
     }
 
@@ -436,7 +441,8 @@ fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
         bench.serve();
         let old = bench.guest.memory.memory().into_inner();
         let is_done = Cell::new(false);
-        let Bench { guest, worker, vring, limits, memory_version, inflight, .. } = &mut bench;
+        let Bench { guest, worker, vring, limits, memory_version, inflight, limiter, .. } =
+            &mut bench;
         worker.serve(vring, || {
             let seen = memory_version.load(Ordering::Acquire);
             if !is_done.replace(true) {
@@ -457,18 +463,11 @@ fn memory_that_is_replaced_just_before_a_request_holds_for_it() {
                 newest_version: memory_version,
                 memory: &guest.memory,
                 inflight,
+                limiter,
             }
         });
         assert_eq!((guest.status(1), guest.used_idx()), (OK, 1 + u16::from(has_served)));
     }
-}
-
-/// Copies all of guest memory.
-fn copy(from: &GuestMemory, to: &GuestMemory) {
-    use vm_memory::{Bytes, GuestAddress};
-    let mut bytes = vec![0; END as usize];
-    from.read_slice(&mut bytes, GuestAddress(0)).expect("guest memory");
-    to.write_slice(&bytes, GuestAddress(0)).expect("guest memory");
 }
 
 #[test]

@@ -26,10 +26,10 @@ use super::ring::{RingState, is_on};
 use super::tracking::{Tracking, mark};
 use crate::phase::{Phase, PhaseCell};
 use domain_abi::{RawRequest, Status};
-use proxy::{Ended, Gate, Worker, slot_of};
+use proxy::{Ended, Gate, Probe, Worker, slot_of};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_blk::DescriptorTable;
 use virtio_queue::{Error, Queue, QueueT};
@@ -93,6 +93,9 @@ pub(crate) struct QueueWorker {
     /// Generation of the instance that took less than it was offered; it is offered nothing more
     /// until something has ended.
     backpressured_by: Option<u64>,
+    /// The rate limit lets nothing through before then, as far as was seen in this turn.
+    pub(super) throttled: Option<Instant>,
+    pub(super) probe: Probe,
 }
 
 impl QueueWorker {
@@ -118,6 +121,8 @@ impl QueueWorker {
             marker: Marker::default(),
             has_unlogged: false,
             backpressured_by: None,
+            throttled: None,
+            probe: Probe::default(),
         }
     }
 
@@ -169,6 +174,7 @@ impl QueueWorker {
     ) {
         let mut promised = false;
         self.poller.begin();
+        self.throttled = None;
         loop {
             if self.device.gate() == Gate::Shut {
                 if self.device.owing() == 0 {
@@ -191,6 +197,7 @@ impl QueueWorker {
                 continue;
             }
             if std::mem::take(&mut promised)
+                && self.throttled.is_none()
                 && self.may_take(&inputs)
                 && self.serves(vring, &inputs)
             {
@@ -201,7 +208,8 @@ impl QueueWorker {
             // Where the domain takes nothing more, only its answers help.
             let answers = if self.is_backpressured() { 0 } else { self.ring.answers };
             let awaited = Awaited::after(answers, self.device.awaited());
-            if !inputs.stop_popping && self.ring.is_on && self.poller.idle(awaited) {
+            let may_poll = !inputs.stop_popping && self.ring.is_on && self.throttled.is_none();
+            if may_poll && self.poller.idle(awaited) {
                 self.spin_poll();
                 continue;
             }
@@ -249,7 +257,9 @@ impl QueueWorker {
 
     /// Turns notifications on; whether chains have come meanwhile.
     fn more_came(&mut self, vring: &impl VringT<Memory>, inputs: &BatchInputs<'_>) -> bool {
-        if !self.serves(vring, inputs) || self.is_backpressured() || self.room() == 0 {
+        // A rate limit's timer brings us back, and no kick is needed.
+        let waits = self.is_backpressured() || self.throttled.is_some();
+        if !self.serves(vring, inputs) || waits || self.room() == 0 {
             return false;
         }
         if self.tracking.replay.is_some() {
@@ -317,10 +327,15 @@ impl QueueWorker {
             Popped::Nothing => return collected,
             Popped::Later => return Progress::Again,
         }
+        let is_limited = inputs.limiter.is_on();
+        let offered = if is_limited { self.admit(inputs.limiter) } else { self.batch.len() };
+        if self.device.is_measured() {
+            self.device.note_taken(&mut self.probe, &self.batch[..offered]);
+        }
         let Self { device, requests, used, batch, .. } = self;
         let mut accepted = 0;
-        if !batch.is_empty() {
-            accepted = device.submit(batch, |ended| end(requests, used, ended));
+        if offered > 0 {
+            accepted = device.submit(&mut batch[..offered], |ended| end(requests, used, ended));
             if accepted == 0
                 && used.is_empty()
                 && device.owing_here() == 0
@@ -331,12 +346,16 @@ impl QueueWorker {
                 let slot = slot_of(batch[0].tag);
                 end(requests, used, Ended { slot, status: Status::IoError, written: 0 });
                 device.count_answered(1, 1);
+                device.note_failed(&batch[0]);
                 accepted = 1;
             }
         }
+        if is_limited && accepted < offered {
+            self.take_back(inputs.limiter, accepted, offered);
+        }
         let mut state = vring.get_mut();
         let unpopped = self.end_batch(accepted);
-        self.backpressured_by = (unpopped > 0).then(|| self.device.tags().generation());
+        self.backpressured_by = (accepted < offered).then(|| self.device.tags().generation());
         if unpopped > 0 {
             self.return_chains(&mut state, unpopped);
         }

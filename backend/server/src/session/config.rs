@@ -1,10 +1,12 @@
 //! What does not change from session to session.
 
 use crate::inflight::SharedInflight;
+use crate::limiter::Limiter;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The daemon's choices about queues.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SessionConfig {
     /// Number of queues.
     pub queues: u16,
@@ -16,4 +18,6 @@ pub struct SessionConfig {
     pub worker_cpus: Vec<usize>,
     /// Where what is in flight is marked.
     pub inflight: SharedInflight,
+    /// What is let through in a second.
+    pub limiter: Arc<Limiter>,
 }

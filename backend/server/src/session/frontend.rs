@@ -21,10 +21,11 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
-/// What wake-ups are called at the library, and what the look at the first ring is, both behind the
-/// queues.
+/// What wake-ups are called at the library, and the look at the first ring, and a queue's timer:
+/// all of them behind the queues.
 const WAKE: u16 = 1;
 const LOOK: u16 = 2;
+const ALARM: u16 = 3;
 
 /// The feature bit that turns a migration's log on: no feature of the device.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
@@ -88,6 +89,11 @@ impl Frontend {
     /// What the look at the first ring is called there.
     pub(super) fn look_id(&self) -> u64 {
         u64::from(self.session.context.config.queues + LOOK)
+    }
+
+    /// What a queue's timer is called there.
+    pub(super) fn alarm_id(&self) -> u64 {
+        u64::from(self.session.context.config.queues + ALARM)
     }
 
     /// Says what may be behind the error that the session has ended with.
@@ -334,6 +340,8 @@ impl VhostUserBackend for Backend {
         let (control, vring) = (self.0.control(thread_id), &vrings[0]);
         if u64::from(device_event) == self.0.look_id() {
             control.look(vring);
+        } else if u64::from(device_event) == self.0.alarm_id() {
+            control.alarm_seen();
         } else if device_event != 0 {
             control.woken();
         }

@@ -13,9 +13,9 @@
 //! By file: `serve` (a session from beginning to end), `handle` (its end, from any thread),
 //! `frontend` (what the frontend's messages do), `state` (what there is, and how it ends),
 //! `queue_control` (a queue's thread, and what waits for it), `drain` (tickets), `rings` (the
-//! library's rings, with what it does not tell); `context`, `offer`, `memory`, `connection`,
-//! `lookout`, `beginning` and `config` are what all queues share, part by part. How far a
-//! session is stands in `phase.rs`.
+//! library's rings, with what it does not tell), `alarm` (a queue's timer); `context`, `offer`,
+//! `memory`, `connection`, `lookout`, `beginning` and `config` are what all queues share, part by
+//! part. How far a session is stands in `phase.rs`.
 //!
 //! Invariants: no event handler returns an error for a request's sake (that would end its thread in
 //! silence); a ring that was stopped or reset has nothing in flight when the frontend gets its
@@ -23,6 +23,7 @@
 //! was disabled takes nothing more); when a session is over, nothing of it is
 //! left: no thread, no descriptor, no mapping.
 
+mod alarm;
 mod beginning;
 mod claim;
 mod config;

@@ -5,6 +5,7 @@
 //! worker comes into being at the thread's first event, and leaves at an event too; a guard in the
 //! thread's own storage notices when the thread ends.
 
+use super::alarm::Alarm;
 use super::context::Context;
 use super::drain::{Drain, Outcome, Ticket};
 use super::rings::Vring;
@@ -85,6 +86,7 @@ pub(super) struct QueueControl {
     /// Only the queue's thread looks inside; the lock is never contended.
     seat: Mutex<Seat>,
     wake: EventfdNotifier,
+    alarm: Alarm,
     drain: Drain,
     /// What is awaited is owed by instances that do not serve any more.
     is_owed_elsewhere: AtomicBool,
@@ -117,6 +119,7 @@ impl QueueControl {
             context,
             seat: Mutex::new(Seat::Vacant),
             wake: EventfdNotifier::new()?,
+            alarm: Alarm::new()?,
             drain: Drain::new(),
             is_owed_elsewhere: AtomicBool::new(false),
             is_abandoned: AtomicBool::new(false),
@@ -127,6 +130,16 @@ impl QueueControl {
     /// Readable when the queue's thread is to look.
     pub(super) fn wake_fd(&self) -> RawFd {
         self.wake.0.as_raw_fd()
+    }
+
+    /// Readable when the queue's thread is to look at its rate limit.
+    pub(super) fn alarm_fd(&self) -> RawFd {
+        self.alarm.fd()
+    }
+
+    /// The queue's thread has been woken by that.
+    pub(super) fn alarm_seen(&self) {
+        self.alarm.seen();
     }
 
     /// Has the queue's thread look.
@@ -239,7 +252,9 @@ impl QueueControl {
             newest_version: context.memory.newest(),
             memory: context.memory.map(),
             inflight: &context.config.inflight,
+            limiter: &context.config.limiter,
         });
+        worker.throttled().into_iter().for_each(|until| self.alarm.set(until));
         if worker.take_unlogged() {
             context.connection.end();
         }

@@ -59,6 +59,7 @@ pub fn serve_from(
     let threads = daemon.get_epoll_handlers();
     for (control, thread) in queues.iter().zip(&threads) {
         thread.register_listener(control.wake_fd(), EventSet::IN, frontend.wake_id())?;
+        thread.register_listener(control.alarm_fd(), EventSet::IN, frontend.alarm_id())?;
     }
     if let Some(first) = threads.first() {
         first.register_listener(context.lookout.fd(), EventSet::IN, frontend.look_id())?;

@@ -42,6 +42,7 @@ impl Bench {
             poll: Duration::ZERO,
             worker_cpus: Vec::new(),
             inflight: SharedInflight::default(),
+            limiter: std::sync::Arc::default(),
         };
         let proxy = &self.puppets.proxy;
         serve(proxy, &config, &self.listener, &self.handle, &self.is_connected)

@@ -25,7 +25,14 @@ use vm_memory::GuestMemoryAtomic;
 /// Of one queue.
 fn config(poll: Duration) -> SessionConfig {
     let (worker_cpus, inflight) = (Vec::new(), SharedInflight::default());
-    SessionConfig { queues: 1, queue_size: SIZE, poll, worker_cpus, inflight }
+    SessionConfig {
+        queues: 1,
+        queue_size: SIZE,
+        poll,
+        worker_cpus,
+        inflight,
+        limiter: Arc::default(),
+    }
 }
 
 fn soon() -> Instant {

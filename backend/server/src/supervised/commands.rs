@@ -54,7 +54,7 @@ impl Commands {
         begun: Begun,
         config: SessionConfig,
     ) -> Result<Self, String> {
-        let Begun { proxy, standby, believed, hears_aside } = begun;
+        let Begun { proxy, standby, believed, limits: _, hears_aside } = begun;
         let sessions = Arc::new(SessionHandle::default());
         let shutdown =
             Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
@@ -65,13 +65,18 @@ impl Commands {
                 sessions.stop();
             }
         });
-        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed, hears_aside));
+        let vault =
+            Arc::new(VaultSender::new(&channel, &proxy, believed, &config.limiter, hears_aside));
         proxy.keep_with(Box::new(AsKeeper(Arc::clone(&vault))), standby.clone());
         let device = {
             let channel = Arc::clone(&channel);
             let stop = move || say(&channel, &ToSupervisor::ShutdownWanted);
-            Arc::new(Device::new(Arc::clone(&proxy), stop))
+            Arc::new(Device::new(Arc::clone(&proxy), Arc::clone(&config.limiter), stop))
         };
+        config.limiter.on_change({
+            let proxy = Arc::downgrade(&proxy);
+            move |_| proxy.upgrade().into_iter().for_each(|proxy| proxy.keep_again())
+        });
         proxy.on_config_change({
             let channel = Arc::clone(&channel);
             move || say(&channel, &ToSupervisor::ConfigChanged)

@@ -23,11 +23,12 @@ mod vault;
 
 use crate::cpus;
 use crate::inflight::SharedInflight;
+use crate::limiter::Limiter;
 use crate::log_limit::how_to_have_more;
 use crate::raw_fd::inherited_channel;
 use crate::session::SessionConfig;
 use crate::{signals, startup};
-use channel::{Channel, Settings, Start, ToServer, ToSupervisor, VERSION, Vault};
+use channel::{Channel, RateLimits, Settings, Start, ToServer, ToSupervisor, VERSION, Vault};
 use commands::Commands;
 use loader::FileLoader;
 use proxy::{DomainProxy, KeptModule, Refusal, Restoring};
@@ -111,6 +112,7 @@ struct Begun {
     proxy: Arc<DomainProxy>,
     standby: Option<KeptModule>,
     believed: Believed,
+    limits: RateLimits,
     /// The supervisor hears what is put aside.
     hears_aside: bool,
 }
@@ -142,6 +144,7 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
         poll: Duration::from_micros(settings.poll_us),
         worker_cpus: settings.worker_cpus,
         inflight: SharedInflight::default(),
+        limiter: Arc::new(Limiter::new(begun.limits)),
     };
     Commands::new(channel, hold, begun, config)?.carry_out(&said)
 }
@@ -212,28 +215,33 @@ fn begin(
             }
             let params = told::params(&params);
             let proxy = DomainProxy::start(loader, &domain, params, queues)?;
-            Begun { proxy, standby: None, believed: Believed::default(), hears_aside }
+            let (believed, limits) = (Believed::default(), settings.limits);
+            Begun { proxy, standby: None, believed, limits, hears_aside }
         }
         Start::Vault(vault) => {
-            let (saved, mut believed) = saved(&vault, descriptors)?;
+            let (saved, mut believed, mut limits) = saved(&vault, descriptors)?;
             let mut restoring = Restoring::prepare(loader, saved, queues)?;
             if prepare_only {
                 let prepared =
                     ToSupervisor::Prepared { version: VERSION, program: PROGRAM.to_owned() };
                 say(channel, &prepared);
                 let (vault, descriptors) = wait_for_activate(said)?;
-                let (saved, now) = self::saved(&vault, descriptors)?;
-                restoring.update(saved)?;
-                believed = now;
+                let now = self::saved(&vault, descriptors)?;
+                restoring.update(now.0)?;
+                (believed, limits) = (now.1, now.2);
             }
             let (proxy, standby) = restoring.activate()?;
-            Begun { proxy, standby, believed, hears_aside }
+            let limits = limits.unwrap_or(settings.limits);
+            Begun { proxy, standby, believed, limits, hears_aside }
         }
     };
     Ok((begun, settings))
 }
 
-fn saved(vault: &Vault, descriptors: Vec<OwnedFd>) -> Result<(proxy::Saved, Believed), Unfit> {
+/// What another server has left, what its guest believes, and what it may do in a second.
+type Left = (proxy::Saved, Believed, Option<RateLimits>);
+
+fn saved(vault: &Vault, descriptors: Vec<OwnedFd>) -> Result<Left, Unfit> {
     vault::saved_of(vault, descriptors).map_err(not_understood)
 }
 

@@ -1,6 +1,7 @@
 //! What servers tell each other of the guest, as JSON in the vault: what it was told of the device,
-//! and what its driver believes.
+//! what its driver believes, and what it may do in a second.
 
+use channel::RateLimits;
 use domain_abi::{Capabilities, DeviceInfo, Params, Swap};
 use proxy::DomainRecord;
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,12 @@ pub(super) struct Told {
     domain: Domain,
     device: Device,
     belief: DriverBelief,
+    /// Nothing if it was told by a server that knew of none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) limits: Option<RateLimits>,
+    /// The generation on trial.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) canary: Option<u64>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -62,7 +69,7 @@ struct DriverBelief {
 }
 
 impl Told {
-    pub(super) fn new(record: &DomainRecord, believed: Believed) -> Self {
+    pub(super) fn new(record: &DomainRecord, believed: Believed, limits: RateLimits) -> Self {
         let info = &record.info;
         Self {
             domain: Domain {
@@ -92,6 +99,8 @@ impl Told {
                 write_cache: believed.belief.write_cache,
                 is_fresh: believed.belief.is_fresh,
             },
+            limits: Some(limits),
+            canary: None,
         }
     }
 

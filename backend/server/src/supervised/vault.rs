@@ -11,8 +11,9 @@
 //! number, or twice the instance's and one.
 
 use super::told::{Believed, Told, pairs, params};
+use crate::limiter::Limiter;
 use crate::sync::lock;
-use channel::{Bytes, Channel, Module, Region, Stored, ToSupervisor, Vault};
+use channel::{Bytes, Channel, Module, RateLimits, Region, Stored, ToSupervisor, Vault};
 use domain_abi::Capabilities;
 use proxy::{DomainProxy, DomainRecord, Keeper, Kept, KeptModule, Saved};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -39,7 +40,15 @@ pub(super) struct VaultSender {
     proxy: Weak<DomainProxy>,
     sent: Mutex<Sent>,
     believed: Mutex<Believed>,
+    limiter: Arc<Limiter>,
     expected: Mutex<Option<Expected>>,
+}
+
+/// What is told beside what the proxy keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Beside {
+    believed: Believed,
+    limits: RateLimits,
 }
 
 /// A vault that was made before it was wanted. What is in storage is not to be relied on.
@@ -47,16 +56,18 @@ struct Expected {
     vault: Vault,
     /// What it was made of.
     told: Arc<DomainRecord>,
-    believed: Believed,
+    canary: Option<u64>,
+    beside: Beside,
 }
 
 impl Expected {
-    fn new(kept: &Kept, believed: Believed) -> Self {
-        Self { vault: vault_of(kept, believed), told: Arc::clone(&kept.told), believed }
+    fn new(kept: &Kept, beside: Beside) -> Self {
+        let (vault, canary) = (vault_of(kept, beside), kept.canary);
+        Self { vault, told: Arc::clone(&kept.told), canary, beside }
     }
 
     /// Whether it is what would be made of this.
-    fn is_of(&self, kept: &Kept, believed: Believed) -> bool {
+    fn is_of(&self, kept: &Kept, beside: Beside) -> bool {
         let number = |module: Option<&KeptModule>| module.map(instance);
         let image = |module: &Option<Module>| module.as_ref().map(|module| module.image);
         self.vault.generation == kept.generation
@@ -65,7 +76,8 @@ impl Expected {
             && self.vault.fault == kept.fault
             && self.vault.required == kept.required.0
             && Arc::ptr_eq(&self.told, &kept.told)
-            && self.believed == believed
+            && self.canary == kept.canary
+            && self.beside == beside
     }
 }
 
@@ -89,6 +101,7 @@ impl VaultSender {
         channel: &Arc<Channel>,
         proxy: &Arc<DomainProxy>,
         believed: Believed,
+        limiter: &Arc<Limiter>,
         hears_aside: bool,
     ) -> Self {
         let aside = || -> io::Result<Arc<Channel>> {
@@ -102,6 +115,7 @@ impl VaultSender {
             proxy: Arc::downgrade(proxy),
             sent: Mutex::default(),
             believed: Mutex::new(believed),
+            limiter: Arc::clone(limiter),
             expected: Mutex::default(),
         }
     }
@@ -120,16 +134,20 @@ impl VaultSender {
         }
     }
 
+    fn beside(&self) -> Beside {
+        Beside { believed: self.believed(), limits: self.limiter.limits() }
+    }
+
     fn send(&self, sent: &mut Sent, kept: &Kept) {
-        let believed = self.believed();
-        let expected = lock(&self.expected).take_if(|expected| expected.is_of(kept, believed));
+        let beside = self.beside();
+        let expected = lock(&self.expected).take_if(|expected| expected.is_of(kept, beside));
         // What was expected comes while the guest waits.
         let may_wake = expected.is_none();
         let vault = match expected {
             Some(Expected { vault, .. }) => with_storage(vault, &kept.storage),
-            None => vault_of(kept, believed),
+            None => vault_of(kept, beside),
         };
-        debug_assert_eq!(vault, vault_of(kept, believed), "it was made of something else");
+        debug_assert_eq!(vault, vault_of(kept, beside), "it was made of something else");
         self.send_vault(sent, vault, kept);
         if may_wake && std::mem::take(&mut sent.is_unseen) {
             // Where there is no room, there is something to be heard.
@@ -269,7 +287,7 @@ impl Keeper for AsKeeper {
     }
 
     fn expect(&self, soon: &Kept) {
-        *lock(&self.0.expected) = Some(Expected::new(soon, self.0.believed()));
+        *lock(&self.0.expected) = Some(Expected::new(soon, self.0.beside()));
     }
 }
 
@@ -287,7 +305,7 @@ fn memfd_of(bytes: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-fn vault_of(kept: &Kept, believed: Believed) -> Vault {
+fn vault_of(kept: &Kept, beside: Beside) -> Vault {
     let module = |module: &KeptModule| Module {
         name: module.name.clone(),
         version: module.version.clone(),
@@ -296,7 +314,8 @@ fn vault_of(kept: &Kept, believed: Believed) -> Vault {
         params: pairs(&module.params),
         image: instance(module),
     };
-    let told = Told::new(&kept.told, believed);
+    let mut told = Told::new(&kept.told, beside.believed, beside.limits);
+    told.canary = kept.canary;
     let vault = Vault {
         generation: kept.generation,
         live: kept.live.as_ref().map(module),
@@ -337,7 +356,7 @@ fn with_storage(vault: Vault, storage: &Contents) -> Vault {
 pub(super) fn saved_of(
     vault: &Vault,
     descriptors: Vec<OwnedFd>,
-) -> Result<(Saved, Believed), String> {
+) -> Result<(Saved, Believed, Option<RateLimits>), String> {
     let objects = vault.objects();
     if objects.len() != descriptors.len() {
         return Err(format!(
@@ -382,7 +401,7 @@ pub(super) fn saved_of(
     }
     let told: Told = serde_json::from_value(vault.told.clone())
         .map_err(|error| format!("what the guest was told is no such thing: {error}"))?;
-    let believed = told.believed();
+    let (believed, limits, canary) = (told.believed(), told.limits, told.canary);
     let saved = Saved {
         generation: vault.generation,
         live: vault.live.as_ref().map(module).transpose()?,
@@ -391,8 +410,9 @@ pub(super) fn saved_of(
         told: told.record(),
         storage: filling,
         required: Capabilities(vault.required),
+        canary,
     };
-    Ok((saved, believed))
+    Ok((saved, believed, limits))
 }
 
 /// All of a memfd, whatever its position is: that is its sender's as well.

@@ -257,6 +257,7 @@ mod tests {
                 poll_us: 50,
                 worker_cpus: vec![0],
                 domain_dirs: vec!["/usr/lib".into()],
+                limits: channel::RateLimits::default(),
             },
             domain: "ramdisk".into(),
             params: BTreeMap::from([("size".into(), "1M".into())]),
