@@ -131,7 +131,7 @@ fn take(vault: &Vault, descriptors: Vec<OwnedFd>) {
         assert!(saved.is_err(), "{} objects, {} descriptors", objects.len(), lens.len());
         return;
     }
-    let Ok((saved, _)) = saved else { return };
+    let Ok((saved, ..)) = saved else { return };
     let len = |object: u64| lens[objects.iter().position(|&one| one == object).expect("one")];
     assert_eq!(saved.generation, vault.generation);
     assert_eq!(

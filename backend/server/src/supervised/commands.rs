@@ -65,8 +65,11 @@ impl Commands {
                 sessions.stop();
             }
         });
-        let vault =
-            Arc::new(VaultSender::new(&channel, &proxy, believed, &config.limiter, hears_aside));
+        let limits = {
+            let limiter = Arc::clone(&config.limiter);
+            Box::new(move || limiter.limits())
+        };
+        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed, limits, hears_aside));
         proxy.keep_with(Box::new(AsKeeper(Arc::clone(&vault))), standby.clone());
         let device = {
             let channel = Arc::clone(&channel);

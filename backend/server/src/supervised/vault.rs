@@ -11,7 +11,6 @@
 //! number, or twice the instance's and one.
 
 use super::told::{Believed, Told, pairs, params};
-use crate::limiter::Limiter;
 use crate::sync::lock;
 use channel::{Bytes, Channel, Module, RateLimits, Region, Stored, ToSupervisor, Vault};
 use domain_abi::Capabilities;
@@ -32,6 +31,9 @@ const MOST_BYTES: u64 = 64 << 20;
 /// The name of the thread that does.
 const WAITS_FOR_ROOM: &str = "vault";
 
+/// Says what the guest may do in a second now.
+type Limits = Box<dyn Fn() -> RateLimits + Send + Sync>;
+
 /// Tells the supervisor what there is.
 pub(super) struct VaultSender {
     channel: Arc<Channel>,
@@ -40,7 +42,8 @@ pub(super) struct VaultSender {
     proxy: Weak<DomainProxy>,
     sent: Mutex<Sent>,
     believed: Mutex<Believed>,
-    limiter: Arc<Limiter>,
+    /// What the guest may do in a second.
+    limits: Limits,
     expected: Mutex<Option<Expected>>,
 }
 
@@ -101,7 +104,7 @@ impl VaultSender {
         channel: &Arc<Channel>,
         proxy: &Arc<DomainProxy>,
         believed: Believed,
-        limiter: &Arc<Limiter>,
+        limits: Limits,
         hears_aside: bool,
     ) -> Self {
         let aside = || -> io::Result<Arc<Channel>> {
@@ -115,7 +118,7 @@ impl VaultSender {
             proxy: Arc::downgrade(proxy),
             sent: Mutex::default(),
             believed: Mutex::new(believed),
-            limiter: Arc::clone(limiter),
+            limits,
             expected: Mutex::default(),
         }
     }
@@ -135,7 +138,7 @@ impl VaultSender {
     }
 
     fn beside(&self) -> Beside {
-        Beside { believed: self.believed(), limits: self.limiter.limits() }
+        Beside { believed: self.believed(), limits: (self.limits)() }
     }
 
     fn send(&self, sent: &mut Sent, kept: &Kept) {
