@@ -31,7 +31,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("control", &["domain-abi"]),
     ("manual", &[]),
     ("channel", &[]),
-    ("supervisor", &["channel", "control"]),
+    ("telemetry", &[]),
+    ("supervisor", &["channel", "control", "telemetry"]),
     (
         "vhost-hotswap",
         &[
@@ -43,6 +44,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "control",
             "channel",
             "supervisor",
+            "telemetry",
             "domain-abi",
         ],
     ),
@@ -109,6 +111,7 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("backend/control/src/credentials.rs", "a system call that says who has connected"),
     ("backend/virtio-blk", "guest memory is handed to the kernel as iovecs"),
     ("backend/virtqueue", "rings in guest memory, and what keeps guest addresses valid"),
+    ("backend/telemetry/src/counters.rs", "counters in memory that another process reads"),
     ("backend/server/src/raw_fd.rs", "descriptors that come or go as numbers"),
     ("backend/server/src/signals.rs", "a system call that sets what a signal does"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),

@@ -1,0 +1,149 @@
+//! How changes ended, and how long their phases took, counted from what is told of them.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// Ends of the buckets for phases, in nanoseconds: from a microsecond to a minute, each four times
+/// the one before.
+pub const ENDS: [u64; 14] = {
+    let mut ends = [1_000; 14];
+    let mut at = 1;
+    while at < ends.len() {
+        ends[at] = 4 * ends[at - 1];
+        at += 1;
+    }
+    ends
+};
+
+/// How long something took, again and again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Times {
+    /// How often.
+    pub count: u64,
+    /// How long together, in nanoseconds.
+    pub sum_ns: u64,
+    /// How often how long, by [`ENDS`]; longer ones are in none.
+    pub buckets: [u64; ENDS.len()],
+}
+
+impl Times {
+    fn add(&mut self, ns: u64) {
+        self.count += 1;
+        self.sum_ns = self.sum_ns.saturating_add(ns);
+        if let Some(at) = ENDS.iter().position(|end| ns <= *end) {
+            self.buckets[at] += 1;
+        }
+    }
+}
+
+type Nested<T> = BTreeMap<String, BTreeMap<String, T>>;
+
+/// All of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tally {
+    /// By what was to be changed, and how that ended.
+    pub results: Nested<u64>,
+    /// By what was changed, and phase.
+    pub phases: Nested<Times>,
+    /// How long the guest had to wait, by what was changed.
+    pub pauses: BTreeMap<String, Times>,
+}
+
+impl Tally {
+    /// A change ended so.
+    pub fn ended(&mut self, change: &str, result: &str) {
+        let results = self.results.entry(change.to_owned()).or_default();
+        *results.entry(result.to_owned()).or_default() += 1;
+    }
+
+    /// Counts an event, if it is one of a change's end.
+    pub fn note(&mut self, event: &Value) {
+        let word = |member: &str| event[member].as_str();
+        match word("event") {
+            Some("ended") => {
+                let (Some(change), Some(outcome)) = (word("change"), word("outcome")) else {
+                    return;
+                };
+                self.ended(change, outcome);
+                self.took(change, event);
+            }
+            Some(name @ ("server_exchanged" | "supervisor_exchanged")) => {
+                self.took(name.trim_end_matches('d'), event);
+            }
+            Some("recovered") => {
+                self.ended("recovery", "committed");
+                let ms = event["after_ms"].as_u64().unwrap_or(0);
+                self.paused("recovery", ms.saturating_mul(1_000_000));
+            }
+            _ => {}
+        }
+    }
+
+    fn paused(&mut self, change: &str, ns: u64) {
+        self.pauses.entry(change.to_owned()).or_default().add(ns);
+    }
+
+    fn took(&mut self, change: &str, event: &Value) {
+        for (phase, us) in event["phases_us"].as_object().into_iter().flatten() {
+            let Some(ns) = us.as_u64().map(|us| us.saturating_mul(1_000)) else { continue };
+            if phase == "pause" {
+                // What a microsecond is too coarse for.
+                self.paused(change, event["pause_ns"].as_u64().unwrap_or(ns));
+                continue;
+            }
+            let phases = self.phases.entry(change.to_owned()).or_default();
+            phases.entry(phase.clone()).or_default().add(ns);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn ends_of_changes_are_counted_and_their_phases_timed() {
+        let mut tally = Tally::default();
+        let upgrade = json!({
+            "event": "ended", "change": "upgrade", "outcome": "committed", "pause_ns": 7_400,
+            "phases_us": {"verify": 700, "drain": 0, "pause": 7},
+        });
+        tally.note(&upgrade);
+        tally.note(&upgrade);
+        let refused =
+            json!({"event": "ended", "change": "upgrade", "outcome": "refused", "error": {}});
+        tally.note(&refused);
+        tally.note(&json!({"event": "started", "change": "upgrade", "target": "x"}));
+        tally.note(&json!({"event": "recovered", "after_ms": 6}));
+        tally.note(
+            &json!({"event": "server_exchanged", "phases_us": {"stop": 200, "pause": 1_600}}),
+        );
+        for odd in [json!(null), json!({"event": "ended"}), json!({"event": "ended", "change": 1})]
+        {
+            tally.note(&odd);
+        }
+        assert_eq!(tally.results["upgrade"]["committed"], 2);
+        assert_eq!(tally.results["upgrade"]["refused"], 1);
+        assert_eq!(tally.results["recovery"]["committed"], 1);
+        let verify = &tally.phases["upgrade"]["verify"];
+        assert_eq!((verify.count, verify.sum_ns, verify.buckets[5]), (2, 1_400_000, 2));
+        assert_eq!(tally.phases["upgrade"]["drain"].buckets[0], 2);
+        assert!(!tally.phases["upgrade"].contains_key("pause"));
+        assert_eq!(tally.pauses["upgrade"].sum_ns, 14_800);
+        assert_eq!(tally.pauses["recovery"].sum_ns, 6_000_000);
+        assert_eq!(tally.phases["server_exchange"]["stop"].count, 1);
+        let kept: Tally = serde_json::from_value(json!(tally)).unwrap();
+        assert_eq!(kept, tally);
+    }
+
+    #[test]
+    fn what_takes_longer_than_all_ends_is_counted_still() {
+        let mut times = Times::default();
+        times.add(u64::MAX);
+        assert_eq!((times.count, times.buckets.iter().sum::<u64>()), (1, 0));
+        assert_eq!(ENDS[13], 1_000 << 26);
+    }
+}
