@@ -28,6 +28,6 @@ pub use config::{
     SEG_MAX, SIZE_MAX,
 };
 pub use memory::{StatusSlot, Translator};
-pub use request::{Capacity, Limits, Parsed, parse, used_len};
+pub use request::{Asked, Capacity, Limits, Parsed, parse, used_len};
 pub use status::WireStatus;
 pub use write_cache::Belief;

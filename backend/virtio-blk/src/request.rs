@@ -97,6 +97,17 @@ impl Limits {
 /// waits for it.
 const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
+/// What a chain asks for that is answered without a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// One of [`op`].
+    Request(u32),
+    /// The serial number.
+    Serial,
+    /// What the device does not know, or what cannot be read.
+    Unknown,
+}
+
 /// What became of a chain. Each of them takes one entry in the used ring, with `head` as its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parsed {
@@ -126,6 +137,8 @@ pub enum Parsed {
         status: WireStatus,
         /// `len` for the used ring.
         written: u32,
+        /// What was asked for.
+        asked: Asked,
     },
     /// Cannot be answered; goes into the used ring with `len` 0, so that the driver gets its
     /// descriptors back.
@@ -184,8 +197,23 @@ pub fn parse<M: GuestMemoryBackend>(
             // As in `used_len`: the status counts only if there is no gap before it.
             let written =
                 if data_written == layout.writable { data_written + 1 } else { data_written };
-            Parsed::Answer { head, status_at, status, written: written as u32 }
+            let asked = asked(&layout);
+            Parsed::Answer { head, status_at, status, written: written as u32, asked }
         }
+    }
+}
+
+/// What a chain asks for that is answered without a domain.
+#[cold]
+fn asked(layout: &Layout) -> Asked {
+    match layout.header.get().map_or(u32::MAX, |(kind, _)| kind as u32) {
+        VIRTIO_BLK_T_IN => Asked::Request(op::READ),
+        VIRTIO_BLK_T_OUT => Asked::Request(op::WRITE),
+        VIRTIO_BLK_T_FLUSH => Asked::Request(op::FLUSH),
+        VIRTIO_BLK_T_DISCARD => Asked::Request(op::DISCARD),
+        VIRTIO_BLK_T_WRITE_ZEROES => Asked::Request(op::WRITE_ZEROES),
+        VIRTIO_BLK_T_GET_ID => Asked::Serial,
+        _ => Asked::Unknown,
     }
 }
 

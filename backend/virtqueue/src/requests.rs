@@ -19,9 +19,17 @@ use crate::memory::Snapshot;
 use crate::view::Used;
 use domain_abi::{RawRequest, RawSegment, op};
 use virtio_blk::{
-    DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator, WireStatus,
-    parse, used_len,
+    Asked, DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator,
+    WireStatus, parse, used_len,
 };
+
+/// Beside the kinds of requests, in [`Entry::op`]: the chain is not for the domain, and what it
+/// asks for is in the other bits.
+const ANSWERED: u32 = 1 << 31;
+/// What a chain asks for that is no request: the serial number, something else, nothing.
+const SERIAL: u32 = op::WRITE_ZEROES + 1;
+const UNKNOWN: u32 = SERIAL + 1;
+const NOTHING: u32 = u32::MAX;
 
 /// Whether an entry is in use, and where its status byte is.
 #[derive(Clone, Copy, Default)]
@@ -243,6 +251,25 @@ impl RequestTable {
         self.immediate.iter().filter(is_there).map(|chain| chain.used.head)
     }
 
+    /// Those of these chains that are answered and have at most `accepted` of the batch's requests
+    /// before them: their heads, and whether the answer is an error.
+    pub fn immediate_answers(&self, accepted: usize) -> impl Iterator<Item = (u16, bool)> {
+        let is_due = move |chain: &&ImmediateAnswer| chain.after <= accepted;
+        self.immediate.iter().filter(is_due).filter_map(|chain| {
+            chain.answer.map(|(_, status)| (chain.used.head, status != WireStatus::Ok))
+        })
+    }
+
+    /// What the last chain with this head asked for, and for how many bytes: one of [`op`], or, one
+    /// more than the last of these, the serial number, or, two more, something else. `None` if it
+    /// was no request.
+    #[must_use]
+    #[inline]
+    pub fn asked(&self, head: usize) -> Option<(u32, u64)> {
+        let entry = self.entries.get(head)?;
+        (entry.op != NOTHING).then_some((entry.op & !ANSWERED, entry.len))
+    }
+
     /// Ends a request: tells the guest its `status` (the domain's), and returns its element of the
     /// used ring. `written` is how much of its buffer was written. Returns `None` for an entry that
     /// is not in use.
@@ -267,7 +294,7 @@ impl RequestTable {
     /// have been written.
     pub fn written(&self, used: &[Used], mut each: impl FnMut(*const u8, usize)) {
         for entry in used.iter().filter_map(|used| self.entries.get(usize::from(used.head))) {
-            if entry.op == op::READ {
+            if entry.op == op::READ || entry.op & ANSWERED != 0 {
                 entry.segments.iter().for_each(|piece| each(piece.base(), piece.len()));
             }
             if let Place::Ended(status_at) = entry.place {
@@ -327,10 +354,11 @@ impl Parser<'_> {
                 let request = unsafe { RawRequest::new(op, flags, offset, len, &entry.segments) };
                 Chain::Request(head, request)
             }
-            Parsed::Answer { head, status_at, status, written } => {
+            Parsed::Answer { head, status_at, status, written, asked } => {
                 give_up_long(&mut entry.segments);
                 // What is in the list was written.
-                (entry.op, entry.place) = (op::READ, Place::Ended(status_at));
+                entry.place = Place::Ended(status_at);
+                (entry.op, entry.len) = (ANSWERED | kind(asked), data_len(status, written));
                 let used = Used { head, len: written };
                 self.immediate.push(ImmediateAnswer {
                     after: self.requests,
@@ -341,7 +369,7 @@ impl Parser<'_> {
             }
             Parsed::Malformed { head, reason } => {
                 give_up_long(&mut entry.segments);
-                entry.place = Place::Nowhere;
+                (entry.op, entry.place) = (NOTHING, Place::Nowhere);
                 let outside = self.translator.take_outside();
                 self.malformed(head, reason, outside)
             }
@@ -364,6 +392,20 @@ impl Parser<'_> {
         }
         is_head
     }
+}
+
+/// What [`RequestTable::asked`] says.
+const fn kind(asked: Asked) -> u32 {
+    match asked {
+        Asked::Request(op) => op,
+        Asked::Serial => SERIAL,
+        Asked::Unknown => UNKNOWN,
+    }
+}
+
+/// How many bytes a chain got that was answered with so many for the used ring.
+fn data_len(status: WireStatus, written: u32) -> u64 {
+    if status == WireStatus::Ok { u64::from(written.saturating_sub(1)) } else { 0 }
 }
 
 /// Gives up the room of a list that has become longer than a driver's that heeds `seg_max`. It is

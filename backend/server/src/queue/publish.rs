@@ -48,6 +48,9 @@ impl QueueWorker {
             None => virtqueue::publish_used(queue, view, used),
             Some(tracker) => virtqueue::publish_tracked(queue, view, used, tracker),
         });
+        if published.is_ok() {
+            self.count_published();
+        }
         match published {
             Ok(true) => {
                 if let Err(error) = state.signal_used_queue() {

@@ -6,9 +6,10 @@
 //! goes back to the ring is marked no more, and the last goes first (`virtqueue::inflight`).
 
 use super::inputs::{BatchInputs, Memory};
+use super::meter::end;
 use super::notices;
 use super::tracking::{Replay, Tracking};
-use super::worker::{BATCH, BATCH_BYTES, Popped, QueueWorker, end};
+use super::worker::{BATCH, BATCH_BYTES, Popped, QueueWorker};
 use crate::phase::Phase;
 use domain_abi::Status;
 use proxy::{Ended, slot_of};
@@ -16,8 +17,8 @@ use std::sync::atomic::Ordering;
 use vhost_user_backend::{VringState, VringT};
 use virtio_blk::DescriptorTable;
 use virtio_queue::{Queue, QueueT};
-use virtqueue::Chain;
 use virtqueue::inflight::{Ring, Tracker};
+use virtqueue::{Chain, Snapshot, ViewCache};
 
 impl QueueWorker {
     /// Takes the session's region up, for a ring that was turned on, or whose region is another one
@@ -83,6 +84,22 @@ impl QueueWorker {
         self.tracking.replay.is_some().then_some(Popped::Later)
     }
 
+    /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight
+    /// with the old one.
+    pub(super) fn refresh(&mut self, inputs: &BatchInputs<'_>) -> bool {
+        let is_current = |snapshot: &Snapshot| snapshot.version() == inputs.memory_version;
+        if self.requests.snapshot().is_some_and(is_current) {
+            return true;
+        }
+        if self.device.awaited() > 0 {
+            return false;
+        }
+        // With the view goes its hold on the old map.
+        self.ring.views = ViewCache::default();
+        self.requests.replace_snapshot(Snapshot::take(inputs.memory, inputs.memory_version));
+        true
+    }
+
     /// Takes up to a batch of what an earlier process had in flight.
     #[cold]
     pub(super) fn pop_marked(
@@ -103,6 +120,7 @@ impl QueueWorker {
         let rest = replay.rest();
         let is_first_quarantined = rest.first().is_some_and(|&marked| is_quarantined(marked));
         let most = if replay.is_cautious() || is_first_quarantined { 1 } else { BATCH };
+        self.meter.take();
         let state = vring.get_mut();
         let queue = state.get_queue();
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
@@ -140,7 +158,7 @@ impl QueueWorker {
             inputs.inflight.count_quarantined();
             let slot = slot_of(request.tag);
             let ended = Ended { slot, status: Status::IoError, written: 0 };
-            end(&mut self.requests, &mut self.used, ended);
+            end(&mut self.requests, &mut self.used, self.meter.line(), ended);
             self.device.count_answered(1, 1);
         }
         replay.took(taken);

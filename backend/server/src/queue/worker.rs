@@ -20,6 +20,7 @@
 //! (`session/`).
 
 use super::inputs::{BatchInputs, Memory};
+use super::meter::{Meter, end};
 use super::notices;
 use super::poller::{Awaited, Poller};
 use super::ring::{RingState, is_on};
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_blk::DescriptorTable;
 use virtio_queue::{Error, Queue, QueueT};
-use virtqueue::{Chain, Marker, RequestTable, Snapshot, Used, ViewCache};
+use virtqueue::{Chain, Marker, RequestTable, Snapshot, Used};
 
 /// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
 /// and the control messages never wait long, and that a driver that sleeps is being woken by the
@@ -88,6 +89,7 @@ pub(crate) struct QueueWorker {
     poller: Poller,
     pub(super) phase: Arc<PhaseCell>,
     pub(super) marker: Marker,
+    pub(super) meter: Meter,
     /// Something was written that could not be logged.
     pub(super) has_unlogged: bool,
     /// Generation of the instance that took less than it was offered; it is offered nothing more
@@ -119,6 +121,7 @@ impl QueueWorker {
             poller: Poller::new(poll),
             phase,
             marker: Marker::default(),
+            meter: Meter::default(),
             has_unlogged: false,
             backpressured_by: None,
             throttled: None,
@@ -175,8 +178,10 @@ impl QueueWorker {
         let mut promised = false;
         self.poller.begin();
         self.throttled = None;
+        self.meter.rest();
         loop {
             if self.device.gate() == Gate::Shut {
+                self.meter.rest();
                 if self.device.owing() == 0 {
                     self.device.wait_at_gate();
                 } else if self.collect(vring) == Progress::Idle && self.device.sleep() {
@@ -196,6 +201,7 @@ impl QueueWorker {
                 promised = false;
                 continue;
             }
+            self.meter.rest();
             if std::mem::take(&mut promised)
                 && self.throttled.is_none()
                 && self.may_take(&inputs)
@@ -299,9 +305,10 @@ impl QueueWorker {
             self.drop_ended();
             return Progress::Idle;
         }
-        let Self { device, requests, used, .. } = self;
+        let Self { device, requests, used, meter, .. } = self;
         used.clear();
-        device.reap(|ended| end(requests, used, ended));
+        let line = meter.line();
+        device.reap(|ended| end(requests, used, line, ended));
         if self.used.is_empty() {
             return Progress::Idle;
         }
@@ -332,10 +339,13 @@ impl QueueWorker {
         if self.device.is_measured() {
             self.device.note_taken(&mut self.probe, &self.batch[..offered]);
         }
-        let Self { device, requests, used, batch, .. } = self;
+        self.count_taken();
+        let Self { device, requests, used, batch, meter, .. } = self;
+        let (awaited, line) = (device.awaited(), meter.line());
         let mut accepted = 0;
         if offered > 0 {
-            accepted = device.submit(&mut batch[..offered], |ended| end(requests, used, ended));
+            accepted =
+                device.submit(&mut batch[..offered], |ended| end(requests, used, line, ended));
             if accepted == 0
                 && used.is_empty()
                 && device.owing_here() == 0
@@ -344,7 +354,8 @@ impl QueueWorker {
                 // Against the contract; without an answer the guest would wait for ever.
                 notices::takes_no_request(self.queue);
                 let slot = slot_of(batch[0].tag);
-                end(requests, used, Ended { slot, status: Status::IoError, written: 0 });
+                let ended = Ended { slot, status: Status::IoError, written: 0 };
+                end(requests, used, line, ended);
                 device.count_answered(1, 1);
                 device.note_failed(&batch[0]);
                 accepted = 1;
@@ -353,6 +364,7 @@ impl QueueWorker {
         if is_limited && accepted < offered {
             self.take_back(inputs.limiter, accepted, offered);
         }
+        self.count_submitted(awaited, accepted);
         let mut state = vring.get_mut();
         let unpopped = self.end_batch(accepted);
         self.backpressured_by = (accepted < offered).then(|| self.device.tags().generation());
@@ -361,22 +373,6 @@ impl QueueWorker {
         }
         self.publish_used(&mut state);
         if self.used.is_empty() && accepted == 0 { collected } else { Progress::Took }
-    }
-
-    /// Takes the memory map as it is now. Returns `false` if that has to wait for what is in flight
-    /// with the old one.
-    fn refresh(&mut self, inputs: &BatchInputs<'_>) -> bool {
-        let is_current = |snapshot: &Snapshot| snapshot.version() == inputs.memory_version;
-        if self.requests.snapshot().is_some_and(is_current) {
-            return true;
-        }
-        if self.device.awaited() > 0 {
-            return false;
-        }
-        // With the view goes its hold on the old map.
-        self.ring.views = ViewCache::default();
-        self.requests.replace_snapshot(Snapshot::take(inputs.memory, inputs.memory_version));
-        true
     }
 
     /// Takes up to a batch of chains and parses them.
@@ -436,6 +432,7 @@ impl QueueWorker {
         }
         self.ring.answers = 0;
         self.has_taken = true;
+        self.meter.take();
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
         let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
@@ -487,13 +484,5 @@ impl QueueWorker {
     /// Leaves the device. Returns how many requests are left unanswered for good.
     pub(crate) fn detach(self) -> usize {
         self.unanswerable()
-    }
-}
-
-/// Turns a request that has ended into its element of the used ring.
-#[inline(always)]
-pub(super) fn end(requests: &mut RequestTable, used: &mut Vec<Used>, ended: Ended) {
-    if let Some(element) = requests.end(ended.slot, ended.status as u32, ended.written) {
-        used.push(element);
     }
 }

@@ -4,6 +4,7 @@ use crate::inflight::SharedInflight;
 use crate::limiter::Limiter;
 use std::sync::Arc;
 use std::time::Duration;
+use telemetry::Counters;
 
 /// The daemon's choices about queues.
 #[derive(Clone)]
@@ -20,4 +21,6 @@ pub struct SessionConfig {
     pub inflight: SharedInflight,
     /// What is let through in a second.
     pub limiter: Arc<Limiter>,
+    /// Where requests are counted, if they are.
+    pub counters: Option<Counters>,
 }

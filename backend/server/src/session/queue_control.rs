@@ -303,7 +303,8 @@ impl QueueControl {
         }
         let phase = Arc::clone(&self.context.phase);
         let worker = QueueWorker::new(device?, queue, config.queue_size, config.poll, phase);
-        Some(Box::new(worker))
+        let line = config.counters.and_then(|counters| counters.line(queue));
+        Some(Box::new(worker.counting(line)))
     }
 
     /// Has the worker of a session that ends leave, if nothing is awaited any more, or if it is to

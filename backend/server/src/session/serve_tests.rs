@@ -43,6 +43,7 @@ impl Bench {
             worker_cpus: Vec::new(),
             inflight: SharedInflight::default(),
             limiter: std::sync::Arc::default(),
+            counters: None,
         };
         let proxy = &self.puppets.proxy;
         serve(proxy, &config, &self.listener, &self.handle, &self.is_connected)

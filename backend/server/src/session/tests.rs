@@ -27,6 +27,7 @@ fn config(poll: Duration) -> SessionConfig {
     let (worker_cpus, inflight) = (Vec::new(), SharedInflight::default());
     SessionConfig {
         queues: 1,
+        counters: None,
         queue_size: SIZE,
         poll,
         worker_cpus,
