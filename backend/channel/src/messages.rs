@@ -232,6 +232,15 @@ pub enum ToServer {
         /// [`ToSupervisor::Aside`] is understood.
         #[serde(default)]
         hears_aside: bool,
+        /// [`ToSupervisor::Happened`] is understood.
+        #[serde(default)]
+        hears_events: bool,
+    },
+    /// Before [`ToServer::Start`]: requests are to be counted, in a memfd that comes with this. A
+    /// server that does not know the layout, or this message, does not count.
+    Counters {
+        /// Of the memfd.
+        layout: u32,
     },
     /// The device is this server's now, as the vault has it. Its descriptors come as those of
     /// [`Start::Vault`] do. Answered with [`ToSupervisor::Ready`] or [`ToSupervisor::Failed`].
@@ -282,6 +291,9 @@ pub enum ToSupervisor {
         program: String,
         /// One sentence for the log.
         serves: String,
+        /// All that happens from now on is said with [`ToSupervisor::Happened`].
+        #[serde(default)]
+        tells_events: bool,
     },
     /// All is ready but for what belongs to another server.
     Prepared {
@@ -311,6 +323,11 @@ pub enum ToSupervisor {
     Aside,
     /// There is something on the second channel.
     Look,
+    /// Something has happened to the device that those who watch it are to know.
+    Happened {
+        /// What: an object, in which `event` names it.
+        event: serde_json::Value,
+    },
     /// A session is over, and everything of it has left.
     SessionEnded {
         /// [`Session::number`].

@@ -65,6 +65,8 @@ codes! {
     StateRefused = "state_refused",
     /// The server could not be exchanged; the old one goes on.
     ExchangeFailed = "exchange_failed",
+    /// Metrics were not asked for when the daemon was started.
+    MetricsOff = "metrics_off",
     /// The daemon could not be asked. This and what follows is `hotswapctl`'s own.
     Unreachable = "unreachable",
     /// The daemon has not answered in time.

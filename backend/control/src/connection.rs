@@ -135,6 +135,7 @@ impl<O: Operations> Connection<O> {
                 Code::NoSupervisor,
                 "this daemon is one process, and cannot be exchanged under its guest; start it anew",
             )),
+            Action::Metrics => Ok(operations.metrics()?),
             Action::Resize(request) => Ok(operations.resize(request)?),
             Action::Limit(request) => Ok(operations.limit(request)?),
             Action::Watch => {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::code::Code;
 use crate::messages::{DEVICE, LimitRequest, ResizeRequest, RollbackRequest, UpgradeRequest};
 
 /// What the methods do. Calls come from many threads at once; each blocks only the client that made
@@ -45,6 +46,18 @@ pub trait Operations: Send + Sync + 'static {
 
     /// What has happened, oldest first.
     fn history(&self) -> Value;
+
+    /// What has been counted: the page of metrics, and the same for programs.
+    ///
+    /// # Errors
+    /// Nothing is counted.
+    fn metrics(&self) -> Result<Value, OperationError> {
+        Err(OperationError {
+            code: Code::MetricsOff.as_str(),
+            message: "this daemon does not count; start it with --metrics ADDRESS".to_owned(),
+            data: None,
+        })
+    }
 
     /// Blocks until the next event after number `after`, or until `timeout` has passed.
     ///

@@ -61,6 +61,8 @@ pub enum Action {
     History,
     /// What happens from now on.
     Watch,
+    /// What has been counted.
+    Metrics,
     /// The end of the daemon.
     Shutdown,
 }
@@ -239,6 +241,7 @@ impl Method {
             "status" => plain(Action::Status, params),
             "history" => plain(Action::History, params),
             "watch" => plain(Action::Watch, params),
+            "metrics" => plain(Action::Metrics, params),
             "shutdown" => plain(Action::Shutdown, params),
             "check" | "upgrade" => {
                 let mut params: UpgradeParams = read_params(params)?;
@@ -275,7 +278,7 @@ impl Method {
                 Code::MethodNotFound,
                 format!(
                     "there is no method `{method}`; there are status, check, upgrade, \
-                     rollback, upgrade_daemon, resize, limit, history, watch and shutdown"
+                     rollback, upgrade_daemon, resize, limit, history, watch, metrics and shutdown"
                 ),
             )),
         }

@@ -58,7 +58,14 @@ fn any(input: &mut Input<'_>) -> (ToServer, usize) {
             let start = Start::Vault(vault);
             let prepare_only = input.one_in(2);
             (
-                ToServer::Start { version: 1, settings, start, prepare_only, hears_aside: false },
+                ToServer::Start {
+                    version: 1,
+                    settings,
+                    start,
+                    prepare_only,
+                    hears_aside: false,
+                    hears_events: false,
+                },
                 count,
             )
         }

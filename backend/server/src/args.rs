@@ -21,6 +21,7 @@ use domain_abi::Params;
 
 use crate::cpus::{Cpus, worker_cpus};
 use crate::limiter;
+use crate::watching::Watching;
 use channel::RateLimits;
 use control::LimitArgs;
 use control::SOCKET_PATH_MAX;
@@ -129,6 +130,9 @@ pub struct Args {
     #[arg(long, value_name = "N", conflicts_with = "no_supervisor", value_parser = clap::value_parser!(u32).range(100..=3_600_000))]
     hang_timeout_ms: Option<u32>,
 
+    #[command(flatten)]
+    watching: Watching,
+
     /// Be the server of the supervisor at this inherited descriptor; all other options are ignored
     #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(RawFd).range(0..))]
     serve_channel: Option<RawFd>,
@@ -179,6 +183,8 @@ pub struct Config {
     pub limits: RateLimits,
     /// How a second process is to serve; none if this one does.
     pub supervision: Option<Supervision>,
+    /// What is told to those who watch.
+    pub watching: Watching,
 }
 
 /// What a command line asks for.
@@ -301,6 +307,7 @@ impl Args {
         Ok(Config {
             supervision,
             limits,
+            watching: self.watching,
             listen,
             socket_mode: self.socket_mode.unwrap_or(SOCKET_MODE),
             socket_group: self.socket_group,

@@ -31,3 +31,4 @@ pub mod supervision;
 mod sync;
 #[cfg(test)]
 mod testing;
+pub mod watching;

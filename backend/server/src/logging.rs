@@ -5,10 +5,19 @@
 //! there, and with it the upgrade, the next frontend and the daemon's end. So it is asked first
 //! whether there is room. A line without room is lost, and how many were is said as soon as there
 //! is some.
+//!
+//! A line is written for people, or as a JSON object. Which of the two is said once, to the first
+//! process; those that it starts find it in their environment.
 
+use env_logger::fmt::Formatter;
+use log::Record;
+use log::kv::{Error, Key, Value, VisitSource};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Map, json};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use supervisor::process;
 
 /// A pipe that can be written to takes this much without waiting (POSIX's `PIPE_BUF`, as Linux has
 /// it).
@@ -17,12 +26,84 @@ const ROOM: usize = 4096;
 /// How long a reader that is merely slow is waited for, once.
 const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
-/// Starts logging, as `RUST_LOG` says, by default from `info` on. Panics are logged, too.
-pub fn start() {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .target(env_logger::Target::Pipe(Box::new(NonBlockingWriter::new(io::stderr()))))
-        .init();
+/// Where a process that is started finds its format.
+const FORMAT_VARIABLE: &str = "VHOST_HOTSWAP_LOG_FORMAT";
+
+/// How lines are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Human,
+    /// Each an object.
+    Json,
+}
+
+/// Lines are objects.
+static IS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Starts logging, as `RUST_LOG` says, by default from `info` on. Panics are logged, too. Without a
+/// `format` it is that of the process that has started this one.
+pub fn start(format: Option<Format>) {
+    let inherited = || std::env::var_os(FORMAT_VARIABLE).is_some_and(|format| format == "json");
+    let is_json = format.map_or_else(inherited, |format| format == Format::Json);
+    IS_JSON.store(is_json, Ordering::Relaxed);
+    if let Some(format) = format {
+        process::pass_on(FORMAT_VARIABLE, if format == Format::Json { "json" } else { "human" });
+    }
+    let writer = NonBlockingWriter::new(io::stderr(), is_json);
+    let mut builder =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
+    builder.target(env_logger::Target::Pipe(Box::new(writer)));
+    if is_json {
+        builder.format(write_object);
+    }
+    builder.init();
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+}
+
+/// Says the last sentence of a process that cannot go on.
+pub fn say_last(sentence: &str) {
+    if IS_JSON.load(Ordering::Relaxed) {
+        log::error!("{sentence}");
+        return;
+    }
+    // It may not be possible to say it; that is no reason to panic.
+    let _ = writeln!(io::stderr(), "vhost-hotswap: {sentence}");
+}
+
+/// Writes a line as an object.
+fn write_object(to: &mut Formatter, record: &Record<'_>) -> io::Result<()> {
+    let mut fields = Fields::default();
+    // What cannot be said is left out.
+    let _ = record.key_values().visit(&mut fields);
+    let line = json!({
+        "time": now(),
+        "level": record.level().as_str(),
+        "target": record.target(),
+        "message": record.args().to_string(),
+        "pid": std::process::id(),
+        "fields": fields.0,
+    });
+    writeln!(to, "{line}")
+}
+
+/// The time of day, in UTC.
+fn now() -> String {
+    format!("{:.3}", jiff::Timestamp::now())
+}
+
+/// What else a line says, by name.
+#[derive(Default)]
+struct Fields(Map<String, serde_json::Value>);
+
+impl<'kvs> VisitSource<'kvs> for Fields {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
+        let number = value.to_u64().map(Into::into).or_else(|| value.to_i64().map(Into::into));
+        let value = number.unwrap_or_else(|| value.to_string().into());
+        self.0.insert(key.as_str().to_owned(), value);
+        Ok(())
+    }
 }
 
 /// Writes what there is room for, and counts what there was none for. Takes whole lines.
@@ -31,11 +112,26 @@ struct NonBlockingWriter<W> {
     lost: u64,
     /// The last line was cut off.
     torn: bool,
+    is_json: bool,
 }
 
 impl<W: Write + AsFd> NonBlockingWriter<W> {
-    const fn new(out: W) -> Self {
-        Self { out, lost: 0, torn: false }
+    const fn new(out: W, is_json: bool) -> Self {
+        Self { out, lost: 0, torn: false, is_json }
+    }
+
+    /// How many lines are lost.
+    fn notice(&self) -> String {
+        let message = format!("{} lines of the log are lost: nobody read them", self.lost);
+        if !self.is_json {
+            return format!("[{message}]\n");
+        }
+        let object = json!({
+            "time": now(), "level": "WARN",
+            "target": "vhost_hotswap", "message": message, "pid": std::process::id(),
+            "fields": {"lost": self.lost},
+        });
+        format!("{object}\n")
     }
 
     /// Writes all of it, or says `false`.
@@ -59,8 +155,7 @@ impl<W: Write + AsFd> Write for NonBlockingWriter<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.lost > 0 {
             let end = if self.torn { "\n" } else { "" };
-            let notice =
-                format!("{end}[{} lines of the log are lost: nobody read them]\n", self.lost);
+            let notice = format!("{end}{}", self.notice());
             if self.put(notice.as_bytes()) {
                 (self.lost, self.torn) = (0, false);
             }
@@ -89,7 +184,7 @@ mod tests {
             let (reader, writer) = io::pipe().unwrap();
             (reader.into(), writer.into())
         };
-        (File::from(reader), NonBlockingWriter::new(File::from(writer)))
+        (File::from(reader), NonBlockingWriter::new(File::from(writer), false))
     }
 
     fn read(reader: &mut File, len: usize) -> String {

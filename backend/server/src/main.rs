@@ -10,7 +10,6 @@ use loader::FileLoader;
 use log::Level;
 use proxy::DomainProxy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
@@ -44,7 +43,10 @@ fn main() -> ExitCode {
         return ExitCode::from(status);
     }
     let invocation = Args::from_command_line();
-    logging::start();
+    logging::start(match &invocation {
+        Invocation::Serve(config) => config.watching.log_format,
+        Invocation::ServeChannel(_) | Invocation::PrintCapabilities => None,
+    });
     let ended = match invocation {
         Invocation::Serve(config) => match config.supervision {
             None => run(*config),
@@ -73,8 +75,7 @@ fn main() -> ExitCode {
 }
 
 fn refused(sentence: &str) -> ExitCode {
-    // It may not be possible to say it; that is no reason to panic.
-    let _ = writeln!(std::io::stderr(), "vhost-hotswap: {sentence}");
+    logging::say_last(sentence);
     ExitCode::FAILURE
 }
 
@@ -167,6 +168,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         worker_cpus: config.worker_cpus,
         inflight: SharedInflight::default(),
         limiter,
+        counters: None,
     };
     while wait_for_frontend(socket.listener(), shutdown.wanted())? {
         let connected = device.connected();

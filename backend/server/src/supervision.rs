@@ -7,6 +7,7 @@ use crate::logging;
 use crate::raw_fd::{ListenVariables, inherited_channel, passed};
 use crate::signals;
 use crate::startup::{frontends_access, given_listener};
+use crate::watching::Watching;
 use channel::Settings;
 use control::SocketFile;
 use signal_hook::consts::SIGCHLD;
@@ -18,12 +19,14 @@ use std::os::unix::net::UnixStream;
 use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use supervisor::pages::Pages;
 use supervisor::process::Program;
 use supervisor::reexec;
 use supervisor::store::Store;
 use supervisor::supervisor::{
-    ListenSocket, Options, Resumed, Signals, Supervision, check_state, run,
+    ListenSocket, Metrics, Options, Resumed, Signals, Supervision, check_state, run,
 };
+use telemetry::Book;
 
 /// Supervises servers until told to stop. Returns the exit status.
 ///
@@ -52,6 +55,13 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             return Err("there is no listening socket".to_owned());
         }
     };
+    let Watching { metrics, state_dir, .. } = config.watching;
+    let book = state_dir.map_or_else(|| Ok(Book::default()), |directory| Book::open(&directory))?;
+    let metrics = metrics.map(|address| {
+        Metrics::new(Pages::listen(&address)?, config.queues)
+            .map_err(|error| format!("no memory for counters: {error}"))
+    });
+    let metrics = metrics.transpose()?;
     let poll_us = u64::try_from(config.poll.as_micros()).unwrap_or(u64::MAX);
     let options = Options {
         frontends,
@@ -71,6 +81,8 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             .iter()
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .collect(),
+        metrics,
+        book,
         supervision,
         ends,
         signals: SIGNALS,
@@ -108,7 +120,7 @@ pub fn of_another_program() -> Option<u8> {
     }
     let fd = reexec::asked(reexec::RESUME_STATE)?;
     take_name();
-    logging::start();
+    logging::start(None);
     Some(match go_on(fd) {
         Ok(status) => u8::try_from(status).unwrap_or(1),
         Err(sentence) => {

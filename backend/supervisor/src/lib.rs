@@ -10,6 +10,7 @@ mod fields;
 pub mod front;
 pub mod journal;
 pub mod notify;
+pub mod pages;
 pub mod process;
 pub mod reexec;
 pub mod region;

@@ -18,6 +18,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
 /// A program, held open: what is started is what was looked at, whatever lies at its path then.
@@ -63,8 +64,18 @@ impl Program {
     pub fn command(&self) -> Command {
         let mut command = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
         command.arg0(&self.path);
+        command.envs(PASSED_ON.get().copied());
         command
     }
+}
+
+/// What programs find in their environment beside what is there.
+static PASSED_ON: OnceLock<(&str, &str)> = OnceLock::new();
+
+/// Programs that are started from now on find `variable` in their environment. The first one that
+/// is passed on is.
+pub fn pass_on(variable: &'static str, value: &'static str) {
+    let _ = PASSED_ON.set((variable, value));
 }
 
 /// Where this process's own program lies, or has lain before another was put there.

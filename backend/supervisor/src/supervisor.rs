@@ -14,6 +14,7 @@ mod serving;
 mod spare;
 mod storing;
 mod waiting;
+mod watched;
 
 use crate::deaths::Deaths;
 use crate::front::{Front, Ticket, Token};
@@ -33,7 +34,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
+use telemetry::tally::Tally;
 use waiting::Waiting;
+pub use watched::Metrics;
 
 /// How long a server may take to end. It has a bound of 15 s of its own.
 const END_PATIENCE: Duration = Duration::from_secs(16);
@@ -68,6 +71,15 @@ enum Source {
     Check,
     Store,
     Front(Token),
+    Page,
+}
+
+/// What is told to those who watch.
+#[derive(Debug, Default)]
+struct Watched {
+    /// Nothing, if nothing was asked for.
+    metrics: Option<Metrics>,
+    tally: Tally,
 }
 
 /// The end, once it is wanted.
@@ -116,6 +128,7 @@ pub struct Supervisor {
     told: Option<u64>,
     front: Option<Front>,
     pulse: Pulse,
+    watched: Watched,
     /// What a frontend brings about is not said again and again.
     said: Said,
     ending: Option<Ending>,
@@ -156,8 +169,9 @@ impl Supervisor {
         }
     }
 
-    fn new(options: Options) -> Self {
+    fn new(mut options: Options) -> Self {
         let pulse = Pulse::new(options.supervision.hang_timeout);
+        let watched = Watched { metrics: options.metrics.take(), tally: Tally::default() };
         Self {
             options,
             since: SystemTime::now(),
@@ -187,6 +201,7 @@ impl Supervisor {
             told: None,
             front: None,
             pulse,
+            watched,
             said: Said::default(),
             ending: None,
             over: None,
@@ -260,6 +275,10 @@ impl Supervisor {
         if let Some(barrier) = self.store.awaited() {
             watched.push((Source::Store, barrier, PollFlags::IN));
         }
+        if let Some(metrics) = &self.watched.metrics {
+            let polled = metrics.polled().into_iter();
+            watched.extend(polled.map(|(fd, interest)| (Source::Page, fd, interest)));
+        }
         if let Some(front) = &self.front {
             let polled = front.polled().into_iter();
             watched.extend(polled.map(|one| (Source::Front(one.token), one.fd, one.interest)));
@@ -292,6 +311,7 @@ impl Supervisor {
             self.waiting.as_ref().and_then(Waiting::deadline),
             self.ending.as_ref().map(|ending| ending.deadline),
             self.front.as_ref().and_then(Front::deadline),
+            self.watched.metrics.as_ref().and_then(Metrics::deadline),
             self.serving().map(|_| self.pulse.next()),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
             self.next_to_reap(),
@@ -325,7 +345,7 @@ impl Supervisor {
             // Pumped whenever something has happened.
             Source::Inner => {}
             // Looked at at each turn.
-            Source::Check => {}
+            Source::Check | Source::Page => {}
             Source::Store => self.store_has_looked(),
             Source::Channel(which) => self.hear(which),
             Source::Death(which) => self.bury(which),
@@ -400,6 +420,7 @@ impl Supervisor {
         self.settle_pulse(now);
         self.settle_reexecution();
         self.settle_store(now);
+        self.settle_pages();
         self.settle_front();
         self.settle_leaving(now);
         self.settle_spare(now);

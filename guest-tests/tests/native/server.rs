@@ -100,6 +100,7 @@ impl Server {
             start,
             prepare_only,
             hears_aside,
+            hears_events: false,
         };
         let order = match &message {
             ToServer::Start { start: Start::Vault(vault), .. } => vault.objects(),

@@ -84,6 +84,12 @@ impl DomainProxy {
         self.events.next(after, timeout)
     }
 
+    /// Has `hook` called after each event, by the thread to which it happens, which may hold any
+    /// lock of the device but that of its events.
+    pub fn on_event(&self, hook: impl Fn() + Send + Sync + 'static) {
+        self.events.on_push(Box::new(hook));
+    }
+
     /// The number of the newest event.
     #[must_use]
     pub fn last_event(&self) -> u64 {

@@ -3,7 +3,7 @@
 use crate::record::report::Event;
 use crate::signal::lock;
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How many events are kept for a watcher that is slow.
@@ -20,6 +20,7 @@ struct Inner {
 pub(crate) struct Events {
     inner: Mutex<Inner>,
     pushed: Condvar,
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Events {
@@ -32,6 +33,14 @@ impl Events {
         inner.kept.push_back(event);
         drop(inner);
         self.pushed.notify_all();
+        if let Some(hook) = self.hook.get() {
+            hook();
+        }
+    }
+
+    /// Has `hook` called after each event. A second one is not.
+    pub(crate) fn on_push(&self, hook: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.hook.set(hook);
     }
 
     pub(crate) fn last(&self) -> u64 {

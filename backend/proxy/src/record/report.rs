@@ -293,9 +293,13 @@ impl Entry {
         let change = self.change.name();
         match &self.result {
             Ok(Outcome::Resized(Resized { before, capacity, .. })) => {
-                log::info!("{change} from {before} to {capacity} bytes");
+                log::info!(change, before, capacity; "{change} from {before} to {capacity} bytes");
             }
             Ok(Outcome::Replaced(report)) => log::info!(
+                change,
+                generation = report.generation,
+                mode = report.protocol.name(),
+                pause_us = report.phases.pause.as_micros() as u64;
                 "{change} to generation {}: `{}` {} -> `{}` {} by {}, pause {} us",
                 report.generation,
                 report.from.name,
@@ -308,7 +312,9 @@ impl Entry {
             Err(refusal) if self.change == Change::Takeover => {
                 log::error!("faulted ({}): {}", refusal.code, refusal.message);
             }
-            Err(refusal) => log::warn!("{change} refused ({}): {}", refusal.code, refusal.message),
+            Err(refusal) => {
+                log::warn!(change, code = refusal.code.as_str(); "{change} refused ({}): {}", refusal.code, refusal.message)
+            }
         }
     }
 }

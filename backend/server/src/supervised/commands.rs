@@ -1,5 +1,6 @@
 //! What the supervisor says while there is a device.
 
+use super::events::EventSender;
 use super::told::Believed;
 use super::vault::{AsKeeper, VaultSender};
 use super::{Begun, Hold, HoldCell, PROGRAM, Said, leave_at_once, say};
@@ -54,7 +55,10 @@ impl Commands {
         begun: Begun,
         config: SessionConfig,
     ) -> Result<Self, String> {
-        let Begun { proxy, standby, believed, limits: _, hears_aside } = begun;
+        let Begun { proxy, standby, believed, limits: _, hears } = begun;
+        if hears.events {
+            EventSender::start(&channel, &proxy);
+        }
         let sessions = Arc::new(SessionHandle::default());
         let shutdown =
             Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
@@ -69,7 +73,7 @@ impl Commands {
             let limiter = Arc::clone(&config.limiter);
             Box::new(move || limiter.limits())
         };
-        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed, limits, hears_aside));
+        let vault = Arc::new(VaultSender::new(&channel, &proxy, believed, limits, hears.aside));
         proxy.keep_with(Box::new(AsKeeper(Arc::clone(&vault))), standby.clone());
         let device = {
             let channel = Arc::clone(&channel);
@@ -107,7 +111,15 @@ impl Commands {
             proxy.status().generation
         );
         log::info!("{serves}");
-        say(&channel, &ToSupervisor::Ready { version: VERSION, program: PROGRAM.into(), serves });
+        say(
+            &channel,
+            &ToSupervisor::Ready {
+                version: VERSION,
+                program: PROGRAM.into(),
+                serves,
+                tells_events: hears.events,
+            },
+        );
         if let Some(standby) = standby {
             take_standby(&proxy, standby);
         }
@@ -182,7 +194,7 @@ impl Commands {
                 let stuck = self.stuck();
                 say(&self.channel, &ToSupervisor::Pong { number, stuck });
             }
-            ToServer::Start { .. } | ToServer::Activate { .. } => {
+            ToServer::Counters { .. } | ToServer::Start { .. } | ToServer::Activate { .. } => {
                 log::error!("the supervisor starts a device that is there already");
             }
         }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! By file: `commands` (what the supervisor says, and what it does here), `vault` (what must
-//! outlive this process), `told` (of it, what only servers understand).
+//! outlive this process), `told` (of it, what only servers understand), `events` (what has
+//! happened).
 //!
 //! Invariants: the vault says at each moment what another server can go on with; once stopped,
 //! nothing of the device is touched until the supervisor says so; when the supervisor is gone, the
@@ -18,6 +19,7 @@
 //! Deliberately absent: when any of it happens. The supervisor decides, and signals are its own.
 
 mod commands;
+mod events;
 mod told;
 mod vault;
 
@@ -37,6 +39,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
+use telemetry::Counters;
 use told::Believed;
 
 /// Of the program.
@@ -113,8 +116,16 @@ struct Begun {
     standby: Option<KeptModule>,
     believed: Believed,
     limits: RateLimits,
-    /// The supervisor hears what is put aside.
-    hears_aside: bool,
+    hears: Hears,
+}
+
+/// What the supervisor understands, beside what all of them do.
+#[derive(Debug, Clone, Copy)]
+struct Hears {
+    /// What is put aside.
+    aside: bool,
+    /// What has happened.
+    events: bool,
 }
 
 /// Serves as the supervisor at descriptor `fd` says. Returns what had to be left.
@@ -130,7 +141,13 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
     startup::raise_descriptor_limit();
     let hold = Arc::new(HoldCell(AtomicU8::new(Hold::Starting as u8)));
     let said = listen(&channel, &hold)?;
-    let Ok(Said::Message(first, descriptors)) = said.recv() else { leave_at_once() };
+    let mut first = said.recv();
+    let mut memory = None;
+    if let Ok(Said::Message(ToServer::Counters { layout }, descriptors)) = first {
+        memory = descriptors.into_iter().next().filter(|_| layout == telemetry::counters::LAYOUT);
+        first = said.recv();
+    }
+    let Ok(Said::Message(first, descriptors)) = first else { leave_at_once() };
     let begun = begin(&channel, &said, first, descriptors);
     let (begun, settings) = begun.map_err(|Unfit { code, message }| {
         let failed = ToSupervisor::Failed { code: code.to_owned(), message: message.clone() };
@@ -145,8 +162,16 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
         worker_cpus: settings.worker_cpus,
         inflight: SharedInflight::default(),
         limiter: Arc::new(Limiter::new(begun.limits)),
+        counters: memory.and_then(|memory| counters(memory, settings.queues)),
     };
     Commands::new(channel, hold, begun, config)?.carry_out(&said)
+}
+
+/// Where requests are counted.
+fn counters(memory: OwnedFd, queues: u16) -> Option<Counters> {
+    Counters::map(&memory.into(), queues)
+        .inspect_err(|error| log::warn!("requests are not counted: {error}"))
+        .ok()
 }
 
 /// Tells the supervisor something, if it is there.
@@ -197,7 +222,9 @@ fn begin(
     first: ToServer,
     descriptors: Vec<OwnedFd>,
 ) -> Result<(Begun, Settings), Unfit> {
-    let ToServer::Start { version, settings, start, prepare_only, hears_aside } = first else {
+    let ToServer::Start { version, settings, start, prepare_only, hears_aside, hears_events } =
+        first
+    else {
         return Err(not_understood("the first message is not `start`"));
     };
     if version != VERSION {
@@ -205,6 +232,7 @@ fn begin(
             "the supervisor speaks version {version} of the channel, this server {VERSION}"
         )));
     }
+    let hears = Hears { aside: hears_aside, events: hears_events };
     cpus::check(&settings.worker_cpus).map_err(not_understood)?;
     let loader = Box::new(FileLoader::new(settings.domain_dirs.clone()));
     let queues = usize::from(settings.queues);
@@ -216,7 +244,7 @@ fn begin(
             let params = told::params(&params);
             let proxy = DomainProxy::start(loader, &domain, params, queues)?;
             let (believed, limits) = (Believed::default(), settings.limits);
-            Begun { proxy, standby: None, believed, limits, hears_aside }
+            Begun { proxy, standby: None, believed, limits, hears }
         }
         Start::Vault(vault) => {
             let (saved, mut believed, mut limits) = saved(&vault, descriptors)?;
@@ -232,7 +260,7 @@ fn begin(
             }
             let (proxy, standby) = restoring.activate()?;
             let limits = limits.unwrap_or(settings.limits);
-            Begun { proxy, standby, believed, limits, hears_aside }
+            Begun { proxy, standby, believed, limits, hears }
         }
     };
     Ok((begun, settings))

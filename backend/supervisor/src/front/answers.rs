@@ -33,6 +33,11 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// Whether it is about what has happened, or will.
+    pub(super) const fn is_told(self) -> bool {
+        matches!(self, Self::History | Self::Watch)
+    }
+
     pub(super) const fn of(call: &Call) -> Self {
         let Ok(method) = &call.method else { return Self::Other };
         match method.action {
@@ -107,10 +112,15 @@ pub(super) fn event(name: &str, members: Value) -> Value {
         Value::Null => Map::new(),
         other => Map::from_iter([("detail".to_owned(), other)]),
     };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    event.insert("time_ms".into(), u64::try_from(now.as_millis()).unwrap_or(u64::MAX).into());
+    event.insert("time_ms".into(), time_ms());
     event.insert("event".into(), name.into());
     Value::Object(event)
+}
+
+/// Milliseconds since 1970.
+pub(super) fn time_ms() -> Value {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX).into()
 }
 
 /// What the server has said.

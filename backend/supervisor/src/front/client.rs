@@ -10,77 +10,22 @@ use std::time::{Duration, Instant};
 use control::Limits;
 use control::lines::Line;
 use control::messages::DEVICE;
-use control::rpc::{Action, RpcError, event, parse_line};
+use control::rpc::{RpcError, event, parse_line};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::answers::{self, Kind, Said};
-use super::facts::Facts;
-use super::facts::Phase;
 use super::pipe::{PackedPipe, Pipe};
+use super::shared::{ANSWER_MAX, Server, Shared};
 use super::{Ticket, Wish};
 use crate::slots::{Missing, Packing, Unpacking};
 
-/// The longest line of a server that is believed; `hotswapctl` believes no longer one.
-const ANSWER_MAX: usize = 64 << 20;
 /// How long a client is left without a server that has just closed its stream: as a rule it has
 /// died, and the loop says so in a moment.
 const AFTER_A_LOSS: Duration = Duration::from_millis(100);
 
 /// How much is done for a client before the others have their turn.
 const STEPS: usize = 64;
-
-/// Whether there is a server to pass requests on to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Server {
-    /// There is.
-    Up,
-    /// There is, and it is about to be stopped.
-    Held,
-    /// There is none.
-    Gone,
-}
-
-/// What all clients have in common.
-#[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) limits: Limits,
-    /// How long a request waits for a server.
-    pub(super) patience: Duration,
-    pub(super) server: Server,
-    pub(super) facts: Option<Facts>,
-    /// What the server said of the device last.
-    pub(super) last_status: Option<Value>,
-    /// Whether that is old.
-    pub(super) is_stale: bool,
-    pub(super) wishes: Vec<Wish>,
-    pub(super) next_ticket: u64,
-    /// The highest number of an event so far.
-    pub(super) last_event: u64,
-    /// What is added to the numbers of the server's events.
-    pub(super) events_before: u64,
-}
-
-impl Shared {
-    pub(super) const fn ticket(&mut self) -> Ticket {
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
-        ticket
-    }
-
-    /// Whether no server is started any more.
-    pub(super) fn is_given_up(&self) -> bool {
-        self.facts.as_ref().is_some_and(|facts| facts.phase == Phase::Faulted)
-    }
-
-    /// A stream to the server.
-    pub(super) fn connect(&mut self) -> io::Result<Pipe> {
-        let (ours, theirs) = UnixStream::pair()?;
-        self.wishes.push(Wish::Client(theirs.into()));
-        Pipe::new(ours, ANSWER_MAX)
-    }
-}
 
 /// A request that is the server's to answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -175,7 +120,7 @@ impl Client {
             Some(Asked::Waiting(_, since)) => Some(*since + shared.patience),
             _ => None,
         };
-        let watches = self.watching && self.server.is_none() && is_up;
+        let watches = self.watches_server(shared) && is_up;
         let more = self.has_more.then_some(self.active);
         [sent, waits, watches.then_some(self.not_before), more].into_iter().flatten().min()
     }
@@ -211,17 +156,15 @@ impl Client {
             }
         };
         if let Ok(method) = &call.method
-            && let Action::UpgradeDaemon(request) = &method.action
+            && let Some(wish) = Wish::of(&method.action, Ticket(shared.next_ticket))
         {
-            let error = method.check_device(DEVICE).err();
-            if let (Some(error), Some(id)) = (&error, &call.id) {
-                self.pipe.say(&answers::line(id, Err(error.clone())))?;
+            if let Err(error) = method.check_device(DEVICE) {
+                self.reply(call.id.as_ref(), Err(error))?;
+                return Ok(true);
             }
-            if error.is_none() {
-                let ticket = shared.ticket();
-                shared.wishes.push(Wish::UpgradeDaemon(ticket, request.clone()));
-                self.asked = call.id.map(|id| Asked::Own(ticket, id));
-            }
+            let ticket = shared.ticket();
+            shared.wishes.push(wish);
+            self.asked = call.id.map(|id| Asked::Own(ticket, id));
             return Ok(true);
         }
         let Line::Whole(line) = line else { return Ok(true) };
@@ -239,11 +182,15 @@ impl Client {
     /// with a new server. Whether something was done.
     fn ask_server(&mut self, shared: &mut Shared) -> io::Result<bool> {
         let is_up = shared.server == Server::Up && self.not_before <= Instant::now();
-        if self.watching && self.server.is_none() && is_up {
+        if self.watches_server(shared) && is_up {
             self.stream(shared)?.say(answers::WATCH)?;
             self.subscribing = true;
         }
         match self.asked.take() {
+            Some(Asked::Waiting(request, _)) if shared.tells_events && request.kind.is_told() => {
+                self.answer_told(&request, shared)?;
+                Ok(true)
+            }
             Some(Asked::Waiting(request, _)) if is_up => {
                 let passed = self.stream(shared).and_then(|server| server.say(&request.line));
                 if let Err(error) = passed {
@@ -271,6 +218,19 @@ impl Client {
                 Ok(false)
             }
         }
+    }
+
+    /// Whether a stream to the server is wanted, for what happens there.
+    fn watches_server(&self, shared: &Shared) -> bool {
+        self.watching && self.server.is_none() && !shared.tells_events
+    }
+
+    /// Answers a request about what has happened, all of which is known here.
+    fn answer_told(&mut self, request: &Request, shared: &Shared) -> io::Result<()> {
+        let is_watch = request.kind == Kind::Watch;
+        self.watching |= is_watch;
+        let answer = if is_watch { json!({"watching": true}) } else { shared.book.history() };
+        self.reply(request.id.as_ref(), Ok(answer))
     }
 
     /// Answers a request that there is no server for, if that can be done.

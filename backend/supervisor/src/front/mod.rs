@@ -19,7 +19,9 @@
 mod answers;
 mod client;
 mod facts;
+mod packing;
 mod pipe;
+mod shared;
 #[cfg(test)]
 mod tests;
 
@@ -31,19 +33,21 @@ use std::time::{Duration, Instant};
 
 use control::lines::Line;
 use control::messages::UpgradeDaemonRequest;
-use control::rpc::RpcError;
-use control::{Code, Commanders, KeptName, Limits, SocketFile, how_to_have_more, refuse};
+use control::rpc::{Action, RpcError};
+use control::{Code, Commanders, Limits, SocketFile, how_to_have_more, refuse};
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
+use telemetry::Book;
 
 use answers::Said;
-use client::{Client, PackedClient, Server, Shared};
+use client::Client;
 pub use facts::{Facts, Phase, ServerFacts, SupervisorFacts};
+pub use packing::PackedFront;
 use pipe::Pipe;
+use shared::{Server, Shared};
 
 use crate::said::Said as SaidBefore;
-use crate::slots::{Missing, Packing, Slot, Unpacking};
 
 /// How long a request waits for a server before it is answered with `no_server`. `hotswapctl`
 /// waits twice as long for the quickest answers.
@@ -86,11 +90,24 @@ pub enum Wish {
     Client(OwnedFd),
     /// Exchange the daemon's program, and then [`Front::answer`].
     UpgradeDaemon(Ticket, UpgradeDaemonRequest),
+    /// [`Front::answer`] with the metrics.
+    Metrics(Ticket),
     /// End the daemon. Only asked for while no server lives; else the server hears it.
     Shutdown,
     /// Start a server for an upgrade, without a live domain: none is started any more with the one
     /// that there was. May be wished more than once.
     Revive,
+}
+
+impl Wish {
+    /// What the loop is to do itself for a request.
+    fn of(action: &Action, ticket: Ticket) -> Option<Self> {
+        match action {
+            Action::UpgradeDaemon(request) => Some(Self::UpgradeDaemon(ticket, request.clone())),
+            Action::Metrics => Some(Self::Metrics(ticket)),
+            _ => None,
+        }
+    }
 }
 
 /// All clients of the control socket.
@@ -107,21 +124,6 @@ pub struct Front {
     accept_again: Option<Instant>,
     /// What clients have brought about, and the log has said.
     said: SaidBefore,
-}
-
-/// A [`Front`] in a packed state.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PackedFront {
-    listener: Slot,
-    name: KeptName,
-    clients: BTreeMap<u64, PackedClient>,
-    next_client: u64,
-    server: Server,
-    facts: Option<Facts>,
-    last_status: Option<Value>,
-    next_ticket: u64,
-    last_event: u64,
-    events_before: u64,
 }
 
 impl Front {
@@ -147,11 +149,22 @@ impl Front {
                 next_ticket: 0,
                 last_event: 0,
                 events_before: 0,
+                book: Book::default(),
+                tells_events: false,
             },
             observer: None,
             accept_again: None,
             said: SaidBefore::default(),
         })
+    }
+
+    /// Goes on with what has happened before.
+    #[must_use]
+    pub fn with_book(mut self, book: Book) -> Self {
+        self.shared.last_event = book.last();
+        self.shared.events_before = book.last();
+        self.shared.book = book;
+        self
     }
 
     /// The socket that clients connect to.
@@ -280,11 +293,48 @@ impl Front {
     /// what else there is to say.
     pub fn event(&mut self, event: &str, members: Value) {
         let Value::Object(event) = answers::event(event, members) else { return };
-        self.shared.last_event += 1;
+        // It is in memory all the same.
+        let _ = self.happened(event);
+    }
+
+    /// As [`event`](Self::event), of an event that is whole; it is kept.
+    ///
+    /// # Errors
+    /// It could not be written down.
+    pub fn happened(&mut self, mut event: Map<String, Value>) -> io::Result<()> {
+        event.entry("time_ms").or_insert_with(answers::time_ms);
+        self.shared.book.skip_to(self.shared.last_event);
+        let (number, written) = self.shared.book.note(event.clone());
+        self.shared.last_event = number;
         self.with_all(|client, shared| client.tell(&event, shared).map(|()| true));
         if self.shared.server == Server::Gone {
             self.shared.events_before = self.shared.last_event;
         }
+        // What begins is not over: to ask now would take time from it.
+        self.shared.is_stale |= event.get("event").is_none_or(|name| name != "started");
+        written
+    }
+
+    /// Whether the server says all that happens by [`happened`](Self::happened), so that clients
+    /// need not ask it.
+    pub const fn tells_events(&mut self, tells: bool) {
+        self.shared.tells_events = tells;
+    }
+
+    /// What `status` says, as far as it is known here.
+    #[must_use]
+    pub fn status(&self) -> Value {
+        let Shared { last_status, facts, server, .. } = &self.shared;
+        match (server, last_status) {
+            (Server::Up, Some(state)) => answers::status(state.clone(), facts.as_ref()),
+            _ => answers::own_status(last_status.as_ref(), facts.as_ref()),
+        }
+    }
+
+    /// What is known here of the device's state is old.
+    pub fn look_again(&mut self) {
+        self.shared.is_stale = true;
+        self.ask_state();
     }
 
     /// A request that was wished for is answered.
@@ -294,59 +344,6 @@ impl Front {
             false => Ok(true),
         });
         self.ask_state();
-    }
-
-    /// Packs everything for the next program. The loop has done all [`wishes`](Self::wishes)
-    /// before.
-    pub fn pack<'a>(&'a self, packing: &mut Packing<'a>) -> PackedFront {
-        PackedFront {
-            listener: packing.put(self.socket.listener().as_fd()),
-            name: self.socket.keep(),
-            clients: self.clients.iter().map(|(&number, it)| (number, it.pack(packing))).collect(),
-            next_client: self.next_client,
-            server: self.shared.server,
-            facts: self.shared.facts.clone(),
-            last_status: self.shared.last_status.clone(),
-            next_ticket: self.shared.next_ticket,
-            last_event: self.shared.last_event,
-            events_before: self.shared.events_before,
-        }
-    }
-
-    /// Goes on with what another program has packed.
-    ///
-    /// # Errors
-    /// A descriptor is missing.
-    pub fn unpack(
-        packed: PackedFront,
-        limits: Limits,
-        unpacking: &mut Unpacking,
-    ) -> Result<Self, Missing> {
-        let listener = unpacking.take(packed.listener)?;
-        let clients = packed.clients.into_iter().map(|(number, client)| {
-            Client::unpack(client, &limits, unpacking).map(|client| (number, client))
-        });
-        Ok(Self {
-            clients: clients.collect::<Result<_, _>>()?,
-            socket: SocketFile::resume(packed.name, listener),
-            commanders: Commanders::of_this_process(),
-            next_client: packed.next_client,
-            shared: Shared {
-                limits,
-                patience: PATIENCE,
-                server: packed.server,
-                facts: packed.facts,
-                last_status: packed.last_status,
-                is_stale: false,
-                wishes: Vec::new(),
-                next_ticket: packed.next_ticket,
-                last_event: packed.last_event,
-                events_before: packed.events_before,
-            },
-            observer: None,
-            accept_again: None,
-            said: SaidBefore::default(),
-        })
     }
 
     fn with_client(

@@ -35,6 +35,7 @@ impl Supervisor {
                 }
             }
             Wish::UpgradeDaemon(ticket, request) => self.upgrade_daemon(ticket, request),
+            Wish::Metrics(ticket) => self.tell_metrics(ticket),
             Wish::Shutdown => self.end("shutdown"),
             Wish::Revive => self.revive(),
         }
@@ -49,7 +50,10 @@ impl Supervisor {
             .map_err(|error| error.to_string())
             .and_then(|socket| Front::new(socket, Limits::default()).map_err(|e| e.to_string()));
         match front {
-            Ok(front) => self.front = Some(front),
+            Ok(front) => {
+                let book = std::mem::take(&mut self.options.book);
+                self.front = Some(front.with_book(book));
+            }
             Err(error) => {
                 if let Some(server) = &self.server {
                     server.kill();

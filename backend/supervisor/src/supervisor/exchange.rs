@@ -92,10 +92,7 @@ fn failed(message: impl Into<String>) -> RpcError {
 
 impl Supervisor {
     pub(super) fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
-        let server = Server::start(program)?;
-        let (message, descriptors) = self.start_message(true);
-        // If it cannot be told, it is dead, or has to be; that is found out as any death.
-        server.channel.send(&message, &borrowed(&descriptors)).unwrap_or_else(|_| server.kill());
+        let server = self.start_with(program, true)?;
         let live = self.vault.live().map(ToOwned::to_owned);
         Ok(Candidate { server, is_prepared: false, prepared: None, live })
     }

@@ -1,5 +1,6 @@
 //! What a supervisor is started with.
 
+use super::Metrics;
 use crate::process::Program;
 use channel::Settings;
 use control::SocketFile;
@@ -8,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
+use telemetry::Book;
 
 /// Where frontends come in.
 #[derive(Debug)]
@@ -61,6 +63,10 @@ pub struct Options {
     pub domain: String,
     /// Its parameters.
     pub params: BTreeMap<String, String>,
+    /// Metrics, if they are wanted.
+    pub metrics: Option<Metrics>,
+    /// What has happened before, and where it is kept.
+    pub book: Book,
     /// How servers are looked after.
     pub supervision: Supervision,
     /// What asks for the end: a word for the log, and a descriptor that is readable then.

@@ -1,7 +1,8 @@
 //! The whole supervisor as a state that the next program of this process goes on with.
 
 use super::waiting::Waiting;
-use super::{ListenSocket, Options, Signals, Supervision, Supervisor};
+use super::watched::PackedMetrics;
+use super::{ListenSocket, Metrics, Options, Signals, Supervision, Supervisor, Watched};
 use crate::deaths::Deaths;
 use crate::front::{Front, PackedFront, Ticket};
 use crate::process::{PackedServer, Program, Server};
@@ -18,6 +19,8 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
+use telemetry::Book;
+use telemetry::tally::Tally;
 
 /// A [`ListenSocket`].
 #[derive(Debug, Serialize, Deserialize)]
@@ -84,6 +87,10 @@ pub(super) struct Packed<V, D, S> {
     ending_session: Option<u64>,
     told: Option<u64>,
     front: Option<PackedFront>,
+    #[serde(default)]
+    metrics: Option<PackedMetrics>,
+    #[serde(default)]
+    tally: Tally,
 }
 
 /// As it is written down.
@@ -147,6 +154,8 @@ impl Supervisor {
             ending_session: self.ending_session,
             told: self.told,
             front: self.front.as_ref().map(|front| front.pack(&mut packing)),
+            metrics: self.watched.metrics.as_ref().map(|metrics| metrics.pack(&mut packing)),
+            tally: self.watched.tally.clone(),
         };
         (state, packing)
     }
@@ -184,6 +193,8 @@ impl Supervisor {
             settings: state.options.settings,
             domain: state.options.domain,
             params: state.options.params,
+            metrics: None,
+            book: Book::default(),
             supervision,
             ends,
             signals,
@@ -212,6 +223,8 @@ impl Supervisor {
         supervisor.told = state.told;
         let front = state.front.map(|front| Front::unpack(front, Limits::default(), unpacking));
         supervisor.front = front.transpose()?;
+        let metrics = state.metrics.map(|metrics| Metrics::unpack(metrics, unpacking));
+        supervisor.watched = Watched { metrics: metrics.transpose()?, tally: state.tally };
         // What could write to it is gone, so that this does not wait.
         let has_come =
             |end: &OwnedFd| rustix::io::read(end, &mut [0; 1]).is_ok_and(|read| read > 0);
@@ -224,6 +237,7 @@ impl Supervisor {
 mod tests {
     use super::*;
     use crate::descriptor::Descriptor;
+    use crate::pages::Pages;
     use crate::reexec::{Written, read};
     use crate::region::Region;
     use crate::relay::Relay;
@@ -247,6 +261,7 @@ mod tests {
         let program = Program::open(Path::new("/bin/true")).unwrap();
         let listen = |name| SocketFile::listen(&directory.join(name), 0o600).unwrap();
         let (end, end_writer) = UnixStream::pair().unwrap();
+        let pages = telemetry::Address::Path(directory.join("metrics"));
         let mut supervisor = Supervisor::new(Options {
             frontends: ListenSocket::Path(listen("disk")),
             control_path: directory.join("control"),
@@ -261,6 +276,8 @@ mod tests {
             },
             domain: "ramdisk".into(),
             params: BTreeMap::from([("size".into(), "1M".into())]),
+            metrics: Some(Metrics::new(Pages::listen(&pages).unwrap(), 1).unwrap()),
+            book: Book::default(),
             supervision: Supervision {
                 has_spare: false,
                 hang_timeout: Some(Duration::from_secs(3)),
@@ -398,12 +415,15 @@ mod tests {
             "/session/relay/region/memfd",
             "/session/relay/asked/1/message/files/0",
             "/front/listener",
+            "/metrics/memory",
+            "/metrics/pages/listener",
         ] {
             *second.pointer_mut(at).unwrap() = first.pointer(at).unwrap().clone();
         }
         assert_eq!(lost("state", &first, &second), [""; 0]);
         UnixStream::connect(directory.path().join("disk")).unwrap();
         UnixStream::connect(directory.path().join("control")).unwrap();
+        UnixStream::connect(directory.path().join("metrics")).unwrap();
         drop(after);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }

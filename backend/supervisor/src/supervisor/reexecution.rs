@@ -222,6 +222,7 @@ impl Supervisor {
         ticket: Ticket,
         answer: Result<Value, RpcError>,
     ) -> Result<Value, RpcError> {
+        self.watched.exchange_ended(answer.is_ok());
         let Some((_, own)) = self.exchanged_self.take_if(|(own, _)| *own == ticket) else {
             return answer;
         };

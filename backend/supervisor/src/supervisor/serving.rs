@@ -5,7 +5,7 @@ use super::{AFTER_A_FAILURE, Supervisor, Which};
 use crate::deaths::{Choices, Death, Next};
 use crate::descriptor::Descriptor;
 use crate::front::{Facts, Phase, ServerFacts, SupervisorFacts};
-use crate::process::{Ended, Server};
+use crate::process::{Ended, Program, Server};
 use crate::region::Region;
 use crate::relay::Relay;
 use crate::session::Session;
@@ -27,7 +27,7 @@ pub(super) fn borrowed(descriptors: &[Descriptor]) -> Vec<BorrowedFd<'_>> {
 
 impl Supervisor {
     /// What a server is told first.
-    pub(super) fn start_message(&self, prepare_only: bool) -> (ToServer, Vec<Descriptor>) {
+    fn start_message(&self, prepare_only: bool) -> (ToServer, Vec<Descriptor>) {
         let (start, descriptors) = match self.vault.give() {
             Some((vault, objects)) => (Start::Vault(Box::new(vault)), objects),
             None => {
@@ -36,22 +36,32 @@ impl Supervisor {
             }
         };
         let settings = self.options.settings.clone();
-        let message =
-            ToServer::Start { version: VERSION, settings, start, prepare_only, hears_aside: true };
+        let message = ToServer::Start {
+            version: VERSION,
+            settings,
+            start,
+            prepare_only,
+            hears_aside: true,
+            hears_events: true,
+        };
         (message, descriptors)
+    }
+
+    /// Starts a server, and tells it what to begin with.
+    pub(super) fn start_with(&self, program: &Program, prepare_only: bool) -> io::Result<Server> {
+        let server = Server::start(program)?;
+        self.give_counters(&server);
+        let (message, descriptors) = self.start_message(prepare_only);
+        // If it cannot be told, it is dead, or has to be; that is found out as any death.
+        server.channel.send(&message, &borrowed(&descriptors)).unwrap_or_else(|_| server.kill());
+        Ok(server)
     }
 
     pub(super) fn start_server(&mut self) {
         if self.server.is_some() {
             return;
         }
-        let started = Server::start(&self.options.program).inspect(|server| {
-            let (message, descriptors) = self.start_message(false);
-            let told = server.channel.send(&message, &borrowed(&descriptors));
-            // It is dead, or has to be; that is found out as any death.
-            told.unwrap_or_else(|_| server.kill());
-        });
-        match started {
+        match self.start_with(&self.options.program, false) {
             Ok(server) => self.server = Some(server),
             Err(error) => {
                 let sentence = format!("cannot start a server: {error}");
@@ -69,9 +79,9 @@ impl Supervisor {
     /// A server has said something.
     pub(super) fn told_by(&mut self, which: Which, message: ToSupervisor, files: Vec<OwnedFd>) {
         match message {
-            ToSupervisor::Ready { version, program, serves } => {
+            ToSupervisor::Ready { version, program, serves, tells_events } => {
                 if which == Which::Current {
-                    self.is_ready(version, program, &serves);
+                    self.is_ready(version, program, &serves, tells_events);
                 }
             }
             ToSupervisor::Prepared { version, program } => {
@@ -110,6 +120,12 @@ impl Supervisor {
                 let server = self.which_mut(which);
                 if let (Some(server), Some(end)) = (server, files.into_iter().next()) {
                     server.aside = Some(Channel::from_socket(end));
+                }
+            }
+            ToSupervisor::Happened { event } => {
+                // One that was stopped may say what has happened before that.
+                if matches!(which, Which::Current | Which::Stopped) {
+                    self.has_happened(event);
                 }
             }
             // It was looked at before.
@@ -170,7 +186,7 @@ impl Supervisor {
         }
     }
 
-    fn is_ready(&mut self, version: u32, program: String, serves: &str) {
+    fn is_ready(&mut self, version: u32, program: String, serves: &str, tells_events: bool) {
         let Some(server) = &mut self.server else { return };
         if version != VERSION {
             log::error!("the server speaks version {version} of the channel, not {VERSION}");
@@ -199,6 +215,7 @@ impl Supervisor {
         self.pulse.begin_anew(Instant::now());
         self.tell_facts();
         if let Some(front) = &mut self.front {
+            front.tells_events(tells_events);
             front.server_up();
         }
         self.put_spare_off();
@@ -373,12 +390,6 @@ impl Supervisor {
         self.keep_in_store();
         self.start_at = Some(Instant::now());
         self.tell_facts();
-    }
-
-    pub(super) fn event(&mut self, event: &str, members: serde_json::Value) {
-        if let Some(front) = &mut self.front {
-            front.event(event, members);
-        }
     }
 
     /// Tells the control front what it says of the processes.

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::reexec::{Written, read};
+use crate::slots::Packing;
 use crate::store::StoreFacts;
 
 mod changes;

@@ -1,0 +1,290 @@
+//! Where the page of metrics is to be had: a listening socket, and the clients that ask there.
+//!
+//! As the control front, it never waits: the loop looks at what [`Pages::polled`] names, and calls
+//! [`Pages::advance`] when something may have happened. There are few places for clients. One more
+//! takes the place of the one that has not asked for longest, so that slow ones cannot keep it out.
+
+use crate::slots::{Missing, Packing, Slot, Unpacking};
+use control::{KeptName, SocketFile};
+use rustix::event::PollFlags;
+use serde::{Deserialize, Serialize};
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+use telemetry::Address;
+use telemetry::http::{Connection, Step};
+use telemetry::page::Format;
+
+/// Most clients at a time.
+const PLACES: usize = 8;
+/// How long to let accepting rest when the process has no descriptor left for a client.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+
+/// Where clients come in.
+#[derive(Debug)]
+enum Listener {
+    Unix(SocketFile),
+    Tcp(TcpListener),
+}
+
+/// A client's stream.
+#[derive(Debug)]
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Read for Stream {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.read(bytes),
+            Self::Tcp(stream) => stream.read(bytes),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.write(bytes),
+            Self::Tcp(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
+    }
+}
+
+/// The socket and its clients.
+#[derive(Debug)]
+pub struct Pages {
+    listener: Listener,
+    clients: Vec<(Connection<Stream>, Step)>,
+    /// Accepting rests until then.
+    accept_again: Option<Instant>,
+}
+
+/// [`Pages`] in a packed state. Clients come again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PackedPages {
+    listener: Slot,
+    /// Of a Unix socket.
+    name: Option<KeptName>,
+}
+
+impl Pages {
+    /// Listens there.
+    ///
+    /// # Errors
+    /// In a sentence: it cannot.
+    pub fn listen(address: &Address) -> Result<Self, String> {
+        let pages = match address {
+            Address::Path(path) => {
+                let socket = SocketFile::listen(path, 0o600).map_err(|error| error.to_string())?;
+                socket.listener().set_nonblocking(true).map(|()| Self::of(Listener::Unix(socket)))
+            }
+            Address::Loopback(address) => TcpListener::bind(address).and_then(|listener| {
+                listener.set_nonblocking(true)?;
+                log::info!("metrics at http://{}/metrics", listener.local_addr()?);
+                Ok(Self::of(Listener::Tcp(listener)))
+            }),
+        };
+        pages.map_err(|error| format!("cannot listen for metrics on {address}: {error}"))
+    }
+
+    const fn of(listener: Listener) -> Self {
+        Self { listener, clients: Vec::new(), accept_again: None }
+    }
+
+    /// What is looked at, and for what.
+    pub fn polled(&self) -> Vec<(BorrowedFd<'_>, PollFlags)> {
+        let clients = self.clients.iter().map(|(client, step)| {
+            let interest = if *step == Step::Send { PollFlags::OUT } else { PollFlags::IN };
+            (client.stream().as_fd(), interest)
+        });
+        let mut polled: Vec<_> = clients.collect();
+        if self.accept_again.is_none() {
+            let listener = match &self.listener {
+                Listener::Unix(socket) => socket.listener().as_fd(),
+                Listener::Tcp(listener) => listener.as_fd(),
+            };
+            polled.push((listener, PollFlags::IN));
+        }
+        polled
+    }
+
+    /// When to come back at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.clients.iter().map(|(client, _)| client.deadline()).chain(self.accept_again).min()
+    }
+
+    /// Goes on as far as it can without waiting; `page` makes what is asked for.
+    pub fn advance(&mut self, mut page: impl FnMut(Format) -> String) {
+        self.accept_again = self.accept_again.filter(|again| *again > Instant::now());
+        self.accept();
+        self.clients.retain_mut(|(client, step)| {
+            let mut next = client.advance();
+            if let Ok(Step::Asked(format)) = next {
+                client.say(format, &page(format));
+                next = client.advance();
+            }
+            match next {
+                Ok(Step::Over) | Err(_) => false,
+                Ok(next) => {
+                    *step = next;
+                    true
+                }
+            }
+        });
+    }
+
+    fn accept(&mut self) {
+        while self.accept_again.is_none() {
+            let stream = match &self.listener {
+                Listener::Unix(socket) => socket.listener().accept().and_then(|(stream, _)| {
+                    stream.set_nonblocking(true)?;
+                    Ok(Stream::Unix(stream))
+                }),
+                Listener::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+                    stream.set_nonblocking(true)?;
+                    Ok(Stream::Tcp(stream))
+                }),
+            };
+            match stream {
+                Ok(stream) => {
+                    self.make_room();
+                    self.clients.push((Connection::new(stream), Step::Hear));
+                }
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => self.accept_again = Some(Instant::now() + EXHAUSTED),
+                },
+            }
+        }
+    }
+
+    /// One that has asked is let go only if all have.
+    fn make_room(&mut self) {
+        if self.clients.len() >= PLACES {
+            let silent = self.clients.iter().position(|(client, _)| !client.is_answered());
+            self.clients.remove(silent.unwrap_or(0));
+        }
+    }
+
+    /// Packs it for the next program of this process.
+    pub fn pack<'a>(&'a self, packing: &mut Packing<'a>) -> PackedPages {
+        match &self.listener {
+            Listener::Unix(socket) => PackedPages {
+                listener: packing.put(socket.listener().as_fd()),
+                name: Some(socket.keep()),
+            },
+            Listener::Tcp(listener) => {
+                PackedPages { listener: packing.put(listener.as_fd()), name: None }
+            }
+        }
+    }
+
+    /// Goes on with what another program of this process has packed.
+    ///
+    /// # Errors
+    /// The descriptor is missing.
+    pub fn unpack(packed: PackedPages, unpacking: &mut Unpacking) -> Result<Self, Missing> {
+        let listener = unpacking.take(packed.listener)?;
+        Ok(Self::of(match packed.name {
+            Some(name) => Listener::Unix(SocketFile::resume(name, listener)),
+            None => Listener::Tcp(listener.into()),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    fn pages() -> (Pages, SocketAddr) {
+        let address = "127.0.0.1:0".parse().unwrap();
+        let pages = Pages::listen(&Address::Loopback(address)).unwrap();
+        let Listener::Tcp(listener) = &pages.listener else { panic!("it is a port") };
+        let address = listener.local_addr().unwrap();
+        (pages, address)
+    }
+
+    fn ask(address: SocketAddr, request: &str) -> TcpStream {
+        let mut client = TcpStream::connect(address).unwrap();
+        client.write_all(request.as_bytes()).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+        client
+    }
+
+    /// What a client is told while the pages go on.
+    fn told(pages: &mut Pages, client: &mut TcpStream) -> String {
+        let (mut bytes, end) = (Vec::new(), Instant::now() + Duration::from_secs(5));
+        while Instant::now() < end {
+            pages.advance(|_| "the page".to_owned());
+            match client.read_to_end(&mut bytes) {
+                Ok(_) => return String::from_utf8(bytes).unwrap(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        panic!("no answer: {bytes:?}");
+    }
+
+    const REQUEST: &str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+
+    #[test]
+    fn slow_clients_keep_no_one_out() {
+        let (mut pages, address) = pages();
+        let slow: Vec<TcpStream> =
+            (0..3 * PLACES).map(|_| ask(address, "GET /metrics HTTP/1.1\r\nX: ")).collect();
+        pages.advance(|_| panic!("nothing was asked for"));
+        assert!(pages.clients.len() <= PLACES);
+        let mut client = ask(address, REQUEST);
+        let answer = told(&mut pages, &mut client);
+        assert!(answer.ends_with("the page"), "{answer}");
+        assert!(pages.deadline().is_some_and(|end| end <= Instant::now() + Duration::from_secs(5)));
+        drop(slow);
+        // They are forgotten when they have gone.
+        let end = Instant::now() + Duration::from_secs(5);
+        while !pages.clients.is_empty() && Instant::now() < end {
+            pages.advance(|_| String::new());
+        }
+        assert!(pages.clients.is_empty());
+    }
+
+    #[test]
+    fn another_program_listens_at_the_same_place() {
+        let (pages, address) = pages();
+        let mut packing = Packing::default();
+        let packed = pages.pack(&mut packing);
+        let descriptors = packing.into_descriptors();
+        let dup = descriptors[0].try_clone_to_owned().unwrap();
+        let number = serde_json::to_value(&packed).unwrap()["listener"].as_i64().unwrap() as i32;
+        drop(pages);
+        let mut unpacking = Unpacking::from(std::collections::BTreeMap::from([(number, dup)]));
+        let mut pages = Pages::unpack(packed, &mut unpacking).unwrap();
+        let mut client = ask(address, REQUEST);
+        assert!(told(&mut pages, &mut client).ends_with("the page"));
+    }
+
+    #[test]
+    fn an_address_that_is_taken_is_a_sentence() {
+        let (_pages, address) = pages();
+        let error = Pages::listen(&Address::Loopback(address)).unwrap_err();
+        assert!(error.contains("cannot listen for metrics on http://127.0.0.1:"), "{error}");
+    }
+}
