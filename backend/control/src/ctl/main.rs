@@ -11,6 +11,7 @@
 //! parameters exist.
 
 mod print;
+mod top;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -109,6 +110,15 @@ enum Command {
     History,
     /// Show what happens, until interrupted
     Watch,
+    /// Print the page of metrics, as Prometheus reads it
+    Metrics,
+    /// Show rates, latencies and the last changes, again and again, until `q`; with --json, a line
+    /// for each interval
+    Top {
+        /// How often
+        #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(50..=3_600_000))]
+        interval_ms: u64,
+    },
     /// End the daemon
     Shutdown,
 }
@@ -246,6 +256,8 @@ impl Request {
             Command::Status => plain("status"),
             Command::History => plain("history"),
             Command::Watch => plain("watch"),
+            Command::Metrics => plain("metrics"),
+            Command::Top { .. } => plain("status"),
             Command::Shutdown => plain("shutdown"),
             Command::Rollback { limits } => {
                 let params = RollbackParams {
@@ -339,6 +351,10 @@ fn pairs_to_map(pairs: &[String]) -> Result<BTreeMap<String, String>, String> {
 }
 
 fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
+    if let Command::Top { interval_ms } = cli.command {
+        let show = if cli.json { top::print } else { top::run };
+        return show(&cli.control_path, Duration::from_millis(interval_ms));
+    }
     let mut client = Client::connect(&cli.control_path)?;
     let result = client.call(request.method, &request.params, request.answer_timeout)?;
     let mut out = io::stdout().lock();
@@ -359,7 +375,10 @@ fn run(cli: &Cli, request: &Request) -> Result<(), Stop> {
         Command::Check { .. } => print::check(&result),
         Command::Limit { .. } => print::limit(&result),
         Command::History => print::history(&result),
-        Command::Watch | Command::Shutdown => "the daemon is shutting down".to_owned(),
+        Command::Metrics => result["text"].as_str().unwrap_or_default().trim_end().to_owned(),
+        Command::Watch | Command::Top { .. } | Command::Shutdown => {
+            "the daemon is shutting down".to_owned()
+        }
     };
     if !text.is_empty() {
         writeln!(out, "{text}")?;

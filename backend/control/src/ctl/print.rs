@@ -57,6 +57,12 @@ pub fn upgrade_daemon(reply: &Value) -> String {
     with_times(text, &reply["phases_us"], &DAEMON_PHASES)
 }
 
+/// How long each phase of a change took, as far as it is known.
+pub fn phases(change: &Value) -> Option<String> {
+    let text = with_times(String::new(), &change["phases_us"], &PHASES);
+    (!text.is_empty()).then(|| text.trim_start_matches('\n').to_owned())
+}
+
 /// `text`, and below it how long each of `names` took, as far as it is known.
 fn with_times(mut text: String, phases: &Value, names: &[&str]) -> String {
     let times: Vec<String> = names
@@ -247,7 +253,7 @@ fn time(value: &Value) -> String {
 }
 
 /// A domain's name and version.
-fn domain(value: &Value) -> String {
+pub fn domain(value: &Value) -> String {
     match (value.get("name"), value.get("version")) {
         (Some(name), Some(version)) => format!("{} {}", shown(name), shown(version)),
         (Some(name), None) => shown(name),
@@ -264,7 +270,7 @@ fn ordered<'a>(members: &'a Map<String, Value>, first: &[&str]) -> Vec<(&'a str,
 }
 
 /// Any value in a line, without JSON's marks where it can be read without them.
-fn shown(value: &Value) -> String {
+pub fn shown(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::Bool(true) => "yes".to_owned(),
