@@ -3,8 +3,8 @@
 //! By file: `worker` (the loop), `inputs` (what it is given for each batch), `ring` (what is known
 //! of a ring while it is on), `tracking` (where what is in flight is marked), `replay` (what does
 //! not go the usual way), `admission` (a rate limit), `meter` and `counting` (what is counted, and
-//! when), `publish` (answers to the guest, and a migration's log), `poller` (look again, or sleep?),
-//! `notices` (what the log is told of).
+//! when), `publish` (answers to the guest, and a migration's log), `poller` (look again, or
+//! sleep?), `notices` (what the log is told of).
 
 mod admission;
 mod counting;
