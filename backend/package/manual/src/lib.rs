@@ -1,5 +1,5 @@
-//! Man pages and shell completions, of the definition of a command line. Used when a package is made,
-//! and in no program that is shipped.
+//! Man pages and shell completions, of the definition of a command line. Used when a package is
+//! made, and in no program that is shipped.
 
 use clap::Command;
 use clap_complete::Shell;
@@ -7,8 +7,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// Writes them into `man`, `bash`, `zsh` and `fish` below `directory`, each under the name that it is
-/// looked up by.
+/// Writes them into `man`, `bash`, `zsh` and `fish` below `directory`, each under the name that it
+/// is looked up by.
 ///
 /// # Errors
 /// The directory cannot be written to.
