@@ -242,6 +242,64 @@ fn the_disk_that_was_kept_goes_on_whatever_the_command_line_says() {
     }
 }
 
+/// Changes what the record says of the live module, so that no server gets ready with it.
+fn spoil_live(entries: &mut [(String, File)]) {
+    let (_, file) = entries.iter_mut().find(|(name, _)| is_record(name)).expect("a record");
+    let mut text = vec![0; file.metadata().expect("a file").len() as usize];
+    file.read_exact_at(&mut text, 0).expect("it can be read");
+    let mut record: Value = serde_json::from_slice(&text).expect("JSON");
+    record["record"]["list"]["live"]["params"]["size"] = "no size".into();
+    *file = tempfile::tempfile().expect("a file");
+    file.write_all_at(record.to_string().as_bytes(), 0).expect("written");
+}
+
+#[test]
+fn a_kept_disk_whose_module_does_not_start_waits_for_an_upgrade() {
+    let (manager, mut daemon, ledgers) = started_after(|entries| spoil_live(entries));
+    let now = daemon.wait_until("it is not given up", |now| now["state"] == "faulted");
+    assert_eq!(now["server"]["deaths"], 5, "{now}");
+    // So that the manager does not start it again for ever.
+    manager.wait_for("READY=1\nSTATUS=faulted");
+    daemon.call(&["upgrade", "ramdisk"]);
+    assert_intact(daemon.socket(), &ledgers);
+    assert_eq!(settled(&daemon)["state"], "held");
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+#[test]
+fn a_kept_disk_whose_module_does_not_start_goes_on_with_the_standby() {
+    let mut manager = Manager::new(64);
+    let mut daemon = start(&mut manager);
+    let ledgers = written(&daemon);
+    daemon.call(&["upgrade", "ramdisk_v2"]);
+    assert_eq!(settled(&daemon)["state"], "held");
+    daemon.end_whole();
+    manager.spoil(|entries| spoil_live(entries));
+    daemon.start_again_by(manager.command());
+    let now = daemon.wait_until("no standby goes on", |now| now["state"] == "serving");
+    assert_eq!(now["domain"]["version"], "1.0.0", "{now}");
+    assert_intact(daemon.socket(), &ledgers);
+    assert_eq!(settled(&daemon)["state"], "held");
+}
+
+/// Not even the deaths of both processes give it away, while the upgrade has not come.
+#[test]
+fn a_kept_disk_that_waits_for_an_upgrade_answers_nothing_before() {
+    let (manager, mut daemon, ledgers) = started_after(|entries| spoil_live(entries));
+    daemon.wait_until("it is not given up", |now| now["state"] == "faulted");
+    daemon.refuse(&["upgrade", "no_such_module"]);
+    assert_eq!(settled(&daemon)["state"], "held");
+    let mut manager = manager;
+    daemon.end_whole();
+    daemon.start_again_by(manager.command());
+    let socket = daemon.socket().to_owned();
+    let reader = thread::spawn(move || assert_intact(&socket, &ledgers));
+    thread::sleep(Duration::from_secs(1));
+    assert!(!reader.is_finished(), "it was answered");
+    daemon.call(&["upgrade", "ramdisk"]);
+    reader.join().expect("what was written is there");
+}
+
 /// A listening socket that is passed by name, before or behind what is stored.
 #[test]
 fn a_socket_units_socket_is_served_and_outlives_the_daemon() {

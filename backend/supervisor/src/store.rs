@@ -178,7 +178,7 @@ impl Store {
         for entry in records {
             match Record::restore(entry, &entries) {
                 Ok((Record { sessions, started_as, .. }, vault)) => {
-                    self.started_as = Some(started_as.clone());
+                    (self.started_as, self.is_needed) = (Some(started_as.clone()), true);
                     self.lost = lost.map(|why| format!("the last change: {why}"));
                     return Ok(Some(KeptDisk { vault, sessions, started_as }));
                 }
@@ -211,8 +211,9 @@ impl Store {
         let planned = match wanted {
             Some((list, descriptors)) => {
                 let started_as = self.started_as.as_ref().unwrap_or(started_as).clone();
-                let objects = BTreeMap::new();
-                self.plan(Record { sessions, started_as, list, objects }, descriptors)
+                let (awaits_upgrade, objects) = (vault.awaits_upgrade(), BTreeMap::new());
+                let record = Record { sessions, started_as, list, awaits_upgrade, objects };
+                self.plan(record, descriptors)
             }
             None => {
                 self.keep_nothing();

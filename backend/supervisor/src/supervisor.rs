@@ -115,6 +115,8 @@ pub struct Supervisor {
     /// When the last server died, until another one serves.
     died_at: Option<Instant>,
     has_served: bool,
+    /// The disk was in the store: it is gone on with, whatever becomes of its servers.
+    is_kept: bool,
     is_given_up: bool,
     session: Option<Session>,
     /// A second frontend's, whose rings run when those of the other have stopped.
@@ -192,6 +194,7 @@ impl Supervisor {
             start_at: Some(Instant::now()),
             died_at: None,
             has_served: false,
+            is_kept: false,
             is_given_up: false,
             session: None,
             waiting: None,
@@ -215,6 +218,11 @@ impl Supervisor {
             Which::Candidate => self.candidate.as_ref().map(|candidate| &candidate.server),
             Which::Leaving(at) => self.leaving.get(at).map(|(server, _)| server),
         }
+    }
+
+    /// Whether there is a device that another server can go on with.
+    const fn has_device(&self) -> bool {
+        self.has_served || self.is_kept
     }
 
     /// A server that serves.
@@ -470,7 +478,7 @@ impl Supervisor {
         if let Some(server) = &self.server {
             server.kill();
         }
-        if self.has_served {
+        if self.has_served || self.is_given_up {
             log::error!("{why}: stopping, while no server serves");
             self.over = Some(Ok(1));
         } else {

@@ -18,17 +18,18 @@ pub struct Vault {
 }
 
 impl Vault {
-    /// One that was kept elsewhere.
+    /// One that was kept elsewhere, and whether it waited for an upgrade there.
     ///
     /// # Errors
     /// The list refers to something that is not among the objects.
     pub fn restored(
         list: channel::Vault,
         objects: BTreeMap<Kept, Descriptor>,
+        awaits_upgrade: bool,
     ) -> Result<Self, String> {
         match list.objects().iter().find(|object| !objects.contains_key(object)) {
             Some(missing) => Err(format!("object {missing} is not there")),
-            None => Ok(Self { list: Some(list), objects, awaits_upgrade: false }),
+            None => Ok(Self { list: Some(list), objects, awaits_upgrade }),
         }
     }
 

@@ -76,6 +76,9 @@ pub struct Record {
     pub started_as: StartedAs,
     /// The vault's list.
     pub list: channel::Vault,
+    /// Rings stay stopped until an upgrade has brought a live module.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_upgrade: bool,
     /// What it refers to.
     pub objects: BTreeMap<Kept, Object>,
 }
@@ -168,7 +171,8 @@ impl Record {
             }
             objects.insert(*kept, found.descriptor.clone());
         }
-        let vault = Vault::restored(record.list.clone(), objects).map_err(lost)?;
+        let vault = Vault::restored(record.list.clone(), objects, record.awaits_upgrade);
+        let vault = vault.map_err(lost)?;
         Ok((record, vault))
     }
 }

@@ -152,9 +152,30 @@ fn a_disk_comes_back_as_it_was() {
     assert_eq!(next.facts().lost, None);
 }
 
+#[test]
+fn what_waits_for_an_upgrade_waits_on() {
+    let mut shelf = Shelf::new(16);
+    let mut vault = ramdisk();
+    vault.drop_live("no server has lived");
+    let mut store = shelf.store();
+    for _ in 0..2 {
+        keep(&mut store, &vault);
+        shelf.look();
+        store = shelf.store();
+        vault = store.take_back(shelf.passes()).unwrap().expect("a disk").vault;
+        assert!(vault.awaits_upgrade());
+    }
+    upgrade(&mut vault, 2);
+    keep(&mut store, &vault);
+    shelf.look();
+    let kept = shelf.store().take_back(shelf.passes()).unwrap().expect("a disk");
+    assert!(!kept.vault.awaits_upgrade());
+}
+
 /// Another module in another server, which numbers anew; the region stays.
 fn upgrade(vault: &mut Vault, generation: u64) {
-    let region = vault.give().unwrap().1[1].as_fd().try_clone_to_owned().unwrap();
+    let objects = vault.give().unwrap().1;
+    let region = objects.last().unwrap().as_fd().try_clone_to_owned().unwrap();
     let numbers = [10 * generation, 10 * generation + 1];
     let list = list(generation, numbers[0], numbers[1]);
     vault.take(list, &numbers, vec![memory(200), region]).unwrap();
@@ -224,7 +245,8 @@ fn an_exchanged_program_goes_on_with_the_names() {
 
 fn record(vault: &Vault) -> Record {
     let list = vault.list().unwrap().clone();
-    Record { sessions: 7, started_as: started_as(), list, objects: BTreeMap::new() }
+    let (awaits_upgrade, objects) = (vault.awaits_upgrade(), BTreeMap::new());
+    Record { sessions: 7, started_as: started_as(), list, awaits_upgrade, objects }
 }
 
 #[test]

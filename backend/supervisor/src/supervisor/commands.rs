@@ -51,6 +51,7 @@ impl Supervisor {
             .and_then(|socket| Front::new(socket, Limits::default()).map_err(|e| e.to_string()));
         match front {
             Ok(front) => {
+                log::info!("commands at {}", self.options.control_path.display());
                 let book = std::mem::take(&mut self.options.book);
                 self.front = Some(front.with_book(book));
             }

@@ -65,7 +65,7 @@ impl Supervisor {
             Ok(server) => self.server = Some(server),
             Err(error) => {
                 let sentence = format!("cannot start a server: {error}");
-                if self.has_served {
+                if self.has_device() {
                     log::error!("{sentence}");
                     self.decide(Ended::Unknown, None, None);
                 } else {
@@ -200,7 +200,6 @@ impl Supervisor {
         if !self.has_served {
             self.has_served = true;
             log::debug!("{serves}");
-            log::info!("commands at {}", self.options.control_path.display());
             self.make_front();
             self.store.say(&format!("READY=1\nSTATUS={serves}"));
         }
@@ -307,7 +306,7 @@ impl Supervisor {
         if let Some(front) = &mut self.front {
             front.server_gone();
         }
-        if !self.has_served {
+        if !self.has_device() {
             self.over = Some(Err(match server.failure {
                 Some((_, message)) => message,
                 None => format!("the server has ended with {ended} before it served"),
@@ -333,6 +332,8 @@ impl Supervisor {
         served: Option<std::time::Duration>,
         server: Option<Server>,
     ) {
+        // A kept disk's first server may not have got so far.
+        self.make_front();
         let oldest = self.session.as_ref().map(|session| session.relay.region().oldest());
         // The frontend's doing, and not the module's or a request's.
         let is_cut_short = self.session.as_mut().is_some_and(Session::end_without_region);
@@ -350,6 +351,10 @@ impl Supervisor {
             Next::GiveUp => {
                 log::error!("no server lives: the device is faulted until it is upgraded");
                 self.is_given_up = true;
+                if !self.has_served {
+                    // Commands are taken, and the manager need not start it again.
+                    self.store.say("READY=1\nSTATUS=faulted until it is upgraded: no server lives");
+                }
                 self.event("faulted", json!({}));
             }
             Next::Start { after, falls_back, takes_standby } => {

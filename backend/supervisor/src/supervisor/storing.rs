@@ -28,7 +28,7 @@ impl Supervisor {
                 started_as.domain
             );
         }
-        (self.vault, self.sessions) = (vault, sessions);
+        (self.vault, self.sessions, self.is_kept) = (vault, sessions, true);
     }
 
     /// The vault is another one.
