@@ -390,8 +390,15 @@ impl DomainProxy {
         patience: Duration,
         required: impl FnOnce(&DeviceInfo) -> Capabilities,
     ) -> Option<DeviceInfo> {
-        let _changing = self.lock_alive(Instant::now() + patience, || self.is_stopping())?;
-        let info = self.domain().info;
+        let changing = self.lock_alive(Instant::now() + patience, || self.is_stopping())?;
+        let mut info = self.domain().info;
+        // What only a generation on trial has would leave it without a way back.
+        if self.keeping.tried() == lock(&self.view).generation
+            && let Some(standby) = &changing.standby
+        {
+            info.capabilities =
+                Capabilities(info.capabilities.0 & standby.record().info.capabilities.0);
+        }
         self.require(required(&info));
         Some(info)
     }

@@ -181,7 +181,7 @@ impl Keeping {
     fn kept(&self, modules: Modules) -> Kept {
         let Modules { generation, live, standby, fault, told } = modules;
         let (storage, required) = (self.storage.contents(), self.required());
-        let canary = Some(self.canary.load(Ordering::Relaxed)).filter(|&canary| canary != 0);
+        let canary = Some(self.tried()).filter(|&canary| canary != 0);
         Kept { generation, live, standby, fault, told, storage, required, canary }
     }
 
@@ -256,6 +256,11 @@ impl Keeping {
     /// `generation` is on trial when it serves; 0 is none.
     pub(crate) fn tries(&self, generation: u64) {
         self.canary.store(generation, Ordering::Relaxed);
+    }
+
+    /// The generation on trial, when it serves; 0 is none.
+    pub(crate) fn tried(&self) -> u64 {
+        self.canary.load(Ordering::Relaxed)
     }
 
     pub(crate) fn require(&self, capabilities: Capabilities) {

@@ -6,6 +6,9 @@
 //!     -> activated, published: same generation -> the standby
 //! ```
 //!
+//! Where the other process has died with a generation on trial, its standby is the live module of
+//! this; if that cannot serve, the one on trial does after all, because nothing else would.
+//!
 //! As an upgrade of a faulted device: nothing serves until the module is activated. Everything up
 //! to that only looks at what is in storage, so the other process may serve meanwhile.
 
@@ -13,6 +16,7 @@ use crate::change::prepare::Preparer;
 use crate::device::{DomainProxy, Live};
 use crate::domain::LoadedDomain;
 use crate::keeping::KeptModule;
+use crate::record::canary::CanaryReport;
 use crate::record::report::{DomainRecord, Phases, Refusal};
 use crate::signal::lock;
 use domain_abi::Capabilities;
@@ -20,6 +24,9 @@ use domain_host::{ModuleLoader, QUEUE_LIMIT};
 use std::sync::Arc;
 use std::time::Duration;
 use storage::Filling;
+
+/// How long a domain that was never live is waited for.
+const TO_RETIRE: Duration = Duration::from_secs(1);
 
 /// What another process has left; see [`Kept`](crate::Kept).
 #[derive(Debug)]
@@ -42,11 +49,71 @@ pub struct Saved {
     pub canary: Option<u64>,
 }
 
+/// What is to serve, and what if that is refused.
+struct Plan {
+    saved: Saved,
+    /// The module that was on trial when its server died; `saved.live` is its standby then.
+    canary: Option<KeptModule>,
+    /// Why that standby cannot serve again, so that the canary is `saved.live` again.
+    refused: Option<Refusal>,
+}
+
+impl Plan {
+    /// A generation that was on trial when its server died, perhaps by its doing, is not gone on
+    /// with if there is a standby.
+    fn new(mut saved: Saved) -> Self {
+        let mut canary = None;
+        if saved.canary == Some(saved.generation)
+            && let Some(standby) = saved.standby.take()
+        {
+            log::warn!(
+                "generation {} was on trial when its server died: `{}` {} is to serve again",
+                saved.generation,
+                standby.name,
+                standby.version
+            );
+            canary = saved.live.replace(standby);
+            saved.generation += 1;
+        }
+        Self { saved, canary, refused: None }
+    }
+
+    /// The standby cannot serve, because of `refusal`: a device on the canary is better than none.
+    ///
+    /// # Errors
+    /// There is no canary. It is the same refusal.
+    fn put_canary_back(&mut self, refusal: Refusal) -> Result<(), Refusal> {
+        let Some(canary) = self.canary.take() else { return Err(refusal) };
+        let saved = &mut self.saved;
+        saved.standby = saved.live.replace(canary);
+        saved.generation -= 1;
+        log::error!(
+            "generation {} was on trial when its server died, and serves on: its standby does not ({}): {refusal}",
+            saved.generation,
+            refusal.code
+        );
+        self.refused = Some(refusal);
+        Ok(())
+    }
+
+    /// What was on trial, and why it serves on if it does.
+    fn verdict(&self) -> Option<CanaryReport> {
+        let canary = self.saved.canary?;
+        match &self.refused {
+            Some(refusal) => {
+                let refused = format!("({}): {refusal}", refusal.code);
+                Some(CanaryReport::of_stuck_before(canary, &refused))
+            }
+            None => (canary < self.saved.generation).then(|| CanaryReport::of_before(canary)),
+        }
+    }
+}
+
 /// A device that is prepared, and not this process's yet.
 pub struct Restoring {
     preparer: Preparer,
     queues: usize,
-    saved: Saved,
+    plan: Plan,
     /// What is to serve, and what it was made of.
     next: Option<(LoadedDomain, KeptModule)>,
 }
@@ -66,9 +133,8 @@ impl Restoring {
     ) -> Result<Self, Refusal> {
         assert!((1..=QUEUE_LIMIT).contains(&queues), "{queues} queues");
         let preparer = Preparer::new(loader, queues);
-        let mut restoring = Self { preparer, queues, saved, next: None };
-        restoring.fill();
-        restoring.prepare_live()?;
+        let mut restoring = Self { preparer, queues, plan: Plan::new(saved), next: None };
+        restoring.fill_and_prepare()?;
         Ok(restoring)
     }
 
@@ -78,36 +144,20 @@ impl Restoring {
     /// # Errors
     /// Why its live module cannot be used.
     pub fn update(&mut self, saved: Saved) -> Result<(), Refusal> {
-        self.saved = saved;
-        self.fill();
-        self.prepare_live()
+        self.plan = Plan::new(saved);
+        self.fill_and_prepare()
     }
 
-    fn fill(&mut self) {
-        self.preparer.storage.fill(std::mem::take(&mut self.saved.storage));
-    }
-
-    /// A generation that was on trial when its server died, perhaps by its doing, is not gone on
-    /// with if there is a standby: that it could be was made sure of before.
-    fn take_canary_back(&mut self) {
-        let saved = &mut self.saved;
-        if saved.canary == Some(saved.generation)
-            && let Some(standby) = saved.standby.take()
-        {
-            log::warn!(
-                "generation {} was on trial when its server died: `{}` {} serves again",
-                saved.generation,
-                standby.name,
-                standby.version
-            );
-            saved.live = Some(standby);
-            saved.generation += 1;
-        }
+    fn fill_and_prepare(&mut self) -> Result<(), Refusal> {
+        self.preparer.storage.fill(std::mem::take(&mut self.plan.saved.storage));
+        self.prepare_live().or_else(|refusal| {
+            self.plan.put_canary_back(refusal)?;
+            self.prepare_live()
+        })
     }
 
     fn prepare_live(&mut self) -> Result<(), Refusal> {
-        self.take_canary_back();
-        let Some(live) = &self.saved.live else {
+        let Some(live) = &self.plan.saved.live else {
             self.next = None;
             return Ok(());
         };
@@ -124,26 +174,43 @@ impl Restoring {
     /// # Errors
     /// Why its live module cannot be used.
     pub fn activate(self) -> Result<(Arc<DomainProxy>, Option<KeptModule>), Refusal> {
-        let Self { preparer, queues, saved, next } = self;
-        let Saved { generation, standby, fault, told, required, canary, .. } = saved;
-        let why = fault.unwrap_or_else(|| "the server before had no live domain".to_owned());
-        let told = Arc::new(told);
+        let Self { preparer, queues, mut plan, next } = self;
+        let why = plan.saved.fault.take();
+        let why = why.unwrap_or_else(|| "the server before had no live domain".to_owned());
+        let told = Arc::new(plan.saved.told.clone());
+        let generation = plan.saved.generation;
         let live = Live::Faulted(why);
-        let record = Arc::clone(&told);
-        let proxy = DomainProxy::assemble(preparer, queues, None, live, record, generation);
-        proxy.require(required);
-        if let Some(canary) = canary.filter(|&canary| canary < generation) {
-            proxy.canary.taken_back_before(canary);
+        let proxy = DomainProxy::assemble(preparer, queues, None, live, told, generation);
+        proxy.require(plan.saved.required);
+        if let Some((next, _)) = next
+            && let Err(refusal) = proxy.go_on_with(next, &plan)
+        {
+            plan.put_canary_back(refusal)?;
+            if let Some(canary) = &plan.saved.live {
+                proxy.go_on_with(proxy.preparer.prepare_kept(canary)?, &plan)?;
+            }
         }
-        if let Some((next, _)) = next {
-            proxy.check_compatible(&told.info, &next)?;
-            proxy.recover(&next, generation, &mut Phases::default())?;
+        if let Some(verdict) = plan.verdict() {
+            proxy.canary.judged_before(verdict);
         }
-        Ok((proxy, standby))
+        Ok((proxy, plan.saved.standby))
     }
 }
 
 impl DomainProxy {
+    /// Has `next` serve where nothing does.
+    fn go_on_with(self: &Arc<Self>, next: LoadedDomain, plan: &Plan) -> Result<(), Refusal> {
+        let Saved { told, generation, .. } = &plan.saved;
+        let served = self
+            .check_compatible(&told.info, &next)
+            .and_then(|()| self.recover(&next, *generation, &mut Phases::default()));
+        if served.is_err() {
+            // It was never live, so it has no requests.
+            let _ = self.retire(next, TO_RETIRE, &mut Phases::default());
+        }
+        served
+    }
+
     /// Has the standby of the process before stand by again, unless there is another one by now.
     ///
     /// # Errors
@@ -156,8 +223,7 @@ impl DomainProxy {
             Ok(domain) if others.standby.is_none() => others.standby = Some(domain),
             Ok(domain) => {
                 // It was never live, so it has no requests.
-                let limit = Duration::from_secs(1);
-                let _ = self.retire(domain, limit, &mut Phases::default());
+                let _ = self.retire(domain, TO_RETIRE, &mut Phases::default());
             }
             Err(refusal) => {
                 self.show(&others);

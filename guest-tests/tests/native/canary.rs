@@ -198,12 +198,14 @@ fn nothing_that_would_take_its_standby_is_begun_and_a_rollback_ends_it() {
     let sentence = daemon.refuse(&["upgrade-daemon", "--only", "server"]);
     assert!(sentence.contains("on trial"), "{sentence}");
     daemon.call(&["check", "ramdisk"]);
-    daemon.call(&["resize", "65M"]);
+    let sentence = daemon.refuse(&["resize", "65M"]);
+    assert!(sentence.contains("(canary_runs)"), "{sentence}");
     assert_eq!(daemon.status()["canary"]["state"], "running");
     daemon.call(&["rollback"]);
     let refused = waits.join().expect("no panic").expect_err("it was rolled back");
     assert_taken_back(&daemon, &refused, "ramdisk", "rolled back by a command");
     daemon.call(&["upgrade", "ramdisk_v2"]);
+    daemon.call(&["resize", "65M"]);
     daemon.call(&["upgrade-daemon", "--only", "server"]);
 }
 

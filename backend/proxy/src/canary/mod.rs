@@ -5,14 +5,15 @@
 //!                                                           |           |
 //!       it fails requests, or is slower than it may be -----+-----------+--> rolled back
 //!       it dies: the standby takes over; it is rolled back by a command: nothing is to be done
-//!       its server dies: the next one goes on with the standby (`restore.rs`)
+//!       its server dies: the next one goes on with the standby, if that can (`restore.rs`)
 //! ```
 //!
 //! By file: `trial` (from the upgrade to the verdict), `errors` (which errors are a canary's),
 //! `latency` (how long requests take), `judge` (what may be said of that).
 //!
-//! Invariants: one canary at a time, and no upgrade beside it, which would use its standby up; a
-//! canary that could not be rolled back is refused; nothing is measured while there is none.
+//! Invariants: one canary at a time; nothing beside it that its standby might not follow (an
+//! upgrade, another capacity, what only the canary could offer a guest); a canary that could not be
+//! rolled back is refused; nothing is measured while there is none.
 
 pub(crate) mod errors;
 pub(crate) mod judge;
@@ -46,9 +47,9 @@ impl Canary {
         lock(&self.report).clone()
     }
 
-    /// The generation was on trial when its server died, and is taken back.
-    pub(crate) fn taken_back_before(&self, generation: u64) {
-        *lock(&self.report) = Some(CanaryReport::of_before(generation));
+    /// One was on trial when its server died, and this came of it.
+    pub(crate) fn judged_before(&self, verdict: CanaryReport) {
+        *lock(&self.report) = Some(verdict);
     }
 
     /// That there is none.
@@ -62,7 +63,7 @@ impl Canary {
         }
         Err(Refusal::new(
             Code::CanaryRuns,
-            "a new generation is on trial, and this would use its standby up; wait for the verdict (`canary` in `status`), or roll it back",
+            "a new generation is on trial, and this might leave it without its standby; wait for the verdict (`canary` in `status`), or roll it back",
         ))
     }
 

@@ -26,7 +26,9 @@ impl DomainProxy {
     /// # Errors
     /// Why it was refused; the device is as it was.
     pub fn resize(self: &Arc<Self>, capacity: u64, options: Options) -> Result<Resized, Refusal> {
-        let (target, prepare) = (capacity.to_string(), || Ok(Nothing));
+        let target = capacity.to_string();
+        // Whether the standby of one on trial could follow is not known before, and not undone.
+        let prepare = || self.canary.check_idle().map(|()| Nothing);
         let resized =
             self.recorded(Change::Resize, &target, options, prepare, |others, Nothing| {
                 self.resize_live(others, capacity)

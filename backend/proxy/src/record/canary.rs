@@ -87,12 +87,20 @@ impl CanaryReport {
         }
     }
 
-    /// Of one whose server has died.
+    /// Of one whose server has died, and that was taken back.
     pub(crate) fn of_before(generation: u64) -> Self {
         let trial = Trial { time: Duration::ZERO, max_errors: 0, max_latency_ratio: 0.0 };
         let why = "the server process died while it was on trial".to_owned();
         let (state, generation) = (CanaryState::TakenBack, Some(generation));
         Self { state, generation, why: Some(why), ..Self::new(trial) }
+    }
+
+    /// Of one whose server has died, and that serves on, because its standby was refused.
+    pub(crate) fn of_stuck_before(generation: u64, refused: &str) -> Self {
+        let before = Self::of_before(generation);
+        let why = before.why.as_deref().unwrap_or_default();
+        let why = Some(format!("{why}; it could not be taken back {refused}"));
+        Self { state: CanaryState::Stuck, why, ..before }
     }
 
     /// Whether there is no verdict yet.

@@ -11,6 +11,8 @@ mod keeping;
 mod midway;
 mod residents;
 mod resize;
+mod restore;
 mod stop;
 mod takeover;
 mod told;
+mod trial;

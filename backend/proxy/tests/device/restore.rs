@@ -1,0 +1,138 @@
+//! A device that goes on with what a process has left that died during a trial.
+
+use crate::common::Device;
+use domain_abi::Capabilities;
+use domain_host::{Identity, LoadError, ModuleLoader, VerifiedModule};
+use proxy::{CanaryState, Code, DomainProxy, KeptModule, Refusal, Restoring, Saved, State};
+use puppet::PuppetLoader;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use storage::Filling;
+
+const BOTH: u64 = Capabilities::FLUSH.0 | Capabilities::DISCARD.0;
+
+/// Finds a kept puppet by its path.
+struct Shelf;
+
+impl ModuleLoader for Shelf {
+    fn verify(&self, name: &str) -> Result<Box<dyn VerifiedModule>, LoadError> {
+        PuppetLoader.verify(name)
+    }
+
+    fn verify_kept(
+        &self,
+        _: OwnedFd,
+        origin: &Identity,
+    ) -> Result<Box<dyn VerifiedModule>, LoadError> {
+        self.verify(&origin.path)
+    }
+}
+
+fn module(device: &Device, number: u64, label: &str, script: &[&str]) -> KeptModule {
+    KeptModule {
+        number,
+        image: Arc::new(tempfile::tempfile().expect("a file").into()),
+        name: "plain".to_owned(),
+        version: "1.0.0".to_owned(),
+        path: "plain".to_owned(),
+        sha256: label.to_owned(),
+        params: device.stage.params(label, script),
+    }
+}
+
+/// What a server has left that died with its generation 2, the puppet `b`, on trial.
+fn left(device: &Device, standby: &[&str], canary: &[&str]) -> Saved {
+    Saved {
+        generation: 2,
+        live: Some(module(device, 2, "b", canary)),
+        standby: Some(module(device, 1, "a", standby)),
+        fault: None,
+        told: device.proxy.domain(),
+        storage: Filling { schema: 1, ..Filling::default() },
+        required: Capabilities(BOTH),
+        canary: Some(2),
+    }
+}
+
+type Restored = Result<(Arc<DomainProxy>, Option<KeptModule>), Refusal>;
+
+fn restore(saved: Saved) -> Restored {
+    Restoring::prepare(Box::new(Shelf), saved, 1)?.activate()
+}
+
+fn has_both() -> String {
+    format!("caps={BOTH}")
+}
+
+#[test]
+fn the_standby_of_one_that_was_on_trial_goes_on() {
+    let device = Device::start(1, &[]);
+    let (proxy, standby) = restore(left(&device, &[&has_both()], &[&has_both()])).expect("it fits");
+    let status = proxy.status();
+    assert_eq!((status.state, status.generation), (State::Serving, 3));
+    assert_eq!(status.domain.params.get("label"), Some("a"));
+    let canary = proxy.canary().expect("a verdict");
+    assert_eq!((canary.state, canary.generation), (CanaryState::TakenBack, Some(2)));
+    assert!(standby.is_none(), "the canary stands by");
+    assert_eq!(proxy.stop(), [""; 0]);
+}
+
+#[test]
+fn where_the_standby_cannot_go_on_the_one_on_trial_does() {
+    let few = format!("caps={}", Capabilities::FLUSH.0);
+    let (fails, breaks) = ("fail=activate".to_owned(), "break=activate".to_owned());
+    for (standby, code) in [
+        (vec![few], Code::FeatureMissing),
+        (vec![has_both(), "size=2M".to_owned()], Code::DeviceDiffers),
+        (vec![has_both(), "fail=prepare".to_owned()], Code::PrepareFailed),
+        (vec![has_both(), "break=prepare".to_owned()], Code::PreparePanicked),
+        (vec![has_both(), fails], Code::ActivateFailed),
+        (vec![has_both(), breaks], Code::ActivatePanicked),
+    ] {
+        let device = Device::start(1, &[]);
+        let script: Vec<&str> = standby.iter().map(String::as_str).collect();
+        let saved = left(&device, &script, &[&has_both()]);
+        let (proxy, standby) = restore(saved).unwrap_or_else(|refusal| panic!("{refusal}"));
+        let status = proxy.status();
+        assert_eq!((status.state, status.generation), (State::Serving, 2), "{code}");
+        assert_eq!(status.domain.params.get("label"), Some("b"), "{code}");
+        let canary = proxy.canary().expect("a verdict");
+        assert_eq!((canary.state, canary.generation), (CanaryState::Stuck, Some(2)), "{code}");
+        let why = canary.why.expect("why");
+        assert!(why.contains("server") && why.contains(code.as_str()), "{code}: {why}");
+        assert_eq!(standby.map(|module| module.number), Some(1), "{code}");
+        // It is a device as any other.
+        let device = Device { proxy, stage: device.stage };
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        hand.lie_down();
+        drop(hand);
+        device.upgrade("plain", "c", &[&has_both()]).expect("it can be replaced");
+        assert_eq!(device.proxy.stop(), [""; 0], "{code}");
+    }
+}
+
+#[test]
+fn where_neither_can_go_on_the_refusal_is_that_of_the_one_on_trial() {
+    let device = Device::start(1, &[]);
+    let saved = left(&device, &["fail=activate"], &[&has_both(), "fail=prepare"]);
+    assert_eq!(restore(saved).err().map(|refusal| refusal.code), Some(Code::PrepareFailed));
+    let saved = left(&device, &["fail=prepare"], &[&has_both(), "fail=activate"]);
+    assert_eq!(restore(saved).err().map(|refusal| refusal.code), Some(Code::ActivateFailed));
+}
+
+#[test]
+fn a_spare_server_goes_by_what_it_is_told_last() {
+    let device = Device::start(1, &[]);
+    let mut restoring = Restoring::prepare(
+        Box::new(Shelf),
+        left(&device, &[&has_both(), "fail=prepare"], &[&has_both()]),
+        1,
+    )
+    .expect("the canary is prepared");
+    restoring.update(left(&device, &[&has_both()], &[&has_both()])).expect("the standby fits now");
+    let (proxy, _) = restoring.activate().expect("it fits");
+    assert_eq!(proxy.status().generation, 3);
+    assert_eq!(proxy.canary().map(|canary| canary.state), Some(CanaryState::TakenBack));
+}
