@@ -195,9 +195,11 @@ fn nothing_that_would_take_its_standby_is_begun_and_a_rollback_ends_it() {
         let sentence = daemon.refuse(args);
         assert!(sentence.contains("(canary_runs)"), "{sentence}");
     }
+    // A check says what the upgrade would.
+    let upgrade = daemon.refuse(&["upgrade", "ramdisk"]);
+    assert_eq!(daemon.refuse(&["check", "ramdisk"]), upgrade);
     let sentence = daemon.refuse(&["upgrade-daemon", "--only", "server"]);
     assert!(sentence.contains("on trial"), "{sentence}");
-    daemon.call(&["check", "ramdisk"]);
     let sentence = daemon.refuse(&["resize", "65M"]);
     assert!(sentence.contains("(canary_runs)"), "{sentence}");
     assert_eq!(daemon.status()["canary"]["state"], "running");

@@ -25,6 +25,7 @@ impl DomainProxy {
         let _operator = self.operate(options)?;
         let mut phases = Phases::default();
         let next = self.prepare_after_earlier(options, || {
+            self.canary.check_idle()?;
             let live = self.record();
             let is_wanted = || self.check_stopping();
             self.preparer.prepare(name, params, Some(&live), is_wanted, &mut phases)

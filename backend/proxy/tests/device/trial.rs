@@ -53,6 +53,21 @@ fn a_guest_is_not_offered_what_only_the_one_on_trial_has() {
 }
 
 #[test]
+fn a_check_says_what_the_upgrade_would() {
+    let device = Device::start(1, &[]);
+    let check = || {
+        let params = device.stage.params("c", &[]);
+        device.proxy.check("plain", params, Options::default()).map(|checked| checked.protocol)
+    };
+    is_taken_back(during(&device, &[], || {
+        let upgrade = device.upgrade("plain", "c", &[]).unwrap_err();
+        assert_eq!((upgrade.code, check()), (Code::CanaryRuns, Err(upgrade)));
+        device.rollback().expect("a way back");
+    }));
+    check().expect("nothing is on trial");
+}
+
+#[test]
 fn the_disk_keeps_its_size() {
     let device = Device::start(1, &["size=64K", "resize=never"]);
     is_taken_back(during(&device, &[], || {
