@@ -173,6 +173,8 @@ pub(crate) struct Admitted {
 pub struct Limiter {
     is_on: AtomicBool,
     buckets: Mutex<Buckets>,
+    /// Held while they are changed, and that is told of: no worker waits for that.
+    changing: Mutex<()>,
     /// Told of each change.
     hook: OnceLock<Box<dyn Fn(RateLimits) + Send + Sync>>,
 }
@@ -199,7 +201,7 @@ impl Limiter {
         lock(&self.buckets).limits
     }
 
-    /// Has `hook` told of each change from now on. A second one is not.
+    /// Has `hook` told of each change from now on, in the order of changes. A second one is not.
     pub fn on_change(&self, hook: impl Fn(RateLimits) + Send + Sync + 'static) {
         let _ = self.hook.set(Box::new(hook));
     }
@@ -209,6 +211,8 @@ impl Limiter {
     /// # Errors
     /// A sentence that says what is wrong with the request; nothing is changed.
     pub fn change(&self, request: &LimitRequest) -> Result<(), String> {
+        // What is not said stays as it is, so each change goes by the one before.
+        let _changing = lock(&self.changing);
         let limits = changed(self.limits(), request)?;
         self.set(limits, Instant::now());
         log::info!("rate limits: {}", self.report());

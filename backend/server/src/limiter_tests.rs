@@ -133,6 +133,51 @@ fn a_change_holds_at_once_and_forgives_debts() {
 }
 
 #[test]
+fn two_changes_at_a_time_are_both_made() {
+    let both = |iops, bandwidth| {
+        let limiter = Limiter::default();
+        let ready = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            for request in [
+                LimitRequest { iops: Some(iops), ..LimitRequest::default() },
+                LimitRequest { bandwidth: Some(bandwidth), ..LimitRequest::default() },
+            ] {
+                let (limiter, ready) = (&limiter, &ready);
+                scope.spawn(move || {
+                    ready.wait();
+                    limiter.change(&request).unwrap();
+                });
+            }
+        });
+        (limiter.limits().iops, limiter.limits().bandwidth)
+    };
+    for round in 1..=2_000 {
+        assert_eq!(both(round, round << 20), (round, round << 20), "in round {round}");
+    }
+}
+
+#[test]
+fn what_is_told_last_is_what_holds() {
+    let (limiter, told) = (Limiter::default(), std::sync::Arc::<Mutex<Vec<u64>>>::default());
+    let (enter, entered) = std::sync::mpsc::channel();
+    let list = std::sync::Arc::clone(&told);
+    limiter.on_change(move |limits| {
+        if limits.iops == 1 {
+            enter.send(()).unwrap();
+            // The other one has all the time to come before it.
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        lock(&list).push(limits.iops);
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| limiter.change(&limits(1, 0)).unwrap());
+        entered.recv().unwrap();
+        limiter.change(&limits(2, 0)).unwrap();
+    });
+    assert_eq!((lock(&told).as_slice(), limiter.limits().iops), (&[1, 2][..], 2));
+}
+
+#[test]
 fn what_is_not_said_stays_and_what_makes_no_sense_is_refused() {
     let none = RateLimits::default();
     let some =
