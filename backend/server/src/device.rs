@@ -78,12 +78,16 @@ fn tried(report: &Report, canary: &CanaryReport) -> Result<Value, OperationError
     reply["canary"] = to_json(canary);
     let code = match canary.state {
         CanaryState::TakenBack => proxy::Code::TakenBack,
-        CanaryState::Stuck => proxy::Code::NotTakenBack,
+        CanaryState::Stuck | CanaryState::Faulted => proxy::Code::NotTakenBack,
         _ => return Ok(reply),
     };
     let why = canary.why.as_deref().unwrap_or("it did not stand its trial");
     let message = match canary.state {
         CanaryState::Stuck => format!("generation {} serves on: {why}", report.generation),
+        CanaryState::Faulted => format!(
+            "generation {} was on trial, and nothing serves: {why}; upgrade to bring the device back",
+            report.generation
+        ),
         _ => format!(
             "generation {} was taken back, `{}` {} serves again: {why}",
             report.generation, report.from.name, report.from.version

@@ -193,8 +193,8 @@ impl DomainProxy {
         if self.is_stopping() {
             return Some(Verdict::Over(CanaryState::Ended, "the daemon ends".to_owned()));
         }
-        if let Some(why) = self.replaced_by(generation) {
-            return Some(Verdict::Over(CanaryState::TakenBack, why));
+        if let Some((state, why)) = self.replaced_by(generation) {
+            return Some(Verdict::Over(state, why));
         }
         (own > trial.max_errors).then(|| {
             Verdict::TakeBack(format!(
@@ -271,8 +271,8 @@ impl DomainProxy {
                     self.bring_standby_back(others, options)
                 });
             let Err(refusal) = rolled_back else { return (CanaryState::TakenBack, Some(why)) };
-            if let Some(how) = self.replaced_by(generation) {
-                return (CanaryState::TakenBack, Some(format!("{why}; {how}")));
+            if let Some((state, how)) = self.replaced_by(generation) {
+                return (state, Some(format!("{why}; {how}")));
             }
             if Instant::now() >= deadline || self.is_stopping() {
                 let why =

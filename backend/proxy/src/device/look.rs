@@ -1,6 +1,7 @@
 //! What the device says of itself.
 
 use super::{DomainProxy, Live};
+use crate::record::canary::CanaryState;
 use crate::record::report::{Change, DomainRecord, Entry, Event};
 use crate::record::status::Status;
 use crate::signal::lock;
@@ -49,22 +50,23 @@ impl DomainProxy {
         }
     }
 
-    /// How the live domain has been replaced since `generation` was that, in words; `None`: it has
-    /// not, or the change is under way.
-    pub(crate) fn replaced_by(&self, generation: u64) -> Option<String> {
+    /// What has become of the live domain since `generation` was that, and how, in words; `None`:
+    /// it still is, or the change is under way.
+    pub(crate) fn replaced_by(&self, generation: u64) -> Option<(CanaryState, String)> {
         let view = lock(&self.view);
         if let Live::Faulted(why) = &view.live {
-            return Some(format!("it has died: {why}"));
+            return Some((CanaryState::Faulted, format!("it has died: {why}")));
         }
         if view.generation == generation || view.changing > 0 {
             return None;
         }
         let last = view.history.entries().last().map(|entry| entry.change);
-        Some(match last {
+        let how = match last {
             Some(Change::Takeover) => "it has died, and its standby took over".to_owned(),
             Some(Change::Rollback) => "it was rolled back by a command".to_owned(),
             _ => format!("generation {} serves", view.generation),
-        })
+        };
+        Some((CanaryState::TakenBack, how))
     }
 
     /// Tells what happened to clients that watch.

@@ -29,6 +29,8 @@ pub enum CanaryState {
     TakenBack,
     /// It is to be taken back, and could not be: it serves on.
     Stuck,
+    /// It has died, and nothing could take over: nothing serves.
+    Faulted,
     /// The device has ended before there was a verdict.
     Ended,
 }

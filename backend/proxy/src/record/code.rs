@@ -41,7 +41,7 @@ codes! {
     NoWayBack = "no_way_back",
     /// A new generation did not stand its trial.
     TakenBack = "taken_back",
-    /// A new generation did not stand its trial, and serves on.
+    /// A new generation did not stand its trial, and serves on; or nothing does.
     NotTakenBack = "not_taken_back",
     /// A takeover comes first, and has not ended in time.
     Preempted = "preempted",

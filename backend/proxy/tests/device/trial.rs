@@ -2,7 +2,7 @@
 
 use crate::common::{Device, PATIENCE};
 use domain_abi::Capabilities;
-use proxy::{CanaryReport, CanaryState, Code, Options, Refusal, Report, Trial};
+use proxy::{CanaryReport, CanaryState, Code, Options, Refusal, Report, State, Trial};
 use std::time::Duration;
 
 const FEW: Capabilities = Capabilities::FLUSH;
@@ -50,6 +50,18 @@ fn a_guest_is_not_offered_what_only_the_one_on_trial_has() {
     device.upgrade("plain", "b", &[&caps(BOTH)]).unwrap();
     assert_eq!(offered(), BOTH, "nothing is on trial");
     assert_eq!(device.rollback().unwrap_err().code, Code::FeatureMissing);
+}
+
+#[test]
+fn one_that_dies_where_nothing_can_take_over_is_not_said_to_be_replaced() {
+    // Both are told of the write cache; what takes over is told once more.
+    let device = Device::start(1, &["break=cache2"]);
+    let tried = during(&device, &["break=cache1"], || device.proxy.set_write_cache(false));
+    let (_, canary) = tried.expect("it was upgraded to");
+    let status = device.proxy.status();
+    assert_eq!((canary.state, status.state), (CanaryState::Faulted, State::Faulted));
+    let why = canary.why.expect("why");
+    assert!(why.contains("did not take over"), "{why}");
 }
 
 #[test]
