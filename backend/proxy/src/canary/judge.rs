@@ -27,9 +27,35 @@ pub(crate) const LEAST: u64 = 300;
 /// How many looks in a row find what is believed.
 pub(crate) const IN_A_ROW: u32 = 3;
 
+/// Of so many times the distribution is summed up; of more it is taken from the normal one, so that
+/// a look costs as much after a day as after a second.
+const SUMMED: u64 = 20_000;
+
+/// The normal distribution is so many deviations above its mean with a chance of [`ALPHA`].
+const DEVIATIONS: f64 = 3.719_016_485;
+
 /// How many of `n` times are above the percentile, at least and at most, but with a chance of
 /// [`ALPHA`] each: the largest number that is exceeded, and the smallest that is not reached.
 fn bounds(n: u64) -> (Option<u64>, Option<u64>) {
+    if n <= SUMMED {
+        return summed(n);
+    }
+    let (below, above) = approximated(n);
+    (Some(below), Some(above))
+}
+
+/// From the normal distribution, with the binomial one's skew (Cornish and Fisher). One more on
+/// either side than the middle of a step is further out than the exact bounds, or as far.
+fn approximated(n: u64) -> (u64, u64) {
+    let mean = n as f64 * ABOVE;
+    let deviation = (mean * (1.0 - ABOVE)).sqrt();
+    let skew = (1.0 - 2.0 * ABOVE) / 6.0 * (DEVIATIONS * DEVIATIONS - 1.0);
+    let (middle, out) = (mean + skew, DEVIATIONS * deviation + 1.0);
+    ((middle - out).floor() as u64, (middle + out).ceil() as u64)
+}
+
+/// From the binomial distribution itself.
+fn summed(n: u64) -> (Option<u64>, Option<u64>) {
     let (mut below, mut sum) = (None, 0.0);
     // The logarithm of the chance of exactly k.
     let mut ln = n as f64 * (1.0 - ABOVE).ln();

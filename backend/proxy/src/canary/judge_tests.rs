@@ -66,6 +66,29 @@ fn bounds_are_those_of_the_binomial_distribution() {
 }
 
 #[test]
+fn bounds_of_many_are_never_tighter_than_those_of_the_distribution() {
+    for n in (SUMMED..60_000).step_by(617).chain([100_000, 1_000_000, 3_000_000]) {
+        let (below, above) = approximated(n);
+        let (least, most) = summed(n);
+        let (least, most) = (least.unwrap(), most.unwrap());
+        assert!(below <= least && below + 2 >= least, "{n}: {below}, {least}");
+        assert!(above >= most && above <= most + 2, "{n}: {above}, {most}");
+    }
+}
+
+#[test]
+fn a_look_costs_as_much_after_a_day_as_after_a_second() {
+    let began = std::time::Instant::now();
+    // A million in a second for a day, and all that can be counted.
+    for n in [86_400_000_000, 1 << 60, u64::MAX] {
+        let (below, above) = bounds(n);
+        let (below, above) = (below.unwrap(), above.unwrap());
+        assert!(below < n / 100 && above > n / 100 && above < n / 90, "{n}: {below}, {above}");
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(1), "{:?}", began.elapsed());
+}
+
+#[test]
 fn one_that_is_as_slow_as_it_may_be_is_hardly_ever_taken_back() {
     let mut random = Random(0x5EED_0001);
     for (name, law) in LAWS {
