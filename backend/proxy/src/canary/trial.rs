@@ -24,6 +24,10 @@ const BEFORE: Duration = Duration::from_secs(10);
 /// How often a canary is looked at. A short one is looked at more often.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// How long a canary's requests are compared with those before at most. After that the guest may do
+/// something else, and the host: what was measured says nothing of it.
+const COMPARED: Duration = Duration::from_secs(600);
+
 /// For how long it is tried to take one back.
 const TO_TAKE_BACK: Duration = Duration::from_secs(60);
 
@@ -34,6 +38,7 @@ const TRY_EVERY: Duration = Duration::from_millis(500);
 const MOST_DRAIN: Duration = Duration::from_secs(10);
 
 /// What comes of a canary.
+#[derive(Debug)]
 enum Verdict {
     Keep,
     /// For this reason.
@@ -98,7 +103,7 @@ impl DomainProxy {
                 return Err(refusal);
             }
         };
-        let verdict = self.watch(report.generation, trial, &before.take());
+        let verdict = self.watch(report.generation, trial, &before.take(), COMPARED);
         let (state, why) = match verdict {
             Verdict::Keep => (CanaryState::Kept, None),
             Verdict::Over(state, why) => (state, Some(why)),
@@ -158,8 +163,15 @@ impl DomainProxy {
         Ok(counted)
     }
 
-    /// Watches the canary until there is something to say of it.
-    fn watch(&self, generation: u64, trial: Trial, before: &Classes) -> Verdict {
+    /// Watches the canary until there is something to say of it. How slow it is is looked at for as
+    /// long as `compared`.
+    fn watch(
+        &self,
+        generation: u64,
+        trial: Trial,
+        before: &Classes,
+        compared: Duration,
+    ) -> Verdict {
         self.canary.change(|canary| {
             (canary.state, canary.generation) = (CanaryState::Running, Some(generation));
         });
@@ -168,17 +180,27 @@ impl DomainProxy {
         }
         let window = self.canary.gauge.begin();
         let mut looks: Vec<Looks> = before.iter().map(Looks::new).collect();
-        let end = Instant::now() + trial.time;
+        let began = Instant::now();
+        let (end, last_look) = (began + trial.time, began + trial.time.min(compared));
         let every = LOOK_EVERY.min(trial.time / (IN_A_ROW + 1));
         loop {
-            let until = end.min(Instant::now() + every);
+            let until = last_look.min(Instant::now() + every);
             let over = self.signal.wait(until, || self.is_over(generation, trial));
-            let is_last = Instant::now() >= end;
+            let is_last = Instant::now() >= last_look;
             let counted = window.counted();
             let slow = self.look(&mut looks, &counted, trial, is_last);
             match over.or(slow) {
                 Some(verdict) => return verdict,
-                None if is_last => return Verdict::Keep,
+                None if is_last => break,
+                None => {}
+            }
+        }
+        self.canary.gauge.end();
+        loop {
+            let until = end.min(Instant::now() + LOOK_EVERY);
+            match self.signal.wait(until, || self.is_over(generation, trial)) {
+                Some(verdict) => return verdict,
+                None if Instant::now() >= end => return Verdict::Keep,
                 None => {}
             }
         }
@@ -291,3 +313,7 @@ impl DomainProxy {
 fn micros(times: &Histogram) -> Option<u64> {
     times.percentile_99().map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+#[path = "trial_tests.rs"]
+mod tests;
