@@ -3,6 +3,7 @@
 //!
 //! The slow ones are slow by their parameters, by more than a busy machine is.
 
+use std::fs;
 use std::thread;
 use std::time::Duration;
 
@@ -278,4 +279,41 @@ fn a_server_that_dies_during_a_trial_is_followed_by_the_one_before() {
     report.assert_clean();
     assert_intact(daemon.socket(), &report.ledgers);
     daemon.call(&["upgrade", "ramdisk_v2"]);
+}
+
+#[test]
+fn where_the_one_before_cannot_go_on_the_one_on_trial_does() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (one, other) = (path("one"), path("other"));
+    fs::File::create(&one).and_then(|file| file.set_len(64 << 20)).expect("a file");
+    fs::hard_link(&one, &other).expect("another name of it");
+    let param = format!("path={one}");
+    let daemon = Daemon::start(&["--domain", "file", "--queues", "2", "--param", &param]);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
+    load.wait_for(200);
+    let waits = {
+        let mut control = daemon.rpc();
+        let canary = json!({"seconds": 600, "max_latency_ratio": 1000.0});
+        let params = json!({"name": "file", "params": {"path": other}, "canary": canary});
+        thread::spawn(move || control.request("upgrade", params))
+    };
+    daemon.wait_until("it does not serve", |now| now["canary"]["state"] == "running");
+    // What the one before would open.
+    fs::remove_file(&one).expect("it is there");
+    daemon.end_server(Signal::KILL);
+    let refused = waits.join().expect("no panic").expect_err("its server has died");
+    assert_eq!(refused.name(), "server_died");
+    let now = daemon.status();
+    assert_eq!((&now["state"], &now["generation"]), (&json!("serving"), &json!(2)), "{now}");
+    let canary = &now["canary"];
+    assert_eq!((&canary["state"], &canary["generation"]), (&json!("stuck"), &json!(2)));
+    assert!(canary["why"].as_str().is_some_and(|why| why.contains("prepare_failed")), "{canary}");
+    load.wait_for(200);
+    daemon.end_server(Signal::KILL);
+    assert_eq!(daemon.status()["generation"], 2, "it is on trial no more");
+    load.wait_for(200);
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
 }
