@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,8 @@ use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::manager::Manager;
 use guest_tests::stamp::{Ledger, Load, LoadOptions, assert_intact, damage};
-use rustix::process::Signal;
-use serde_json::Value;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
+use serde_json::{Value, json};
 
 const RAMDISK: [&str; 6] = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
 
@@ -298,6 +299,36 @@ fn a_kept_disk_that_waits_for_an_upgrade_answers_nothing_before() {
     assert!(!reader.is_finished(), "it was answered");
     daemon.call(&["upgrade", "ramdisk"]);
     reader.join().expect("what was written is there");
+}
+
+/// What is there is the disk as it was, which is better than none.
+#[test]
+fn a_change_that_cannot_be_written_down_takes_nothing_away_and_is_tried_again() {
+    let mut manager = Manager::new(64);
+    let daemon = start(&mut manager);
+    let before = manager.names();
+    let mut control = daemon.rpc();
+    let mut ask = |method: &str, params| control.request(method, params).expect("an answer");
+    ask("status", json!({}));
+    let pid = Pid::from_raw(daemon.pid() as i32);
+    // It can open nothing more.
+    let is_open = |fd: &u64| Path::new(&format!("/proc/{}/fd/{fd}", daemon.pid())).exists();
+    let free = (0..).find(|fd| !is_open(fd));
+    let none = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
+    let limit = prlimit(pid, Resource::Nofile, none).expect("its limit");
+    ask("limit", json!({"iops": 1_000_000}));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut store = ask("status", json!({}))["supervisor"]["store"].take();
+    while store["state"] != "failed" {
+        assert!(Instant::now() < deadline, "{store}");
+        store = ask("status", json!({}))["supervisor"]["store"].take();
+    }
+    assert!(store["why"].as_str().is_some_and(|why| why.contains("tried again")), "{store}");
+    assert_eq!(manager.names(), before);
+    prlimit(pid, Resource::Nofile, limit).expect("its limit");
+    daemon.wait_until("it is not tried again", |now| now["supervisor"]["store"]["state"] == "held");
+    assert_ne!(manager.names(), before, "the record is another one");
+    assert_eq!(manager.names().len(), before.len());
 }
 
 /// A listening socket that is passed by name, before or behind what is stored.

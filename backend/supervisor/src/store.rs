@@ -19,6 +19,7 @@ use crate::descriptor::Descriptor;
 use crate::notify::Manager;
 use crate::vault::Vault;
 use name::Name;
+use plan::Unkept;
 use record::{Entry, Fault, Identity, Record, StartedAs};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -29,6 +30,8 @@ use std::time::{Duration, Instant};
 
 /// When a manager that had no room, or was not there, is told again.
 const AGAIN: Duration = Duration::from_millis(50);
+/// When a change is tried again that could not be kept.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
 /// How long what is still to be said is said at the end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -131,6 +134,8 @@ pub struct Store {
     barrier: Option<PipeReader>,
     wants_barrier: bool,
     again_at: Option<Instant>,
+    /// When the vault is to be kept that could not be.
+    keep_at: Option<Instant>,
     /// The log was told that the manager is not there.
     is_told: bool,
     why: Option<String>,
@@ -189,6 +194,12 @@ impl Store {
                          preserves its store, `systemctl clean --what=fdstore` it)"
                     ));
                 }
+                Err(Fault::NotNow(why)) => {
+                    return Err(format!(
+                        "the disk that the service manager has kept cannot be looked at: {why}; \
+                         it stays there, and is looked at at the next start"
+                    ));
+                }
                 Err(Fault::Lost(why)) => lost = lost.or(Some(why)),
             }
         }
@@ -220,17 +231,27 @@ impl Store {
                 Ok(())
             }
         };
+        self.keep_at = None;
         match planned {
             Ok(()) => self.why = None,
-            Err(why) => {
-                if self.why.as_deref() != Some(&why) {
-                    log::error!("the service manager does not keep the disk: {why}");
-                }
-                self.why = Some(why);
+            Err(Unkept::DoesNotFit(why)) => {
+                self.does_not_keep(why);
                 self.keep_nothing();
+            }
+            // What is there is the disk as it was: better than none.
+            Err(Unkept::NotNow(error)) => {
+                self.keep_at = Some(Instant::now() + KEEP_AGAIN);
+                self.does_not_keep(format!("its last change is tried again: {error}"));
             }
         }
         self.pump(Instant::now());
+    }
+
+    fn does_not_keep(&mut self, why: String) {
+        if self.why.as_deref() != Some(&why) {
+            log::error!("the service manager does not keep the disk: {why}");
+        }
+        self.why = Some(why);
     }
 
     /// Everything of the supervisor's is removed.
@@ -332,10 +353,16 @@ impl Store {
         self.barrier = None;
     }
 
-    /// When there is something to be said again.
+    /// When there is something to be said again, or to be kept.
     #[must_use]
-    pub const fn deadline(&self) -> Option<Instant> {
-        self.again_at
+    pub fn deadline(&self) -> Option<Instant> {
+        self.again_at.into_iter().chain(self.keep_at).min()
+    }
+
+    /// Whether [`keep`](Self::keep) is to be called again: it could not do it the last time.
+    #[must_use]
+    pub fn is_to_keep(&self, now: Instant) -> bool {
+        self.keep_at.is_some_and(|at| at <= now)
     }
 
     /// Says what is still to be said, for a short time.

@@ -5,6 +5,22 @@ use super::record::{Identity, Object, Record};
 use super::{Held, Message, Step, Store};
 use crate::descriptor::Descriptor;
 use std::collections::BTreeSet;
+use std::io;
+
+/// Why a vault is not what is in the store.
+#[derive(Debug)]
+pub(super) enum Unkept {
+    /// It cannot be: there is no room.
+    DoesNotFit(String),
+    /// It could not be this time; what is there is let be.
+    NotNow(io::Error),
+}
+
+impl From<io::Error> for Unkept {
+    fn from(error: io::Error) -> Self {
+        Self::NotNow(error)
+    }
+}
 
 impl Store {
     /// Plans to have what `record` says, less its objects, which are these `descriptors` in its
@@ -16,12 +32,12 @@ impl Store {
         &mut self,
         mut record: Record,
         descriptors: Vec<Descriptor>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unkept> {
         let mut new: Vec<(Name, Identity, Descriptor)> = Vec::new();
         let mut referred = BTreeSet::new();
         let mut numbers = self.numbers;
         for (kept, descriptor) in record.list.objects().into_iter().zip(descriptors) {
-            let file = Identity::of(&descriptor).map_err(|error| error.to_string())?;
+            let file = Identity::of(&descriptor)?;
             let stays = |held: &Held| held.step != Step::Going && held.file.is_same_file(&file);
             let known = self.held.iter().find(|(_, held)| stays(held)).map(|(name, _)| *name);
             let also = new.iter().find(|(_, other, _)| other.is_same_file(&file));
@@ -41,13 +57,13 @@ impl Store {
         let limit = self.limit.unwrap_or(usize::MAX);
         let needed = referred.len() + 1;
         if needed > limit {
-            return Err(format!(
+            return Err(Unkept::DoesNotFit(format!(
                 "it takes {needed} entries, and the store has room for {limit}; raise \
                  FileDescriptorStoreMax= of the unit"
-            ));
+            )));
         }
-        let written = record.write().map_err(|error| format!("no record: {error}"))?;
-        let file = Identity::of(&written).map_err(|error| error.to_string())?;
+        let written = record.write()?;
+        let file = Identity::of(&written)?;
         numbers += 1;
         self.numbers = numbers;
         let leaving = self.held.keys().copied().filter(|name| !referred.contains(name));

@@ -7,6 +7,7 @@ use crate::descriptor::Descriptor;
 use crate::vault::Vault;
 use channel::Kept;
 use rustix::fs::{SealFlags, fcntl_add_seals, fstat};
+use rustix::io::{Errno, pread};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -97,6 +98,8 @@ struct Envelope {
 pub enum Fault {
     /// Another program could.
     Version(String),
+    /// It could not be looked at, for want of something that may be there later.
+    NotNow(String),
     /// Something is not there, or not what it was.
     Lost(String),
 }
@@ -133,10 +136,19 @@ impl Record {
         if len > LONGEST {
             return Err(lost(format!("the record has {len} bytes")));
         }
-        let unreadable = |error: io::Error| lost(format!("the record cannot be read: {error}"));
-        let dup = file.as_fd().try_clone_to_owned().map_err(unreadable)?;
         let mut text = vec![0; len as usize];
-        File::from(dup).read_exact_at(&mut text, 0).map_err(unreadable)?;
+        let mut there = 0;
+        while there < text.len() {
+            match pread(file, &mut text[there..], there as u64) {
+                Ok(0) => return Err(lost(format!("the record ends after {there} bytes"))),
+                Ok(read) => there += read,
+                Err(Errno::INTR) => {}
+                Err(error @ (Errno::NOMEM | Errno::AGAIN | Errno::IO)) => {
+                    return Err(Fault::NotNow(format!("its record cannot be read: {error}")));
+                }
+                Err(error) => return Err(lost(format!("the record cannot be read: {error}"))),
+            }
+        }
         let no_record = |error| lost(format!("the record is not understood: {error}"));
         let Envelope { version, program, record } =
             serde_json::from_slice(&text).map_err(no_record)?;

@@ -47,6 +47,9 @@ impl Supervisor {
 
     pub(super) fn settle_store(&mut self, now: Instant) {
         if self.store.deadline().is_some_and(|at| at <= now) {
+            if self.store.is_to_keep(now) {
+                self.keep_in_store();
+            }
             self.store.pump(now);
             self.tell_facts();
         }
