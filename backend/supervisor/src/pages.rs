@@ -12,6 +12,7 @@ use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use telemetry::Address;
 use telemetry::http::{Connection, Step};
@@ -21,6 +22,8 @@ use telemetry::page::Format;
 const PLACES: usize = 8;
 /// How long to let accepting rest when the process has no descriptor left for a client.
 const EXHAUSTED: Duration = Duration::from_millis(100);
+/// How long a page is told again: to make one takes long where there are many queues.
+const FRESH: Duration = Duration::from_millis(100);
 
 /// Where clients come in.
 #[derive(Debug)]
@@ -74,6 +77,8 @@ pub struct Pages {
     clients: Vec<(Connection<Stream>, Step)>,
     /// Accepting rests until then.
     accept_again: Option<Instant>,
+    /// Pages, and when they were made.
+    made: Vec<(Format, Instant, Rc<str>)>,
 }
 
 /// [`Pages`] in a packed state. Clients come again.
@@ -105,7 +110,7 @@ impl Pages {
     }
 
     const fn of(listener: Listener) -> Self {
-        Self { listener, clients: Vec::new(), accept_again: None }
+        Self { listener, clients: Vec::new(), accept_again: None, made: Vec::new() }
     }
 
     /// What is looked at, and for what.
@@ -130,57 +135,32 @@ impl Pages {
         self.clients.iter().map(|(client, _)| client.deadline()).chain(self.accept_again).min()
     }
 
-    /// Goes on as far as it can without waiting; `page` makes what is asked for.
+    /// Goes on as far as it can without waiting; `page` makes what is asked for, unless it was made
+    /// just before.
+    ///
+    /// Those that have a place come first, and no more are let in than there are places: the loop
+    /// has more to do, however many come.
     pub fn advance(&mut self, mut page: impl FnMut(Format) -> String) {
-        self.accept_again = self.accept_again.filter(|again| *again > Instant::now());
-        self.accept();
-        self.clients.retain_mut(|(client, step)| {
-            let mut next = client.advance();
-            if let Ok(Step::Asked(format)) = next {
-                client.say(format, &page(format));
-                next = client.advance();
+        let now = Instant::now();
+        self.accept_again = self.accept_again.filter(|again| *again > now);
+        self.made.retain(|(_, made, _)| now.saturating_duration_since(*made) < FRESH);
+        let made = &mut self.made;
+        let mut page = |format| match made.iter().find(|(of, ..)| *of == format) {
+            Some((.., page)) => Rc::clone(page),
+            None => {
+                let page: Rc<str> = page(format).into();
+                made.push((format, now, Rc::clone(&page)));
+                page
             }
-            match next {
-                Ok(Step::Over) | Err(_) => false,
-                Ok(next) => {
-                    *step = next;
-                    true
-                }
+        };
+        self.clients.retain_mut(|(client, step)| go_on(client, step, &mut page));
+        for _ in 0..PLACES {
+            let Some(stream) = accept(&self.listener, &mut self.accept_again) else { break };
+            let (mut client, mut step) = (Connection::new(stream), Step::Hear);
+            if go_on(&mut client, &mut step, &mut page) {
+                make_room(&mut self.clients);
+                self.clients.push((client, step));
             }
-        });
-    }
-
-    fn accept(&mut self) {
-        while self.accept_again.is_none() {
-            let stream = match &self.listener {
-                Listener::Unix(socket) => socket.listener().accept().and_then(|(stream, _)| {
-                    stream.set_nonblocking(true)?;
-                    Ok(Stream::Unix(stream))
-                }),
-                Listener::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
-                    stream.set_nonblocking(true)?;
-                    Ok(Stream::Tcp(stream))
-                }),
-            };
-            match stream {
-                Ok(stream) => {
-                    self.make_room();
-                    self.clients.push((Connection::new(stream), Step::Hear));
-                }
-                Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => return,
-                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-                    _ => self.accept_again = Some(Instant::now() + EXHAUSTED),
-                },
-            }
-        }
-    }
-
-    /// One that has asked is let go only if all have.
-    fn make_room(&mut self) {
-        if self.clients.len() >= PLACES {
-            let silent = self.clients.iter().position(|(client, _)| !client.is_answered());
-            self.clients.remove(silent.unwrap_or(0));
         }
     }
 
@@ -207,6 +187,60 @@ impl Pages {
             Some(name) => Listener::Unix(SocketFile::resume(name, listener)),
             None => Listener::Tcp(listener.into()),
         }))
+    }
+}
+
+/// A client goes on as far as it can. `false` if it is done with.
+fn go_on(
+    client: &mut Connection<Stream>,
+    step: &mut Step,
+    page: &mut impl FnMut(Format) -> Rc<str>,
+) -> bool {
+    let mut next = client.advance();
+    if let Ok(Step::Asked(format)) = next {
+        client.say(format, &page(format));
+        next = client.advance();
+    }
+    match next {
+        Ok(Step::Over) | Err(_) => false,
+        Ok(next) => {
+            *step = next;
+            true
+        }
+    }
+}
+
+/// One that has connected, if there is one.
+fn accept(listener: &Listener, again: &mut Option<Instant>) -> Option<Stream> {
+    while again.is_none() {
+        let stream = match listener {
+            Listener::Unix(socket) => socket.listener().accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                Ok(Stream::Unix(stream))
+            }),
+            Listener::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(true)?;
+                Ok(Stream::Tcp(stream))
+            }),
+        };
+        match stream {
+            Ok(stream) => return Some(stream),
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                // It is looked for again in the next turn, if there are others.
+                io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted => return None,
+                _ => *again = Some(Instant::now() + EXHAUSTED),
+            },
+        }
+    }
+    None
+}
+
+/// One that has asked is let go only if all have.
+fn make_room(clients: &mut Vec<(Connection<Stream>, Step)>) {
+    if clients.len() >= PLACES {
+        let silent = clients.iter().position(|(client, _)| !client.is_answered());
+        clients.remove(silent.unwrap_or(0));
     }
 }
 
@@ -264,6 +298,48 @@ mod tests {
             pages.advance(|_| String::new());
         }
         assert!(pages.clients.is_empty());
+    }
+
+    #[test]
+    fn a_turn_ends_however_many_come() {
+        let (mut pages, address) = pages();
+        let silent: Vec<TcpStream> =
+            (0..3 * PLACES).map(|_| TcpStream::connect(address).unwrap()).collect();
+        pages.advance(|_| panic!("nothing was asked for"));
+        // Those that were let in are silent; the rest waits for the next turns.
+        let is_let_in = |client: &&TcpStream| {
+            pages.clients.iter().any(|(ours, _)| match ours.stream() {
+                Stream::Tcp(ours) => ours.peer_addr().ok() == client.local_addr().ok(),
+                Stream::Unix(_) => false,
+            })
+        };
+        let let_in: Vec<bool> = silent.iter().map(|client| is_let_in(&client)).collect();
+        assert_eq!(let_in.iter().filter(|it| **it).count(), PLACES);
+        assert!(let_in[..PLACES].iter().all(|it| *it), "{let_in:?}");
+    }
+
+    #[test]
+    fn all_that_have_asked_are_answered_with_one_page() {
+        let (mut pages, address) = pages();
+        // One more than there are places.
+        let mut clients: Vec<_> = (0..PLACES + 1).map(|_| ask(address, REQUEST)).collect();
+        let mut made = 0;
+        for _ in 0..2 {
+            pages.advance(|_| {
+                made += 1;
+                format!("page {made}")
+            });
+        }
+        for client in &mut clients {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.ends_with("\r\n\r\npage 1"), "{answer}");
+        }
+        assert_eq!(made, 1, "it is made for each of them");
+        std::thread::sleep(FRESH);
+        let mut client = ask(address, REQUEST);
+        let answer = told(&mut pages, &mut client);
+        assert!(answer.ends_with("the page"), "it is an old one: {answer}");
     }
 
     #[test]
