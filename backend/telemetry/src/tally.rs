@@ -37,6 +37,32 @@ impl Times {
     }
 }
 
+/// What may be changed. As the other words here, all that are told apart: what a server says
+/// otherwise is one of the [others](OTHER), so that there are never more series than these.
+const CHANGES: [&str; 8] = [
+    "upgrade",
+    "rollback",
+    "takeover",
+    "resize",
+    "recovery",
+    "exchange",
+    "server_exchange",
+    "supervisor_exchange",
+];
+/// How a change may end.
+const RESULTS: [&str; 2] = ["committed", "refused"];
+/// What a change may consist of.
+const PHASES: [&str; 12] = [
+    "verify", "load", "prepare", "drain", "quiesce", "activate", "grace", "retire", "start",
+    "stop", "replay", "pause",
+];
+/// Any other word.
+const OTHER: &str = "other";
+
+fn known(words: &[&'static str], word: &str) -> String {
+    words.iter().find(|known| **known == word).unwrap_or(&OTHER).to_string()
+}
+
 type Nested<T> = BTreeMap<String, BTreeMap<String, T>>;
 
 /// All of them.
@@ -54,8 +80,8 @@ pub struct Tally {
 impl Tally {
     /// A change ended so.
     pub fn ended(&mut self, change: &str, result: &str) {
-        let results = self.results.entry(change.to_owned()).or_default();
-        *results.entry(result.to_owned()).or_default() += 1;
+        let results = self.results.entry(known(&CHANGES, change)).or_default();
+        *results.entry(known(&RESULTS, result)).or_default() += 1;
     }
 
     /// Counts an event, if it is one of a change's end.
@@ -82,7 +108,7 @@ impl Tally {
     }
 
     fn paused(&mut self, change: &str, ns: u64) {
-        self.pauses.entry(change.to_owned()).or_default().add(ns);
+        self.pauses.entry(known(&CHANGES, change)).or_default().add(ns);
     }
 
     fn took(&mut self, change: &str, event: &Value) {
@@ -93,8 +119,8 @@ impl Tally {
                 self.paused(change, event["pause_ns"].as_u64().unwrap_or(ns));
                 continue;
             }
-            let phases = self.phases.entry(change.to_owned()).or_default();
-            phases.entry(phase.clone()).or_default().add(ns);
+            let phases = self.phases.entry(known(&CHANGES, change)).or_default();
+            phases.entry(known(&PHASES, phase)).or_default().add(ns);
         }
     }
 }
@@ -137,6 +163,23 @@ mod tests {
         assert_eq!(tally.phases["server_exchange"]["stop"].count, 1);
         let kept: Tally = serde_json::from_value(json!(tally)).unwrap();
         assert_eq!(kept, tally);
+    }
+
+    #[test]
+    fn words_that_are_not_known_are_one() {
+        let mut tally = Tally::default();
+        for number in 0..100 {
+            let word = format!("word{number}");
+            tally.note(&json!({
+                "event": "ended", "change": &word, "outcome": &word,
+                "phases_us": {&word: 1, "drain": 2},
+            }));
+        }
+        assert_eq!(
+            tally.results,
+            Nested::from([(OTHER.to_owned(), BTreeMap::from([(OTHER.to_owned(), 100)]),)])
+        );
+        assert_eq!(tally.phases[OTHER].keys().collect::<Vec<_>>(), ["drain", OTHER]);
     }
 
     #[test]
