@@ -251,6 +251,8 @@ mod tests {
 
     /// What this release packs: a state that later ones must be able to read.
     const FIXTURE: &str = include_str!("state-1.json");
+    /// The same, of a release that counts and keeps history as well.
+    const WATCHED: &str = include_str!("state-1-watched.json");
 
     fn file() -> OwnedFd {
         tempfile::tempfile().unwrap().into()
@@ -379,6 +381,25 @@ mod tests {
         });
         assert!(given.unwrap().find_fault().unwrap_err().contains("version 99 of the channel"));
         assert_eq!(old["version"], crate::reexec::VERSION);
+    }
+
+    #[test]
+    fn a_state_with_metrics_and_history_is_understood_to_the_last_member() {
+        let any = Descriptor::from(file());
+        let fixture = file();
+        std::fs::File::from(fixture.try_clone().unwrap()).write_all(WATCHED.as_bytes()).unwrap();
+        let given = Descriptor::stand_in(any.clone(), || {
+            crate::reexec::read_state::<Given>(fixture).unwrap()
+        });
+        assert_eq!(given.find_fault(), Ok(()));
+        let number = std::os::fd::AsRawFd::as_raw_fd(&any);
+        let text = WATCHED.replace("1000", &number.to_string());
+        let expected: Value = serde_json::from_str(&text).unwrap();
+        let mut new = serde_json::to_value(&given).unwrap();
+        assert_eq!(lost("state", &expected["state"], &new), [""; 0]);
+        new["front"]["book_directory"] = Value::Null;
+        let expected = lost("state", &expected["state"], &new);
+        assert_eq!(expected, ["state.front.book_directory: 41 is null"]);
     }
 
     #[test]
