@@ -428,6 +428,7 @@ impl Supervisor {
         self.settle_pulse(now);
         self.settle_reexecution();
         self.settle_store(now);
+        self.settle_history();
         self.settle_pages();
         self.settle_front();
         self.settle_leaving(now);

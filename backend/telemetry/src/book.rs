@@ -1,28 +1,34 @@
 //! What has happened to a device, numbered: kept while its processes come and go, and in a file if
 //! there is to be one.
 //!
-//! The file has one JSON object a line. Lines are appended as things happen, without waiting for
-//! the disk: what a process has written outlives it, and a loss of power may take the last lines. A
+//! The file has one JSON object a line. Lines are appended as things happen, by a thread of their
+//! own: what that has written outlives the process, and a loss of power may take the last lines. A
 //! line that is cut off, or is no record, is left out when the file is read, and the file is
 //! written anew. It is bounded: what is not kept any more is taken out when the file has twice as
-//! many lines.
+//! many lines. So is what has happened: of an event that is too long, the longest members are left
+//! out.
 
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, open, openat, renameat};
+use crate::writer::{Ledger, NAME, Writer};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open, openat};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// How many changes are kept, and how many other things.
 pub const KEPT: usize = 1024;
-/// The file's name in its directory, and of what becomes it.
-const NAME: &str = "history.jsonl";
-const NEW: &str = "history.jsonl.new";
-/// Most bytes that are read of it.
+/// Most lines of the file.
+const MOST_LINES: usize = 4 * KEPT;
+/// Most bytes that are read of the file: its last ones, which have more than [`KEPT`] of the
+/// longest events.
 const MOST_BYTES: u64 = 32 << 20;
+/// Most bytes of an event, as JSON.
+pub const LONGEST: usize = 15 << 10;
 
 /// Something that has happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,19 +40,59 @@ pub struct Record {
     pub event: Map<String, Value>,
 }
 
+/// A record's line in the file.
+fn line(record: &Record) -> Vec<u8> {
+    // Strings, numbers and what is made of them can always be written.
+    let mut line = serde_json::to_vec(record).unwrap_or_default();
+    line.push(b'\n');
+    line
+}
+
 impl Record {
     fn is_change(&self) -> bool {
         self.event.get("event").is_some_and(|event| event == "ended")
     }
 }
 
+/// Makes an event one that can be kept. It has no number of its own, and as many members as there
+/// is room for, the shortest first; `left_out` says how many are missing.
+#[must_use]
+pub fn fit(mut event: Map<String, Value>) -> Map<String, Value> {
+    event.remove("sequence");
+    let length = |value: &Value| value.to_string().len();
+    if serde_json::to_string(&event).map_or(0, |text| text.len()) <= LONGEST {
+        return event;
+    }
+    let mut members: Vec<_> =
+        event.into_iter().map(|(name, value)| (name.len() + length(&value), name, value)).collect();
+    members.sort_by_key(|(length, ..)| *length);
+    let (mut room, mut left_out) = (LONGEST - 64, 0_u64);
+    let mut event = Map::new();
+    for (length, name, value) in members {
+        // Quotes, a colon and a comma; a name may have to be escaped.
+        let needed = length + 8 + 5 * name.len();
+        if needed <= room {
+            room -= needed;
+            event.insert(name, value);
+        } else {
+            left_out += 1;
+        }
+    }
+    event.insert("left_out".to_owned(), left_out.into());
+    event
+}
+
 /// Where it is kept.
 #[derive(Debug)]
 struct Kept {
     /// Locked: one daemon at a time writes there.
-    directory: OwnedFd,
-    file: File,
+    directory: Arc<OwnedFd>,
+    /// Nothing while it cannot be started, or has been ended.
+    writer: Option<Writer>,
+    /// Of the file, once all is written.
     lines: usize,
+    /// The writer could not be started.
+    trouble: Option<String>,
 }
 
 /// All that is kept.
@@ -82,38 +128,44 @@ impl Book {
             )
         })?;
         let mut book = Self::default();
-        let is_whole = book.read(held.as_fd()).map_err(about)?;
-        book.keep(held).map_err(about)?;
-        if !is_whole || book.is_long() {
-            book.write_anew().map_err(about)?;
+        let (is_whole, lines) = book.read(held.as_fd()).map_err(about)?;
+        let directory = Arc::new(held);
+        let mut ledger = Ledger::new(Arc::clone(&directory));
+        let mut kept = Kept { directory, writer: None, lines, trouble: None };
+        if is_whole && lines <= MOST_LINES {
+            // Whether it can be written.
+            ledger.append(b"").map_err(about)?;
+        } else {
+            ledger.write_anew(&book.text()).map_err(about)?;
+            kept.lines = book.records.len();
         }
+        kept.writer = Some(Writer::start(ledger).map_err(about)?);
+        book.kept = Some(kept);
         Ok(book)
     }
 
-    /// Reads the file. `false` if there is something in it that is no record.
-    fn read(&mut self, directory: BorrowedFd<'_>) -> io::Result<bool> {
-        let file = match openat(directory, NAME, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
-            Ok(file) => File::from(file),
-            Err(rustix::io::Errno::NOENT) => return Ok(true),
-            Err(error) => return Err(error.into()),
-        };
+    /// Reads the file: whether all that is in it is records, and how many lines it has.
+    fn read(&mut self, directory: BorrowedFd<'_>) -> io::Result<(bool, usize)> {
+        let mut file =
+            match openat(directory, NAME, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+                Ok(file) => File::from(file),
+                Err(rustix::io::Errno::NOENT) => return Ok((true, 0)),
+                Err(error) => return Err(error.into()),
+            };
+        let too_many = file.metadata()?.len().saturating_sub(MOST_BYTES);
+        file.seek(SeekFrom::Start(too_many))?;
         let mut bytes = Vec::new();
         file.take(MOST_BYTES).read_to_end(&mut bytes)?;
-        let mut is_whole = bytes.is_empty() || bytes.ends_with(b"\n");
+        let mut is_whole = too_many == 0 && (bytes.is_empty() || bytes.ends_with(b"\n"));
+        let mut lines = 0;
         for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            lines += 1;
             match serde_json::from_slice::<Record>(line) {
                 Ok(record) if record.sequence > self.last => self.push(record),
                 _ => is_whole = false,
             }
         }
-        Ok(is_whole)
-    }
-
-    fn keep(&mut self, directory: OwnedFd) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::CLOEXEC;
-        let file = openat(&directory, NAME, flags, Mode::from_raw_mode(0o600))?.into();
-        self.kept = Some(Kept { directory, file, lines: self.records.len() });
-        Ok(())
+        Ok((is_whole, lines))
     }
 
     /// Packs it for another process, which gets the [directory](Self::directory) beside that.
@@ -128,17 +180,43 @@ impl Book {
         self.kept.as_ref().map(|kept| kept.directory.as_fd())
     }
 
-    /// Goes on with what another process has packed. Nothing is written down any more if the file
-    /// in its directory cannot be.
+    /// Goes on with what another process has packed. Its file is written anew: the other one may
+    /// not have written all of it.
     #[must_use]
     pub fn unpack(packed: Packed, directory: Option<OwnedFd>) -> Self {
-        let mut book = Self { last: packed.last, records: packed.records, kept: None };
-        if let Some(directory) = directory
-            && book.keep(directory).is_err()
-        {
-            book.kept = None;
+        let mut book = Self { last: packed.last, ..Self::default() };
+        for record in packed.records {
+            book.push(Record { event: fit(record.event), ..record });
         }
+        // Numbers up to this one were given.
+        book.last = packed.last.max(book.last);
+        book.kept = directory.map(|directory| Kept {
+            directory: Arc::new(directory),
+            writer: None,
+            lines: 0,
+            trouble: None,
+        });
+        book.write_anew();
         book
+    }
+
+    /// Writes down what is not written, and does no more in this process until something happens.
+    /// `false` if the disk takes longer than `patience`.
+    pub fn rest(&mut self, patience: Duration) -> bool {
+        let Some(kept) = &mut self.kept else { return true };
+        let Some(writer) = &mut kept.writer else { return true };
+        let has_ended = writer.end(patience);
+        if has_ended {
+            kept.trouble = writer.trouble().or(kept.trouble.take());
+            kept.writer = None;
+        }
+        has_ended
+    }
+
+    /// Why something could not be written down, said once.
+    pub fn trouble(&mut self) -> Option<String> {
+        let kept = self.kept.as_mut()?;
+        kept.trouble.take().or_else(|| kept.writer.as_ref()?.trouble())
     }
 
     /// The number of what has happened last.
@@ -152,17 +230,19 @@ impl Book {
         self.last = self.last.max(number);
     }
 
-    /// Something has happened. Returns its number, and why it could not be written down, if it
-    /// could not.
-    pub fn note(&mut self, event: Map<String, Value>) -> (u64, io::Result<()>) {
-        let record = Record { sequence: self.last + 1, event };
-        let written = self.write(&record);
+    /// Something has happened. Returns its number.
+    pub fn note(&mut self, event: Map<String, Value>) -> u64 {
+        let record = Record { sequence: self.last + 1, event: fit(event) };
+        let line = line(&record);
         self.push(record);
-        let written = match written {
-            Ok(()) if self.is_long() => self.write_anew(),
-            written => written,
-        };
-        (self.last, written)
+        if let Some(kept) = &mut self.kept {
+            kept.lines += 1;
+            let writer = kept.writer.as_ref().filter(|_| kept.lines <= MOST_LINES);
+            if !writer.is_some_and(|writer| writer.append(&line)) {
+                self.write_anew();
+            }
+        }
+        self.last
     }
 
     fn push(&mut self, record: Record) {
@@ -177,32 +257,25 @@ impl Book {
         self.records.push_back(record);
     }
 
-    fn is_long(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.lines > 4 * KEPT)
+    /// The whole file.
+    fn text(&self) -> Vec<u8> {
+        self.records.iter().flat_map(line).collect()
     }
 
-    fn write(&mut self, record: &Record) -> io::Result<()> {
-        let Some(kept) = &mut self.kept else { return Ok(()) };
-        let mut line = serde_json::to_vec(record)?;
-        line.push(b'\n');
-        kept.lines += 1;
-        kept.file.write_all(&line)
-    }
-
-    fn write_anew(&mut self) -> io::Result<()> {
-        let Some(kept) = &mut self.kept else { return Ok(()) };
-        let mut text = Vec::new();
-        for record in &self.records {
-            serde_json::to_writer(&mut text, record)?;
-            text.push(b'\n');
+    fn write_anew(&mut self) {
+        let Some(kept) = &mut self.kept else { return };
+        if kept.writer.is_none() {
+            match Writer::start(Ledger::new(Arc::clone(&kept.directory))) {
+                Ok(writer) => kept.writer = Some(writer),
+                Err(error) => kept.trouble = Some(error.to_string()),
+            }
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-        let new = openat(&kept.directory, NEW, flags | OFlags::APPEND, Mode::from_raw_mode(0o600))?;
-        let mut new = File::from(new);
-        new.write_all(&text)?;
-        renameat(&kept.directory, NEW, &kept.directory, NAME)?;
-        (kept.file, kept.lines) = (new, self.records.len());
-        Ok(())
+        if kept.writer.is_some() {
+            kept.lines = self.records.len();
+            let text = self.text();
+            let writer = self.kept.as_ref().and_then(|kept| kept.writer.as_ref());
+            writer.inspect(|writer| writer.write_anew(text));
+        }
     }
 
     /// What has happened after number `after`, oldest first, as far as it is kept.
@@ -224,106 +297,4 @@ impl Book {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-    use std::fs;
-
-    fn event(name: &str, number: usize) -> Map<String, Value> {
-        let event = json!({"event": name, "change": "upgrade", "generation": number});
-        event.as_object().unwrap().clone()
-    }
-
-    fn numbers(book: &Book) -> Vec<u64> {
-        book.after(0).map(|record| record.sequence).collect()
-    }
-
-    #[test]
-    fn the_newest_of_each_kind_are_kept_and_numbers_go_on() {
-        let mut book = Book::default();
-        book.note(event("ended", 0)).1.unwrap();
-        for number in 0..2 * KEPT {
-            book.note(event("connected", number)).1.unwrap();
-        }
-        book.skip_to(9_000);
-        assert_eq!(book.note(event("ended", 1)).0, 9_001);
-        assert_eq!(book.after(0).count(), KEPT + 2);
-        let told = json!([
-            {"change": "upgrade", "generation": 0, "sequence": 1},
-            {"change": "upgrade", "generation": 1, "sequence": 9_001},
-        ]);
-        assert_eq!(book.history(), told);
-        assert_eq!(
-            book.after(2 * KEPT as u64).map(|it| it.sequence).collect::<Vec<_>>(),
-            [2049, 9001]
-        );
-        let next = Book::unpack(book.pack(), None);
-        assert_eq!((next.history(), next.last()), (told, 9_001));
-    }
-
-    #[test]
-    fn a_file_is_gone_on_with_and_another_daemon_has_another() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a/b");
-        let mut book = Book::open(&path).unwrap();
-        book.note(event("ended", 1)).1.unwrap();
-        book.note(event("connected", 2)).1.unwrap();
-        let refused = Book::open(&path).unwrap_err();
-        assert!(refused.contains("in use by another daemon"), "{refused}");
-        // Another program of the same process holds the lock on.
-        let held = book.directory().unwrap().try_clone_to_owned().unwrap();
-        let mut next = Book::unpack(book.pack(), Some(held));
-        drop(book);
-        assert!(Book::open(&path).is_err());
-        next.note(event("ended", 3)).1.unwrap();
-        drop(next);
-        let book = Book::open(&path).unwrap();
-        assert_eq!((numbers(&book), book.last()), (vec![1, 2, 3], 3));
-        assert_eq!(book.history()[1]["generation"], 3);
-    }
-
-    #[test]
-    fn a_torn_tail_and_lines_that_are_no_records_are_left_out() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut book = Book::open(directory.path()).unwrap();
-        (1..=3).for_each(|number| book.note(event("ended", number)).1.unwrap());
-        drop(book);
-        let path = directory.path().join(NAME);
-        let whole = fs::read(&path).unwrap();
-        let last = whole[..whole.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
-        // Cut off at each byte of the last line.
-        for len in last..whole.len() {
-            fs::write(&path, &whole[..len]).unwrap();
-            let mut book = Book::open(directory.path()).unwrap();
-            // Only its line's end is missing in the last of them.
-            let expected: &[u64] = if len == whole.len() - 1 { &[1, 2, 3] } else { &[1, 2] };
-            assert_eq!(numbers(&book), expected, "cut off at {len}");
-            book.note(event("ended", 9)).1.unwrap();
-            drop(book);
-            let book = Book::open(directory.path()).unwrap();
-            assert_eq!(numbers(&book).len(), expected.len() + 1, "cut off at {len}");
-        }
-        let odd =
-            [&b"\0\xff{}\n[]\n{\"sequence\":1}\n"[..], &whole[..last], &whole[..last]].concat();
-        fs::write(&path, odd).unwrap();
-        let book = Book::open(directory.path()).unwrap();
-        assert_eq!(numbers(&book), [1, 2], "numbers that came before are no news");
-        let text = fs::read_to_string(&path).unwrap();
-        assert_eq!(text.lines().count(), 2, "{text}");
-    }
-
-    #[test]
-    fn the_file_is_bounded() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut book = Book::open(directory.path()).unwrap();
-        for number in 0..6 * KEPT {
-            book.note(event("connected", number)).1.unwrap();
-            assert!(book.kept.as_ref().unwrap().lines <= 4 * KEPT);
-        }
-        drop(book);
-        let lines = fs::read_to_string(directory.path().join(NAME)).unwrap().lines().count();
-        assert!(lines <= 4 * KEPT, "{lines}");
-        let book = Book::open(directory.path()).unwrap();
-        assert_eq!((book.after(0).count(), book.last()), (KEPT, 6 * KEPT as u64));
-    }
-}
+mod tests;

@@ -118,6 +118,17 @@ pub fn read(file: &File, queues: u16) -> io::Result<Vec<QueueCounts>> {
     Ok(words.chunks_exact(LINE_WORDS).map(queue).collect())
 }
 
+/// No requests are in flight: what has counted them is dead.
+///
+/// # Errors
+/// The file is too short, or cannot be written.
+pub fn none_in_flight(file: &File, queues: u16) -> io::Result<()> {
+    (0..queues).try_for_each(|queue| {
+        let word = bytes(queue) + (IN_FLIGHT * size_of::<u64>()) as u64;
+        file.write_all_at(&0_u64.to_ne_bytes(), word)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +162,13 @@ mod tests {
         assert_eq!(read[1].operations[2].errors, 1);
         assert_eq!(read[0].json(0)["operations"]["other"]["requests"], 1);
         assert_eq!(read[0].operations[0].requests(), 0);
+        line.set_in_flight(7);
+        let before = super::read(&file, 2).unwrap();
+        assert_eq!(before[1].in_flight, 7);
+        none_in_flight(&file, 2).unwrap();
+        let after = super::read(&file, 2).unwrap();
+        assert_eq!([after[0].in_flight, after[1].in_flight], [0, 0]);
+        assert_eq!(after[1].operations, before[1].operations);
     }
 
     #[test]

@@ -38,7 +38,7 @@ use control::{Code, Commanders, Limits, SocketFile, how_to_have_more, refuse};
 use rustix::event::PollFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use telemetry::Book;
+use telemetry::{Book, book};
 
 use answers::Said;
 use client::Client;
@@ -54,6 +54,8 @@ use crate::said::Said as SaidBefore;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long to let accepting rest when the process has no descriptor left for a client.
 const EXHAUSTED: Duration = Duration::from_millis(100);
+/// Most clients that are let in at a time; more wait for the next turn of the loop.
+const AT_A_TIME: usize = 64;
 
 /// Names one of the front's descriptors, until the next call of [`Front::polled`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -293,26 +295,33 @@ impl Front {
     /// what else there is to say.
     pub fn event(&mut self, event: &str, members: Value) {
         let Value::Object(event) = answers::event(event, members) else { return };
-        // It is in memory all the same.
-        let _ = self.happened(event);
+        self.happened(event);
     }
 
-    /// As [`event`](Self::event), of an event that is whole; it is kept.
-    ///
-    /// # Errors
-    /// It could not be written down.
-    pub fn happened(&mut self, mut event: Map<String, Value>) -> io::Result<()> {
+    /// As [`event`](Self::event), of an event that is whole; it is kept, as far as it
+    /// [fits](book::fit).
+    pub fn happened(&mut self, event: Map<String, Value>) {
+        let mut event = book::fit(event);
         event.entry("time_ms").or_insert_with(answers::time_ms);
         self.shared.book.skip_to(self.shared.last_event);
-        let (number, written) = self.shared.book.note(event.clone());
-        self.shared.last_event = number;
+        self.shared.last_event = self.shared.book.note(event.clone());
         self.with_all(|client, shared| client.tell(&event, shared).map(|()| true));
         if self.shared.server == Server::Gone {
             self.shared.events_before = self.shared.last_event;
         }
         // What begins is not over: to ask now would take time from it.
         self.shared.is_stale |= event.get("event").is_none_or(|name| name != "started");
-        written
+    }
+
+    /// Why what has happened could not be written down, said once.
+    pub fn trouble(&mut self) -> Option<String> {
+        self.shared.book.trouble()
+    }
+
+    /// All that has happened is written down, and nothing is until more happens. `false` if the
+    /// disk takes longer than `patience`.
+    pub fn rest(&mut self, patience: Duration) -> bool {
+        self.shared.book.rest(patience)
     }
 
     /// Whether the server says all that happens by [`happened`](Self::happened), so that clients
@@ -374,7 +383,8 @@ impl Front {
     }
 
     fn accept(&mut self) {
-        loop {
+        // The loop has more to do, however many come.
+        for _ in 0..AT_A_TIME {
             match self.socket.listener().accept() {
                 Ok((stream, _)) => {
                     if let Err((stream, error)) = self.admit(stream) {

@@ -18,6 +18,9 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+/// How long to wait for the disk of the state directory.
+const DISK_PATIENCE: Duration = Duration::from_millis(500);
+
 /// A program that is to take over this process.
 #[derive(Debug)]
 pub(super) struct Reexecution {
@@ -144,6 +147,11 @@ impl Supervisor {
     /// Runs the program in place of this one, which is run again if it `goes_back`. Comes back only
     /// if it cannot be run.
     fn reexecute(&mut self, program: &Program, mut order: Order, goes_back: bool) -> String {
+        // A thread that waits for the disk would hold up the program's start, and the device.
+        if !self.front.as_mut().is_none_or(|front| front.rest(DISK_PATIENCE)) {
+            return "what has happened cannot be written to --state-dir: its disk does not answer"
+                .to_owned();
+        }
         self.dismiss_candidate();
         log::info!("the supervisor goes on as {}", program.path.display());
         self.reap_all();

@@ -83,8 +83,9 @@ impl Supervisor {
     pub(super) fn has_happened(&mut self, event: Value) {
         let Value::Object(event) = event else { return };
         self.watched.tally.note(&Value::Object(event.clone()));
-        let written = self.front.as_mut().map_or(Ok(()), |front| front.happened(event));
-        self.is_written(written);
+        if let Some(front) = &mut self.front {
+            front.happened(event);
+        }
     }
 
     /// Something has happened here.
@@ -94,9 +95,20 @@ impl Supervisor {
         self.has_happened(Value::Object(all));
     }
 
-    fn is_written(&mut self, written: io::Result<()>) {
-        if let Err(error) = written {
-            self.said.say(&format!("what has happened cannot be written down: {error}"));
+    /// Says what the thread has met that writes down what has happened.
+    pub(super) fn settle_history(&mut self) {
+        if let Some(why) = self.front.as_mut().and_then(crate::front::Front::trouble) {
+            self.said.say(&format!(
+                "what has happened is not written down, which is tried again: {why}"
+            ));
+        }
+    }
+
+    /// No server has requests in flight.
+    pub(super) fn none_in_flight(&self) {
+        let Some(metrics) = &self.watched.metrics else { return };
+        if let Err(error) = counts::none_in_flight(&metrics.memory, self.options.settings.queues) {
+            log::error!("counters cannot be written: {error}");
         }
     }
 
