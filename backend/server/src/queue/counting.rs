@@ -73,6 +73,13 @@ impl QueueWorker {
         }
     }
 
+    /// What is in flight is given up: it is not published here any more.
+    pub(super) fn count_given_up(&self) {
+        if let Some(line) = self.meter.line {
+            line.set_in_flight(0);
+        }
+    }
+
     #[inline(never)]
     fn count_each(&mut self, line: &Line, now: u64) {
         let Self { meter, requests, used, .. } = self;

@@ -399,3 +399,19 @@ fn a_head_that_there_is_not_is_given_back_and_disturbs_no_mark() {
     bench.serve();
     assert_eq!((got(&bench), bench.guest.used_idx()), (vec![0, 3], 3));
 }
+
+#[test]
+fn a_worker_that_gives_up_has_nothing_in_flight() {
+    let memory = channel::memfd("counters").unwrap();
+    let memory = telemetry::counts::make(memory, 1).unwrap();
+    let in_flight = || telemetry::counts::read(&memory, 1).unwrap()[0].in_flight;
+    let counters = telemetry::Counters::map(&memory, 1).unwrap();
+    let mut bench = Bench::new(&["hold=true"]);
+    bench.worker = bench.worker.counting(counters.line(0));
+    bench.guest.reads(0..2);
+    bench.serve();
+    assert_eq!(in_flight(), 2);
+    bench.phase.advance_to(Phase::Detached);
+    bench.worker.abandon();
+    assert_eq!(in_flight(), 0);
+}

@@ -163,6 +163,7 @@ impl QueueWorker {
         self.device.cancel();
         let Self { device, requests, .. } = self;
         device.reap(|ended| requests.discard(ended.slot));
+        self.count_given_up();
     }
 
     /// Serves the queue until there is nothing to do; then the worker sleeps, as far as upgrades

@@ -291,6 +291,10 @@ impl Supervisor {
     /// The current server has nothing in flight, and given the storage up.
     pub(super) fn has_stopped(&mut self, drain_ns: u64) {
         let now = Instant::now();
+        // What it had is the next one's, which counts anew.
+        if self.exchange.as_ref().is_some_and(Exchange::is_stopping) {
+            self.none_in_flight();
+        }
         let Some(exchange) = &mut self.exchange else { return };
         if exchange.step != Step::Stopping {
             return;

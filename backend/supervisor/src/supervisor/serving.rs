@@ -283,6 +283,7 @@ impl Supervisor {
     pub(super) fn current_has_died(&mut self, ended: Ended) {
         let Some(server) = self.server.take() else { return };
         self.pulse.begin_anew(Instant::now());
+        self.none_in_flight();
         if self.stopped.is_none() {
             self.ending_session = None;
             if let Some(session) = &mut self.session {
