@@ -1,5 +1,5 @@
-//! The file of what has happened, and the thread that writes it: a disk that stalls or is full holds
-//! nothing else up.
+//! The file of what has happened, and the thread that writes it: a disk that stalls or is full
+//! holds nothing else up.
 //!
 //! What is not written yet is bounded. If there is more, or a program goes on with what another one
 //! has left, the file is written anew, of all that is kept in memory.
