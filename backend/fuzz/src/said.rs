@@ -150,10 +150,7 @@ pub fn is_sound(message: &Message, regions: usize) -> bool {
         request::ADD_MEM_REG => body.len() == 40 && files == 1 && regions < REGIONS,
         request::REM_MEM_REG => body.len() == 40,
         request::SET_LOG_BASE => body.len() == 16 && files == 1,
-        request::SET_VRING_NUM => {
-            let size = message.u32_at(4).unwrap_or(0);
-            body.len() == 8 && ring && size.is_power_of_two() && size <= LARGEST_RING
-        }
+        request::SET_VRING_NUM => body.len() == 8 && ring && has_ring_size(message),
         request::SET_VRING_BASE | request::SET_VRING_ENABLE => body.len() == 8 && ring,
         request::GET_VRING_BASE => body.len() == 8 && ring,
         request::SET_VRING_ADDR => body.len() == 40 && ring,
@@ -170,6 +167,13 @@ pub fn is_sound(message: &Message, regions: usize) -> bool {
         }
         _ => true,
     }
+}
+
+/// Whether a ring can have the size that a SET_VRING_NUM gives it.
+#[must_use]
+pub fn has_ring_size(message: &Message) -> bool {
+    let size = message.u32_at(4).unwrap_or(0);
+    size.is_power_of_two() && size <= LARGEST_RING
 }
 
 /// How many memory regions there are.
