@@ -129,6 +129,15 @@ fn keep(store: &mut Store, vault: &Vault) {
     store.keep(vault, 7, &started_as());
 }
 
+/// A disk that the service manager has, and the store that has told it.
+fn kept() -> (Shelf, Store, Vault) {
+    let mut shelf = Shelf::new(16);
+    let (mut store, vault) = (shelf.store(), ramdisk());
+    keep(&mut store, &vault);
+    shelf.look();
+    (shelf, store, vault)
+}
+
 #[test]
 fn a_disk_comes_back_as_it_was() {
     let mut shelf = Shelf::new(16);
@@ -184,11 +193,7 @@ fn upgrade(vault: &mut Vault, generation: u64) {
 /// Whatever was said last, what is there is a whole disk: the one before, or the next.
 #[test]
 fn after_each_message_there_is_a_whole_disk() {
-    let mut shelf = Shelf::new(16);
-    let mut store = shelf.store();
-    let mut vault = ramdisk();
-    keep(&mut store, &vault);
-    shelf.look();
+    let (mut shelf, mut store, mut vault) = kept();
     upgrade(&mut vault, 2);
     keep(&mut store, &vault);
     let mut generations = Vec::new();
@@ -224,11 +229,7 @@ fn the_next_process_goes_on_with_the_names() {
 
 #[test]
 fn an_exchanged_program_goes_on_with_the_names() {
-    let mut shelf = Shelf::new(16);
-    let mut store = shelf.store();
-    let mut vault = ramdisk();
-    keep(&mut store, &vault);
-    shelf.look();
+    let (mut shelf, mut store, mut vault) = kept();
     upgrade(&mut vault, 2);
     // What was not said is said again.
     store.plan(record(&vault), vault.give().unwrap().1).unwrap();
@@ -251,11 +252,7 @@ fn record(vault: &Vault) -> Record {
 
 #[test]
 fn only_what_is_all_in_memory_is_kept() {
-    let mut shelf = Shelf::new(16);
-    let mut store = shelf.store();
-    let mut vault = ramdisk();
-    keep(&mut store, &vault);
-    shelf.look();
+    let (mut shelf, mut store, mut vault) = kept();
     assert_eq!(shelf.entries.len(), 3);
     let file = channel::Stored { key: "image".into(), file: 3 };
     let with_file = channel::Vault { files: vec![file], ..list(2, 1, 2) };
@@ -394,11 +391,7 @@ fn what_is_none_of_ours_and_doubles_do_not_matter() {
 
 #[test]
 fn a_change_that_was_cut_short_leaves_the_disk_before() {
-    let mut shelf = Shelf::new(16);
-    let mut store = shelf.store();
-    let mut vault = ramdisk();
-    keep(&mut store, &vault);
-    shelf.look();
+    let (mut shelf, mut store, mut vault) = kept();
     upgrade(&mut vault, 2);
     keep(&mut store, &vault);
     // The module of the next did not find room; nothing was removed yet.
