@@ -16,6 +16,7 @@
 mod memory;
 mod messages;
 mod packet;
+mod rings;
 
 pub use memory::memfd;
 pub use messages::{
@@ -23,3 +24,4 @@ pub use messages::{
     Stored, ToServer, ToSupervisor, VERSION, Vault,
 };
 pub use packet::{Channel, MAX_DESCRIPTORS, MAX_PACKET, Received, pair};
+pub use rings::{MAX_QUEUE_SIZE, ring_refusal};

@@ -22,7 +22,7 @@ use domain_abi::Params;
 use crate::cpus::{Cpus, worker_cpus};
 use crate::limiter;
 use crate::watching::Watching;
-use channel::RateLimits;
+use channel::{MAX_QUEUE_SIZE, RateLimits};
 use control::LimitArgs;
 use control::SOCKET_PATH_MAX;
 use control::messages::LimitRequest;
@@ -30,9 +30,6 @@ use supervisor::supervisor::Supervision;
 
 /// What `--print-capabilities` prints: QEMU's vhost-user backend conventions, type `block`.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
-
-/// The largest queue size: as large as QEMU makes them.
-pub const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// The mode of a socket, if nothing else was said.
 const SOCKET_MODE: u32 = 0o600;

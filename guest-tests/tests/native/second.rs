@@ -115,6 +115,27 @@ fn a_ring_that_waits_is_stopped_where_it_was_to_begin() {
     first.assert_one_read(SOON);
 }
 
+/// As one that does not wait is, in the log of whoever started it.
+#[test]
+fn a_ring_that_waits_and_is_too_large_is_refused_with_the_name_of_the_option() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--queue-size", "256"]);
+    let mut first = guest(&daemon);
+    for (size, cure) in
+        [(512, "start the daemon with --queue-size 512"), (100, "100 entries, which is no power")]
+    {
+        let second = RawSession::start(daemon.socket(), features::USUAL, size);
+        assert!(second.is_err(), "{size} is accepted");
+        says(&daemon, cure);
+        drop(second);
+        daemon.wait_until("it still waits", |_| {
+            let log = daemon.log();
+            log.matches("a second frontend has connected").count()
+                == log.matches("the session that waited ended").count()
+        });
+    }
+    first.assert_one_read(SOON);
+}
+
 #[test]
 fn a_third_and_a_silent_one_are_turned_away() {
     let daemon = ramdisk();

@@ -314,6 +314,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
             RawSession::start(daemon.socket(), features::USUAL, 512).is_err(),
             "512 is accepted"
         );
+        wait_for_connected(&daemon, false);
     }
     assert!(once(&daemon, "start the daemon with --queue-size 512"), "{}", daemon.log());
     // Another size is of the same kind, so another has to say it.
@@ -323,6 +324,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
             RawSession::start(daemon.socket(), features::USUAL, 100).is_err(),
             "100 is accepted"
         );
+        wait_for_connected(&daemon, false);
     }
     assert!(once(&daemon, "100 entries, which is no power of two"), "{}", daemon.log());
     // One that does not wish to be told goes on, and is let go.
@@ -332,6 +334,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
         let _ = raw.frontend.set_vring_num(0, 100);
         raw.place_ring(0, 0x1_0000, 0x2_0000).expect_err("a ring of another size");
         assert!(raw.wait_for_end(5 * SECOND).expect("a connection"), "the session goes on");
+        wait_for_connected(&daemon, false);
     }
     assert!(
         once(&daemon, "the session ended: failed to handle request: invalid parameters"),

@@ -5,10 +5,10 @@ use super::lookout::SHARE;
 use super::queue_control::QueueControl;
 use super::rings::{Event, Vring};
 use super::state::{NotDrained, Session};
-use crate::args::MAX_QUEUE_SIZE;
 use crate::inflight::Inflight;
 use crate::log_limit;
 use crate::phase::Phase;
+use channel::ring_refusal;
 use log::Level;
 use std::io;
 use std::sync::Arc;
@@ -149,14 +149,8 @@ impl Frontend {
             );
         }
         if let Event::IsRefused(size) = event {
-            let cure = how_to_size(size, context.config.queue_size);
-            log_limit::say(
-                Level::Error,
-                "ring refused",
-                format_args!(
-                    "queue {queue} is refused: the frontend wants a ring of {size} entries, {cure}"
-                ),
-            );
+            let refusal = ring_refusal(queue, size.into(), context.config.queue_size);
+            log_limit::say(Level::Error, "ring refused", format_args!("{refusal}"));
             context.connection.end_soon();
         }
     }
@@ -185,19 +179,6 @@ impl Frontend {
         let leaves = |inflight: &Inflight| inflight.leaves;
         context.phase.is_logged() && context.config.inflight.get().1.is_some_and(|one| leaves(&one))
     }
-}
-
-/// What to do about a ring of a size that is refused.
-pub(super) fn how_to_size(size: u16, largest: u16) -> String {
-    if !size.is_power_of_two() {
-        let other = size.next_power_of_two().min(largest);
-        return format!("which is no power of two: give QEMU queue-size={other}");
-    }
-    let qemu = format!("give QEMU queue-size={largest}");
-    if size > MAX_QUEUE_SIZE {
-        return format!("and {MAX_QUEUE_SIZE} is the most that there can be: {qemu}");
-    }
-    format!("and {largest} is the most: start the daemon with --queue-size {size}, or {qemu}")
 }
 
 /// The type that implements the library's trait.

@@ -9,6 +9,7 @@ use super::{Asked, Effect, Link, Relay, Why, capacity, is_no_ring_size, reply};
 use crate::journal::{Journal, sort_table, state_message};
 use crate::request::{self, protocol};
 use crate::wire::Message;
+use channel::ring_refusal;
 
 /// Whether a session that waits takes this request by itself.
 pub(super) const fn may_come(request: u32) -> bool {
@@ -118,6 +119,9 @@ impl Relay {
             }
             _ if is_no_ring_size(&message, self.largest) => {
                 self.acknowledge(&message, false, effects);
+                let queue = message.u32_at(0).unwrap_or_default() as usize;
+                let size = message.u32_at(4).unwrap_or_default();
+                effects.push(Effect::Close(ring_refusal(queue, size, self.largest)));
                 return;
             }
             request::RESET_DEVICE => self.status = 0,
@@ -209,6 +213,16 @@ mod tests {
         answer.flags |= crate::wire::REPLY;
         assert_eq!(said, [Effect::Frontend(answer)]);
         assert!(!relay.wants_server());
+    }
+
+    #[test]
+    fn a_ring_of_a_size_that_cannot_be_ends_it_and_says_why() {
+        for size in [0, 100, 2048] {
+            let mut relay = waiting();
+            let said = relay.from_frontend(state_message(request::SET_VRING_NUM, 1, size));
+            let [Effect::Close(why)] = &said[..] else { panic!("{said:?}") };
+            assert_eq!(*why, ring_refusal(1, size, 1024));
+        }
     }
 
     #[test]
