@@ -3,8 +3,8 @@
 /// The largest size of a ring: as large as QEMU makes them.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// What is said of a ring of `size` entries that is refused, where `largest` is the most: the queue,
-/// and what to do.
+/// What is said of a ring of `size` entries that is refused, where `largest` is the most: which
+/// queue it is of, and what to do.
 #[must_use]
 pub fn ring_refusal(queue: usize, size: u32, largest: u16) -> String {
     let cure = cure(size, largest);
