@@ -159,10 +159,10 @@ impl Session {
         self.over.as_ref()
     }
 
-    /// Whether a server has it.
+    /// Whether a server is to have it: none has, and it is not over.
     #[must_use]
-    pub const fn is_given(&self) -> bool {
-        self.inner.is_some()
+    pub const fn is_to_be_given(&self) -> bool {
+        self.inner.is_none() && self.over.is_none()
     }
 
     /// What to look for at the frontend's socket, if at anything.
@@ -332,8 +332,20 @@ fn kick(kick: &Descriptor) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::region::Region;
     use rustix::net::accept;
     use rustix::net::sockopt::socket_peercred;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_session_that_its_server_has_ended_is_given_to_no_other() {
+        let (frontend, _other) = UnixStream::pair().unwrap();
+        let relay = Relay::new(Region::own(1).unwrap(), None, 128);
+        let mut session = Session::new(1, frontend.into(), relay);
+        assert!(session.is_to_be_given());
+        session.server_has_ended_it();
+        assert!(!session.is_to_be_given());
+    }
 
     #[test]
     fn a_stranger_does_not_come_between_a_session_and_its_server() {

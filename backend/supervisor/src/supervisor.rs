@@ -384,7 +384,10 @@ impl Supervisor {
                 }
                 Err(error) => {
                     log::error!("the server is not heard any more: {error}");
-                    self.which(which).inspect(|server| server.kill());
+                    // One that ends by itself has its time limit.
+                    if self.ending.is_none() {
+                        self.which(which).inspect(|server| server.kill());
+                    }
                     self.set_silent(which);
                     break;
                 }

@@ -99,9 +99,14 @@ impl Load {
         if !options.is_quiet {
             println!("load: HOTSWAP_SEED={}", options.seed);
         }
-        assert_eq!(ledgers.len(), options.client.queues, "one ledger per queue");
         let client =
             Client::connect(socket, &options.client).unwrap_or_else(|e| panic!("connecting: {e}"));
+        Load::resume_with(client, options, ledgers)
+    }
+
+    /// As [`resume`](Self::resume), with a client that is connected as `options` say.
+    pub fn resume_with(client: Client, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
+        assert_eq!(ledgers.len(), options.client.queues, "one ledger per queue");
         let needed = options.client.queues as u64 * options.blocks_per_queue * BLOCK as u64;
         assert!(client.capacity() >= needed, "the disk is too small: {}", client.capacity());
         let offered = client.features();

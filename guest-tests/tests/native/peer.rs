@@ -6,6 +6,7 @@
 //! so and pass.
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -13,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest_tests::client::{Client, Options, Request, Status, features};
-use guest_tests::stamp::{BLOCK, Load, LoadOptions, assert_intact, damage, run_load};
+use guest_tests::stamp::{BLOCK, Ledger, Load, LoadOptions, assert_intact, damage, run_load};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -58,9 +59,27 @@ impl Peer {
         Some(Peer { child, image, socket, _directory: directory })
     }
 
+    /// Goes on with a load. The peer may take a connection that comes right after an abandoned one,
+    /// and reset it while it still leaves the one before: that is tried again.
+    fn resume(&self, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
+        for _ in 0..100 {
+            match Client::connect(&self.socket, &options.client) {
+                Ok(client) => return Load::resume_with(client, options, ledgers),
+                Err(error) if is_reset(&error) => println!("tried again: the peer: {error}"),
+                Err(error) => panic!("connecting: {error}"),
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        panic!("the peer resets every connection");
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the peer lives");
     }
+}
+
+fn is_reset(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }
 
 /// Whether a process listens on the socket at `path`, by the kernel's table: a line of it has the
@@ -141,7 +160,7 @@ fn one_changed_byte_and_one_lost_write_are_found() {
     image.write_all_at(&before, 0).expect("repaired");
     assert_intact(&peer.socket, &first.ledgers);
 
-    let second = Load::resume(&peer.socket, &options, first.ledgers);
+    let second = peer.resume(&options, first.ledgers);
     second.wait_for(20_000);
     image.write_all_at(&before, 0).expect("all of the second load's writes undone");
     second.wait_for(5_000);
@@ -172,7 +191,7 @@ fn requests_left_in_flight_leave_the_ledger_in_doubt_but_not_wrong() {
     load.wait_for(1000);
     let report = load.abandon();
     report.assert_clean();
-    let load = Load::resume(&peer.socket, &options, report.ledgers);
+    let load = peer.resume(&options, report.ledgers);
     load.wait_for(10_000);
     load.stop().assert_clean();
 }

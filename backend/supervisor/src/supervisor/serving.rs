@@ -224,7 +224,8 @@ impl Supervisor {
     pub(super) fn give_session(&mut self) {
         let (Some(server), Some(session)) = (&self.server, &mut self.session) else { return };
         let is_left = self.ending_session.is_none();
-        if server.ready.is_none() || session.is_given() || self.vault.awaits_upgrade() || !is_left {
+        let is_to_be_given = session.is_to_be_given() && self.ending.is_none();
+        if server.ready.is_none() || !is_to_be_given || self.vault.awaits_upgrade() || !is_left {
             return;
         }
         if let Err(error) = session.give_to(&server.channel, &self.deaths) {
