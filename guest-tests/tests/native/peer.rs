@@ -6,7 +6,6 @@
 //! so and pass.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -35,42 +34,25 @@ impl Peer {
         let (image, socket) =
             (directory.path().join("disk.img"), directory.path().join("peer.sock"));
         File::create(&image).and_then(|file| file.set_len(DISK_BYTES)).expect("an image");
-        let child = Command::new("qemu-storage-daemon")
-            .arg("--blockdev")
-            .arg(format!("driver=file,filename={},node-name=disk,discard=unmap", image.display()))
-            .arg("--export")
-            .arg(format!(
-                "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=2,\
-                 addr.type=unix,addr.path={}",
-                socket.display()
-            ))
-            .spawn();
-        let Ok(child) = child else {
-            println!("skipped: qemu-storage-daemon is not installed");
-            return None;
-        };
-        // The file is there before it can be connected to, and to try would be a session.
-        for _ in 0..3000 {
-            if listens(&socket) {
-                break;
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
+        let child = serve(&image, &socket)?;
         Some(Peer { child, image, socket, _directory: directory })
     }
 
-    /// Goes on with a load. The peer may take a connection that comes right after an abandoned one,
-    /// and reset it while it still leaves the one before: that is tried again.
-    fn resume(&self, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
+    /// Goes on with a load. The peer does not bear every connection that comes right after an
+    /// abandoned one: it resets it, or dies of it, and is started again.
+    fn resume(&mut self, options: &LoadOptions, ledgers: Vec<Ledger>) -> Load {
         for _ in 0..100 {
             match Client::connect(&self.socket, &options.client) {
                 Ok(client) => return Load::resume_with(client, options, ledgers),
-                Err(error) if is_reset(&error) => println!("tried again: the peer: {error}"),
-                Err(error) => panic!("connecting: {error}"),
+                Err(error) => println!("tried again: the peer: {error}"),
             }
             thread::sleep(Duration::from_millis(100));
+            if let Some(status) = self.child.try_wait().expect("its state") {
+                println!("started again: the peer: {status}");
+                self.child = serve(&self.image, &self.socket).expect("it was there before");
+            }
         }
-        panic!("the peer resets every connection");
+        panic!("the peer cannot be connected to");
     }
 
     fn signal(&self, signal: Signal) {
@@ -78,8 +60,30 @@ impl Peer {
     }
 }
 
-fn is_reset(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+/// The peer, once it listens; nothing if it is not installed.
+fn serve(image: &Path, socket: &Path) -> Option<Child> {
+    let child = Command::new("qemu-storage-daemon")
+        .arg("--blockdev")
+        .arg(format!("driver=file,filename={},node-name=disk,discard=unmap", image.display()))
+        .arg("--export")
+        .arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues=2,\
+             addr.type=unix,addr.path={}",
+            socket.display()
+        ))
+        .spawn();
+    let Ok(child) = child else {
+        println!("skipped: qemu-storage-daemon is not installed");
+        return None;
+    };
+    // The file is there before it can be connected to, and to try would be a session.
+    for _ in 0..3000 {
+        if listens(socket) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Some(child)
 }
 
 /// Whether a process listens on the socket at `path`, by the kernel's table: a line of it has the
@@ -145,7 +149,7 @@ fn requests_and_refusals_come_back_as_what_they_are() {
 
 #[test]
 fn one_changed_byte_and_one_lost_write_are_found() {
-    let Some(peer) = Peer::start() else { return };
+    let Some(mut peer) = Peer::start() else { return };
     let options = LoadOptions::new(1, 16);
     let first = run_load(&peer.socket, &options, SECOND / 2);
     first.assert_clean();
@@ -185,7 +189,7 @@ fn a_device_that_stops_answering_is_a_result_not_a_hang() {
 
 #[test]
 fn requests_left_in_flight_leave_the_ledger_in_doubt_but_not_wrong() {
-    let Some(peer) = Peer::start() else { return };
+    let Some(mut peer) = Peer::start() else { return };
     let options = LoadOptions::new(2, 32);
     let load = Load::start(&peer.socket, &options);
     load.wait_for(1000);
