@@ -130,8 +130,9 @@ impl<'a> Drain<'a> {
         match self.watch.judge(missing, patience, bound) {
             Late::Wait(longer) => Ok(longer),
             Late::Busy => Err(GivenUp::Busy),
+            Late::Both if left.is_zero() => Err(GivenUp::Busy),
             Late::Starved if left.is_zero() => Err(GivenUp::Starved),
-            Late::Starved => Err(GivenUp::HeldUp),
+            Late::Both | Late::Starved => Err(GivenUp::HeldUp),
         }
     }
 

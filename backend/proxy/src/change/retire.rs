@@ -243,7 +243,7 @@ impl DomainProxy {
                     let is_over = || (!domain.is_used() || self.live_has_died()).then_some(());
                     self.signal.wait(Instant::now() + longer, is_over);
                 }
-                Late::Busy => {
+                Late::Busy | Late::Both => {
                     return Err(Refusal {
                         starved: watch.starved(&users),
                         ..Refusal::new(

@@ -14,14 +14,18 @@
 //!     +--- all of the time over the deadline and the bound for this -------------> starved
 //! ```
 //!
+//! A worker that is blocked in the kernel may wait for one that is starved: workers share the locks
+//! of the process's memory, and the kernel hands such a lock to a thread that it then does not run.
+//! So it is waited for as long as there is one that is starved, and then found busy.
+//!
 //! The kernel books a wait for a CPU when it ends (`run_delay`), so one that lasts is told by two
 //! looks between which a thread was ready to run all the time and did not run. Where the kernel
 //! says nothing (`cpu_time.rs`), all time counts as a worker's own.
 //!
 //! Deliberately absent: time that a hypervisor takes from the machine, which no thread is told of,
-//! and threads that a worker waits for in turn.
+//! and threads of others that a worker waits for in turn.
 
-use crate::datapath::cpu_time::{Thread, Times};
+use crate::datapath::cpu_time::{State, Thread, Times};
 use crate::datapath::queue::{Queues, Seat};
 use crate::record::report::Starved;
 use std::sync::Arc;
@@ -39,6 +43,8 @@ pub(crate) enum Late {
     Busy,
     /// It has not, and will not be waited for any more.
     Starved,
+    /// One has had its time, blocked in the kernel, and another has not.
+    Both,
 }
 
 /// How much of the time since the watch began a worker has had for itself.
@@ -46,6 +52,8 @@ pub(crate) enum Late {
 enum Own {
     /// So much.
     Had(Duration),
+    /// So much, and it is blocked in the kernel.
+    Blocked(Duration),
     /// It waits for a CPU right now.
     Waits,
     /// It is ready to run; whether it does is seen at the next look.
@@ -61,6 +69,8 @@ struct Watched {
     ready: Option<(Instant, Times)>,
     /// How long it has waited for a CPU since the watch began, as of the last look.
     waited: Duration,
+    /// What it did at the last look.
+    state: Option<State>,
 }
 
 /// All workers, from a moment on.
@@ -74,7 +84,7 @@ impl Watch {
     pub(crate) fn begin(queues: &Queues) -> Self {
         let workers = queues.seats().filter_map(|(slot, seat)| {
             let before = seat.thread.as_ref()?.times()?;
-            Some(Watched { slot, seat, before, ready: None, waited: Duration::ZERO })
+            Some(Watched { slot, seat, before, ready: None, waited: Duration::ZERO, state: None })
         });
         Self { workers: workers.collect(), since: Instant::now() }
     }
@@ -90,20 +100,27 @@ impl Watch {
         if late.is_empty() {
             return if elapsed < patience { Late::Wait(LOOK_AGAIN) } else { Late::Busy };
         }
-        let mut is_known = true;
+        let (mut is_known, mut is_blocked, mut is_starved) = (true, false, false);
         for &slot in late {
             let worker = self.workers.iter_mut().find(|worker| worker.slot == slot);
             match worker.map_or(Own::Had(elapsed), |worker| worker.own_time(elapsed)) {
+                Own::Blocked(own) => is_blocked |= own >= patience,
                 Own::Had(own) if own >= patience => return Late::Busy,
-                Own::Had(_) | Own::Waits => {}
+                Own::Had(_) => {}
+                Own::Waits => is_starved = true,
                 Own::Unknown => is_known = false,
             }
+        }
+        if is_blocked && is_known && !is_starved {
+            return Late::Busy;
         }
         if elapsed < patience + bound || !is_known {
             Late::Wait(LOOK_AGAIN)
         } else if self.starved(late).is_empty() {
             // None has waited for a CPU: that it has had its time is only not booked yet.
             Late::Busy
+        } else if is_blocked {
+            Late::Both
         } else {
             Late::Starved
         }
@@ -126,7 +143,10 @@ impl Watch {
         let of = self.elapsed();
         let workers = self.workers.iter().filter(|worker| missing.contains(&worker.slot));
         workers
-            .map(|worker| Starved { queue: worker.seat.queue, waited: worker.waited, of })
+            .map(|worker| {
+                let is_blocked = worker.state == Some(State::Blocked);
+                Starved { queue: worker.seat.queue, waited: worker.waited, of, is_blocked }
+            })
             .collect()
     }
 
@@ -148,9 +168,12 @@ impl Watched {
         };
         let booked = now.waited.saturating_sub(self.before.waited);
         self.waited = booked.min(elapsed);
-        if !thread.is_ready() {
+        self.state = thread.state();
+        if self.state != Some(State::Ready) {
             self.ready = None;
-            return Own::Had(elapsed.saturating_sub(booked));
+            let own = elapsed.saturating_sub(booked);
+            let is_blocked = self.state == Some(State::Blocked);
+            return if is_blocked { Own::Blocked(own) } else { Own::Had(own) };
         }
         let at = Instant::now();
         let Some((seen, then)) = self.ready.replace((at, now)) else { return Own::Unknown };
@@ -172,8 +195,9 @@ impl Watched {
 /// In words, one after the other.
 pub(crate) fn say(starved: &[Starved]) -> String {
     let one = |starved: &Starved| {
+        let blocked = if starved.is_blocked { ", and is blocked in the kernel" } else { "" };
         format!(
-            "the worker of queue {} waited for a CPU for {} ms of {} ms",
+            "the worker of queue {} waited for a CPU for {} ms of {} ms{blocked}",
             starved.queue,
             starved.waited.as_millis(),
             starved.of.as_millis()
@@ -204,7 +228,8 @@ mod tests {
             let thread = told.recv().expect("it is sent");
             let before = thread.as_ref().and_then(Thread::times).expect("this kernel counts");
             let seat = Arc::new(Seat { queue: 3, thread });
-            let worker = Watched { slot: 5, seat, before, ready: None, waited: Duration::ZERO };
+            let worker =
+                Watched { slot: 5, seat, before, ready: None, waited: Duration::ZERO, state: None };
             let mut watch = Watch { since: Instant::now(), workers: vec![worker] };
             let result = judge(&mut watch);
             end.store(true, Ordering::Relaxed);
@@ -232,22 +257,50 @@ mod tests {
         assert_eq!(watched(spins, judge).0, Late::Busy, "it has had a CPU, and has not come");
     }
 
-    /// Starved threads in slots 0 and 5.
-    fn starved() -> Watch {
-        let worker = |slot| Watched {
+    /// Threads that do not run, in slots 0 and 5.
+    fn still(states: [State; 2]) -> Watch {
+        let worker = |(slot, state)| Watched {
             slot,
-            seat: Arc::new(Seat { queue: 3, thread: Some(Thread::Starved) }),
+            seat: Arc::new(Seat { queue: 3, thread: Some(Thread::Still(state)) }),
             before: Times::default(),
             ready: None,
             waited: Duration::ZERO,
+            state: None,
         };
-        Watch { since: Instant::now(), workers: vec![worker(0), worker(5)] }
+        let workers = [0, 5].into_iter().zip(states).map(worker).collect();
+        Watch { since: Instant::now(), workers }
+    }
+
+    #[test]
+    fn who_is_blocked_may_wait_for_who_is_starved() {
+        use State::{Asleep, Blocked, Ready};
+        for (states, verdict) in [
+            ([Ready, Blocked], Late::Both),
+            ([Blocked, Ready], Late::Both),
+            ([Blocked, Blocked], Late::Busy),
+            ([Asleep, Ready], Late::Busy),
+            ([Asleep, Blocked], Late::Busy),
+            ([Ready, Ready], Late::Starved),
+        ] {
+            let mut watch = still(states);
+            std::thread::sleep(10 * MS);
+            let first = watch.judge(&[0, 5], 5 * MS, 5 * MS);
+            let knows_at_once = verdict == Late::Busy;
+            assert_eq!(first == verdict, knows_at_once, "{states:?}: {first:?}");
+            std::thread::sleep(20 * MS);
+            assert_eq!(watch.judge(&[0, 5], 5 * MS, 5 * MS), verdict, "{states:?}");
+        }
+        let mut watch = still([Ready, Blocked]);
+        std::thread::sleep(10 * MS);
+        assert_eq!(watch.judge(&[5], 5 * MS, 5 * MS), Late::Busy, "the other one is not late");
+        let late = watch.late(&[5]);
+        assert!(late[0].is_blocked && say(&late).contains("is blocked in the kernel"), "{late:?}");
     }
 
     #[test]
     fn who_is_starved_between_coming_and_being_counted_is_not_taken_for_one_that_hangs() {
         for missing in [&[][..], &[5]] {
-            let mut watch = starved();
+            let mut watch = still([State::Ready; 2]);
             // The first look comes late: it says nothing yet.
             std::thread::sleep(50 * MS);
             assert!(matches!(watch.judge(missing, 5 * MS, 5 * MS), Late::Wait(_)));

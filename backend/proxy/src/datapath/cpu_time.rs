@@ -16,9 +16,9 @@ pub(crate) enum Thread {
         /// Open as long as the thread serves: reading it costs a microsecond, opening it five more.
         schedstat: File,
     },
-    /// One that has been ready to run, and has not run, since it was made.
+    /// One that has been in this state, and has not run, since it was made.
     #[cfg(test)]
-    Starved,
+    Still(State),
 }
 
 /// What a thread has had, since it began.
@@ -52,21 +52,37 @@ impl Thread {
                 parse_schedstat(std::str::from_utf8(&text[..len]).ok()?)
             }
             #[cfg(test)]
-            Self::Starved => Some(Times::default()),
+            Self::Still(_) => Some(Times::default()),
+        }
+    }
+
+    /// What it does, as far as the kernel says it.
+    pub(crate) fn state(&self) -> Option<State> {
+        match self {
+            Self::Known { id, .. } => {
+                let stat = fs::read_to_string(format!("/proc/self/task/{id}/stat")).ok()?;
+                parse_state(&stat)
+            }
+            #[cfg(test)]
+            Self::Still(state) => Some(*state),
         }
     }
 
     /// Whether it runs, or would if it were given a CPU.
     pub(crate) fn is_ready(&self) -> bool {
-        match self {
-            Self::Known { id, .. } => {
-                let stat = fs::read_to_string(format!("/proc/self/task/{id}/stat"));
-                parse_state(&stat.unwrap_or_default()) == Some('R')
-            }
-            #[cfg(test)]
-            Self::Starved => true,
-        }
+        self.state() == Some(State::Ready)
     }
+}
+
+/// What a thread does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// It runs, or would if it were given a CPU.
+    Ready,
+    /// It waits for something in the kernel, and no signal ends that: for a disk, or for a lock.
+    Blocked,
+    /// It waits for something else, or is stopped.
+    Asleep,
 }
 
 /// `ran waited turns`, the first two in nanoseconds (Linux,
@@ -84,8 +100,12 @@ fn parse_schedstat(text: &str) -> Option<Times> {
 }
 
 /// The state in proc(5)'s `stat`: after the name, which may hold anything.
-fn parse_state(stat: &str) -> Option<char> {
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
+fn parse_state(stat: &str) -> Option<State> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next().map(|letter| match letter {
+        'R' => State::Ready,
+        'D' => State::Blocked,
+        _ => State::Asleep,
+    })
 }
 
 #[cfg(test)]
@@ -99,7 +119,9 @@ mod tests {
         assert_eq!(parse_schedstat("675 1346 3\n"), Some(times));
         assert_eq!(parse_schedstat("0 0 0\n"), None, "it is not counted");
         assert_eq!((parse_schedstat(""), parse_schedstat("1 2 x")), (None, None));
-        assert_eq!(parse_state("12 (a) S (b)) R 1 2"), Some('R'));
+        assert_eq!(parse_state("12 (a) S (b)) R 1 2"), Some(State::Ready));
+        assert_eq!(parse_state("12 (a) D 1 2"), Some(State::Blocked));
+        assert_eq!(parse_state("12 (a) S 1 2"), Some(State::Asleep));
         assert_eq!((parse_state(""), parse_state("12 (a)")), (None, None));
     }
 }

@@ -242,6 +242,9 @@ pub struct Starved {
     /// Of how long.
     #[serde(rename = "of_us", serialize_with = "serialize::micros")]
     pub of: Duration,
+    /// It waits in the kernel for a disk or a lock.
+    #[serde(skip)]
+    pub is_blocked: bool,
 }
 
 impl Refusal {

@@ -339,6 +339,7 @@ mod tests {
             queue: 1,
             waited: Duration::from_millis(2),
             of: Duration::from_millis(3),
+            is_blocked: true,
         }];
         let starved = json!({"starved": [{"queue": 1, "waited_us": 2000, "of_us": 3000}]});
         assert_eq!(as_json(&refusal.blame()), starved);
