@@ -133,10 +133,10 @@ impl Load {
         self.shared.faults.load(Ordering::Relaxed)
     }
 
-    /// Waits until `count` more requests have been answered; panics when that takes over 30 s.
+    /// Waits until `count` more requests have been answered; panics when that takes over a minute.
     pub fn wait_for(&self, count: u64) {
         let goal = self.ios() + count;
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.ios() < goal {
             assert!(
                 Instant::now() < deadline,

@@ -174,8 +174,7 @@ fn a_live_domain_that_panics_brings_errors_and_the_next_upgrade_brings_the_devic
         "2",
     ]);
     let mut control = daemon.rpc();
-    let options = LoadOptions { patience: 5 * SECOND, ..LoadOptions::new(2, 16) };
-    let load = Load::start(daemon.socket(), &options);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     wait_for_state(&daemon, "faulted");
     let deadline = Instant::now() + 10 * SECOND;
     while load.faults() == 0 {

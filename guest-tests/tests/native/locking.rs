@@ -101,16 +101,13 @@ fn a_daemon_that_was_killed_leaves_no_lock() {
     for more in [&[][..], &["--param", "direct=true"]] {
         let args = [&["--blk-file", text(&path), "--queues", "2"], more].concat();
         let daemon = Daemon::start(&args);
-        let load = Load::start(
-            daemon.socket(),
-            &LoadOptions { patience: Duration::from_secs(1), ..LoadOptions::new(2, 32) },
-        );
+        let load = Load::start(daemon.socket(), &LoadOptions::new(2, 32));
         load.wait_for(500);
         daemon.kill_whole();
         // As a supervisor does that restarts it at once.
         let next = Daemon::start(&args);
         assert_eq!(next.terminate(), 0);
-        drop(load.stop());
+        load.abandon();
     }
 }
 

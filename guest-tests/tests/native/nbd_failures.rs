@@ -341,6 +341,16 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
             assert!(Instant::now() < deadline, "nbd-server does not listen");
             thread::sleep(Duration::from_millis(2));
         }
+        // It may be written after the socket is there.
+        let read =
+            || fs::read_to_string(at("pid")).ok()?.trim().parse().ok().and_then(Pid::from_raw);
+        let pid = loop {
+            assert!(Instant::now() < deadline, "nbd-server does not say which process it is");
+            match read() {
+                Some(pid) => break pid,
+                None => thread::sleep(Duration::from_millis(2)),
+            }
+        };
         let uri = format!("uri=nbd+unix:///disk?socket={}", at("socket"));
         if works {
             let wrong = format!("uri=nbd+unix:///disc?socket={}", at("socket"));
@@ -360,9 +370,8 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
             let said = refused(&at("v.sock"), &["--param", &uri]);
             assert!(said.contains("flush = true"), "{said}");
         }
-        let pid = fs::read_to_string(at("pid")).expect("its process");
-        let pid = Pid::from_raw(pid.trim().parse().expect("a number")).expect("a process id");
         kill_process(pid, Signal::TERM).expect("it lives");
+        fs::remove_file(at("pid")).expect("it was there");
     }
 }
 

@@ -403,8 +403,7 @@ fn what_was_upgraded_to_comes_back_with_its_standby() {
 #[test]
 fn a_faulted_device_comes_back_faulted_and_an_upgrade_revives_it() {
     let mut server = Server::start(first("faulty", &[("fault", "request:panic:500")]));
-    let options = LoadOptions { patience: Duration::from_secs(5), ..LoadOptions::new(1, 4) };
-    let load = Load::start(&server.session(), &options);
+    let load = Load::start(&server.session(), &LoadOptions::new(1, 4));
     server.wait_until("it lives", |status| status["state"] == "faulted");
     let ledgers = load.abandon().ledgers;
     let vault = server.look();
