@@ -135,10 +135,10 @@ impl Channel {
             let mut parts = [IoSliceMut::new(&mut buffer)];
             match recvmsg(&self.socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC)
             {
-                Err(Errno::INTR) => {}
+                // The other side has closed its end with packets unread, which is said once, and
+                // before what that side has sent.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(Errno::AGAIN) => return Ok(Received::Nothing),
-                // How a channel ends whose other side left packets unread.
-                Err(Errno::CONNRESET) => return Ok(Received::End),
                 other => break other?,
             }
         };
@@ -216,6 +216,18 @@ mod tests {
         assert_eq!(text, "x");
         assert!(matches!(theirs.receive::<ToServer>().unwrap(), Some((ToServer::Resume, _))));
         assert!(theirs.receive::<ToServer>().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_a_side_said_last_is_heard_though_it_has_not_read_everything() {
+        let (ours, theirs) = channels();
+        ours.send(&ToServer::Exit, &[]).unwrap();
+        theirs.send(&ToSupervisor::Resumed, &[]).unwrap();
+        drop(theirs);
+        let received = ours.try_receive::<ToSupervisor>().unwrap();
+        assert!(matches!(received, Received::Message(ToSupervisor::Resumed, _)), "{received:?}");
+        let received = ours.try_receive::<ToSupervisor>().unwrap();
+        assert!(matches!(received, Received::End), "{received:?}");
     }
 
     #[test]
