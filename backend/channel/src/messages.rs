@@ -277,6 +277,9 @@ pub enum ToServer {
         /// Comes back.
         number: u64,
     },
+    /// A [`ToSupervisor::Vault`] was lost: say all there is, with all its objects. A server that
+    /// does not know this message goes on without it.
+    VaultAgain,
 }
 
 /// What the server says.

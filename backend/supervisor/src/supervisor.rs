@@ -10,6 +10,8 @@ mod options;
 mod packing;
 mod pulse;
 mod reexecution;
+#[cfg(test)]
+mod scripted;
 mod serving;
 mod spare;
 mod storing;
@@ -94,6 +96,10 @@ pub struct Supervisor {
     options: Options,
     since: SystemTime,
     vault: Vault,
+    /// As the stopped server has left it.
+    vault_before: Option<Vault>,
+    /// When the server is to say its vault again.
+    vault_again_at: Option<Instant>,
     store: Store,
     deaths: Deaths,
     recoveries: u64,
@@ -178,6 +184,8 @@ impl Supervisor {
             options,
             since: SystemTime::now(),
             vault: Vault::default(),
+            vault_before: None,
+            vault_again_at: None,
             store: Store::default(),
             deaths: Deaths::default(),
             recoveries: 0,
@@ -314,6 +322,7 @@ impl Supervisor {
         let accept = accept.filter(|&at| at > Instant::now());
         [
             self.start_at,
+            self.vault_again_at,
             accept,
             self.session.as_ref().and_then(Session::deadline),
             self.waiting.as_ref().and_then(Waiting::deadline),
@@ -381,6 +390,7 @@ impl Supervisor {
                 }
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     log::warn!("the server says what is not understood: {error}");
+                    self.vault_is_lost(which);
                 }
                 Err(error) => {
                     log::error!("the server is not heard any more: {error}");
@@ -430,6 +440,7 @@ impl Supervisor {
         self.settle_exchange(now);
         self.settle_pulse(now);
         self.settle_reexecution();
+        self.settle_vault(now);
         self.settle_store(now);
         self.settle_history();
         self.settle_pages();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 /// The list, and what it refers to.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Vault {
     list: Option<channel::Vault>,
     objects: BTreeMap<Kept, Descriptor>,

@@ -302,6 +302,20 @@ fn vaults_come_with_all_else_where_nothing_is_heard_aside() {
     }
 }
 
+#[test]
+fn a_vault_that_was_lost_comes_again_with_all_of_its_objects() {
+    let mut server = Server::start(first("ramdisk", &[("size", "1M")]));
+    server.upgrade("ramdisk_v2", json!({}));
+    let before = server.look().clone();
+    server.keep = Keep::default();
+    server.channel.send(&ToServer::VaultAgain, &[]).expect("sent");
+    assert_eq!(*server.look(), before);
+    assert_eq!(server.keep.objects.len(), before.objects().len());
+    server.kill();
+    let mut next = server.next();
+    assert_eq!(next.status()["generation"], 2);
+}
+
 fn image() -> (TempDir, PathBuf) {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let path = directory.path().join("disk.img");

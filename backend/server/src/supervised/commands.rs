@@ -194,6 +194,10 @@ impl Commands {
                 let stuck = self.stuck();
                 say(&self.channel, &ToSupervisor::Pong { number, stuck });
             }
+            ToServer::VaultAgain => {
+                self.vault.forget();
+                self.proxy.keep_again();
+            }
             ToServer::Counters { .. } | ToServer::Start { .. } | ToServer::Activate { .. } => {
                 log::error!("the supervisor starts a device that is there already");
             }

@@ -137,6 +137,12 @@ impl VaultSender {
         }
     }
 
+    /// The supervisor has nothing of what it was told.
+    pub(super) fn forget(&self) {
+        let mut sent = lock(&self.sent);
+        (sent.vault, sent.objects) = (None, BTreeSet::new());
+    }
+
     fn beside(&self) -> Beside {
         Beside { believed: self.believed(), limits: (self.limits)() }
     }

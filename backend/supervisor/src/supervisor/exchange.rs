@@ -7,7 +7,7 @@
 
 use super::reexecution::program;
 use super::serving::borrowed;
-use super::{LEAVE_PATIENCE, Supervisor};
+use super::{LEAVE_PATIENCE, Supervisor, Which};
 use crate::front::Ticket;
 use crate::process::{Ended, Program, Server};
 use channel::ToServer;
@@ -309,6 +309,11 @@ impl Supervisor {
         };
         (exchange.step, exchange.deadline) = (Step::Activating, now + STEP_PATIENCE);
         self.stopped = self.server.take();
+        // What the candidate says has numbers of its own.
+        self.vault_before = Some(self.vault.clone());
+        self.vault_again_at = None;
+        // And answers questions of its own.
+        self.pulse.begin_anew(now);
         self.activate(candidate);
     }
 
@@ -366,7 +371,10 @@ impl Supervisor {
 
     /// The new server serves: the one before leaves, and has the session no more.
     pub(super) fn leave_stopped(&mut self) {
+        // What has happened before is known first.
+        self.hear(Which::Stopped);
         let Some(old) = self.stopped.take() else { return };
+        self.vault_before = None;
         let now = Instant::now();
         if let Some(session) = &mut self.session {
             session.take_back();
@@ -429,6 +437,10 @@ impl Supervisor {
             None => format!("the new server has ended with {ended}"),
         };
         self.server = Some(old);
+        if let Some(before) = self.vault_before.take() {
+            self.vault = before;
+            self.keep_in_store();
+        }
         if let Some(exchange) = &mut self.exchange {
             exchange.failure.get_or_insert(why);
             exchange.step = Step::Resuming;
@@ -456,6 +468,7 @@ impl Supervisor {
         if let Some(old) = self.stopped.take() {
             // It has nothing any more that is needed; what follows is as if it had left.
             drop(old);
+            self.vault_before = None;
             if let Some(session) = &mut self.session {
                 session.take_back();
                 session.relay.pause(false);
@@ -487,5 +500,63 @@ impl Supervisor {
             // The current server says first whether it has stopped.
             _ => exchange.failure = Some(why),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::scripted::{file, ready, server, serving, vault};
+    use super::*;
+    use channel::ToSupervisor;
+
+    /// The server has stopped, and another one was given its device.
+    fn activating() -> (tempfile::TempDir, Supervisor) {
+        let directory = tempfile::tempdir().unwrap();
+        let mut supervisor = serving(directory.path());
+        supervisor.stopped = supervisor.server.take();
+        supervisor.vault_before = Some(supervisor.vault.clone());
+        supervisor.server = Some(server());
+        (directory, supervisor)
+    }
+
+    #[test]
+    fn what_a_server_that_failed_has_said_is_not_kept() {
+        let (_directory, mut supervisor) = activating();
+        supervisor.told_by(Which::Current, vault(3, 2), vec![file()]);
+        supervisor.current_has_died(Ended::Signalled(9));
+        // The old one names its object by its own number, as before.
+        let ToSupervisor::Vault { vault, .. } = vault(4, 1) else { unreachable!() };
+        let again = ToSupervisor::Vault { vault, new: Vec::new() };
+        supervisor.told_by(Which::Current, again, Vec::new());
+        assert_eq!(supervisor.vault.list().map(|list| list.generation), Some(4));
+        assert_eq!(supervisor.vault_again_at, None);
+    }
+
+    #[test]
+    fn a_vault_that_was_lost_is_asked_for_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut supervisor = serving(directory.path());
+        let ToSupervisor::Vault { vault, .. } = vault(4, 7) else { unreachable!() };
+        let lost = ToSupervisor::Vault { vault, new: Vec::new() };
+        supervisor.told_by(Which::Current, lost, Vec::new());
+        assert_eq!(supervisor.vault.list().map(|list| list.generation), Some(3));
+        let at = supervisor.vault_again_at.expect("it is asked for again");
+        assert!(supervisor.deadline().is_some_and(|deadline| deadline <= at));
+        supervisor.settle_vault(at);
+        assert_eq!(supervisor.vault_again_at, None);
+    }
+
+    #[test]
+    fn what_has_happened_to_a_stopped_server_is_known_when_it_leaves() {
+        let (_directory, mut supervisor) = activating();
+        let (ours, theirs) = channel::pair().unwrap();
+        supervisor.stopped.as_mut().unwrap().channel = ours;
+        let event = json!({"event": "ended", "change": "upgrade", "outcome": "committed"});
+        let happened = ToSupervisor::Happened { event };
+        channel::Channel::from_socket(theirs).send(&happened, &[]).unwrap();
+        let before = supervisor.watched.tally.clone();
+        supervisor.told_by(Which::Current, ready(), Vec::new());
+        assert!(supervisor.stopped.is_none());
+        assert_ne!(supervisor.watched.tally, before);
     }
 }

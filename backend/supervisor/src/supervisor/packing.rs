@@ -235,6 +235,7 @@ impl Supervisor {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scripted::{self, file};
     use super::*;
     use crate::descriptor::Descriptor;
     use crate::pages::Pages;
@@ -243,7 +244,6 @@ mod tests {
     use crate::relay::Relay;
     use crate::request;
     use crate::wire::Message;
-    use channel::Module;
     use serde_json::Value;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
@@ -254,51 +254,23 @@ mod tests {
     /// The same, of a release that counts and keeps history as well.
     const WATCHED: &str = include_str!("state-1-watched.json");
 
-    fn file() -> OwnedFd {
-        tempfile::tempfile().unwrap().into()
-    }
-
     /// A supervisor in the middle of everything, and what keeps it so.
     fn supervisor(directory: &Path) -> (Supervisor, Vec<UnixStream>) {
-        let program = Program::open(Path::new("/bin/true")).unwrap();
         let listen = |name| SocketFile::listen(&directory.join(name), 0o600).unwrap();
-        let (end, end_writer) = UnixStream::pair().unwrap();
+        let (options, end_writer) = scripted::options(directory);
         let pages = telemetry::Address::Path(directory.join("metrics"));
         let mut supervisor = Supervisor::new(Options {
-            frontends: ListenSocket::Path(listen("disk")),
-            control_path: directory.join("control"),
-            program: program.clone(),
-            settings: Settings {
-                queues: 1,
-                queue_size: 128,
-                poll_us: 50,
-                worker_cpus: vec![0],
-                domain_dirs: vec!["/usr/lib".into()],
-                limits: channel::RateLimits::default(),
-            },
-            domain: "ramdisk".into(),
-            params: BTreeMap::from([("size".into(), "1M".into())]),
             metrics: Some(Metrics::new(Pages::listen(&pages).unwrap(), 1).unwrap()),
-            book: Book::default(),
             supervision: Supervision {
                 has_spare: false,
                 hang_timeout: Some(Duration::from_secs(3)),
             },
-            ends: vec![("signal 15".into(), end.into())],
-            signals: Signals { hold: || {}, release: || {} },
+            ..options
         });
-        let module = Module {
-            name: "ramdisk".into(),
-            version: "1.0.0".into(),
-            path: "/x.so".into(),
-            sha256: "ab".into(),
-            params: BTreeMap::new(),
-            image: 1,
-        };
-        let list =
-            channel::Vault { generation: 3, live: Some(module), ..channel::Vault::default() };
+        let live = Some(scripted::module(1));
+        let list = channel::Vault { generation: 3, live, ..channel::Vault::default() };
         supervisor.vault.take(list, &[1], vec![file()]).unwrap();
-        supervisor.server = Some(Server::start(&program).unwrap());
+        supervisor.server = Some(scripted::server());
         supervisor.front = Some(Front::new(listen("control"), Limits::default()).unwrap());
         let (frontend, ours) = UnixStream::pair().unwrap();
         let mut relay = Relay::new(Region::own(1).unwrap(), None, 128);

@@ -236,4 +236,18 @@ mod tests {
             assert!(!pulse.is_silent(late + pulse.timeout));
         }
     }
+
+    #[test]
+    fn only_the_server_that_was_asked_answers() {
+        use super::super::{Which, scripted};
+        let directory = tempfile::tempdir().unwrap();
+        let mut supervisor = scripted::serving(directory.path());
+        let number = supervisor.pulse.question(Instant::now()).unwrap();
+        let pong = || channel::ToSupervisor::Pong { number, stuck: vec![0] };
+        supervisor.told_by(Which::Leaving(0), pong(), Vec::new());
+        supervisor.told_by(Which::Stopped, pong(), Vec::new());
+        assert!(supervisor.pulse.stuck.is_empty());
+        supervisor.told_by(Which::Current, pong(), Vec::new());
+        assert_eq!(supervisor.pulse.stuck.keys().collect::<Vec<_>>(), [&0]);
+    }
 }

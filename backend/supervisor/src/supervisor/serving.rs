@@ -13,7 +13,10 @@ use channel::{Channel, Received, Start, ToServer, ToSupervisor, VERSION};
 use serde_json::json;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long after a vault was lost it is asked for again: descriptors may be there again by then.
+const VAULT_AGAIN: Duration = Duration::from_secs(1);
 
 fn milliseconds(at: SystemTime) -> u64 {
     let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -110,6 +113,7 @@ impl Supervisor {
                         Ok(()) => self.keep_in_store(),
                         Err(why) => {
                             log::error!("what the server wants to be kept is not: {why}");
+                            self.vault_is_lost(which);
                         }
                     }
                     // What was waited for may have come.
@@ -155,7 +159,11 @@ impl Supervisor {
                     self.has_resumed();
                 }
             }
-            ToSupervisor::Pong { number, stuck } => self.pong(number, &stuck),
+            ToSupervisor::Pong { number, stuck } => {
+                if which == Which::Current {
+                    self.pong(number, &stuck);
+                }
+            }
             ToSupervisor::ConfigChanged => {
                 if let (Which::Current, Some(session)) = (which, &mut self.session) {
                     let effect = session.relay.config_has_changed();
@@ -177,12 +185,26 @@ impl Supervisor {
                 Ok(Received::Nothing | Received::End) => break,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     log::warn!("the server puts aside what is not understood: {error}");
+                    self.vault_is_lost(which);
                 }
                 Err(error) => {
                     log::error!("what the server puts aside is not heard: {error}");
                     break;
                 }
             }
+        }
+    }
+
+    /// A vault of a server has come that cannot be kept, or may have come.
+    pub(super) fn vault_is_lost(&mut self, which: Which) {
+        if which == Which::Current {
+            self.vault_again_at.get_or_insert_with(|| Instant::now() + VAULT_AGAIN);
+        }
+    }
+
+    pub(super) fn settle_vault(&mut self, now: Instant) {
+        if self.vault_again_at.take_if(|at| *at <= now).is_some() && self.serving().is_some() {
+            self.send(&ToServer::VaultAgain);
         }
     }
 
