@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -296,10 +296,14 @@ fn the_dashboard_names_what_the_page_has() {
     }
 }
 
-/// Whether a program can be run here.
-fn has(program: &str) -> bool {
-    let mut there = Command::new(program);
-    there.arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+/// A program of Prometheus, if there is one: installed, or where `scripts/setup` unpacks it.
+fn tool(name: &str) -> Option<PathBuf> {
+    let unpacked = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools/usr/bin");
+    let is_there = |program: &PathBuf| {
+        let mut there = Command::new(program);
+        there.arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
+    };
+    [PathBuf::from(name), unpacked.join(name)].into_iter().find(is_there)
 }
 
 #[test]
@@ -307,12 +311,12 @@ fn prometheus_reads_the_page() {
     let daemon = start(&["--queues", "2"]);
     daemon.call(&["upgrade", "ramdisk_v2"]);
     run_load(daemon.socket(), &LoadOptions::new(2, 4), Duration::from_millis(100));
-    if !has("promtool") || !has("prometheus") {
-        println!("skipped: there is no promtool or prometheus (Debian: prometheus)");
+    let (Some(promtool), Some(prometheus)) = (tool("promtool"), tool("prometheus")) else {
+        println!("skipped: there is no promtool or prometheus: scripts/setup unpacks them");
         return;
-    }
+    };
     let page = scrape(&daemon);
-    let mut check = Command::new("promtool")
+    let mut check = Command::new(promtool)
         .args(["check", "metrics"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -332,7 +336,7 @@ fn prometheus_reads_the_page() {
     fs::write(&config, text).expect("a configuration");
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr());
     let listen = port.expect("a port").to_string();
-    let mut prometheus = Command::new("prometheus")
+    let mut prometheus = Command::new(prometheus)
         .arg(format!("--config.file={}", config.display()))
         .arg(format!("--storage.tsdb.path={}", directory.path().join("data").display()))
         .arg(format!("--web.listen-address={listen}"))
