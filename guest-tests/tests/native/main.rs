@@ -13,6 +13,7 @@ mod durability;
 mod ending;
 mod failure_table;
 mod failures;
+mod fleet_page;
 mod history;
 mod host;
 mod inflight_migration;
