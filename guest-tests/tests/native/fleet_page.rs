@@ -1,5 +1,5 @@
-//! What OPERATING.md and the package say of upgrading all disks of a host is run as it stands there,
-//! with paths of the test's own and short trials.
+//! What OPERATING.md and the package say of upgrading all disks of a host is run as it stands
+//! there, with paths of the test's own and short trials.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
