@@ -159,10 +159,11 @@ impl Session {
         self.over.as_ref()
     }
 
-    /// Whether a server is to have it: none has, and it is not over.
+    /// Whether a server is to have it: none has, and it is not over. One that has closed its end
+    /// has it until it says that it has left it.
     #[must_use]
     pub const fn is_to_be_given(&self) -> bool {
-        self.inner.is_none() && self.over.is_none()
+        !self.was_given && self.inner.is_none() && self.over.is_none()
     }
 
     /// What to look for at the frontend's socket, if at anything.
@@ -345,6 +346,25 @@ mod tests {
         assert!(session.is_to_be_given());
         session.server_has_ended_it();
         assert!(!session.is_to_be_given());
+    }
+
+    #[test]
+    fn a_session_is_given_once_until_its_server_says_that_it_has_left_it() {
+        let (frontend, _other) = UnixStream::pair().unwrap();
+        let relay = Relay::new(Region::own(1).unwrap(), None, 128);
+        let mut session = Session::new(1, frontend.into(), relay);
+        let (ours, theirs) = channel::pair().unwrap();
+        session.give_to(&ours, &Deaths::default()).unwrap();
+        // The server closes its end, and still has the session.
+        let server = Channel::from_socket(theirs);
+        let said = server.receive::<ToServer>().unwrap().unwrap();
+        let (ToServer::Session(_), descriptors) = said else { panic!("{said:?}") };
+        drop(accept(&descriptors[0]).unwrap());
+        session.pump(Some(&ours));
+        assert!(session.inner().is_none() && session.over().is_none());
+        assert!(!session.is_to_be_given());
+        session.take_back();
+        assert!(session.is_to_be_given());
     }
 
     #[test]
