@@ -471,9 +471,9 @@ impl Supervisor {
             Over::Ended => {}
             Over::Refused(why) => self.said.say(&format!("the session ended: {why}")),
         }
-        // The server knows of it, and says when it has left it.
-        self.ending_session = Some(session.number).filter(|_| session.was_given);
+        let (number, was_given) = (session.number, session.was_given);
         self.session = None;
+        self.is_to_leave(number, was_given);
         self.deaths.forgive();
     }
 

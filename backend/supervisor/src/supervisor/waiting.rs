@@ -13,6 +13,9 @@ use crate::session::{Over, Session};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+#[cfg(test)]
+mod tests;
+
 /// How long a second frontend may say nothing.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -101,13 +104,21 @@ impl Supervisor {
         }
     }
 
+    /// The server is to leave a session, if it has it, and says when it has. If it has not, it may
+    /// still be leaving the one before.
+    pub(super) const fn is_to_leave(&mut self, session: u64, was_given: bool) {
+        if was_given {
+            self.ending_session = Some(session);
+        }
+    }
+
     /// The session that waits has the server from now on, and the other, if it is there, waits.
     fn take_turns(&mut self) {
         let Some(Waiting { session: mut next, .. }) = self.waiting.take() else { return };
         if let Some(mut before) = self.session.take() {
             log::info!("the second frontend's rings run: those of the first have stopped");
-            // The server is to leave it first, and says when it has.
-            self.ending_session = Some(before.number).filter(|_| before.was_given);
+            // First of all.
+            self.is_to_leave(before.number, before.was_given);
             before.wait();
             self.waiting = Some(Waiting::new(before));
         }
