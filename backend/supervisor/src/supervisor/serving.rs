@@ -135,7 +135,8 @@ impl Supervisor {
             // It was looked at before.
             ToSupervisor::Look => {}
             ToSupervisor::SessionEnded { number, error } => {
-                if which == Which::Current {
+                // One that was stopped has its session still, which may end meanwhile.
+                if matches!(which, Which::Current | Which::Stopped) {
                     self.session_has_ended(number, error);
                 }
             }

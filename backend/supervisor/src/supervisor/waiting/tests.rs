@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::supervisor::Which;
-use crate::supervisor::scripted::serving;
+use crate::supervisor::scripted::{self, serving};
 use channel::{Channel, Received, ToServer, ToSupervisor};
 use rustix::event::PollFlags;
 use std::os::unix::net::UnixStream;
@@ -62,4 +62,21 @@ fn a_frontend_that_goes_in_its_turn_takes_nothing_from_the_other() {
     let session = stage.session.as_ref().expect("the first one's session");
     assert_eq!((session.number, session.over()), (1, None));
     assert_eq!(sessions_given(&other), [1]);
+}
+
+#[test]
+fn a_stopped_server_may_say_that_a_session_has_ended() {
+    let (mut stage, other, directory) = stage();
+    let _frontend = connect(&mut stage, directory.path());
+    assert_eq!(sessions_given(&other), [1]);
+    stage.stopped = stage.server.take();
+    stage.server = Some(scripted::server());
+    stage.told_by(Which::Stopped, ended(1), Vec::new());
+    stage.server = stage.stopped.take();
+    stage.settle_session();
+    assert!(stage.session.is_none(), "a frontend is connected to nothing");
+    assert_eq!(stage.ending_session, None);
+    // The next one is served.
+    let _next = connect(&mut stage, directory.path());
+    assert_eq!(sessions_given(&other), [2]);
 }
