@@ -18,6 +18,7 @@
 //! - [`operator`]: upgrades a daemon and keeps books, to hold `status` against.
 //! - [`peer`]: the backend that is compared with.
 //! - [`power`]: a disk that forgets what was not synced when its power is cut.
+//! - [`signer`]: signs modules.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
 pub mod client;
@@ -32,4 +33,5 @@ pub mod nbd;
 pub mod operator;
 pub mod peer;
 pub mod power;
+pub mod signer;
 pub mod stamp;

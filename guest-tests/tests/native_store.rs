@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::manager::Manager;
+use guest_tests::signer::Signer;
 use guest_tests::stamp::{Ledger, Load, LoadOptions, assert_intact, damage};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, prlimit};
 use serde_json::{Value, json};
@@ -426,4 +427,29 @@ fn a_serial_number_reaches_the_guest() {
     assert!(refused.stderr.contains("20 printable"), "{}", refused.stderr);
     let twice = ["--serial", "a", "--param", "serial=b", "--socket-path", "/tmp/never.sock"];
     assert_eq!(run_daemon(&twice).status, 2);
+}
+
+#[test]
+fn a_kept_module_is_held_against_the_keys_of_the_next_start() {
+    let (signer, other) = (Signer::default(), Signer::default());
+    let folder = tempfile::tempdir().expect("a directory");
+    let (module, key) = (signer.signed("ramdisk", folder.path()), folder.path().join("key.pub"));
+    let (module, key_text) = (module.to_str().expect("UTF-8"), key.to_str().expect("UTF-8"));
+    signer.write_public(&key);
+    let mut manager = Manager::new(64);
+    let disk = ["--domain", module, "--param", "size=64M", "--queues", "2"];
+    let start = [&disk[..], &["--trusted-key", key_text]].concat();
+    let mut daemon = Daemon::start_command(manager.command(), &start);
+    assert_eq!(settled(&daemon)["state"], "held");
+    let ledgers = written(&daemon);
+    assert_eq!(settled(&daemon)["state"], "held");
+    daemon.end_whole();
+    other.write_public(&key);
+    daemon.start_again_by(manager.command());
+    daemon.wait_until("it is given up", |now| now["state"] == "faulted");
+    assert!(daemon.log().contains("module_untrusted"), "{}", daemon.log());
+    // The data is there still, for a module that is trusted.
+    other.sign(std::path::Path::new(module));
+    daemon.call(&["upgrade", module]);
+    assert_intact(daemon.socket(), &ledgers);
 }

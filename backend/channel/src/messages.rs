@@ -39,6 +39,9 @@ pub struct Settings {
     pub worker_cpus: Vec<usize>,
     /// Where modules are looked up.
     pub domain_dirs: Vec<PathBuf>,
+    /// If there are any: public keys of minisign, of which one has to have signed a module.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub trusted_keys: Vec<String>,
     /// How much the guest may do at first: a vault that says something else is right.
     #[serde(default, skip_serializing_if = "is_default")]
     pub limits: RateLimits,
@@ -75,6 +78,9 @@ pub struct Module {
     pub path: PathBuf,
     /// Of its bytes, in hexadecimal.
     pub sha256: String,
+    /// By which it was found to be of trusted origin, if that was asked for.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub signature: Option<String>,
     /// What it was prepared with, inherited parameters included.
     pub params: BTreeMap<String, String>,
     /// Its bytes: a sealed memfd.

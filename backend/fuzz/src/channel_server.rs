@@ -53,6 +53,7 @@ fn any(input: &mut Input<'_>) -> (ToServer, usize) {
                 poll_us: input.u64(),
                 worker_cpus: Vec::new(),
                 domain_dirs: Vec::new(),
+                trusted_keys: Vec::new(),
                 limits: channel::RateLimits::default(),
             };
             let start = Start::Vault(vault);

@@ -101,6 +101,7 @@ fn module(input: &mut Input<'_>) -> Module {
         version: "1".to_owned(),
         path: "/m".into(),
         sha256: "00".to_owned(),
+        signature: None,
         params: BTreeMap::new(),
         image,
     }

@@ -11,11 +11,17 @@ use domain_host::LoadError;
 use std::io;
 
 /// The codes of all refusals. They do not change.
-pub const CODES: [&str; 20] = [
+pub const CODES: [&str; 26] = [
     "module_not_found",
     "module_unreadable",
     "module_too_large",
     "module_not_sealed",
+    "module_exposed",
+    "module_swapped",
+    "module_unsigned",
+    "module_bad_signature",
+    "module_untrusted",
+    "module_altered",
     "module_not_elf",
     "module_malformed",
     "module_wrong_machine",
@@ -53,6 +59,28 @@ pub(crate) enum Error {
     NotSealed(#[source] io::Error),
     #[error("its bytes are not those that were kept; upgrade to the module anew")]
     OtherBytes,
+    #[error(
+        "{what} {why}, so it is not known who may put another module there; correct that (chown, chmod go-w)"
+    )]
+    Exposed { what: String, why: String },
+    #[error(
+        "it was exchanged or changed while it was checked; try again when nothing writes to it"
+    )]
+    Swapped,
+    #[error(
+        "it has no signature (MODULE.so.minisig), and the daemon was given --trusted-key; sign it with such a key: minisign -Sm MODULE.so"
+    )]
+    Unsigned,
+    #[error("its signature cannot be used: {0}; sign it again with minisign 0.10 or later")]
+    BadSignature(&'static str),
+    #[error(
+        "its signature was made with a key that the daemon does not trust; sign it with one of --trusted-key"
+    )]
+    Stranger,
+    #[error(
+        "its bytes, or the signature, are not those that the trusted key has signed; copy both again, and find out what has changed them"
+    )]
+    Altered,
     #[error("it is empty; build it again")]
     Empty,
     #[error("it is not an ELF file; give the path of a libdomain_*.so")]
@@ -105,6 +133,12 @@ impl Error {
             Self::Unreadable(_) | Self::NotAFile(_) | Self::OtherBytes => "module_unreadable",
             Self::TooLarge { .. } => "module_too_large",
             Self::NotSealed(_) => "module_not_sealed",
+            Self::Exposed { .. } => "module_exposed",
+            Self::Swapped => "module_swapped",
+            Self::Unsigned => "module_unsigned",
+            Self::BadSignature(_) => "module_bad_signature",
+            Self::Stranger => "module_untrusted",
+            Self::Altered => "module_altered",
             Self::Empty | Self::NotElf => "module_not_elf",
             Self::WrongMachine { .. } => "module_wrong_machine",
             Self::NotShared(_) => "module_not_shared",

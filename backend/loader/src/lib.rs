@@ -11,12 +11,13 @@
 //! * nothing of a module runs before [`VerifiedModule::load`], and no bytes make the checks panic;
 //! * two loads never share a mapping, and a module is only called gone after a look at what is
 //!   mapped;
+//! * with trusted keys, the bytes that are mapped are those that one of them has signed;
 //! * a wrong name is an error that lists the right ones, never another module.
 //!
 //! **A check is no trust.** ELF constructors run inside `dlopen`, before any `catch_unwind` of ours
 //! or of the module's: a constructor that aborts, exits or unwinds ends the daemon, and one that is
-//! malicious owns it. Whether a module may be loaded at all is decided by who can write to the
-//! module directories, and by signatures; not here.
+//! malicious owns it. Whether a module may be loaded at all is decided by who can write to it and
+//! to its directories (`guard`), and by signatures (`signature`).
 //!
 //! Deliberately absent: calling into a module, instances, upgrades, and any policy of which module
 //! to use.
@@ -28,21 +29,26 @@ mod checked;
 mod elf;
 mod error;
 mod find;
+mod guard;
 mod map;
 mod policy;
 mod residents;
 mod sealed;
+mod signature;
 mod verify;
 
 pub use error::CODES;
 pub use policy::Policy;
+pub use signature::TrustedKey;
 
 use checked::Checked;
 use domain_abi::descriptor::Description;
 use domain_host::{Identity, LoadError, LoadedModule, ModuleLoader, VerifiedModule};
-use error::printable;
+use error::{Error, printable};
+use guard::Seen;
 use map::{Loaded, Mapped, Shelf};
 use sealed::Sealed;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -106,11 +112,14 @@ impl ModuleLoader for FileLoader {
     ) -> Result<Box<dyn VerifiedModule>, LoadError> {
         // Opened anew: a description that was sent has its position in common with its sender's.
         let path = PathBuf::from(format!("/proc/self/fd/{}", image.as_raw_fd()));
-        let verified = self.verify_open(&path, &origin.path).and_then(|verified| {
+        let signature = || origin.signature.clone().ok_or(Error::Unsigned);
+        let verified = sealed::open(&path).and_then(|(mut file, len)| {
+            let signature = self.asks_for_signatures().then(signature).transpose()?;
+            let verified = self.verify_open(&mut file, len, &origin.path, signature)?;
             if verified.checked().identity.sha256 == origin.sha256 {
                 Ok(verified)
             } else {
-                Err(error::Error::OtherBytes)
+                Err(Error::OtherBytes)
             }
         });
         let about = || format!("the kept module `{}`", printable(&origin.path));
@@ -119,29 +128,62 @@ impl ModuleLoader for FileLoader {
 }
 
 impl FileLoader {
-    fn verify_file(&self, path: &Path) -> Result<Verified, error::Error> {
-        self.verify_open(path, &path.to_string_lossy())
+    const fn asks_for_signatures(&self) -> bool {
+        !self.policy.trusted_keys.is_empty()
     }
 
-    /// Checks what is at `path` now, and calls it `name`.
-    fn verify_open(&self, path: &Path, name: &str) -> Result<Verified, error::Error> {
+    fn verify_file(&self, path: &Path) -> Result<Verified, Error> {
         let (mut file, len) = sealed::open(path)?;
+        let metadata = file.metadata().map_err(Error::Unreadable)?;
+        guard::check(path, &metadata, self.asks_for_signatures())?;
+        let name = path.to_string_lossy();
+        if !self.asks_for_signatures() {
+            return self.verify_open(&mut file, len, &name, None);
+        }
+        let seen = Seen::of(&metadata);
+        let signature = signature::beside(path)?;
+        let verified = self.verify_open(&mut file, len, &name, Some(signature));
+        // What has come between may be why it is refused.
+        if seen.is_still(&file, path).map_err(Error::Unreadable)? {
+            verified
+        } else {
+            Err(Error::Swapped)
+        }
+    }
+
+    /// Checks the file, which is at its beginning, and calls it `name`.
+    fn verify_open(
+        &self,
+        file: &mut File,
+        len: u64,
+        name: &str,
+        signature: Option<String>,
+    ) -> Result<Verified, Error> {
         let name = name.to_owned();
-        let checked = match self.shelf.cache.take(&mut file, len) {
+        let checked = match self.shelf.cache.take(file, len) {
             Some(mut cached) => {
                 cached.identity.path = name;
                 cached
             }
             None => {
-                let sealed = Sealed::copy_of(&mut file, Path::new(&name))?;
+                let sealed = Sealed::copy_of(file, Path::new(&name))?;
                 let bytes = sealed.bytes()?;
+                // Before anything in it is looked at.
+                if let Some(signature) = &signature {
+                    signature::verify(&self.policy.trusted_keys, signature, &bytes)?;
+                }
                 let facts = verify::inspect(&bytes, &self.policy)?;
                 let (description, build_id) = (facts.description, facts.build_id.map(hex));
-                let identity = Identity { path: name, sha256: hex(sealed.sha256()), build_id };
+                let sha256 = hex(sealed.sha256());
+                let identity =
+                    Identity { path: name, sha256, build_id, signature: signature.clone() };
                 Checked { description, identity, sealed }
             }
         };
-        Ok(Verified { checked: Some(checked), shelf: Arc::clone(&self.shelf) })
+        // It goes back to the cache if it is refused.
+        let mut verified = Verified { checked: Some(checked), shelf: Arc::clone(&self.shelf) };
+        verified.is_signed_by(&self.policy.trusted_keys, signature)?;
+        Ok(verified)
     }
 }
 
@@ -163,6 +205,22 @@ struct Verified {
 impl Verified {
     fn checked(&self) -> &Checked {
         self.checked.as_ref().expect("only loading and dropping take it, and end this value")
+    }
+
+    /// Has it go by this signature from now on, which is verified where it was not yet.
+    fn is_signed_by(
+        &mut self,
+        keys: &[TrustedKey],
+        signature: Option<String>,
+    ) -> Result<(), Error> {
+        let Some(checked) = &mut self.checked else { return Ok(()) };
+        if let Some(new) = &signature
+            && checked.identity.signature != signature
+        {
+            signature::verify(keys, new, &checked.sealed.bytes()?)?;
+        }
+        checked.identity.signature = signature;
+        Ok(())
     }
 }
 

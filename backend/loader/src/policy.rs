@@ -1,10 +1,14 @@
 //! What a module is allowed that an operator of another host might decide otherwise.
 
+use crate::signature::TrustedKey;
+
 /// Which modules a loader takes, beyond what has to be so.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// Libraries that a module may need, by their sonames.
     pub libraries: Vec<String>,
+    /// If there are any: one of them has to have signed a module.
+    pub trusted_keys: Vec<TrustedKey>,
 }
 
 /// The libraries that the host process has itself, and the C library's former parts.
@@ -22,7 +26,7 @@ const LIBRARIES: [&str; 8] = [
 impl Default for Policy {
     /// Libraries that the host process has itself: a module brings no other into it.
     fn default() -> Self {
-        Self { libraries: LIBRARIES.map(str::to_owned).into() }
+        Self { libraries: LIBRARIES.map(str::to_owned).into(), trusted_keys: Vec::new() }
     }
 }
 

@@ -374,7 +374,10 @@ fn which_libraries_are_allowed_is_the_loaders_policy() {
     let dirs = vec![bench.dir.path().to_owned()];
     let refused = |libraries: &[&str]| {
         let libraries = libraries.iter().map(|library| (*library).to_owned()).collect();
-        let loader = loader::FileLoader::with_policy(dirs.clone(), loader::Policy { libraries });
+        let loader = loader::FileLoader::with_policy(
+            dirs.clone(),
+            loader::Policy { libraries, ..loader::Policy::default() },
+        );
         loader.verify("needs_libm").err().map(|error| (error.code, error.message))
     };
     assert_eq!(refused(&["libm.so.6", "libc.so.6"]), None);

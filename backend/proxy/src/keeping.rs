@@ -42,6 +42,8 @@ pub struct KeptModule {
     pub path: String,
     /// SHA-256 of its bytes, in hex.
     pub sha256: String,
+    /// By which it was found to be of trusted origin, if that was asked for.
+    pub signature: Option<String>,
     /// Its parameters, inherited ones included.
     pub params: Params,
 }
@@ -61,6 +63,7 @@ impl KeptModule {
             version: record.version.clone(),
             path: record.path.clone(),
             sha256: record.sha256.clone(),
+            signature: domain.instance.identity().signature.clone(),
             params: record.params.clone(),
         })
     }

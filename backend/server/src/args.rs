@@ -78,6 +78,11 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     domain_dir: Option<PathBuf>,
 
+    /// Load only modules that this key has signed (MODULE.so.minisig): a public key of minisign, or
+    /// a file that has one; can be repeated [default: load what nobody else can write to]
+    #[arg(long = "trusted-key", value_name = "FILE|KEY")]
+    trusted_keys: Vec<String>,
+
     /// A parameter of the domain; can be repeated
     #[arg(long = "param", value_name = "KEY=VALUE")]
     params: Vec<String>,
@@ -165,6 +170,8 @@ pub struct Config {
     pub domain: String,
     /// Directories in which a name is looked up, in this order.
     pub domain_dirs: Vec<PathBuf>,
+    /// Whose modules are loaded, and no others: keys, or files that have them.
+    pub trusted_keys: Vec<String>,
     /// The first domain's parameters.
     pub params: Params,
     /// Number of request queues, 1 to 64.
@@ -311,6 +318,7 @@ impl Args {
             control_path,
             domain,
             domain_dirs: self.domain_dir.map_or_else(default_domain_dirs, |dir| vec![dir]),
+            trusted_keys: self.trusted_keys,
             params,
             queues: self.queues,
             queue_size: self.queue_size,

@@ -6,7 +6,7 @@
 //! removed, the domain writes down what it has.
 
 use control::{Server, SocketFile};
-use loader::FileLoader;
+use loader::{FileLoader, Policy};
 use log::Level;
 use proxy::DomainProxy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,7 +29,7 @@ use vhost_hotswap::session::{self, Failure, SessionConfig, SessionHandle};
 use vhost_hotswap::shutdown::Shutdown;
 use vhost_hotswap::signals;
 use vhost_hotswap::startup::{
-    check_proc, frontends_access, given_listener, raise_descriptor_limit,
+    check_proc, frontends_access, given_listener, raise_descriptor_limit, trusted_keys,
 };
 use vhost_hotswap::supervised;
 use vhost_hotswap::supervision;
@@ -113,6 +113,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     let mut passed = passed(&ListenVariables::of_environment())?;
     let given = given_listener(&config.listen, &mut passed)?;
     let access = frontends_access(&config)?;
+    let policy = Policy { trusted_keys: trusted_keys(&config)?, ..Policy::default() };
     let manager = Manager::from_environment();
     let shutdown = Shutdown::new().map_err(|error| format!("cannot make an eventfd: {error}"))?;
     shutdown.install_signals().map_err(|error| format!("cannot handle signals: {error}"))?;
@@ -127,7 +128,7 @@ fn run(config: Config) -> Result<Vec<String>, String> {
         }
     };
 
-    let loader = Box::new(FileLoader::new(config.domain_dirs));
+    let loader = Box::new(FileLoader::with_policy(config.domain_dirs, policy));
     let proxy =
         DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
             .map_err(|refusal| refusal.to_string())?;

@@ -4,6 +4,7 @@ use crate::args::{Config, Listen};
 use crate::group;
 use crate::raw_fd::{Passed, activated, inherited};
 use control::Access;
+use loader::TrustedKey;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::os::unix::net::UnixListener;
 
@@ -51,4 +52,12 @@ pub fn given_listener(
 pub fn frontends_access(config: &Config) -> Result<Access, String> {
     let group = config.socket_group.as_deref().map(group::number_of).transpose()?;
     Ok(Access { mode: config.socket_mode, group })
+}
+
+/// The keys of which one has to have signed a module; none if that is not asked for.
+///
+/// # Errors
+/// One is no key, and no file that has one.
+pub fn trusted_keys(config: &Config) -> Result<Vec<TrustedKey>, String> {
+    config.trusted_keys.iter().map(|text| TrustedKey::read(text)).collect()
 }

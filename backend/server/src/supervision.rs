@@ -6,7 +6,7 @@ use crate::args::{Config, Listen};
 use crate::logging;
 use crate::raw_fd::{ListenVariables, inherited_channel, passed};
 use crate::signals;
-use crate::startup::{frontends_access, given_listener};
+use crate::startup::{frontends_access, given_listener, trusted_keys};
 use crate::watching::Watching;
 use channel::Settings;
 use control::SocketFile;
@@ -37,6 +37,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
     let mut passed = passed(&ListenVariables::of_environment())?;
     let given = given_listener(&config.listen, &mut passed)?;
     let access = frontends_access(&config)?;
+    let keys = trusted_keys(&config)?;
     let mut store = Store::from_environment();
     let kept = store.take_back(passed.into_values().collect())?;
     let program = Program::own().map_err(|error| format!("cannot read this program: {error}"))?;
@@ -73,6 +74,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             poll_us,
             worker_cpus: config.worker_cpus,
             domain_dirs: config.domain_dirs,
+            trusted_keys: keys.iter().map(|key| key.text().to_owned()).collect(),
             limits: config.limits,
         },
         domain: config.domain,

@@ -126,6 +126,7 @@ mod tests {
             version: "1".to_owned(),
             path: name.into(),
             sha256: name.to_owned(),
+            signature: None,
             params: BTreeMap::new(),
             image,
         }

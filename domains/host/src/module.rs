@@ -14,6 +14,8 @@ pub struct Identity {
     pub sha256: String,
     /// The GNU build id, in hex, where it has one.
     pub build_id: Option<String>,
+    /// By which it was found to be of trusted origin, if that was asked for.
+    pub signature: Option<String>,
 }
 
 /// What became of a module's mapping.

@@ -33,6 +33,7 @@ mod resize;
 mod second;
 mod server;
 mod sessions;
+mod signed;
 mod stalled_storage;
 mod starved;
 mod storage;

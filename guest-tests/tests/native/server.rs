@@ -70,6 +70,7 @@ fn settings(queues: u16) -> Settings {
         poll_us: 50,
         worker_cpus: Vec::new(),
         domain_dirs: vec![directory],
+        trusted_keys: Vec::new(),
         limits: channel::RateLimits::default(),
     }
 }

@@ -69,6 +69,7 @@ impl Preparer {
         let origin = Identity {
             path: module.path.clone(),
             sha256: module.sha256.clone(),
+            signature: module.signature.clone(),
             ..Identity::default()
         };
         let image = module.image.try_clone().map_err(|error| {

@@ -36,6 +36,7 @@ fn module(device: &Device, number: u64, label: &str, script: &[&str]) -> KeptMod
         version: "1.0.0".to_owned(),
         path: "plain".to_owned(),
         sha256: label.to_owned(),
+        signature: None,
         params: device.stage.params(label, script),
     }
 }

@@ -52,6 +52,13 @@ fn everything_given() {
 }
 
 #[test]
+fn keys_are_collected_and_not_looked_at() {
+    let line = "--socket-path s --trusted-key a.pub --trusted-key RWQ";
+    assert_eq!(config(line).trusted_keys, ["a.pub", "RWQ"]);
+    assert!(refusal("--socket-path s --trusted-key").contains("--trusted-key"));
+}
+
+#[test]
 fn exactly_one_place_to_listen() {
     assert!(refusal("").contains("give --socket-path PATH or --fd N"));
     assert!(refusal("--socket-path s --fd 3 --control-path c").contains("cannot be used with"));

@@ -32,7 +32,7 @@ use crate::session::SessionConfig;
 use crate::{signals, startup};
 use channel::{Channel, RateLimits, Settings, Start, ToServer, ToSupervisor, VERSION, Vault};
 use commands::Commands;
-use loader::FileLoader;
+use loader::{FileLoader, Policy, TrustedKey};
 use proxy::{DomainProxy, KeptModule, Refusal, Restoring};
 use rustix::process::{Signal, getpid, kill_process};
 use std::os::fd::{OwnedFd, RawFd};
@@ -234,7 +234,8 @@ fn begin(
     }
     let hears = Hears { aside: hears_aside, events: hears_events };
     cpus::check(&settings.worker_cpus).map_err(not_understood)?;
-    let loader = Box::new(FileLoader::new(settings.domain_dirs.clone()));
+    let policy = policy(&settings)?;
+    let loader = Box::new(FileLoader::with_policy(settings.domain_dirs.clone(), policy));
     let queues = usize::from(settings.queues);
     let begun = match start {
         Start::First { domain, params } => {
@@ -264,6 +265,14 @@ fn begin(
         }
     };
     Ok((begun, settings))
+}
+
+/// Which modules are loaded. A key that is not understood is no reason to do without.
+fn policy(settings: &Settings) -> Result<Policy, Unfit> {
+    let keys = settings.trusted_keys.iter().map(|key| TrustedKey::parse(key));
+    let keys = keys.collect::<Option<Vec<_>>>();
+    let trusted_keys = keys.ok_or_else(|| not_understood("a trusted key is no key of minisign"))?;
+    Ok(Policy { trusted_keys, ..Policy::default() })
 }
 
 /// What another server has left, what its guest believes, and what it may do in a second.

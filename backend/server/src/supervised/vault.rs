@@ -320,6 +320,7 @@ fn vault_of(kept: &Kept, beside: Beside) -> Vault {
         version: module.version.clone(),
         path: PathBuf::from(&module.path),
         sha256: module.sha256.clone(),
+        signature: module.signature.clone(),
         params: pairs(&module.params),
         image: instance(module),
     };
@@ -387,6 +388,7 @@ pub(super) fn saved_of(
             version: module.version.clone(),
             path: module.path.to_string_lossy().into_owned(),
             sha256: module.sha256.clone(),
+            signature: module.signature.clone(),
             params: params(&module.params),
         })
     };

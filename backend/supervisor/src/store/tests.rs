@@ -106,6 +106,7 @@ fn list(generation: u64, image: u64, region: u64) -> channel::Vault {
             version: "1".into(),
             path: "/x.so".into(),
             sha256: "ab".into(),
+            signature: None,
             params: BTreeMap::new(),
             image,
         }),

@@ -25,6 +25,7 @@ pub(super) fn options(directory: &Path) -> (Options, UnixStream) {
             poll_us: 50,
             worker_cpus: vec![0],
             domain_dirs: vec!["/usr/lib".into()],
+            trusted_keys: Vec::new(),
             limits: channel::RateLimits::default(),
         },
         domain: "ramdisk".into(),
@@ -58,6 +59,7 @@ pub(super) fn module(image: Kept) -> Module {
         version: "1.0.0".into(),
         path: "/x.so".into(),
         sha256: "ab".into(),
+        signature: None,
         params: BTreeMap::new(),
         image,
     }
