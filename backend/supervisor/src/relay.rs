@@ -200,6 +200,8 @@ impl Relay {
     /// There is a server, with a session that is new to it and this region.
     pub fn server_is_found(&mut self) -> Vec<Effect> {
         self.link = Link::Replaying;
+        // What it says of the disk may be new to the frontend.
+        self.was_running = false;
         if self.has_been_up {
             self.untaken = self.journal.running();
             self.untaken.iter().for_each(|&queue| self.region.give(queue));
@@ -427,14 +429,15 @@ impl Relay {
         let mut effects = Vec::new();
         if let Some(Asked { message, why }) = self.interrupted.take() {
             self.ask(message, why, &mut effects);
-        } else if self.was_running {
-            self.ask_for_capacity(&mut effects);
+        } else {
+            self.look_at_rings(&mut effects);
         }
         effects
     }
 
-    /// A frontend that connects again does not read the configuration space; if the disk has
-    /// another size than it was told, it has to be told when its rings run.
+    /// A frontend that connects again does not read the configuration space, nor does one whose
+    /// rings have run, or were to run, while another server or session had the disk; if that has
+    /// another size than the frontend was told, it has to be told when its rings run.
     fn look_at_rings(&mut self, effects: &mut Vec<Effect>) {
         let is_running = !self.journal.running().is_empty();
         if is_running && !self.was_running {

@@ -293,4 +293,73 @@ mod tests {
         let [Effect::Frontend(base)] = &said[..] else { panic!("{said:?}") };
         assert_eq!(base.u32_at(4), Some(5));
     }
+
+    /// Its server does all that it is told, its disk having `sectors`; what that was, and whether
+    /// the frontend is to look at the configuration space.
+    fn served(relay: &mut Relay, mut effects: Vec<Effect>, sectors: u64) -> (Vec<u32>, bool) {
+        let (mut asked, mut is_told) = (Vec::new(), false);
+        while !effects.is_empty() {
+            let mut next = Vec::new();
+            for effect in effects {
+                match effect {
+                    Effect::Server(message) => {
+                        let body = match message.request {
+                            request::GET_CONFIG => {
+                                let head = [0_u32, 8, 0].map(u32::to_le_bytes).concat();
+                                [&head[..], &sectors.to_le_bytes()].concat()
+                            }
+                            _ => vec![0; 8],
+                        };
+                        asked.push(message.request);
+                        let answer = Message::reply(message.request, body, Vec::new());
+                        next.extend(relay.from_server(answer));
+                    }
+                    Effect::Backend(..) => is_told = true,
+                    Effect::Frontend(_) | Effect::Kick(_) => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+            effects = next;
+        }
+        (asked, is_told)
+    }
+
+    #[test]
+    fn a_frontend_is_told_of_a_disk_that_has_grown_while_it_could_not_be() {
+        for (asks, sectors) in [(false, 64), (false, 128), (true, 128)] {
+            let mut relay = Relay::new(Region::own(1).unwrap(), Some(64), 1024);
+            relay.wait();
+            let ask = Message::new(request::GET_QUEUE_NUM, [], Vec::new());
+            let mut backend = kick();
+            backend.request = request::SET_BACKEND_REQ_FD;
+            for message in [
+                backend,
+                u64_message(request::SET_FEATURES, request::F_PROTOCOL_FEATURES),
+                kick(),
+                state_message(request::SET_VRING_ENABLE, 0, 1),
+            ] {
+                relay.from_frontend(message);
+            }
+            if asks {
+                relay.from_frontend(ask.clone());
+            }
+            // Its turn comes, with a ring that runs already.
+            relay.stop_waiting();
+            let effects = relay.server_is_found();
+            let (asked, is_told) = served(&mut relay, effects, sectors);
+            assert_eq!((asked.contains(&ask.request), is_told), (asks, sectors != 64));
+            assert!(!relay.is_held());
+            // And its server dies, which may have been about to say it.
+            relay.told = Some(64);
+            if asks {
+                relay.from_frontend(ask.clone());
+            }
+            relay.server_is_lost();
+            let effects = relay.server_is_found();
+            // The next one's worker is quick.
+            rustix::io::pwrite(&relay.region().memfd, &[0; 8], 0).unwrap();
+            let (asked, is_told) = served(&mut relay, effects, sectors);
+            assert_eq!((asked.contains(&ask.request), is_told), (asks, sectors != 64));
+        }
+    }
 }
