@@ -8,7 +8,7 @@ mod common;
 use common::*;
 use std::hint::black_box;
 use std::time::Instant;
-use virtio_blk::{Translator, parse};
+use virtio_blk::{Translator, parse, usual};
 
 fn cost_ns(name: &str, table: &[Desc], indirect: bool) {
     let guest = Guest::new();
@@ -46,12 +46,21 @@ fn cost_ns(name: &str, table: &[Desc], indirect: bool) {
             &mut segments,
         ));
     });
+    translator.begin(QUEUE);
+    let glance_ns = usual(0, &translator, &guest.limits).map(|_| {
+        time(&mut || {
+            black_box(usual(black_box(0), &translator, &guest.limits));
+        })
+    });
     let walk_ns = time(&mut || {
         for descriptor in black_box(chain.clone()) {
             black_box(descriptor);
         }
     });
-    println!("{name}: {parse_ns:.1} ns; virtio-queue's walk without any parsing: {walk_ns:.1} ns");
+    let glance = glance_ns.map_or(String::new(), |ns| format!("at a glance {ns:.1} ns, else "));
+    println!(
+        "{name}: {glance}{parse_ns:.1} ns; virtio-queue's walk without any parsing: {walk_ns:.1} ns"
+    );
 }
 
 fn main() {

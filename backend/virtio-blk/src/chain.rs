@@ -15,14 +15,15 @@
 //!
 //! The walk knows nothing of request types.
 
-use crate::memory::{Gather, StatusSlot, Translator, split_status};
+use crate::memory::{DescriptorTable, Gather, StatusSlot, Translator, split_status};
 use domain_abi::RawSegment;
+use std::ops::Deref;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::GuestMemoryBackend;
 
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 /// `struct virtq_desc` (2.7.5).
 const DESCRIPTOR_SIZE: u32 = 16;
@@ -79,16 +80,6 @@ pub enum MalformedChain {
     StatusOutside,
 }
 
-/// Where a queue's descriptors are. Copied out of the queue, it holds until the queue is
-/// reconfigured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DescriptorTable {
-    /// Guest address of the first descriptor.
-    pub addr: u64,
-    /// Number of descriptors: the queue's size.
-    pub size: u16,
-}
-
 struct Descriptor {
     addr: u64,
     len: u32,
@@ -109,9 +100,9 @@ struct Descriptors {
 impl Descriptors {
     /// The next descriptor that is no reference to an indirect table. Each is read once.
     #[inline]
-    fn next<M: GuestMemoryBackend>(
+    fn next<A: Deref<Target: GuestMemoryBackend>>(
         &mut self,
-        translator: &mut Translator<'_, M>,
+        translator: &mut Translator<A>,
     ) -> Option<Result<Descriptor, MalformedChain>> {
         let mut index = self.next?;
         loop {
@@ -131,10 +122,10 @@ impl Descriptors {
     }
 
     #[inline]
-    fn read<M: GuestMemoryBackend>(
+    fn read<A: Deref<Target: GuestMemoryBackend>>(
         &mut self,
         index: u16,
-        translator: &mut Translator<'_, M>,
+        translator: &mut Translator<A>,
     ) -> Result<Descriptor, MalformedChain> {
         if index >= self.table.size {
             return Err(MalformedChain::Index { index, size: self.table.size });
@@ -188,10 +179,10 @@ pub(crate) struct Layout {
 
 /// Walks the chain once. `segments` must be empty; after an error its contents mean nothing.
 #[inline]
-pub(crate) fn walk<M: GuestMemoryBackend>(
+pub(crate) fn walk<A: Deref<Target: GuestMemoryBackend>>(
     table: DescriptorTable,
     head: u16,
-    translator: &mut Translator<'_, M>,
+    translator: &mut Translator<A>,
     segments: &mut Vec<RawSegment>,
 ) -> Result<Layout, MalformedChain> {
     let mut descriptors =

@@ -20,14 +20,16 @@ pub mod features;
 mod memory;
 mod request;
 mod status;
+mod usual;
 mod write_cache;
 
-pub use chain::{DescriptorTable, MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain};
+pub use chain::{MAX_DESCRIPTORS, MAX_SEGMENTS, MalformedChain};
 pub use config::{
     CONFIG_SIZE, ConfigSpace, Error, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE,
     SEG_MAX, SIZE_MAX,
 };
-pub use memory::{StatusSlot, Translator};
+pub use memory::{DescriptorTable, StatusSlot, Translator};
 pub use request::{Asked, Capacity, Limits, Parsed, parse, used_len};
 pub use status::WireStatus;
+pub use usual::{Usual, usual};
 pub use write_cache::Belief;

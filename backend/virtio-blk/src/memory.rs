@@ -11,19 +11,41 @@
 
 use crate::status::WireStatus;
 use domain_abi::RawSegment;
+use std::marker::PhantomData;
+use std::ops::Deref;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+/// The size of a descriptor (2.7.5), of a request's header and of a discard's range (5.2.6).
+const SIXTEEN: usize = size_of::<Sixteen>();
+
+/// Where a queue's descriptors are. Copied out of the queue, it holds until the queue is
+/// reconfigured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DescriptorTable {
+    /// Guest address of the first descriptor.
+    pub addr: u64,
+    /// Number of descriptors: the queue's size.
+    pub size: u16,
+}
 
 /// Translates guest addresses within one snapshot of the memory map.
 ///
-/// Cheap to make: one per batch is right, and it does not have to be kept.
+/// Kept as long as the snapshot, so that what is remembered is good for the next batch as well.
 #[derive(Debug)]
-pub struct Translator<'m, M> {
-    memory: &'m M,
+pub struct Translator<A> {
+    memory: A,
     /// The region that was found last, and the one before.
     known: [Region; 2],
+    /// The queue's descriptors.
+    table: DescriptorTable,
+    /// Where they are mapped, and how many may be read there.
+    mapped: (*const u8, u16),
     /// The first address that was asked for in vain.
     outside: Option<u64>,
 }
+
+// SAFETY: besides the map, addresses of memory that belongs to no thread.
+unsafe impl<A: Send> Send for Translator<A> {}
 
 /// A region of guest memory: first guest address, length, where it is mapped. Length 0 is none.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +58,14 @@ struct Region {
 impl Region {
     const NONE: Self = Self { start: 0, len: 0, base: std::ptr::null_mut() };
 
+    /// Where all of `len` bytes at `addr` are mapped, one after the other. None if `len` is 0.
+    #[inline(always)]
+    fn place(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        let at = addr.wrapping_sub(self.start);
+        // The first and the last of them; `at + len` may be anything if the first is outside.
+        (at < self.len && self.len - at >= len).then(|| self.base.wrapping_add(at as usize))
+    }
+
     /// Where `addr` is mapped, and how many bytes from there on are contiguous, `len` at most.
     #[inline]
     fn piece(&self, addr: u64, len: usize) -> Option<(*mut u8, usize)> {
@@ -46,17 +76,25 @@ impl Region {
     }
 }
 
-impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
+impl<A: Deref<Target: GuestMemoryBackend>> Translator<A> {
+    const UNMAPPED: (*const u8, u16) = (std::ptr::null(), 0);
+
     /// Begins with no region remembered.
     ///
     /// # Safety
     /// The caller keeps this snapshot of the memory map, with every region mapped readable and
     /// writable, until the last use of any [`RawSegment`] or [`StatusSlot`] that comes out of a
-    /// parse with this translator; `memory` itself may go earlier. No code in this process holds a
-    /// Rust reference into guest memory.
+    /// parse with this translator; `memory` itself may go earlier. It refers to the same map each
+    /// time that it is asked. No code in this process holds a Rust reference into guest memory.
     #[must_use]
-    pub const unsafe fn new(memory: &'m M) -> Self {
-        Self { memory, known: [Region::NONE; 2], outside: None }
+    pub const unsafe fn new(memory: A) -> Self {
+        Self {
+            memory,
+            known: [Region::NONE; 2],
+            table: DescriptorTable { addr: 0, size: 0 },
+            mapped: Self::UNMAPPED,
+            outside: None,
+        }
     }
 
     /// The first address that was asked for since the last time and is outside of guest memory. A
@@ -85,6 +123,78 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
         self.known =
             [Region { start: region.start_addr().0, len: region.len(), base }, self.known[0]];
         self.known[0].piece(addr, len)
+    }
+
+    /// Where all of `len` bytes at `addr` are mapped, if they lie in one of the regions that are
+    /// remembered. `None` says nothing about others.
+    #[inline(always)]
+    fn place(&self, addr: u64, len: u64) -> Option<*mut u8> {
+        self.known[0].place(addr, len).or_else(|| self.known[1].place(addr, len))
+    }
+
+    /// The chains that are parsed next begin in this table. Whether it is in guest memory, and
+    /// how, is found out here; where it is not as drivers have it, nothing is refused: its
+    /// descriptors are looked up one by one.
+    #[inline]
+    pub fn begin(&mut self, table: DescriptorTable) {
+        if table != self.table {
+            self.look_up(table);
+        }
+    }
+
+    #[cold]
+    fn look_up(&mut self, table: DescriptorTable) {
+        let len = usize::from(table.size) * SIXTEEN;
+        let place = self.piece(table.addr, len).filter(|&(_, piece)| piece == len);
+        self.outside = None;
+        self.mapped = place.map_or(Self::UNMAPPED, |(first, _)| (first.cast_const(), table.size));
+        self.table = table;
+    }
+
+    /// What the chains begin in.
+    #[inline(always)]
+    #[must_use]
+    pub const fn table(&self) -> DescriptorTable {
+        self.table
+    }
+
+    /// The descriptors of that table; none, if they are not all in one region.
+    #[inline(always)]
+    pub(crate) const fn descriptors(&self) -> Descriptors<'_> {
+        let (first, size) = self.mapped;
+        Descriptors { first, size, memory: PhantomData }
+    }
+
+    /// `size` descriptors that are a chain's own, if they are where [`place`](Self::place) finds
+    /// them.
+    #[inline(always)]
+    pub(crate) fn indirect(&self, addr: u64, size: u16) -> Option<Descriptors<'_>> {
+        let first = self.place(addr, u64::from(size) * SIXTEEN as u64)?;
+        Some(Descriptors { first, size, memory: PhantomData })
+    }
+
+    /// The sixteen bytes at `addr` as two numbers, if they are where [`place`](Self::place) finds
+    /// them.
+    #[inline(always)]
+    pub(crate) fn header(&self, addr: u64) -> Option<(u64, u64)> {
+        let at = self.place(addr, SIXTEEN as u64)?;
+        // SAFETY: in a region of the snapshot (`new`).
+        Some(unsafe { read_sixteen(at) })
+    }
+
+    /// The `len` bytes at `addr`, if they are where [`place`](Self::place) finds them.
+    #[inline(always)]
+    pub(crate) fn segment(&self, addr: u64, len: u32) -> Option<RawSegment> {
+        let base = self.place(addr, u64::from(len))?;
+        // SAFETY: `base..base + len` lies in a region of the snapshot, which `new`'s caller keeps
+        // until the request has completed.
+        Some(unsafe { RawSegment::new(base, len as usize) })
+    }
+
+    /// The status byte at `addr`, if it is where [`place`](Self::place) finds it.
+    #[inline(always)]
+    pub(crate) fn near_status_slot(&self, addr: u64) -> Option<StatusSlot> {
+        self.place(addr, 1).map(StatusSlot)
     }
 
     /// Calls `each` with the contiguous pieces of `len` bytes at `addr`, in order. `None` if some
@@ -156,6 +266,48 @@ impl<'m, M: GuestMemoryBackend> Translator<'m, M> {
     /// The status byte at `addr`.
     pub(crate) fn status_slot(&mut self, addr: u64) -> Option<StatusSlot> {
         self.piece(addr, 1).map(|(base, _)| StatusSlot(base))
+    }
+}
+
+/// Sixteen bytes at any address: a volatile read of this is two loads, where one of an array of
+/// bytes is sixteen.
+#[repr(C, packed)]
+struct Sixteen(u64, u64);
+
+/// Sixteen bytes of guest memory as two numbers, read once each.
+///
+/// # Safety
+/// They are mapped.
+#[inline(always)]
+unsafe fn read_sixteen(from: *const u8) -> (u64, u64) {
+    // SAFETY: as promised to us; it is aligned everywhere, and any bytes are one.
+    let Sixteen(low, high) = unsafe { from.cast::<Sixteen>().read_volatile() };
+    (u64::from_le(low), u64::from_le(high))
+}
+
+/// Descriptors one behind the other, mapped.
+#[derive(Clone, Copy)]
+pub(crate) struct Descriptors<'m> {
+    first: *const u8,
+    size: u16,
+    /// The map that they are in stays.
+    memory: PhantomData<&'m ()>,
+}
+
+impl Descriptors<'_> {
+    /// How many there are.
+    #[inline(always)]
+    pub(crate) const fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// One of them, as two numbers. None if there are not so many.
+    #[inline(always)]
+    pub(crate) fn read(&self, index: u16) -> Option<(u64, u64)> {
+        let at = self.first.wrapping_add(usize::from(index) * SIXTEEN);
+        // SAFETY: what makes one of these has looked up `size` of them in the snapshot of the
+        // translator that is borrowed; `index` is below that.
+        (index < self.size).then(|| unsafe { read_sixteen(at) })
     }
 }
 
@@ -235,12 +387,11 @@ impl Gather {
     /// `from..from + len` is mapped, and `len` is at most what is missing.
     #[inline]
     unsafe fn take(&mut self, from: *const u8, len: usize) {
-        let words = from.cast::<u64>();
-        if len == 16 && words.is_aligned() {
-            // Where drivers put them in practice: two loads in place of sixteen.
-            // SAFETY: 16 mapped bytes, and aligned.
-            let (low, high) = unsafe { (words.read_volatile(), words.add(1).read_volatile()) };
-            *self = Self { low: u64::from_le(low), high: u64::from_le(high), filled: 16 };
+        if len == SIXTEEN {
+            // As drivers have it in practice: two loads in place of sixteen.
+            // SAFETY: 16 mapped bytes.
+            let (low, high) = unsafe { read_sixteen(from) };
+            *self = Self { low, high, filled: SIXTEEN };
             return;
         }
         // SAFETY: as promised to us.

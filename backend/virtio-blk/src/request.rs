@@ -8,15 +8,16 @@
 //! Order of the checks, where more than one fails: the chain's shape, its addresses, the command,
 //! the features, read-only, lengths, flags, range.
 
-use crate::chain::{self, DescriptorTable, Layout, MalformedChain};
+use crate::chain::{self, Layout, MalformedChain};
 use crate::config::{
     MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE, SEG_MAX, SIZE_MAX,
 };
 use crate::features::{DISCARD, FLUSH, RO, WRITE_ZEROES};
-use crate::memory::{Gather, StatusSlot, Translator, copy_to_segments};
+use crate::memory::{DescriptorTable, Gather, StatusSlot, Translator, copy_to_segments};
 use crate::status::WireStatus;
 use domain_abi::{Capabilities, DeviceInfo};
 use domain_abi::{REQUEST_MAY_UNMAP, RawSegment, op};
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -87,7 +88,7 @@ impl Limits {
 
     /// The byte range of `len` bytes at `sector`, if it is on the disk.
     #[inline]
-    fn offset(&self, sector: u64, len: u64) -> Option<u64> {
+    pub(crate) fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR_SIZE)?;
         (offset.checked_add(len)? <= self.capacity.get()).then_some(offset)
     }
@@ -95,7 +96,7 @@ impl Limits {
 
 /// Most bytes of a read or write: no request may be for more than was announced, since an upgrade
 /// waits for it.
-const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
+pub(crate) const MAX_TRANSFER: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 
 /// What a chain asks for that is answered without a domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,10 +171,10 @@ pub const fn used_len(op: u32, len: u64, written: u32) -> u32 {
 /// and, for a read or a write, filled. An answer that brings data leaves what it may have written
 /// in there.
 #[inline]
-pub fn parse<M: GuestMemoryBackend>(
+pub fn parse<A: Deref<Target: GuestMemoryBackend>>(
     table: DescriptorTable,
     head: u16,
-    translator: &mut Translator<'_, M>,
+    translator: &mut Translator<A>,
     limits: &Limits,
     segments: &mut Vec<RawSegment>,
 ) -> Parsed {

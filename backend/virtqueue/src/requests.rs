@@ -18,8 +18,9 @@ use crate::dirty::GuestMemory;
 use crate::memory::Snapshot;
 use crate::view::Used;
 use domain_abi::{RawRequest, RawSegment, op};
+use std::sync::Arc;
 use virtio_blk::{
-    Asked, DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator,
+    Asked, DescriptorTable, Limits, MalformedChain, Parsed, SEG_MAX, StatusSlot, Translator, Usual,
     WireStatus, parse, used_len,
 };
 
@@ -46,7 +47,7 @@ enum Place {
 /// A request: what is needed to end it, and, until another one takes the entry, to say what was
 /// written into guest memory for it.
 #[derive(Default)]
-struct Entry {
+pub(crate) struct Entry {
     op: u32,
     len: u64,
     place: Place,
@@ -56,8 +57,38 @@ struct Entry {
 }
 
 impl Entry {
-    const fn is_in_use(&self) -> bool {
+    #[inline(always)]
+    pub(crate) const fn is_in_use(&self) -> bool {
         matches!(self.place, Place::Used(_))
+    }
+
+    /// The entry, which is not in use and has its segments already, is that of a request from now
+    /// on.
+    #[inline(always)]
+    fn request(
+        &mut self,
+        op: u32,
+        flags: u32,
+        offset: u64,
+        len: u64,
+        status_at: StatusSlot,
+    ) -> RawRequest {
+        (self.op, self.len) = (op, len);
+        (self.place, self.is_stranded) = (Place::Used(status_at), false);
+        // SAFETY: the list belongs to an entry that is in use from here on. It is written in
+        // `usual`, `Parser::next` and `give_up_long` only, for an entry that is not in use, as this
+        // one is not before `end` or `discard`, of a request that has ended or was never submitted;
+        // `set_aside` moves it to where it is never written. The list's own memory does not move
+        // when the entry does, and is never given back while the entry is in use (`drop`).
+        unsafe { RawRequest::new(op, flags, offset, len, &self.segments) }
+    }
+
+    /// The entry, which is not in use, is that of a usual request from now on.
+    #[inline(always)]
+    pub(crate) fn usual(&mut self, usual: &Usual) -> RawRequest {
+        self.segments.clear();
+        self.segments.push(usual.data);
+        self.request(usual.op, 0, usual.offset, usual.data.len() as u64, usual.status_at)
     }
 
     /// The entry is in use no more; where the status goes, if it was.
@@ -124,6 +155,8 @@ pub struct RequestTable {
     limit: usize,
     /// What addresses are looked up in.
     snapshot: Option<Snapshot>,
+    /// Looks them up there.
+    translator: Option<Translator<Arc<GuestMemory>>>,
     /// The chains of the batch that are not for the domain.
     immediate: Vec<ImmediateAnswer>,
 }
@@ -139,6 +172,7 @@ impl RequestTable {
             set_aside: Vec::new(),
             limit,
             snapshot: None,
+            translator: None,
             immediate: Vec::with_capacity(batch),
         }
     }
@@ -189,21 +223,23 @@ impl RequestTable {
             self.snapshot.iter().for_each(Snapshot::leak);
         }
         self.immediate.clear();
+        // SAFETY: what comes out of a parse goes into an entry that is in use, or into `immediate`.
+        // The snapshot leaves this table here and in `drop` only: both keep it mapped for ever if
+        // an entry of it is in use, `immediate` is empty now, and after `drop` nothing reads it.
+        // An `Arc` refers to one map. Regions are mapped read-write by vhost-user-backend, and
+        // references into them are not made.
+        self.translator = Some(unsafe { Translator::new(Arc::clone(snapshot.memory())) });
         self.snapshot = Some(snapshot);
     }
 
-    /// Begins a batch, which lasts until [`end_batch`](Self::end_batch). Returns `None` without a
-    /// snapshot.
+    /// Begins a batch of chains of a queue's `table`, which lasts until
+    /// [`end_batch`](Self::end_batch). Returns `None` without a snapshot.
     #[inline]
-    pub fn parser(&mut self) -> Option<Parser<'_>> {
-        let Self { entries, in_use, limit, snapshot, immediate, .. } = self;
+    pub fn parser(&mut self, table: DescriptorTable) -> Option<Parser<'_>> {
+        let Self { entries, in_use, limit, translator, immediate, .. } = self;
         immediate.clear();
-        // SAFETY: what comes out of a parse goes into an entry that is in use, or into `immediate`.
-        // The snapshot leaves this table in `replace_snapshot` and `drop` only: both keep it mapped
-        // for ever if an entry of it is in use, the first empties `immediate`, and after the second
-        // nothing reads it. Regions are mapped read-write by vhost-user-backend, and references
-        // into them are not made.
-        let translator = unsafe { Translator::new(&**snapshot.as_ref()?.memory()) };
+        let translator = translator.as_mut()?;
+        translator.begin(table);
         Some(Parser { entries, in_use, limit: *limit, immediate, translator, requests: 0 })
     }
 
@@ -277,7 +313,7 @@ impl RequestTable {
     pub fn end(&mut self, head: usize, status: u32, written: u32) -> Option<Used> {
         let entry = &mut self.entries[head];
         entry.free()?.write(WireStatus::from_completion(status));
-        self.in_use -= 1;
+        self.in_use -= 1; // `scripts/profile` counts requests by this line
         Some(Used { head: head as u16, len: used_len(entry.op, entry.len, written) })
     }
 
@@ -317,20 +353,18 @@ impl Drop for RequestTable {
 
 /// Takes the chains of one batch, one after the other.
 pub struct Parser<'t> {
-    entries: &'t mut Vec<Entry>,
-    in_use: &'t mut usize,
+    pub(crate) entries: &'t mut Vec<Entry>,
+    pub(crate) in_use: &'t mut usize,
     limit: usize,
     immediate: &'t mut Vec<ImmediateAnswer>,
-    translator: Translator<'t, GuestMemory>,
-    requests: usize,
+    pub(crate) translator: &'t mut Translator<Arc<GuestMemory>>,
+    pub(crate) requests: usize,
 }
 
 impl Parser<'_> {
-    /// Takes the chain that begins with descriptor `head` of a queue's `table`.
-    ///
-    #[inline(always)]
-    pub fn next(&mut self, table: DescriptorTable, head: u16, limits: &Limits) -> Chain {
-        let index = usize::from(head);
+    /// Takes the chain that begins with descriptor `head`, whatever it is.
+    pub fn next(&mut self, head: u16, limits: &Limits) -> Chain {
+        let (index, table) = (usize::from(head), self.translator.table());
         if index >= self.entries.len() && !self.make(index, table.size) {
             let reason = MalformedChain::Index { index: head, size: table.size };
             return self.malformed(head, reason, None);
@@ -339,20 +373,11 @@ impl Parser<'_> {
         if entry.is_in_use() {
             return Chain::InUse(head);
         }
-        match parse(table, head, &mut self.translator, limits, &mut entry.segments) {
+        match parse(table, head, self.translator, limits, &mut entry.segments) {
             Parsed::Request { op, flags, offset, len, status_at, head } => {
-                (entry.op, entry.len) = (op, len);
-                (entry.place, entry.is_stranded) = (Place::Used(status_at), false);
                 *self.in_use += 1;
                 self.requests += 1;
-                // SAFETY: the list belongs to an entry that is in use from here on. It is written
-                // above and in `give_up_long` only, for an entry that is not in use, as this one is
-                // not before `end` or `discard`, of a request that has ended or was never
-                // submitted; `set_aside` moves it to where it is never written. The list's own
-                // memory does not move when the entry does, and is never given back while the entry
-                // is in use (`drop`).
-                let request = unsafe { RawRequest::new(op, flags, offset, len, &entry.segments) };
-                Chain::Request(head, request)
+                Chain::Request(head, entry.request(op, flags, offset, len, status_at))
             }
             Parsed::Answer { head, status_at, status, written, asked } => {
                 give_up_long(&mut entry.segments);

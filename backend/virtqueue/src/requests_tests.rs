@@ -1,8 +1,11 @@
 //! The table of requests on chains in real memory.
 
 use super::*;
-use std::sync::{Arc, Weak};
+use crate::taking::{Share, Taken};
+use crate::view::RingView;
+use std::sync::Weak;
 use virtio_blk::features;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 const SIZE: u16 = 32;
@@ -74,8 +77,8 @@ impl Fixture {
 
     /// Takes one chain, in a batch of its own.
     fn take(&mut self, head: u16) -> Chain {
-        let mut parser = self.table.parser().expect("a snapshot");
-        parser.next(TABLE, head, &self.limits)
+        let mut parser = self.table.parser(TABLE).expect("a snapshot");
+        parser.next(head, &self.limits)
     }
 
     /// Takes a read, which is for the domain.
@@ -171,8 +174,8 @@ fn a_head_outside_of_the_table_is_that_of_no_request() {
     fixture.read(SIZE - 3);
     // A ring that is longer than it may be.
     let long = DescriptorTable { size: 2 * SIZE, ..TABLE };
-    let mut parser = fixture.table.parser().expect("a snapshot");
-    let chain = parser.next(long, SIZE, &fixture.limits);
+    let mut parser = fixture.table.parser(long).expect("a snapshot");
+    let chain = parser.next(SIZE, &fixture.limits);
     assert!(matches!(chain, Chain::Malformed { .. }), "{chain:?}");
 }
 
@@ -205,10 +208,10 @@ fn what_is_not_for_the_domain_is_answered_up_to_the_first_that_was_not_taken() {
         for (head, code) in heads.into_iter().zip(codes) {
             fixture.chain(head, code);
         }
-        let mut parser = fixture.table.parser().expect("a snapshot");
+        let mut parser = fixture.table.parser(TABLE).expect("a snapshot");
         let mut requests = Vec::new();
         for head in heads {
-            match parser.next(TABLE, head, &fixture.limits) {
+            match parser.next(head, &fixture.limits) {
                 Chain::Request(index, _) => requests.push(index),
                 Chain::Answer(outside) => assert_eq!(outside, None),
                 other => panic!("{other:?}"),
@@ -234,10 +237,10 @@ fn a_chain_that_cannot_be_answered_comes_back_with_nothing_written() {
     fixture.descriptor(1, 0x4000, 16, NEXT, 1);
     fixture.chain(3, 0);
     fixture.descriptor(4, 0x80_0000, 512, NEXT | WRITE, 5);
-    let mut parser = fixture.table.parser().expect("a snapshot");
-    let malformed = parser.next(TABLE, 0, &fixture.limits);
+    let mut parser = fixture.table.parser(TABLE).expect("a snapshot");
+    let malformed = parser.next(0, &fixture.limits);
     assert!(matches!(malformed, Chain::Malformed { head: 0, outside: None, .. }), "{malformed:?}");
-    let outside = parser.next(TABLE, 3, &fixture.limits);
+    let outside = parser.next(3, &fixture.limits);
     assert!(matches!(outside, Chain::Answer(Some(0x80_0000))), "{outside:?}");
     let end = fixture.table.end_batch(0, 0, &mut fixture.used);
     assert_eq!(end, BatchEnd { answered: 1, errors: 1, malformed: 1, returned: 0 });
@@ -320,5 +323,119 @@ fn a_long_list_of_a_chain_that_is_no_request_is_given_up() {
 
 #[test]
 fn without_a_snapshot_nothing_is_taken() {
-    assert!(RequestTable::new(4, 16).parser().is_none());
+    assert!(RequestTable::new(4, 16).parser(TABLE).is_none());
+}
+
+/// Heads of requests, in the order of a batch.
+fn heads(batch: &[RawRequest]) -> Vec<u64> {
+    batch.iter().map(|request| request.tag).collect()
+}
+
+impl Fixture {
+    /// A ring that offers these heads.
+    fn ring(&self, heads: &[u16]) -> RingView {
+        let mut queue = Queue::new(SIZE).expect("a queue");
+        queue.set_desc_table_address(Some(TABLE.addr as u32), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        queue.set_used_ring_address(Some(0x3000), None);
+        for (at, head) in (0..).zip(heads) {
+            self.write(0x2004 + 2 * at, *head);
+        }
+        RingView::new(self.table.snapshot().expect("a snapshot"), &queue).expect("a ring")
+    }
+
+    /// Takes usual chains of a ring, from a position on.
+    fn usual(&mut self, view: &RingView, share: Share, batch: &mut Vec<RawRequest>) -> Taken {
+        let mut parser = self.table.parser(TABLE).expect("a snapshot");
+        let name = |request: &mut RawRequest, head| request.tag = head as u64;
+        parser.take_usual(view, share, &self.limits, name, batch)
+    }
+}
+
+const ALL: Share = Share { first: 0, chains: 8, bytes: u64::MAX };
+
+/// A fixture whose table knows the guest's region, and has entries.
+fn with_entries() -> Fixture {
+    let mut fixture = Fixture::new();
+    let (index, _) = fixture.read(SIZE - 3);
+    fixture.table.end(index, 0, 512);
+    fixture
+}
+
+#[test]
+fn usual_chains_are_taken_in_one_go() {
+    let mut fixture = with_entries();
+    for head in [0, 3, 6] {
+        fixture.chain(head, 0);
+    }
+    let (view, mut batch) = (fixture.ring(&[3, 0, 6]), Vec::new());
+    let share = Share { chains: 3, ..ALL };
+    assert_eq!(fixture.usual(&view, share, &mut batch), Taken { chains: 3, bytes: 3 * 512 });
+    assert_eq!((heads(&batch), fixture.table.in_use()), (vec![3, 0, 6], 3));
+    for request in &batch {
+        assert_eq!((request.op(), request.len(), list(request).len()), (op::READ, 512, 1));
+        let ended = fixture.table.end(request.tag as usize, 0, 512);
+        assert_eq!(ended, Some(Used { head: request.tag as u16, len: 513 }));
+        assert_eq!(fixture.status(request.tag as u16), 0);
+    }
+    assert_eq!(fixture.table.in_use(), 0);
+    // From anywhere, across the end of the ring.
+    let (share, mut batch) = (Share { first: 65535, chains: 2, ..ALL }, Vec::new());
+    fixture.write(0x2004 + 2 * u64::from(SIZE - 1), 6u16);
+    assert_eq!(fixture.usual(&view, share, &mut batch).chains, 2);
+    assert_eq!(heads(&batch), [6, 3]);
+}
+
+#[test]
+fn a_share_is_not_exceeded() {
+    let mut fixture = with_entries();
+    for head in [0, 3, 6] {
+        fixture.chain(head, 0);
+    }
+    let (view, mut batch) = (fixture.ring(&[0, 3, 6]), Vec::new());
+    assert_eq!(fixture.usual(&view, Share { chains: 0, ..ALL }, &mut batch), Taken::default());
+    let taken = fixture.usual(&view, Share { bytes: 513, ..ALL }, &mut batch);
+    assert_eq!(taken, Taken { chains: 2, bytes: 1024 }, "the one that exceeds it is the last");
+    assert_eq!(heads(&batch), [0, 3]);
+}
+
+#[test]
+fn what_is_not_usual_ends_what_is_taken_in_one_go() {
+    for (what, damage) in [
+        ("a flush", &(|f: &mut Fixture| _ = f.chain(3, 4)) as &dyn Fn(&mut Fixture)),
+        ("a loop", &|f| f.descriptor(4, 0x8000, 512, NEXT | WRITE, 4)),
+        ("a head that is none", &|f| f.write(0x2006, SIZE)),
+        ("a head that is in use", &|f| _ = f.read(3)),
+        ("a head that was just taken", &|f| f.write(0x2006, 0u16)),
+    ] {
+        let mut fixture = with_entries();
+        for head in [0, 3, 6] {
+            fixture.chain(head, 0);
+        }
+        let (view, mut batch) = (fixture.ring(&[0, 3, 6]), Vec::new());
+        damage(&mut fixture);
+        let before = fixture.table.in_use();
+        let taken = fixture.usual(&view, ALL, &mut batch);
+        assert_eq!((taken.chains, heads(&batch)), (1, vec![0]), "{what}");
+        assert_eq!(fixture.table.in_use(), before + 1, "{what}");
+    }
+}
+
+#[test]
+fn what_is_answered_between_usual_chains_has_those_before_it() {
+    let mut fixture = with_entries();
+    for (head, code) in [(0, 0), (3, 77), (6, 0)] {
+        fixture.chain(head, code);
+    }
+    let (view, mut batch) = (fixture.ring(&[0, 3, 6]), Vec::new());
+    let name = |request: &mut RawRequest, head| request.tag = head as u64;
+    let mut parser = fixture.table.parser(TABLE).expect("a snapshot");
+    let first = parser.take_usual(&view, ALL, &fixture.limits, name, &mut batch);
+    assert!(matches!(parser.next(3, &fixture.limits), Chain::Answer(None)));
+    let share = Share { first: 2, chains: 1, ..ALL };
+    let second = parser.take_usual(&view, share, &fixture.limits, name, &mut batch);
+    assert_eq!((first.chains, second.chains, heads(&batch)), (1, 1, vec![0, 6]));
+    assert_eq!(fixture.table.immediate(1).collect::<Vec<_>>(), [3]);
+    let end = fixture.table.end_batch(1, 2, &mut fixture.used);
+    assert_eq!((end.answered, end.returned), (1, 1));
 }

@@ -125,7 +125,7 @@ impl QueueWorker {
         let queue = state.get_queue();
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
-        let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
+        let Some(mut parser) = self.requests.parser(table) else { return Popped::Nothing };
         let tags = self.device.tags();
         let (mut bytes, mut taken) = (0, 0);
         for &marked in rest.iter().take(most) {
@@ -134,7 +134,7 @@ impl QueueWorker {
                 break;
             }
             taken += 1;
-            match parser.next(table, marked.head, inputs.limits) {
+            match parser.next(marked.head, inputs.limits) {
                 Chain::Request(head, mut request) => {
                     bytes += request.len();
                     tags.name(&mut request, usize::from(head));

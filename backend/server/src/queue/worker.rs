@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use vhost_user_backend::VringT;
 use virtio_blk::DescriptorTable;
 use virtio_queue::{Error, Queue, QueueT};
-use virtqueue::{Chain, Marker, RequestTable, Snapshot, Used};
+use virtqueue::{Chain, Marker, RequestTable, Share, Snapshot, Used};
 
 /// Most chains that are taken at once: enough to pay for a batch, few enough that an upgrade's gate
 /// and the control messages never wait long, and that a driver that sleeps is being woken by the
@@ -436,20 +436,29 @@ impl QueueWorker {
         self.meter.take();
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
-        let Some(mut parser) = self.requests.parser() else { return Popped::Nothing };
+        let Some(mut parser) = self.requests.parser(table) else { return Popped::Nothing };
         let tags = self.device.tags();
+        let name = |request: &mut RawRequest, head| tags.name(request, head);
+        let (end, mut next) = (first.wrapping_add(take), first);
         let (mut bytes, mut in_use) = (0, None);
-        while self.ring.next_avail != first.wrapping_add(take) && bytes < BATCH_BYTES {
-            let chain = view.avail_entry(self.ring.next_avail);
-            self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
-            match parser.next(table, chain, inputs.limits) {
+        while next != end && bytes < BATCH_BYTES {
+            let (chains, most) = (end.wrapping_sub(next), BATCH_BYTES - bytes);
+            let share = Share { first: next, chains, bytes: most };
+            let usual = parser.take_usual(view, share, inputs.limits, name, &mut self.batch);
+            if usual.chains > 0 {
+                (next, bytes) = (next.wrapping_add(usual.chains), bytes + usual.bytes);
+                continue;
+            }
+            let chain = view.avail_entry(next);
+            next = next.wrapping_add(1);
+            match parser.next(chain, inputs.limits) {
                 Chain::Request(head, mut request) => {
                     bytes += request.len();
                     tags.name(&mut request, usize::from(head));
                     self.batch.push(request);
                 }
                 Chain::InUse(head) => {
-                    self.ring.next_avail = self.ring.next_avail.wrapping_sub(1);
+                    next = next.wrapping_sub(1);
                     in_use = Some(head);
                     break;
                 }
@@ -467,8 +476,9 @@ impl QueueWorker {
         if let Some(tracker) = &mut self.tracking.tracker {
             mark(tracker, &self.requests, &self.batch);
         }
-        queue.set_next_avail(self.ring.next_avail);
-        let has_taken = self.ring.next_avail != first;
+        self.ring.next_avail = next;
+        queue.set_next_avail(next);
+        let has_taken = next != first;
         match in_use {
             Some(head) if !self.frees(head) && !has_taken => Popped::Nothing,
             Some(_) if !has_taken => Popped::Later,

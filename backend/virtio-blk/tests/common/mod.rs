@@ -4,7 +4,8 @@
 
 use domain_abi::RawSegment;
 use virtio_blk::{
-    DescriptorTable, Limits, Parsed, StatusSlot, Translator, WireStatus, features, parse,
+    DescriptorTable, Limits, Parsed, StatusSlot, Translator, Usual, WireStatus, features, parse,
+    usual,
 };
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -88,7 +89,34 @@ pub fn parse_head(
 ) -> Parsed {
     // SAFETY: the tests keep `memory` longer than anything that comes out of the parse.
     let mut translator = unsafe { Translator::new(memory) };
-    parse(QUEUE, head, &mut translator, limits, segments)
+    let parsed = parse(QUEUE, head, &mut translator, limits, segments);
+    // What is seen at a glance is what is found by looking at everything.
+    if let Some(seen) = glance(head, &mut translator, limits) {
+        let Usual { op, offset, data, status_at } = seen;
+        let len = data.len() as u64;
+        assert_eq!(parsed, Parsed::Request { op, flags: 0, offset, len, status_at, head });
+        let found: Vec<_> = segments.iter().map(|s| (s.base(), s.len())).collect();
+        assert_eq!(found, [(data.base(), data.len())], "{parsed:?}");
+    }
+    parsed
+}
+
+/// The chain at a glance, with the regions that a parse has left there.
+pub fn glance(
+    head: u16,
+    translator: &mut Translator<&GuestMemoryMmap>,
+    limits: &Limits,
+) -> Option<Usual> {
+    translator.begin(QUEUE);
+    usual(head, translator, limits)
+}
+
+/// Whether the chain that begins with the first descriptor is seen at a glance.
+pub fn is_usual(memory: &GuestMemoryMmap, limits: &Limits) -> bool {
+    // SAFETY: as in `parse_head`.
+    let mut translator = unsafe { Translator::new(memory) };
+    let _ = parse(QUEUE, 0, &mut translator, limits, &mut Vec::new());
+    glance(0, &mut translator, limits).is_some()
 }
 
 /// A guest with one request.

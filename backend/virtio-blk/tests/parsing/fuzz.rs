@@ -13,7 +13,7 @@ use virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-const ROUNDS: u32 = 100_000;
+const ROUNDS: u32 = 200_000;
 
 /// splitmix64.
 struct Random(u64);
@@ -235,6 +235,10 @@ fn whatever_the_guest_writes() {
 
         let parsed = parse_head(&memory, 0, &limits, &mut segments);
         check_against_virtio_queue(&memory, parsed);
+        if is_usual(&memory, &limits) {
+            let is_indirect = table[0].2 & INDIRECT != 0;
+            *outcomes.entry(format!("usual, indirect: {is_indirect}")).or_default() += 1;
+        }
         *outcomes.entry(check(&memory, &limits, parsed, &segments)).or_default() += 1;
     }
 
@@ -245,6 +249,8 @@ fn whatever_the_guest_writes() {
         "request 2",
         "request 3",
         "request 4",
+        "usual, indirect: false",
+        "usual, indirect: true",
         "answer Ok",
         "answer IoError",
         "answer Unsupported",

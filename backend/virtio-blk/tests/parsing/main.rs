@@ -5,3 +5,4 @@ mod chains;
 mod common;
 mod fuzz;
 mod requests;
+mod usual;
