@@ -81,11 +81,24 @@ impl<'r> Buffer<'r> {
     }
 
     /// Fills the whole buffer with zeros.
+    #[inline]
     pub fn zero(&self) {
-        for segment in self.segments {
-            // SAFETY: the segment is mapped writable for `len` bytes (constructor's contract).
-            unsafe { std::ptr::write_bytes(segment.base(), 0, segment.len()) };
+        match self.segments {
+            [one] => Self::zero_segment(one),
+            all => Self::zero_each(all),
         }
+    }
+
+    /// Apart, because a loop of many calls is made ready for with more than one call takes.
+    #[inline(never)]
+    fn zero_each(segments: &[RawSegment]) {
+        segments.iter().for_each(Self::zero_segment);
+    }
+
+    #[inline(always)]
+    fn zero_segment(segment: &RawSegment) {
+        // SAFETY: the segment is mapped writable for `len` bytes (constructor's contract).
+        unsafe { std::ptr::write_bytes(segment.base(), 0, segment.len()) };
     }
 
     /// Calls `f` with address and length of each contiguous piece of the `len` bytes from `at` on;
