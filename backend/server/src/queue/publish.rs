@@ -42,23 +42,19 @@ impl QueueWorker {
         let Some(snapshot) = self.requests.snapshot() else { return };
         self.ring.answers += self.used.len();
         let queue = state.get_queue_mut();
-        let view = self.ring.views.view(snapshot, queue);
-        let used = &self.used;
-        let published = view.map(|view| match &mut self.tracking.tracker {
-            None => virtqueue::publish_used(queue, view, used),
-            Some(tracker) => virtqueue::publish_tracked(queue, view, used, tracker),
-        });
-        if published.is_ok() {
+        let view = match self.ring.views.view(snapshot, queue) {
+            Ok(view) => view,
+            Err(error) => return self.give_up(&error),
+        };
+        let is_told = match &mut self.tracking.tracker {
+            None => virtqueue::publish_used(queue, view, &self.used),
+            Some(tracker) => virtqueue::publish_tracked(queue, view, &self.used, tracker),
+        };
+        if self.meter.line().is_some() {
             self.count_published();
         }
-        match published {
-            Ok(true) => {
-                if let Err(error) = state.signal_used_queue() {
-                    notices::not_notified(self.queue, &error);
-                }
-            }
-            Ok(false) => {}
-            Err(error) => self.give_up(&error),
+        if is_told && let Err(error) = state.signal_used_queue() {
+            notices::not_notified(self.queue, &error);
         }
     }
 

@@ -185,6 +185,7 @@ impl QueueWorker {
     /// Answers the chains of the batch that are not the domain's, up to the first request that the
     /// domain did not take. Returns how many chains go back to the ring: that request and all after
     /// it. To be called with the ring's lock.
+    #[inline(never)]
     pub(super) fn end_batch(&mut self, accepted: usize) -> u16 {
         if accepted < self.batch.len() {
             self.unmark_returned(accepted);

@@ -367,7 +367,8 @@ impl QueueWorker {
         }
         self.count_submitted(awaited, accepted);
         let mut state = vring.get_mut();
-        let unpopped = self.end_batch(accepted);
+        let is_over = accepted == self.batch.len() && !self.requests.has_immediate();
+        let unpopped = if is_over { 0 } else { self.end_batch(accepted) };
         self.backpressured_by = (accepted < offered).then(|| self.device.tags().generation());
         if unpopped > 0 {
             self.return_chains(&mut state, unpopped);
@@ -438,7 +439,7 @@ impl QueueWorker {
         self.batch.clear();
         let Some(mut parser) = self.requests.parser(table) else { return Popped::Nothing };
         let tags = self.device.tags();
-        let name = |request: &mut RawRequest, head| tags.name(request, head);
+        let name = move |request: &mut RawRequest, head| tags.name(request, head);
         let (end, mut next) = (first.wrapping_add(take), first);
         let (mut bytes, mut in_use) = (0, None);
         while next != end && bytes < BATCH_BYTES {
