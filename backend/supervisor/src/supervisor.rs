@@ -3,7 +3,9 @@
 //! What is looked at: signals, the frontends' listening socket, the session's two sockets, the
 //! channel and the death of each server, the control front's clients, and the clock.
 
+mod candidate;
 mod commands;
+mod ending;
 mod exchange;
 mod leaving;
 mod options;
@@ -15,6 +17,8 @@ mod scripted;
 mod serving;
 mod spare;
 mod storing;
+#[cfg(test)]
+mod tests;
 mod waiting;
 mod watched;
 
@@ -25,8 +29,10 @@ use crate::said::Said;
 use crate::session::{Over, Session};
 use crate::store::{KeptDisk, Store};
 use crate::vault::Vault;
+use candidate::Candidate;
 use channel::{Received, ToServer, ToSupervisor};
-use exchange::{Candidate, Exchange};
+use ending::Ending;
+use exchange::Exchange;
 use leaving::Dead;
 pub use options::{ListenSocket, Options, Signals, Supervision};
 use pulse::Pulse;
@@ -40,8 +46,6 @@ use telemetry::tally::Tally;
 use waiting::Waiting;
 pub use watched::Metrics;
 
-/// How long a server may take to end. It has a bound of 15 s of its own.
-const END_PATIENCE: Duration = Duration::from_secs(16);
 /// How long a server may take that was told to leave at once.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long frontends are left alone when one could not be served: it may come again at once.
@@ -82,12 +86,6 @@ struct Watched {
     /// Nothing, if nothing was asked for.
     metrics: Option<Metrics>,
     tally: Tally,
-}
-
-/// The end, once it is wanted.
-#[derive(Debug)]
-struct Ending {
-    deadline: Instant,
 }
 
 /// All that there is.
@@ -170,11 +168,15 @@ impl Supervisor {
                 self.store.finish();
                 return over;
             }
-            let happened = self.wait().map_err(|error| format!("cannot wait: {error}"))?;
-            for (source, what) in happened {
-                self.happened(source, what);
-            }
+            self.turn().map_err(|error| format!("cannot wait: {error}"))?;
         }
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        for (source, what) in self.wait()? {
+            self.happened(source, what);
+        }
+        Ok(())
     }
 
     fn new(mut options: Options) -> Self {
@@ -326,13 +328,13 @@ impl Supervisor {
             accept,
             self.session.as_ref().and_then(Session::deadline),
             self.waiting.as_ref().and_then(Waiting::deadline),
-            self.ending.as_ref().map(|ending| ending.deadline),
+            self.ending.as_ref().map(Ending::deadline),
             self.front.as_ref().and_then(Front::deadline),
             self.watched.metrics.as_ref().and_then(Metrics::deadline),
             self.serving().map(|_| self.pulse.next()),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
             self.next_to_reap(),
-            self.exchange.as_ref().and_then(Exchange::deadline),
+            self.exchange.as_ref().map(Exchange::deadline),
             self.reexecution.as_ref().map(Reexecution::deadline),
             self.spare_deadline(),
             self.store.deadline(),
@@ -447,13 +449,7 @@ impl Supervisor {
         self.settle_front();
         self.settle_leaving(now);
         self.settle_spare(now);
-        if self.ending.as_ref().is_some_and(|ending| ending.deadline <= now) {
-            log::error!("the server does not end; what is in flight is left");
-            if let Some(server) = &self.server {
-                server.kill();
-            }
-            self.over = Some(Ok(1));
-        }
+        self.settle_ending(now);
     }
 
     fn settle_session(&mut self) {
@@ -475,30 +471,5 @@ impl Supervisor {
         self.session = None;
         self.is_to_leave(number, was_given);
         self.deaths.forgive();
-    }
-
-    /// The end is wanted.
-    fn end(&mut self, why: &str) {
-        if self.ending.is_some() {
-            return;
-        }
-        self.store.say("STOPPING=1");
-        self.start_at = None;
-        self.give_exchange_up();
-        self.ending = Some(Ending { deadline: Instant::now() + END_PATIENCE });
-        if self.serving().is_some() {
-            self.send(&ToServer::Shutdown { why: why.to_owned() });
-            return;
-        }
-        if let Some(server) = &self.server {
-            server.kill();
-        }
-        if self.has_served || self.is_given_up {
-            log::error!("{why}: stopping, while no server serves");
-            self.over = Some(Ok(1));
-        } else {
-            log::info!("{why}: stopping before anything is served");
-            self.over = Some(Ok(0));
-        }
     }
 }

@@ -6,7 +6,6 @@
 //! serves, and the other leaves. Whatever goes wrong before that, the other resumes.
 
 use super::reexecution::program;
-use super::serving::borrowed;
 use super::{LEAVE_PATIENCE, Supervisor, Which};
 use crate::front::Ticket;
 use crate::process::{Ended, Program, Server};
@@ -24,25 +23,9 @@ const PREPARE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long the others may take for their part.
 const STEP_PATIENCE: Duration = Duration::from_secs(30);
 
-/// A server that is ready, or about to be, and has no device.
-#[derive(Debug)]
-pub(super) struct Candidate {
-    pub(super) server: Server,
-    pub(super) is_prepared: bool,
-    pub(super) prepared: Option<Instant>,
-    /// What it was prepared with.
-    live: Option<String>,
-}
-
-impl Candidate {
-    pub(super) fn live(&self) -> Option<&str> {
-        self.live.as_deref()
-    }
-}
-
 /// How far an exchange is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+pub(super) enum Step {
     /// The candidate gets ready.
     Preparing,
     /// The frontend is held until the server owes it nothing.
@@ -60,8 +43,8 @@ enum Step {
 /// An exchange of the server.
 #[derive(Debug)]
 pub(super) struct Exchange {
-    ticket: Ticket,
-    step: Step,
+    pub(super) ticket: Ticket,
+    pub(super) step: Step,
     begun: Instant,
     spawned: Instant,
     prepared: Instant,
@@ -69,42 +52,46 @@ pub(super) struct Exchange {
     held: Instant,
     stopped: Instant,
     activated: Instant,
-    deadline: Instant,
+    pub(super) deadline: Instant,
     /// The version of the program before.
     from: Option<String>,
     /// Why it fails, once it does.
-    failure: Option<String>,
+    pub(super) failure: Option<String>,
 }
 
 impl Exchange {
+    /// One whose candidate was started just now.
+    pub(super) fn begin(ticket: Ticket, begun: Instant) -> Self {
+        let spawned = Instant::now();
+        Self {
+            ticket,
+            step: Step::Preparing,
+            begun,
+            spawned,
+            prepared: spawned,
+            held: spawned,
+            stopped: spawned,
+            activated: spawned,
+            deadline: begun + PREPARE_PATIENCE,
+            from: None,
+            failure: None,
+        }
+    }
+
     pub(super) fn is_stopping(&self) -> bool {
         self.step != Step::Preparing && self.step != Step::Replaying
     }
 
-    pub(super) const fn deadline(&self) -> Option<Instant> {
-        Some(self.deadline)
+    pub(super) const fn deadline(&self) -> Instant {
+        self.deadline
     }
 }
 
-fn failed(message: impl Into<String>) -> RpcError {
+pub(super) fn failed(message: impl Into<String>) -> RpcError {
     RpcError::new(Code::ExchangeFailed, message)
 }
 
 impl Supervisor {
-    pub(super) fn start_candidate(&self, program: &Program) -> std::io::Result<Candidate> {
-        let server = self.start_with(program, true)?;
-        let live = self.vault.live().map(ToOwned::to_owned);
-        Ok(Candidate { server, is_prepared: false, prepared: None, live })
-    }
-
-    /// Ends a candidate that is not needed.
-    pub(super) fn dismiss_candidate(&mut self) {
-        if let Some(candidate) = self.candidate.take() {
-            candidate.server.kill();
-            self.leaving.push((candidate.server, Instant::now() + LEAVE_PATIENCE));
-        }
-    }
-
     /// A client wants the daemon to be exchanged.
     pub(super) fn upgrade_daemon(&mut self, ticket: Ticket, request: UpgradeDaemonRequest) {
         if request.only != Some(Part::Server) {
@@ -152,21 +139,8 @@ impl Supervisor {
         self.dismiss_candidate();
         match self.start_candidate(&program) {
             Ok(candidate) => {
-                let spawned = Instant::now();
                 self.candidate = Some(candidate);
-                self.exchange = Some(Exchange {
-                    ticket,
-                    step: Step::Preparing,
-                    begun: now,
-                    spawned,
-                    prepared: spawned,
-                    held: spawned,
-                    stopped: spawned,
-                    activated: spawned,
-                    deadline: now + PREPARE_PATIENCE,
-                    from: None,
-                    failure: None,
-                });
+                self.exchange = Some(Exchange::begin(ticket, now));
                 self.tell_facts();
             }
             Err(error) => {
@@ -255,7 +229,7 @@ impl Supervisor {
     }
 
     /// The exchange fails, before the current server was stopped.
-    fn fail(&mut self, why: &str) {
+    pub(super) fn fail(&mut self, why: &str) {
         self.dismiss_candidate();
         if let Some(exchange) = self.exchange.take() {
             log::warn!("the server is not exchanged: {why}");
@@ -315,40 +289,6 @@ impl Supervisor {
         // And answers questions of its own.
         self.pulse.begin_anew(now);
         self.activate(candidate);
-    }
-
-    fn activate(&mut self, candidate: Candidate) {
-        let Some((vault, descriptors)) = self.vault.give() else {
-            log::error!("there is nothing that a server could go on with");
-            candidate.server.kill();
-            self.server = Some(candidate.server);
-            return;
-        };
-        let message = ToServer::Activate { vault: Box::new(vault) };
-        if let Err(error) = candidate.server.channel.send(&message, &borrowed(&descriptors)) {
-            log::error!("the new server is given no device: {error}");
-            candidate.server.kill();
-        }
-        self.server = Some(candidate.server);
-    }
-
-    /// After a death: the candidate goes on, if there is one. `false` if not.
-    pub(super) fn promote_candidate(&mut self) -> bool {
-        let Some(candidate) = self
-            .candidate
-            .take_if(|candidate| candidate.is_prepared && candidate.live() == self.vault.live())
-        else {
-            return false;
-        };
-        if let Some(exchange) = self.exchange.take() {
-            let died = "the server has died meanwhile; the new one goes on for it";
-            self.answer(exchange.ticket, Err(failed(died)));
-        }
-        if let Some(session) = &mut self.session {
-            session.relay.pause(false);
-        }
-        self.activate(candidate);
-        true
     }
 
     pub(super) fn has_not_stopped(&mut self, code: &str, message: &str) {
@@ -483,80 +423,5 @@ impl Supervisor {
                 front.server_gone();
             }
         }
-    }
-
-    pub(super) fn candidate_has_died(&mut self, ended: Ended) {
-        let Some(candidate) = self.candidate.take() else { return };
-        let why = match candidate.server.failure {
-            Some((code, message)) => format!("{message} ({code})"),
-            None => format!("the new server has ended with {ended}"),
-        };
-        let Some(exchange) = &mut self.exchange else {
-            self.spare_has_died(&why);
-            return;
-        };
-        match exchange.step {
-            Step::Preparing | Step::Holding => self.fail(&why),
-            // The current server says first whether it has stopped.
-            _ => exchange.failure = Some(why),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::scripted::{file, ready, server, serving, vault};
-    use super::*;
-    use channel::ToSupervisor;
-
-    /// The server has stopped, and another one was given its device.
-    fn activating() -> (tempfile::TempDir, Supervisor) {
-        let directory = tempfile::tempdir().unwrap();
-        let mut supervisor = serving(directory.path());
-        supervisor.stopped = supervisor.server.take();
-        supervisor.vault_before = Some(supervisor.vault.clone());
-        supervisor.server = Some(server());
-        (directory, supervisor)
-    }
-
-    #[test]
-    fn what_a_server_that_failed_has_said_is_not_kept() {
-        let (_directory, mut supervisor) = activating();
-        supervisor.told_by(Which::Current, vault(3, 2), vec![file()]);
-        supervisor.current_has_died(Ended::Signalled(9));
-        // The old one names its object by its own number, as before.
-        let ToSupervisor::Vault { vault, .. } = vault(4, 1) else { unreachable!() };
-        let again = ToSupervisor::Vault { vault, new: Vec::new() };
-        supervisor.told_by(Which::Current, again, Vec::new());
-        assert_eq!(supervisor.vault.list().map(|list| list.generation), Some(4));
-        assert_eq!(supervisor.vault_again_at, None);
-    }
-
-    #[test]
-    fn a_vault_that_was_lost_is_asked_for_again() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut supervisor = serving(directory.path());
-        let ToSupervisor::Vault { vault, .. } = vault(4, 7) else { unreachable!() };
-        let lost = ToSupervisor::Vault { vault, new: Vec::new() };
-        supervisor.told_by(Which::Current, lost, Vec::new());
-        assert_eq!(supervisor.vault.list().map(|list| list.generation), Some(3));
-        let at = supervisor.vault_again_at.expect("it is asked for again");
-        assert!(supervisor.deadline().is_some_and(|deadline| deadline <= at));
-        supervisor.settle_vault(at);
-        assert_eq!(supervisor.vault_again_at, None);
-    }
-
-    #[test]
-    fn what_has_happened_to_a_stopped_server_is_known_when_it_leaves() {
-        let (_directory, mut supervisor) = activating();
-        let (ours, theirs) = channel::pair().unwrap();
-        supervisor.stopped.as_mut().unwrap().channel = ours;
-        let event = json!({"event": "ended", "change": "upgrade", "outcome": "committed"});
-        let happened = ToSupervisor::Happened { event };
-        channel::Channel::from_socket(theirs).send(&happened, &[]).unwrap();
-        let before = supervisor.watched.tally.clone();
-        supervisor.told_by(Which::Current, ready(), Vec::new());
-        assert!(supervisor.stopped.is_none());
-        assert_ne!(supervisor.watched.tally, before);
     }
 }

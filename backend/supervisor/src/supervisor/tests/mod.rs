@@ -1,0 +1,3 @@
+//! The loop, with servers that a test plays.
+
+mod vaults;
