@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -196,6 +196,10 @@ impl Server {
         // What is not waited for here is reaped by its number.
         let child = command.spawn()?;
         drop(theirs);
+        Self::of(&child, program, channel)
+    }
+
+    fn of(child: &Child, program: &Program, channel: Channel) -> io::Result<Self> {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| io::Error::other("a process without a number"))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
@@ -271,5 +275,30 @@ impl Server {
     pub fn kill(&self) {
         // It may be dead already.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+/// What a test plays a [`Server`] with.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) struct Played {
+    /// The server's end.
+    pub(crate) channel: Channel,
+    /// The process ends when this is dropped.
+    _input: std::process::ChildStdin,
+}
+
+#[cfg(test)]
+impl Server {
+    /// A process that lives until it is killed, or until what it is played with is dropped; then
+    /// it ends with status 0.
+    #[expect(clippy::zombie_processes, reason = "as any server, it is reaped by its number")]
+    pub(crate) fn played() -> (Self, Played) {
+        let (channel, theirs) = channel::pair().unwrap();
+        let program = Program::open(Path::new("/bin/cat")).unwrap();
+        let mut child = program.command().stdin(Stdio::piped()).spawn().unwrap();
+        let _input = child.stdin.take().unwrap();
+        let server = Self::of(&child, &program, channel).unwrap();
+        (server, Played { channel: Channel::from_socket(theirs), _input })
     }
 }

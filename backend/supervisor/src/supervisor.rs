@@ -331,7 +331,7 @@ impl Supervisor {
             self.ending.as_ref().map(Ending::deadline),
             self.front.as_ref().and_then(Front::deadline),
             self.watched.metrics.as_ref().and_then(Metrics::deadline),
-            self.serving().map(|_| self.pulse.next()),
+            self.next_question(),
             self.leaving.iter().map(|(_, deadline)| *deadline).min(),
             self.next_to_reap(),
             self.exchange.as_ref().map(Exchange::deadline),

@@ -136,6 +136,17 @@ fn what_is_in_flight_at_the_end_is_answered_before_the_frontend_is_let_go() {
     }
 }
 
+/// Its commands are not heard any more: that is no standstill.
+#[test]
+fn a_server_that_ends_has_its_time_whatever_the_timeout_of_a_standstill_is() {
+    let stall = ["--domain", "faulty", "--param", "fault=request:stall"];
+    let mut daemon = Daemon::start(&[&stall[..], &["--hang-timeout-ms", "500"]].concat());
+    let mut raw = with_a_stalled_read(&daemon);
+    let (status, _) = daemon.stop();
+    assert_eq!(status, 0, "{}", daemon.log());
+    assert_eq!(raw.used(Duration::ZERO).expect("memory"), Some((0, 513)), "it is unanswered");
+}
+
 #[test]
 fn nothing_is_published_to_a_frontend_that_is_gone() {
     for kind in ["stall", "hang"] {

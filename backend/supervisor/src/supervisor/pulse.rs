@@ -113,11 +113,19 @@ impl Pulse {
 }
 
 impl Supervisor {
+    /// When the server is asked next. One that ends is not: it hears no commands any more, and its
+    /// requests have their time.
+    pub(super) fn next_question(&self) -> Option<Instant> {
+        let is_asked = self.serving().is_some() && self.ending.is_none();
+        is_asked.then(|| self.pulse.next())
+    }
+
     pub(super) fn settle_pulse(&mut self, now: Instant) {
-        let pulse = &mut self.pulse;
-        let Some(server) = self.server.as_ref().filter(|server| server.ready.is_some()) else {
+        if self.next_question().is_none() {
             return;
-        };
+        }
+        let pulse = &mut self.pulse;
+        let Some(server) = &self.server else { return };
         if pulse.next > now {
             return;
         }
@@ -147,6 +155,9 @@ impl Supervisor {
 
     /// The server says which of its workers stand still.
     pub(super) fn pong(&mut self, number: u64, stuck: &[u16]) {
+        if self.ending.is_some() {
+            return;
+        }
         let now = Instant::now();
         self.pulse.answered(number, stuck, now);
         if self.pulse.is_over(now) {
