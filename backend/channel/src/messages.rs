@@ -273,7 +273,8 @@ pub enum ToServer {
     /// After [`ToServer::Stop`]: end at once. Another server has the device.
     Exit,
     /// End as after SIGTERM: what is in flight is answered, the last flush done. The process's exit
-    /// status says whether all of it went well.
+    /// status says whether all of it went well. For a server that serves: after
+    /// [`ToServer::Stop`], not before it has said that it could not, or has come back.
     Shutdown {
         /// Why, for the log.
         why: String,

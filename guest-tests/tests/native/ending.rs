@@ -147,6 +147,21 @@ fn a_server_that_ends_has_its_time_whatever_the_timeout_of_a_standstill_is() {
     assert_eq!(raw.used(Duration::ZERO).expect("memory"), Some((0, 513)), "it is unanswered");
 }
 
+/// The server is being stopped for another one, and waits for what is in flight.
+#[test]
+fn what_is_in_flight_at_the_end_amid_an_exchange_is_answered() {
+    let mut daemon = slow("stall");
+    let mut raw = with_a_stalled_read(&daemon);
+    let mut control = daemon.rpc();
+    let call = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": "upgrade_daemon",
+        "params": {"only": "server"}});
+    control.send_raw(format!("{call}\n").as_bytes()).expect("a request");
+    thread::sleep(SECOND / 2);
+    let (status, _) = daemon.stop();
+    assert_eq!(status, 0, "{}", daemon.log());
+    assert_eq!(raw.used(Duration::ZERO).expect("memory"), Some((0, 513)), "it is unanswered");
+}
+
 #[test]
 fn nothing_is_published_to_a_frontend_that_is_gone() {
     for kind in ["stall", "hang"] {

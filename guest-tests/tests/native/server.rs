@@ -508,6 +508,49 @@ fn a_stop_that_is_refused_says_why_and_nothing_has_happened() {
     load.abandon();
 }
 
+/// Both are said at once: by then the thread that gives the device away may not have noticed.
+#[test]
+fn a_server_that_is_called_back_and_is_to_end_ends_in_its_order() {
+    for _ in 0..5 {
+        let mut server = Server::start(first("ramdisk", &[("size", "1M")]));
+        let stopped = stop(&mut server, 1000);
+        assert!(matches!(stopped, ToSupervisor::Stopped { .. }), "{stopped:?}");
+        server.channel.send(&ToServer::Resume, &[]).expect("a message");
+        let status = server.shut_down();
+        assert!(status.success(), "{status}");
+    }
+}
+
+/// A server that is being stopped: its domain takes three seconds for its part.
+fn stopping() -> Server {
+    let server = Server::start(first("faulty", &[("fault", "quiesce:hang")]));
+    let drain_timeout_ms = 5000;
+    server.channel.send(&ToServer::Stop { drain_timeout_ms }, &[]).expect("a message");
+    std::thread::sleep(Duration::from_millis(500));
+    server
+}
+
+/// Nothing keeps the workers at the gate then.
+#[test]
+fn a_server_whose_supervisor_goes_while_it_is_being_stopped_does_not_stay() {
+    let mut server = stopping();
+    let began = Instant::now();
+    server.channel = channel::pair().expect("a channel").0;
+    let status = server.child.wait().expect("it has ended");
+    let took = began.elapsed();
+    assert!(status.success() && took < Duration::from_secs(8), "{status} after {took:?}");
+}
+
+/// It says first whether it has stopped: the device is another's then.
+#[test]
+fn a_server_that_is_to_end_while_it_is_being_stopped_does_not_stay() {
+    let server = stopping();
+    let began = Instant::now();
+    server.shut_down();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(8), "{took:?}");
+}
+
 #[test]
 fn a_device_goes_from_one_server_to_another_and_back_if_that_one_fails() {
     let mut a = Server::start(first("ramdisk", &[("size", "64M")]));

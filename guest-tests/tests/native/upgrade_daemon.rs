@@ -252,19 +252,28 @@ fn a_silent_program_holds_up_no_client_and_no_other_exchange_begins() {
 }
 
 /// A signal at any moment of an exchange ends the daemon in its order.
-#[test]
-fn a_signal_is_not_lost() {
-    for round in 0..25 {
+fn assert_that_a_signal_is_not_lost(only: &str, moments: impl Iterator<Item = Duration>) {
+    for moment in moments {
         let mut daemon = Daemon::start(&RAMDISK);
         let mut control = daemon.rpc();
         let call = json!({"jsonrpc": "2.0", "id": 1, "method": "upgrade_daemon",
-            "params": {"only": "supervisor"}});
+            "params": {"only": only}});
         control.send_raw(format!("{call}\n").as_bytes()).expect("a request");
-        thread::sleep(Duration::from_millis(round));
-        let (status, _) = daemon.stop();
-        assert_eq!(status, 0, "after {round} ms:\n{}", daemon.log());
+        thread::sleep(moment);
+        let (status, took) = daemon.stop();
+        assert_eq!(status, 0, "after {moment:?}, {took:?}:\n{}", daemon.log());
         assert!(!daemon.socket().exists() && !daemon.control().exists(), "a socket is left");
     }
+}
+
+#[test]
+fn a_signal_is_not_lost() {
+    assert_that_a_signal_is_not_lost("supervisor", (0..25).map(Duration::from_millis));
+}
+
+#[test]
+fn a_signal_is_not_lost_while_the_server_is_exchanged() {
+    assert_that_a_signal_is_not_lost("server", (0..40).map(Duration::from_millis));
 }
 
 #[test]

@@ -27,6 +27,14 @@ struct Order {
     region: Option<Region>,
 }
 
+/// A device on its way to another server.
+struct HandOff {
+    /// Calls it back, once.
+    resume: Option<mpsc::Sender<()>>,
+    /// That it is stopped; ends when it is this server's again.
+    heard: mpsc::Receiver<()>,
+}
+
 /// What carries out the supervisor's commands.
 pub(super) struct Commands {
     channel: Arc<Channel>,
@@ -39,8 +47,8 @@ pub(super) struct Commands {
     /// Sessions to serve, and the thread that does.
     orders: mpsc::Sender<Order>,
     server: JoinHandle<()>,
-    /// Calls a stopped device back.
-    resume: Option<mpsc::Sender<()>>,
+    /// The last that was begun.
+    hand_off: Option<HandOff>,
     /// Where workers were when they were asked for last.
     footprints: Vec<Footprint>,
     /// Where sessions mark what is in flight.
@@ -134,7 +142,7 @@ impl Commands {
             vault,
             orders,
             server,
-            resume: None,
+            hand_off: None,
             footprints: Vec::new(),
             inflight,
         })
@@ -178,15 +186,16 @@ impl Commands {
                 }
             }
             ToServer::Stop { drain_timeout_ms } => self.stop(drain_timeout_ms),
-            ToServer::Resume => match self.resume.take() {
-                Some(resume) => _ = resume.send(()),
-                None => say(&self.channel, &ToSupervisor::Resumed),
-            },
+            ToServer::Resume => {
+                let resume = self.hand_off.as_mut().and_then(|hand_off| hand_off.resume.take());
+                match resume {
+                    Some(resume) => _ = resume.send(()),
+                    None => say(&self.channel, &ToSupervisor::Resumed),
+                }
+            }
             ToServer::Exit => leave_at_once(),
             ToServer::Shutdown { why } => {
-                if self.hold.get() == Hold::HandedOff {
-                    leave_at_once();
-                }
+                self.settle_hand_off();
                 self.shutdown.begin(&why);
                 return false;
             }
@@ -245,6 +254,8 @@ impl Commands {
             ..Options::default()
         };
         let began = Instant::now();
+        let (news, heard) = mpsc::channel();
+        let until_it_is_over = news.clone();
         let stopped: Arc<dyn Fn() + Send + Sync> = {
             let (channel, hold, vault) =
                 (Arc::clone(&self.channel), Arc::clone(&self.hold), Arc::clone(&self.vault));
@@ -253,6 +264,7 @@ impl Commands {
                 hold.set(Hold::HandedOff);
                 let drain_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
                 say(&channel, &ToSupervisor::Stopped { drain_ns });
+                let _ = news.send(());
             })
         };
         let (channel, hold, proxy) =
@@ -268,10 +280,11 @@ impl Commands {
                     message: refusal.message,
                 },
             };
+            drop(until_it_is_over);
             say(&channel, &answer);
         };
         match std::thread::Builder::new().name("hand-off".to_owned()).spawn(hand_off) {
-            Ok(_) => self.resume = Some(resume),
+            Ok(_) => self.hand_off = Some(HandOff { resume: Some(resume), heard }),
             Err(error) => {
                 let message = format!("no thread to stop: {}", how_to_have_more(&error));
                 let code = "busy".to_owned();
@@ -280,8 +293,21 @@ impl Commands {
         }
     }
 
+    /// The supervisor wants the end: a hand-off that is under way comes to its own first. A device
+    /// that is another's by then is left alone.
+    fn settle_hand_off(&mut self) {
+        let Some(HandOff { resume, heard }) = self.hand_off.take() else { return };
+        while let Ok(()) = heard.recv() {
+            if resume.is_some() {
+                leave_at_once();
+            }
+        }
+    }
+
     fn end(self) -> Result<Vec<String>, String> {
-        let Self { proxy, clients, orders, server, .. } = self;
+        let Self { proxy, clients, orders, server, hand_off, .. } = self;
+        // It stops in this moment, and no other server has the device: it is this one's.
+        drop(hand_off);
         drop(orders);
         if server.join().is_err() {
             log::error!("the thread that serves sessions has panicked");

@@ -10,6 +10,8 @@ const END_PATIENCE: Duration = Duration::from_secs(16);
 #[derive(Debug)]
 pub(super) struct Ending {
     deadline: Instant,
+    /// What the server is still to be told.
+    why: Option<String>,
 }
 
 impl Ending {
@@ -26,10 +28,15 @@ impl Supervisor {
         }
         self.store.say("STOPPING=1");
         self.start_at = None;
-        self.give_exchange_up();
-        self.ending = Some(Ending { deadline: Instant::now() + END_PATIENCE });
+        let is_undone = self.undo_exchange();
+        self.ending =
+            Some(Ending { deadline: Instant::now() + END_PATIENCE, why: Some(why.to_owned()) });
+        if !is_undone {
+            // The server that has the device then is told.
+            return;
+        }
         if self.serving().is_some() {
-            self.send(&ToServer::Shutdown { why: why.to_owned() });
+            self.pass_end_on();
             return;
         }
         if let Some(server) = &self.server {
@@ -41,6 +48,16 @@ impl Supervisor {
         } else {
             log::info!("{why}: stopping before anything is served");
             self.over = Some(Ok(0));
+        }
+    }
+
+    /// The server that serves is told of the end, if that is wanted and it does not know.
+    pub(super) fn pass_end_on(&mut self) {
+        if let Some(ending) = &mut self.ending
+            && let Some(why) = ending.why.take()
+        {
+            ending.deadline = Instant::now() + END_PATIENCE;
+            self.send(&ToServer::Shutdown { why });
         }
     }
 

@@ -249,6 +249,7 @@ impl Supervisor {
             front.server_up();
         }
         self.tell_facts();
+        self.pass_end_on();
     }
 
     /// No exchange goes on, and no candidate stays.
@@ -260,6 +261,30 @@ impl Supervisor {
         if is_early && (self.exchange.is_some() || self.candidate.is_some()) {
             self.fail("something has come between");
         }
+    }
+
+    /// The end is wanted: what was begun is undone, so that the server that had the device ends in
+    /// its order. `false` if a server has to say first that it has come back, or has the device.
+    pub(super) fn undo_exchange(&mut self) -> bool {
+        let step = self.exchange.as_mut().map(|exchange| {
+            exchange.failure.get_or_insert_with(|| "the daemon is about to end".to_owned());
+            exchange.step
+        });
+        match step {
+            None | Some(Step::Preparing | Step::Holding | Step::Replaying) => {
+                self.give_exchange_up();
+                return true;
+            }
+            Some(Step::Stopping) => self.dismiss_candidate(),
+            Some(Step::Activating) => {
+                // The other one cannot go on if it is dead.
+                if let (Some(server), Some(_)) = (&self.server, &self.stopped) {
+                    server.kill();
+                }
+            }
+            Some(Step::Resuming) => {}
+        }
+        false
     }
 
     /// The current server has nothing in flight, and given the storage up.

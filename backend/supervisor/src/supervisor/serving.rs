@@ -210,6 +210,10 @@ impl Supervisor {
     }
 
     fn is_ready(&mut self, version: u32, program: String, serves: &str, tells_events: bool) {
+        if self.ending.is_some() && self.stopped.is_some() {
+            // It was killed for the other one to end in its order.
+            return;
+        }
         let Some(server) = &mut self.server else { return };
         if version != VERSION {
             log::error!("the server speaks version {version} of the channel, not {VERSION}");
@@ -241,6 +245,7 @@ impl Supervisor {
             front.server_up();
         }
         self.put_spare_off();
+        self.pass_end_on();
     }
 
     /// Gives the frontend's session to the server that serves.
@@ -314,7 +319,7 @@ impl Supervisor {
                 session.take_back();
             }
         }
-        if self.ending.is_some() {
+        if self.ending.is_some() && self.stopped.is_none() {
             let status = match ended {
                 Ended::Exited(status) => status,
                 Ended::Signalled(_) | Ended::Unknown => 1,
