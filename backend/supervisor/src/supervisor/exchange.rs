@@ -392,9 +392,6 @@ impl Supervisor {
     /// The current server has died while the one before can still go on. `false` if there is none.
     pub(super) fn resume_stopped(&mut self, ended: Ended, died: &Server) -> bool {
         let Some(old) = self.stopped.take() else {
-            if self.exchange.as_ref().is_some_and(|one| one.step != Step::Preparing) {
-                self.exchange_has_lost_its_server();
-            }
             return false;
         };
         let why = match &died.failure {
@@ -416,15 +413,12 @@ impl Supervisor {
         true
     }
 
-    /// The server has died amid its own exchange.
-    fn exchange_has_lost_its_server(&mut self) {
-        if let Some(session) = &mut self.session {
-            session.relay.pause(false);
-        }
+    /// The server has died, and the candidate cannot go on for it: what was begun with that server
+    /// is over. A candidate that gets ready meanwhile is for the next one.
+    pub(super) fn exchange_has_lost_its_server(&mut self) {
         self.dismiss();
-        let is_waiting = self.candidate.as_ref().is_some_and(|one| one.is_prepared);
-        if !is_waiting && let Some(exchange) = self.exchange.take() {
-            self.answer(exchange.ticket, Err(failed("the server has died meanwhile")));
+        if self.exchange.as_ref().is_some_and(|one| one.step != Step::Preparing) {
+            self.fail("the server has died meanwhile");
         }
     }
 

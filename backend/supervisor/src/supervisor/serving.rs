@@ -403,6 +403,7 @@ impl Supervisor {
                 if self.promote_candidate() {
                     return;
                 }
+                self.exchange_has_lost_its_server();
                 self.start_at = Some(Instant::now() + after);
             }
         }

@@ -1,6 +1,7 @@
 //! The loop, with servers that a test plays.
 
 mod ending;
+mod exchange;
 mod vaults;
 
 use super::candidate::Candidate;
