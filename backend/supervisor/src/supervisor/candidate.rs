@@ -69,6 +69,7 @@ impl Supervisor {
         if let Some(session) = &mut self.session {
             session.relay.pause(false);
         }
+        self.start_at = None;
         self.activate(candidate);
         true
     }

@@ -157,11 +157,10 @@ impl Supervisor {
             candidate.server.kill();
             return;
         }
-        if self.server.is_none() && self.start_at.is_none() && self.died_at.is_some() {
-            self.promote_candidate();
+        if self.server.is_none() && self.died_at.is_some() && self.promote_candidate() {
             return;
         }
-        if self.exchange.is_none() {
+        if let (None, Some(candidate)) = (&self.exchange, &self.candidate) {
             let pid = candidate.server.pid.as_raw_nonzero();
             log::info!("process {pid} is the spare: it serves when the server dies");
         }
@@ -185,7 +184,8 @@ impl Supervisor {
         match exchange.step {
             Step::Holding => {
                 let is_idle = self.session.as_ref().is_none_or(|session| session.relay.is_idle());
-                if is_idle && self.ending_session.is_none() {
+                let serves = self.server.as_ref().is_some_and(|server| server.ready.is_some());
+                if is_idle && serves && self.ending_session.is_none() {
                     exchange.held = now;
                     (exchange.step, exchange.deadline) = (Step::Stopping, now + STEP_PATIENCE);
                     let drain_timeout_ms = DRAIN_TIMEOUT.as_millis() as u64;

@@ -26,3 +26,32 @@ fn an_exchange_is_over_when_its_server_dies_and_its_candidate_is_of_another_modu
     assert!(stage.supervisor.candidate.is_none());
     assert!(stage.supervisor.server.is_some(), "another one is started");
 }
+
+#[test]
+fn a_candidate_that_is_prepared_while_no_server_lives_serves() {
+    let mut stage = Stage::new(None);
+    let candidate = stage.begin_candidate(false);
+    stage.exchange(Step::Preparing);
+    let now = Instant::now();
+    stage.supervisor.died_at = Some(now);
+    stage.supervisor.start_at = Some(now + Duration::from_secs(1));
+    say(&candidate, &prepared());
+    stage.supervisor.hear(Which::Candidate);
+    assert!(matches!(told(&candidate)[..], [ToServer::Activate { .. }]));
+    assert!(stage.supervisor.server.is_some() && stage.supervisor.candidate.is_none());
+    assert_eq!((stage.supervisor.start_at, stage.step()), (None, None));
+}
+
+#[test]
+fn a_server_is_told_to_stop_when_it_serves() {
+    let mut stage = Stage::new(None);
+    let (server, _candidate) = (stage.serve(), stage.begin_candidate(true));
+    stage.exchange(Step::Holding);
+    let ready = stage.supervisor.server.as_mut().unwrap().ready.take();
+    stage.supervisor.settle_exchange(Instant::now());
+    assert_eq!((told(&server), stage.step()), (Vec::new(), Some(Step::Holding)));
+    stage.supervisor.server.as_mut().unwrap().ready = ready;
+    stage.supervisor.settle_exchange(Instant::now());
+    assert!(matches!(told(&server)[..], [ToServer::Stop { .. }]));
+    assert_eq!(stage.step(), Some(Step::Stopping));
+}
