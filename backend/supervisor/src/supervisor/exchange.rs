@@ -194,7 +194,8 @@ impl Supervisor {
                 }
             }
             Step::Replaying => {
-                if self.session.is_none() {
+                // A session that waits for an upgrade is given to no server.
+                if self.session.is_none() || self.vault.awaits_upgrade() {
                     self.session_is_up();
                     return;
                 }

@@ -55,3 +55,17 @@ fn a_server_is_told_to_stop_when_it_serves() {
     assert!(matches!(told(&server)[..], [ToServer::Stop { .. }]));
     assert_eq!(stage.step(), Some(Step::Stopping));
 }
+
+/// Its frontend is given to no server before an upgrade has brought a module.
+#[test]
+fn an_exchange_is_over_without_a_session_that_waits_for_an_upgrade() {
+    let mut stage = Stage::new(None);
+    let _server = stage.serve();
+    let _frontend = stage.connect();
+    stage.exchange(Step::Replaying);
+    stage.supervisor.settle_exchange(Instant::now());
+    assert_eq!(stage.step(), Some(Step::Replaying), "the session is to be what it was");
+    stage.supervisor.vault.drop_live("none");
+    stage.supervisor.settle_exchange(Instant::now());
+    assert_eq!(stage.step(), None);
+}
