@@ -53,8 +53,8 @@ pub(super) struct Exchange {
     stopped: Instant,
     activated: Instant,
     pub(super) deadline: Instant,
-    /// The version of the program before.
-    from: Option<String>,
+    /// The program before, and its version, once its server has left.
+    before: Option<(Program, Option<String>)>,
     /// Why it fails, once it does.
     pub(super) failure: Option<String>,
 }
@@ -73,7 +73,7 @@ impl Exchange {
             stopped: spawned,
             activated: spawned,
             deadline: begun + PREPARE_PATIENCE,
-            from: None,
+            before: None,
             failure: None,
         }
     }
@@ -339,24 +339,34 @@ impl Supervisor {
     pub(super) fn leave_stopped(&mut self) {
         // What has happened before is known first.
         self.hear(Which::Stopped);
-        let Some(old) = self.stopped.take() else { return };
-        self.vault_before = None;
         let now = Instant::now();
+        if let Some(old) = self.stopped.take() {
+            self.stopped_is_left(&old);
+            self.leaving.push((old, now + LEAVE_PATIENCE));
+        }
+        let Some(exchange) = &mut self.exchange else { return };
+        if exchange.step != Step::Activating {
+            return;
+        }
+        exchange.activated = now;
+        (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
+        self.program_before = exchange.before.as_ref().map(|(program, _)| program.clone());
+        if let Some(server) = &self.server {
+            self.options.program = server.program.clone();
+        }
+    }
+
+    /// What the stopped server had is the next one's. Its program is known until that serves.
+    fn stopped_is_left(&mut self, old: &Server) {
+        self.vault_before = None;
         if let Some(session) = &mut self.session {
             session.take_back();
             session.relay.pause(false);
         }
         self.ending_session = None;
         if let Some(exchange) = &mut self.exchange {
-            exchange.activated = now;
-            exchange.from.clone_from(&old.version);
-            (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
+            exchange.before = Some((old.program.clone(), old.version.clone()));
         }
-        self.program_before = Some(old.program.clone());
-        if let Some(server) = &self.server {
-            self.options.program = server.program.clone();
-        }
-        self.leaving.push((old, now + LEAVE_PATIENCE));
         if let Some(front) = &mut self.front {
             front.server_gone();
         }
@@ -381,7 +391,8 @@ impl Supervisor {
         });
         log::info!("another server serves; the guest has waited {} us", us(exchange.held, now));
         let version = self.server.as_ref().and_then(|server| server.version.clone());
-        let (from, to) = (program(exchange.from.as_deref()), program(version.as_deref()));
+        let from = exchange.before.and_then(|(_, version)| version);
+        let (from, to) = (program(from.as_deref()), program(version.as_deref()));
         let answer = json!({ "what": ["server"], "from": from, "to": to, "phases_us": phases });
         self.event("server_exchanged", json!({ "phases_us": phases }));
         self.answer(exchange.ticket, Ok(answer));
@@ -426,22 +437,8 @@ impl Supervisor {
     pub(super) fn stopped_has_died(&mut self, ended: Ended) {
         log::warn!("the old server has ended with {ended} before it was told to");
         if let Some(old) = self.stopped.take() {
-            // It has nothing any more that is needed; what follows is as if it had left.
-            drop(old);
-            self.vault_before = None;
-            if let Some(session) = &mut self.session {
-                session.take_back();
-                session.relay.pause(false);
-            }
-            self.ending_session = None;
-            let now = Instant::now();
-            if let Some(exchange) = &mut self.exchange {
-                exchange.activated = now;
-                (exchange.step, exchange.deadline) = (Step::Replaying, now + STEP_PATIENCE);
-            }
-            if let Some(front) = &mut self.front {
-                front.server_gone();
-            }
+            // It has nothing any more that is needed. The exchange is over when the new one serves.
+            self.stopped_is_left(&old);
         }
     }
 }

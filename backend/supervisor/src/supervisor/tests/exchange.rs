@@ -10,9 +10,27 @@ impl Stage {
         self.supervisor.vault.take(list, &[2], vec![file()]).unwrap();
     }
 
+    /// An exchange whose candidate has the device, and is not ready.
+    fn activating(&mut self) -> (Played, Played) {
+        let old = self.serve();
+        let new = self.begin_candidate(true);
+        self.supervisor.candidate.as_mut().unwrap().server.program = other_program();
+        self.exchange(Step::Stopping);
+        self.supervisor.has_stopped(0);
+        (old, new)
+    }
+
     fn step(&self) -> Option<Step> {
         self.supervisor.exchange.as_ref().map(|exchange| exchange.step)
     }
+
+    fn path(&self) -> &str {
+        self.supervisor.options.program.path.to_str().unwrap()
+    }
+}
+
+fn other_program() -> Program {
+    Program::open(Path::new("/bin/ls")).unwrap()
 }
 
 #[test]
@@ -68,4 +86,46 @@ fn an_exchange_is_over_without_a_session_that_waits_for_an_upgrade() {
     stage.supervisor.vault.drop_live("none");
     stage.supervisor.settle_exchange(Instant::now());
     assert_eq!(stage.step(), None);
+}
+
+#[test]
+fn an_exchange_whose_old_server_dies_is_no_success_before_the_new_one_serves() {
+    let mut stage = Stage::new(None);
+    let (old, new) = stage.activating();
+    drop(old);
+    stage.turn_until(|supervisor| supervisor.stopped.is_none());
+    stage.supervisor.settle_exchange(Instant::now());
+    assert_eq!(stage.step(), Some(Step::Activating));
+    say(&new, &ready());
+    stage.turn_until(|supervisor| supervisor.exchange.is_none());
+    // The next death does not undo it.
+    assert_eq!(stage.path(), "/bin/ls");
+    let before = stage.supervisor.program_before.take();
+    assert_eq!(before.map(|program| program.path), Some("/bin/cat".into()));
+}
+
+#[test]
+fn an_exchange_in_which_both_servers_die_leaves_the_program_as_it_was() {
+    let mut stage = Stage::new(None);
+    let (old, new) = stage.activating();
+    drop(old);
+    stage.turn_until(|supervisor| supervisor.stopped.is_none());
+    drop(new);
+    stage.turn_until(|supervisor| supervisor.exchange.is_none());
+    assert_eq!(stage.path(), "/bin/true");
+    assert!(stage.supervisor.program_before.is_none());
+}
+
+/// It is the only one that can.
+#[test]
+fn a_new_server_ends_the_daemon_when_the_old_one_is_dead() {
+    let mut stage = Stage::new(None);
+    let (old, new) = stage.activating();
+    drop(old);
+    stage.turn_until(|supervisor| supervisor.stopped.is_none());
+    stage.supervisor.end("x");
+    assert!(matches!(told(&new)[..], [ToServer::Activate { .. }]));
+    say(&new, &ready());
+    stage.supervisor.hear(Which::Current);
+    assert_eq!(told(&new), [ToServer::Shutdown { why: "x".into() }]);
 }
