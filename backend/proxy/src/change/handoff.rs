@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex, mpsc};
 
 impl DomainProxy {
     /// Stops at a batch boundary, with nothing in flight, and says so with `stopped`; comes back
-    /// when `resume` says that the device is this process's again, and it serves.
+    /// when `resume` says that the device is this process's again, and it serves. Another change is
+    /// waited for as long as requests in flight are, because the frontend is held meanwhile.
     ///
     /// # Errors
     /// Why it was not stopped; it serves on.
@@ -30,7 +31,7 @@ impl DomainProxy {
     ) -> Result<(), Refusal> {
         // The next server could not judge a canary of this one.
         self.canary.check_idle()?;
-        let _operator = lock(&self.operator);
+        let _operator = self.operate_soon(options)?;
         self.check_stopping()?;
         self.canary.check_idle()?;
         let mut others = self.lock_after_takeover(options)?;

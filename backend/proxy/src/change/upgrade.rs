@@ -32,6 +32,9 @@ use domain_abi::{DeviceInfo, Params};
 use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
+/// Between two looks at whether another change has ended.
+const TRY_AGAIN: Duration = Duration::from_millis(2);
+
 /// What a change has prepared before it has the lock of changes.
 pub(crate) trait Prepared {
     /// It is not wanted.
@@ -152,6 +155,18 @@ impl DomainProxy {
                 Code::Busy,
                 "another upgrade is under way; try again when it has ended",
             )),
+        }
+    }
+
+    /// As [`operate`](Self::operate), but waits no longer than for what is in flight.
+    pub(super) fn operate_soon(&self, options: Options) -> Result<MutexGuard<'_, ()>, Refusal> {
+        let deadline = Instant::now() + options.drain_timeout;
+        let at_once = Options { when_busy: WhenBusy::Refuse, ..options };
+        loop {
+            match self.operate(at_once) {
+                Err(_) if Instant::now() < deadline => std::thread::sleep(TRY_AGAIN),
+                taken => return taken,
+            }
         }
     }
 

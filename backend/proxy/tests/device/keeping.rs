@@ -156,6 +156,36 @@ fn a_device_that_is_given_away_stands_still_until_it_is_called_back() {
     device.upgrade("plain", "b", &[]).expect("changes are made again");
 }
 
+/// The frontend is held meanwhile.
+#[test]
+fn a_device_is_not_given_away_while_another_change_takes_its_time() {
+    let device = Device::start(1, &[]);
+    let given_away = |drain_timeout| {
+        let (tell, told) = mpsc::channel();
+        let (proxy, options) =
+            (Arc::clone(&device.proxy), Options { drain_timeout, ..Options::default() });
+        std::thread::spawn(move || {
+            // It is called back at once.
+            let (_, resumed) = mpsc::channel();
+            let _ = tell.send(proxy.hand_off(options, Arc::new(|| {}), resumed));
+        });
+        told
+    };
+    std::thread::scope(|scope| {
+        let change = scope.spawn(|| device.upgrade("plain", "b", &["wait=prepare"]));
+        device.until("not begun", || device.proxy.status().state == State::Upgrading);
+        let refused = given_away(Duration::from_millis(20)).recv_timeout(PATIENCE);
+        let waits = given_away(PATIENCE);
+        let too_soon = waits.recv_timeout(Duration::from_millis(50));
+        device.stage.go.store(true, std::sync::atomic::Ordering::Release);
+        change.join().unwrap().expect("committed");
+        let refusal = refused.expect("it is not waited for").expect_err("a change is under way");
+        assert_eq!(refusal.code.as_str(), "busy");
+        assert!(too_soon.is_err(), "it came between");
+        waits.recv_timeout(2 * PATIENCE).expect("a quick change").expect("it is given away");
+    });
+}
+
 #[test]
 fn a_device_that_cannot_be_stopped_is_not_given_away() {
     let never = || Arc::new(|| panic!("it is not stopped"));

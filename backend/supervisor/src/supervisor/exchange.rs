@@ -20,6 +20,10 @@ use std::time::{Duration, Instant};
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a candidate may take to be prepared.
 const PREPARE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the current server may take to stop. It has bounds of its own for each that it waits
+/// for: another change (5 s), and then a takeover, what an earlier change has left, what is being
+/// made durable, and its workers, 15 s each.
+const STOP_PATIENCE: Duration = Duration::from_secs(75);
 /// How long the others may take for their part.
 const STEP_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -187,7 +191,7 @@ impl Supervisor {
                 let serves = self.server.as_ref().is_some_and(|server| server.ready.is_some());
                 if is_idle && serves && self.ending_session.is_none() {
                     exchange.held = now;
-                    (exchange.step, exchange.deadline) = (Step::Stopping, now + STEP_PATIENCE);
+                    (exchange.step, exchange.deadline) = (Step::Stopping, now + STOP_PATIENCE);
                     let drain_timeout_ms = DRAIN_TIMEOUT.as_millis() as u64;
                     self.send(&ToServer::Stop { drain_timeout_ms });
                     return;

@@ -69,9 +69,16 @@ fn a_server_is_told_to_stop_when_it_serves() {
     stage.supervisor.settle_exchange(Instant::now());
     assert_eq!((told(&server), stage.step()), (Vec::new(), Some(Step::Holding)));
     stage.supervisor.server.as_mut().unwrap().ready = ready;
-    stage.supervisor.settle_exchange(Instant::now());
+    let now = Instant::now();
+    stage.supervisor.settle_exchange(now);
     assert!(matches!(told(&server)[..], [ToServer::Stop { .. }]));
     assert_eq!(stage.step(), Some(Step::Stopping));
+    // It has as long as the bounds of the server add up to.
+    stage.supervisor.settle_exchange(now + Duration::from_secs(65));
+    assert!(stage.supervisor.server.as_ref().unwrap().ended().is_none());
+    assert_eq!(stage.step(), Some(Step::Stopping));
+    let deadline = stage.supervisor.exchange.as_ref().map(Exchange::deadline);
+    assert!(deadline > Some(now + Duration::from_secs(65)));
 }
 
 /// Its frontend is given to no server before an upgrade has brought a module.
