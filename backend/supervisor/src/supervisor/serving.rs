@@ -381,6 +381,8 @@ impl Supervisor {
             Next::GiveUp => {
                 log::error!("no server lives: the device is faulted until it is upgraded");
                 self.is_given_up = true;
+                // A candidate has the module that no server has lived with.
+                self.fail("no server lives");
                 if !self.has_served {
                     // Commands are taken, and the manager need not start it again.
                     self.store.say("READY=1\nSTATUS=faulted until it is upgraded: no server lives");

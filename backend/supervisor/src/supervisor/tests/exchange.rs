@@ -1,6 +1,7 @@
 //! Exchanges in which something dies or is missing.
 
 use super::*;
+use crate::deaths::Death;
 
 impl Stage {
     /// The live module is another one: what was prepared before cannot be promoted.
@@ -8,6 +9,14 @@ impl Stage {
         let live = Some(module("b", 2));
         let list = channel::Vault { generation: 4, live, ..channel::Vault::default() };
         self.supervisor.vault.take(list, &[2], vec![file()]).unwrap();
+    }
+
+    /// Servers have crashed so often that one more time is too much.
+    fn crash_often(&mut self) {
+        let served = Some(Duration::from_millis(200));
+        let death = Death { served, is_crash: true, module: None, oldest: Vec::new() };
+        let choices = crate::deaths::Choices { has_program: false, has_standby: false };
+        (0..9).for_each(|_| _ = self.supervisor.deaths.died(&death, choices));
     }
 
     /// An exchange whose candidate has the device, and is not ready.
@@ -43,6 +52,36 @@ fn an_exchange_is_over_when_its_server_dies_and_its_candidate_is_of_another_modu
     assert_eq!(stage.step(), None);
     assert!(stage.supervisor.candidate.is_none());
     assert!(stage.supervisor.server.is_some(), "another one is started");
+}
+
+#[test]
+fn an_exchange_and_its_candidate_are_over_when_the_device_is_given_up() {
+    for step in [Step::Preparing, Step::Holding, Step::Stopping] {
+        let mut stage = Stage::new(None);
+        let (_old, _candidate) = (stage.serve(), stage.begin_candidate(true));
+        stage.exchange(step);
+        stage.crash_often();
+        stage.supervisor.current_has_died(Ended::Signalled(11));
+        assert!(stage.supervisor.is_given_up, "{step:?}");
+        assert_eq!(stage.step(), None, "{step:?}");
+        assert!(stage.supervisor.candidate.is_none(), "{step:?}");
+    }
+}
+
+/// It has the module that no server has lived with.
+#[test]
+fn a_spare_does_not_serve_when_the_device_is_given_up() {
+    for is_prepared in [false, true] {
+        let mut stage = Stage::new(None);
+        let (_old, spare) = (stage.serve(), stage.begin_candidate(is_prepared));
+        stage.crash_often();
+        stage.supervisor.current_has_died(Ended::Signalled(11));
+        say(&spare, &prepared());
+        stage.supervisor.hear(Which::Candidate);
+        assert!(stage.supervisor.is_given_up && stage.supervisor.server.is_none());
+        assert!(stage.supervisor.candidate.is_none());
+        assert_eq!(told(&spare), []);
+    }
 }
 
 #[test]
