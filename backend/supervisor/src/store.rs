@@ -365,6 +365,17 @@ impl Store {
         self.keep_at.is_some_and(|at| at <= now)
     }
 
+    /// What is there is right: it is not tried to keep something else.
+    pub const fn owe_nothing(&mut self) {
+        self.keep_at = None;
+    }
+
+    /// Something could not be kept, and is due to be tried again.
+    #[cfg(test)]
+    pub(crate) fn owe(&mut self) {
+        self.keep_at = Some(Instant::now());
+    }
+
     /// Says what is still to be said, for a short time.
     pub fn finish(&mut self) {
         let deadline = Instant::now() + LAST_WORDS;

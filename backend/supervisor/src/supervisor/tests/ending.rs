@@ -103,3 +103,15 @@ fn a_server_that_does_not_come_back_is_ended() {
     stage.supervisor.settle_ending(Instant::now() + Duration::from_secs(17));
     assert_eq!(stage.supervisor.over, Some(Ok(1)));
 }
+
+/// What is tried again each second is not tried in an end that leaves the disk as it was.
+#[test]
+fn a_store_that_owes_something_does_not_keep_the_loop_turning() {
+    let mut stage = Stage::new(None);
+    let _server = stage.serve();
+    stage.supervisor.vault.take(channel::Vault::default(), &[], Vec::new()).unwrap();
+    stage.supervisor.store.owe();
+    stage.supervisor.end("x");
+    stage.supervisor.settle_store(Instant::now());
+    assert_eq!(stage.supervisor.store.deadline(), None);
+}
