@@ -165,7 +165,7 @@ impl Journal {
             let base = ring.base.map(|base| state_message(request::SET_VRING_BASE, index, base));
             messages.extend(base);
             // A ring that was stopped may have been where no memory is any more.
-            let is_there = ring.kick.is_some() || self.has_ring(ring);
+            let is_there = ring.kick.is_some() || self.has_memory(ring);
             messages.extend(ring.addr.clone().filter(|_| is_there));
             messages.extend([&ring.error, &ring.call, &ring.kick].into_iter().flatten().cloned());
         }
@@ -199,12 +199,18 @@ impl Journal {
     }
 
     /// Whether there is memory where the parts of a ring begin.
-    fn has_ring(&self, ring: &Ring) -> bool {
+    fn has_memory(&self, ring: &Ring) -> bool {
         let Some(addr) = &ring.addr else { return false };
         // Index and flags come first, the log's address last.
         [8, 16, 24].into_iter().all(|at| {
             addr.u64_at(at).is_some_and(|user| self.memory.iter().any(|region| region.has(user)))
         })
+    }
+
+    /// Whether there is memory where the parts of a queue's ring begin.
+    #[must_use]
+    pub fn has_ring(&self, queue: u32) -> bool {
+        self.rings.get(&queue).is_some_and(|ring| self.has_memory(ring))
     }
 
     /// Where a ring that does not run is to begin, or has stopped.

@@ -122,6 +122,15 @@ impl Region {
         self.write_features(queue, 1);
     }
 
+    /// Whether no server has taken anything from a queue's ring since that was set up with nothing
+    /// in flight: where it begins is what the frontend says.
+    #[must_use]
+    pub fn is_fresh(&self, queue: u32) -> bool {
+        let mut version = [0; 2];
+        let Some(at) = self.part_at(queue) else { return true };
+        !matches!(rustix::io::pread(&self.memfd, &mut version, at + 8), Ok(2) if version != [0; 2])
+    }
+
     /// Whether the server has looked at what a queue has in flight, since it was
     /// [given](Self::give) the region.
     #[must_use]
@@ -218,6 +227,9 @@ mod tests {
         assert_eq!([0, 1, 2].map(|queue| region.is_taken_up(queue)), [true, false, true]);
         write(&region, part(4), &[0; 8]);
         assert!(region.is_taken_up(1));
+        assert!(region.is_fresh(1));
+        write(&region, part(4) + 8, &[1, 0]);
+        assert_eq!([0, 1, 2].map(|queue| region.is_fresh(queue)), [true, false, true]);
     }
 
     #[test]

@@ -204,6 +204,8 @@ impl Relay {
         self.was_running = false;
         if self.has_been_up {
             self.untaken = self.journal.running();
+            // Where nothing was taken yet, nothing is to be found out.
+            self.untaken.retain(|&queue| !self.region.is_fresh(queue));
             self.untaken.iter().for_each(|&queue| self.region.give(queue));
         }
         let mut effects = Vec::new();
@@ -419,10 +421,17 @@ impl Relay {
         if self.untaken.is_empty() { self.go_on() } else { Vec::new() }
     }
 
-    /// The server does not look at its rings in time: memory may be missing that they need.
+    /// The server does not look at its rings in time. It never will where the memory is missing
+    /// that they need; for all others there is no right answer but a server's that has.
     pub fn stop_waiting_for_rings(&mut self) -> Vec<Effect> {
-        self.untaken.clear();
-        self.go_on()
+        self.untaken.retain(|&queue| self.journal.has_ring(queue));
+        self.look_at_region()
+    }
+
+    /// Whether the frontend has said something that is to be asked again.
+    #[must_use]
+    pub const fn is_interrupted(&self) -> bool {
+        self.interrupted.is_some()
     }
 
     fn go_on(&mut self) -> Vec<Effect> {

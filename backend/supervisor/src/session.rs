@@ -18,14 +18,21 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+#[cfg(test)]
+mod tests;
+
 /// How many names are tried for a server's socket.
 const TRIES: usize = 8;
 /// How many messages are looked at before others have their turn.
 const TURN: usize = 64;
 /// How long rings that a server was given are not looked at again.
 const LOOK_AT_RINGS: Duration = Duration::from_micros(200);
-/// How long a server has for looking at them.
+/// How long a server has for looking at them, before their memory may be missing.
 const RINGS_PATIENCE: Duration = Duration::from_secs(2);
+/// How long they are not looked at again from then on.
+const LOOK_AT_LATE_RINGS: Duration = Duration::from_millis(10);
+/// How long a frontend waits for them at most, before another server is to do better.
+const RINGS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a session is over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +54,9 @@ pub struct Session {
     pub relay: Relay,
     /// A server has been told of it, and has not said that it is over.
     pub was_given: bool,
-    /// When a server was told of it last.
+    /// Since when rings are waited for that the server has not looked at.
     #[serde(skip)]
-    given_at: Option<Instant>,
+    rings_since: Option<Instant>,
     frontend: Connection,
     inner: Option<Connection>,
     /// Why it is over, once it is.
@@ -73,7 +80,7 @@ impl Session {
             number,
             relay,
             was_given: false,
-            given_at: None,
+            rings_since: None,
             frontend,
             inner: None,
             over: None,
@@ -116,7 +123,7 @@ impl Session {
         channel.send(&ToServer::Session(session), &[listener.as_fd(), region.memfd.as_fd()])?;
         self.inner = Some(Connection::new(inner));
         self.was_given = true;
-        self.given_at = Some(Instant::now());
+        self.rings_since = None;
         let effects = self.relay.server_is_found();
         self.apply(effects, Some(channel));
         Ok(())
@@ -198,16 +205,38 @@ impl Session {
     /// When there is something to look at even if nothing happens.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.relay.waits_for_rings().then(|| Instant::now() + LOOK_AT_RINGS)
+        let is_late = self.rings_since.is_some_and(|since| since.elapsed() > RINGS_PATIENCE);
+        let again = if is_late { LOOK_AT_LATE_RINGS } else { LOOK_AT_RINGS };
+        self.relay.waits_for_rings().then(|| Instant::now() + again)
     }
 
     fn look_at_rings(&mut self, channel: Option<&Channel>) {
-        let effects = match self.given_at {
-            _ if !self.relay.waits_for_rings() => return,
-            Some(at) if at.elapsed() > RINGS_PATIENCE => self.relay.stop_waiting_for_rings(),
-            _ => self.relay.look_at_region(),
+        if !self.relay.waits_for_rings() {
+            self.rings_since = None;
+            return;
+        }
+        let since = self.rings_since.get_or_insert_with(Instant::now);
+        let effects = if since.elapsed() > RINGS_PATIENCE {
+            if self.has_hung_up {
+                self.end(Over::Gone);
+            }
+            self.relay.stop_waiting_for_rings()
+        } else {
+            self.relay.look_at_region()
         };
         self.apply(effects, channel);
+    }
+
+    /// Whether the frontend has waited for too long for a server that does not look at its rings.
+    /// It is so again when as much time has passed.
+    pub fn rings_take_too_long(&mut self, now: Instant) -> bool {
+        let is_late = |since: Instant| now.saturating_duration_since(since) >= RINGS_TIMEOUT;
+        let waits = self.relay.waits_for_rings() && self.rings_since.is_some_and(is_late);
+        if !waits || !(self.relay.is_interrupted() || is_readable(&self.frontend)) {
+            return false;
+        }
+        self.rings_since = Some(now);
+        true
     }
 
     /// Does all that can be done now.
@@ -320,6 +349,12 @@ fn connect_first(listener: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     Ok(inner)
 }
 
+/// Whether something has come that was not read.
+fn is_readable(socket: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)
+}
+
 /// Kicks a ring; spurious kicks are legal. What would have to be waited for is no event descriptor,
 /// or was kicked enough.
 fn kick(kick: &Descriptor) {
@@ -327,59 +362,5 @@ fn kick(kick: &Descriptor) {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     if poll(&mut fds, Some(&now)) == Ok(1) && fds[0].revents() == PollFlags::OUT {
         let _ = rustix::io::write(kick, &1_u64.to_ne_bytes());
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::region::Region;
-    use rustix::net::accept;
-    use rustix::net::sockopt::socket_peercred;
-    use std::os::unix::net::UnixStream;
-
-    #[test]
-    fn a_session_that_its_server_has_ended_is_given_to_no_other() {
-        let (frontend, _other) = UnixStream::pair().unwrap();
-        let relay = Relay::new(Region::own(1).unwrap(), None, 128);
-        let mut session = Session::new(1, frontend.into(), relay);
-        assert!(session.is_to_be_given());
-        session.server_has_ended_it();
-        assert!(!session.is_to_be_given());
-    }
-
-    #[test]
-    fn a_session_is_given_once_until_its_server_says_that_it_has_left_it() {
-        let (frontend, _other) = UnixStream::pair().unwrap();
-        let relay = Relay::new(Region::own(1).unwrap(), None, 128);
-        let mut session = Session::new(1, frontend.into(), relay);
-        let (ours, theirs) = channel::pair().unwrap();
-        session.give_to(&ours, &Deaths::default()).unwrap();
-        // The server closes its end, and still has the session.
-        let server = Channel::from_socket(theirs);
-        let said = server.receive::<ToServer>().unwrap().unwrap();
-        let (ToServer::Session(_), descriptors) = said else { panic!("{said:?}") };
-        drop(accept(&descriptors[0]).unwrap());
-        session.pump(Some(&ours));
-        assert!(session.inner().is_none() && session.over().is_none());
-        assert!(!session.is_to_be_given());
-        session.take_back();
-        assert!(session.is_to_be_given());
-    }
-
-    #[test]
-    fn a_stranger_does_not_come_between_a_session_and_its_server() {
-        let (listener, inner) = inner_connection().unwrap();
-        // It knows the name, and finds no room.
-        assert_eq!(connect_first(&listener).err(), Some(Errno::AGAIN));
-        let accepted = accept(&listener).unwrap();
-        rustix::io::write(&inner, b"x").unwrap();
-        let mut byte = [0];
-        assert_eq!(rustix::io::read(&accepted, &mut byte), Ok(1));
-        assert_eq!(socket_peercred(&accepted).unwrap().pid, rustix::process::getpid());
-        // One that was quicker is found out.
-        let listener = inner_listener().unwrap();
-        let _stranger = connect_first(&listener).unwrap();
-        assert_eq!(connect_first(&listener).err(), Some(Errno::AGAIN));
     }
 }

@@ -434,6 +434,7 @@ impl Supervisor {
     fn settle(&mut self) {
         let now = Instant::now();
         self.settle_session();
+        self.settle_rings(now);
         self.settle_waiting(now);
         if self.start_at.is_some_and(|at| at <= now) {
             self.start_at = None;

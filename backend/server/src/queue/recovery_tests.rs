@@ -343,10 +343,12 @@ fn a_region_is_replaced_when_what_is_in_flight_has_ended() {
 #[test]
 fn a_region_that_is_too_small_for_the_ring_is_refused() {
     let memory = Memory::new(SIZE / 2);
+    memory.file.write_all_at(&[1], 0).expect("the region");
     let mut bench = served_with(&memory, &[]);
     offer(&mut bench.guest, &[0]);
     bench.serve();
     assert_eq!((bench.guest.used_idx(), bench.guest.status(0)), (0, NONE));
+    assert_eq!(memory.word(0), 0, "it is waited for");
     let fitting = Memory::new(SIZE);
     bench.inflight.set(Some(fitting.inflight()));
     bench.vring.set_queue_ready(false);

@@ -49,6 +49,7 @@ impl QueueWorker {
             }
             Err(error) => {
                 self.give_up(&error);
+                Tracker::pass_by(&inflight.region, self.queue);
                 return Some(Popped::Nothing);
             }
         };
@@ -62,6 +63,7 @@ impl QueueWorker {
             Ok(started) => started,
             Err(error) => {
                 notices::untracked(self.queue, &error);
+                Tracker::pass_by(&inflight.region, self.queue);
                 self.ring.is_broken = true;
                 return Some(Popped::Nothing);
             }

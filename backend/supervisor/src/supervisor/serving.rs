@@ -290,6 +290,16 @@ impl Supervisor {
         }
     }
 
+    /// A frontend does not wait for ever for a server that does not look at its rings.
+    pub(super) fn settle_rings(&mut self, now: Instant) {
+        if let (Some(server), Some(session), None) = (&self.server, &mut self.session, &self.ending)
+            && session.rings_take_too_long(now)
+        {
+            log::error!("the server does not look at the guest's rings, and is ended");
+            server.kill();
+        }
+    }
+
     fn session_has_ended(&mut self, number: u64, error: Option<String>) {
         if self.ending_session == Some(number) {
             self.ending_session = None;

@@ -125,17 +125,25 @@ impl World {
             self.die();
         } else if self.relay.waits_for_rings() {
             assert!(self.relay.look_at_region().is_empty() && self.relay.is_held());
-            // What a server's workers write when they have looked.
-            let region = self.relay.region();
-            let part = region.place.len / 2;
-            for at in [0, part] {
-                rustix::io::pwrite(&region.memfd, &[0; 8], at).unwrap();
-            }
+            self.take_up();
             let effects = self.relay.look_at_region();
             self.apply(effects);
             return self.serve(None);
         }
+        if self.relay.is_up() {
+            self.take_up();
+        }
         has_died
+    }
+
+    /// What a server's workers write when they have looked at their rings.
+    fn take_up(&self) {
+        let region = self.relay.region();
+        let part = region.place.len / 2;
+        for at in [0, part] {
+            rustix::io::pwrite(&region.memfd, &[0; 8], at).unwrap();
+            rustix::io::pwrite(&region.memfd, &[1, 0], at + 8).unwrap();
+        }
     }
 
     fn step(&mut self, step: &Step, dies: Option<Moment>) {

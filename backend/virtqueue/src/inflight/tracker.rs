@@ -48,6 +48,14 @@ impl Tracker {
         Ok((tracker, recovery))
     }
 
+    /// The ring of `queue` is never taken up, because it cannot be: what waits for that need not
+    /// any more.
+    pub fn pass_by(region: &Arc<Region>, queue: usize) {
+        if let Ok(part) = Part::new(region, queue, 1) {
+            part.header().features.put(0);
+        }
+    }
+
     /// Marks chains whose heads are the ring's, when they are taken and before anything is done for
     /// them: of each its counter, then its mark (steps 2 to 4 of "When receiving available buffers
     /// from the driver" in the specification). Chains are marked in the order of the ring.
