@@ -113,6 +113,7 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("backend/virtqueue", "rings in guest memory, and what keeps guest addresses valid"),
     ("backend/telemetry/src/counters.rs", "counters in memory that another process reads"),
     ("backend/server/src/raw_fd.rs", "descriptors that come or go as numbers"),
+    ("backend/server/src/sandbox/trap.rs", "a signal's handler ends what is refused"),
     ("backend/server/src/signals.rs", "a system call that sets what a signal does"),
     ("domains/ramdisk/tests", "looks at a region's memfd from outside"),
     ("domains/file/tests", "limits and mounts of the test's own process"),

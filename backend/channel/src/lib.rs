@@ -20,8 +20,8 @@ mod rings;
 
 pub use memory::memfd;
 pub use messages::{
-    Bytes, InflightRegion, Kept, Module, Quarantined, RateLimits, Region, Session, Settings, Start,
-    Stored, ToServer, ToSupervisor, VERSION, Vault,
+    Bytes, InflightRegion, Kept, Module, Quarantined, RateLimits, Region, Sandbox, Session,
+    Settings, Start, Stored, ToServer, ToSupervisor, VERSION, Vault,
 };
 pub use packet::{Channel, MAX_DESCRIPTORS, MAX_PACKET, Received, pair};
 pub use rings::{MAX_QUEUE_SIZE, ring_refusal};

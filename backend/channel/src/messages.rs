@@ -25,6 +25,24 @@ pub struct RateLimits {
     pub bandwidth_burst: u64,
 }
 
+/// What a server confines itself to, before any code of a module runs in it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sandbox {
+    /// What it does not need is refused; else it is only logged.
+    pub enforces: bool,
+    /// Folders of modules, which are read.
+    pub modules: Vec<PathBuf>,
+    /// Files that it reads and writes.
+    pub files: Vec<PathBuf>,
+    /// It does not write to them.
+    pub reads_only: bool,
+    /// It connects to others.
+    pub connects: bool,
+    /// To these ports.
+    pub ports: Vec<u16>,
+}
+
 /// What a server is told once, before anything else, and what does not change while it lives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -42,6 +60,10 @@ pub struct Settings {
     /// If there are any: public keys of minisign, of which one has to have signed a module.
     #[serde(default, skip_serializing_if = "is_default")]
     pub trusted_keys: Vec<String>,
+    /// What a server confines itself to; it does not, if there is nothing. One that does not know
+    /// this does not, either.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sandbox: Option<Sandbox>,
     /// How much the guest may do at first: a vault that says something else is right.
     #[serde(default, skip_serializing_if = "is_default")]
     pub limits: RateLimits,

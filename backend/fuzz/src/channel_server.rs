@@ -54,6 +54,7 @@ fn any(input: &mut Input<'_>) -> (ToServer, usize) {
                 worker_cpus: Vec::new(),
                 domain_dirs: Vec::new(),
                 trusted_keys: Vec::new(),
+                sandbox: None,
                 limits: channel::RateLimits::default(),
             };
             let start = Start::Vault(vault);

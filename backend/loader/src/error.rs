@@ -47,7 +47,9 @@ pub(crate) enum Error {
     UnknownName { dirs: String, choice: String },
     #[error("there is no such file; give the path of a libdomain_*.so, or a name without `/`")]
     NoFile,
-    #[error("it cannot be opened or read; check its permissions and those of its directories")]
+    #[error(
+        "it cannot be opened or read; check its permissions and those of its directories, and with --sandbox=on that it lies below a --domain-dir"
+    )]
     Unreadable(#[source] io::Error),
     #[error("it is {0}, not a regular file; give the path of a libdomain_*.so")]
     NotAFile(&'static str),

@@ -21,6 +21,7 @@ use domain_abi::Params;
 
 use crate::cpus::{Cpus, worker_cpus};
 use crate::limiter;
+use crate::sandbox;
 use crate::watching::Watching;
 use channel::{MAX_QUEUE_SIZE, RateLimits};
 use control::LimitArgs;
@@ -74,9 +75,10 @@ pub struct Args {
     #[arg(long, value_name = "NAME|PATH", conflicts_with = "blk_file")]
     domain: Option<String>,
 
-    /// Where modules are looked up [default: beside the executable, then in ../lib/vhost-hotswap]
-    #[arg(long, value_name = "DIR")]
-    domain_dir: Option<PathBuf>,
+    /// Where modules are looked up; can be repeated [default: beside the executable, then in
+    /// ../lib/vhost-hotswap]
+    #[arg(long = "domain-dir", value_name = "DIR")]
+    domain_dirs: Vec<PathBuf>,
 
     /// Load only modules that this key has signed (MODULE.so.minisig): a public key of minisign, or
     /// a file that has one; can be repeated [default: load what nobody else can write to]
@@ -135,6 +137,11 @@ pub struct Args {
     #[command(flatten)]
     watching: Watching,
 
+    /// Whether the process that serves confines itself to what it needs: files, system calls
+    /// [default: off]
+    #[arg(long, value_name = "MODE", value_enum)]
+    sandbox: Option<sandbox::Mode>,
+
     /// Be the server of the supervisor at this inherited descriptor; all other options are ignored
     #[arg(long, value_name = "N", hide = true, value_parser = clap::value_parser!(RawFd).range(0..))]
     serve_channel: Option<RawFd>,
@@ -187,6 +194,8 @@ pub struct Config {
     pub limits: RateLimits,
     /// How a second process is to serve; none if this one does.
     pub supervision: Option<Supervision>,
+    /// How the process that serves is confined.
+    pub sandbox: sandbox::Mode,
     /// What is told to those who watch.
     pub watching: Watching,
 }
@@ -307,17 +316,27 @@ impl Args {
             has_spare: self.spare,
             hang_timeout: self.hang_timeout_ms.map(|ms| Duration::from_millis(ms.into())),
         });
+        let sandbox = self.sandbox.unwrap_or_default();
+        if sandbox != sandbox::Mode::Off && supervision.is_none() {
+            return Err("--sandbox is for a process that serves beside a supervisor; leave \
+                        --no-supervisor out, or give --sandbox=off"
+                .into());
+        }
         let limits = limiter::changed(RateLimits::default(), &LimitRequest::from(self.limits))?;
         Ok(Config {
             supervision,
             limits,
             watching: self.watching,
+            sandbox,
             listen,
             socket_mode: self.socket_mode.unwrap_or(SOCKET_MODE),
             socket_group: self.socket_group,
             control_path,
             domain,
-            domain_dirs: self.domain_dir.map_or_else(default_domain_dirs, |dir| vec![dir]),
+            domain_dirs: match self.domain_dirs {
+                none if none.is_empty() => default_domain_dirs(),
+                dirs => dirs,
+            },
             trusted_keys: self.trusted_keys,
             params,
             queues: self.queues,

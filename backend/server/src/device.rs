@@ -2,6 +2,7 @@
 
 use crate::limiter::Limiter;
 use crate::log_limit::{self, how_to_have_more};
+use crate::sandbox::Enforced;
 use control::messages::{
     CanaryRequest, LimitRequest, ResizeRequest, RollbackRequest, UpgradeMode, UpgradeRequest,
     WhenBusy,
@@ -27,6 +28,7 @@ pub struct Device {
     limiter: Arc<Limiter>,
     connected: AtomicBool,
     stop: Box<dyn Fn() + Send + Sync>,
+    sandbox: Enforced,
 }
 
 impl Device {
@@ -37,7 +39,14 @@ impl Device {
         limiter: Arc<Limiter>,
         stop: impl Fn() + Send + Sync + 'static,
     ) -> Self {
-        Self { proxy, limiter, connected: AtomicBool::new(false), stop: Box::new(stop) }
+        let (connected, stop) = (AtomicBool::new(false), Box::new(stop));
+        Self { proxy, limiter, connected, stop, sandbox: Enforced::NOTHING }
+    }
+
+    /// The same, in a process that is confined.
+    #[must_use]
+    pub fn confined(self, sandbox: Enforced) -> Self {
+        Self { sandbox, ..self }
     }
 
     /// Whether a frontend is connected: set by the session.
@@ -130,6 +139,8 @@ struct StatusReply<'a> {
     limits: Value,
     /// The generation on trial, or the last one that was.
     canary: Option<CanaryReport>,
+    /// How the process is confined.
+    sandbox: Enforced,
 }
 
 /// What is not in the device's own state.
@@ -138,20 +149,21 @@ struct Beside {
     claim: ClaimState,
     limits: Value,
     canary: Option<CanaryReport>,
+    sandbox: Enforced,
 }
 
 fn status_reply(status: &Status, beside: Beside) -> Value {
-    let Beside { connected, claim, limits, canary } = beside;
+    let Beside { connected, claim, limits, canary, sandbox } = beside;
     let features = format!("{:#x}", features::offered(&status.domain.info));
-    to_json(&StatusReply { status, features, connected, claim, limits, canary })
+    to_json(&StatusReply { status, features, connected, claim, limits, canary, sandbox })
 }
 
 impl Operations for Device {
     fn status(&self) -> Value {
         let connected = self.connected.load(Ordering::Relaxed);
         let (claim, limits) = (self.proxy.claim_state(), self.limiter.report());
-        let canary = self.proxy.canary();
-        status_reply(&self.proxy.status(), Beside { connected, claim, limits, canary })
+        let (canary, sandbox) = (self.proxy.canary(), self.sandbox.now());
+        status_reply(&self.proxy.status(), Beside { connected, claim, limits, canary, sandbox })
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<Value, OperationError> {
@@ -266,7 +278,8 @@ mod tests {
             counters: std::collections::BTreeMap::new(),
         };
         let (claim, limits) = (ClaimState::Claimed, json!({"iops": 7}));
-        let beside = Beside { connected: true, claim, limits, canary: None };
+        let sandbox = Enforced::NOTHING;
+        let beside = Beside { connected: true, claim, limits, canary: None, sandbox };
         let mut told = status_reply(&status, beside);
         assert_eq!((&told["connected"], &told["claim"]), (&true.into(), &"claimed".into()));
         assert_eq!(told["features"], format!("{:#x}", features::offered(&status.domain.info)));
@@ -274,6 +287,7 @@ mod tests {
         members.remove("connected");
         members.remove("claim");
         assert_eq!(members.remove("canary"), Some(Value::Null));
+        assert_eq!(members.remove("sandbox").unwrap()["mode"], "off");
         assert_eq!(members.remove("limits"), Some(json!({"iops": 7})));
         members.remove("features");
         assert_eq!(told, serde_json::to_value(&status).unwrap());

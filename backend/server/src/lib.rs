@@ -21,6 +21,7 @@ pub mod logging;
 mod phase;
 mod queue;
 pub mod raw_fd;
+pub mod sandbox;
 pub mod second;
 pub mod session;
 pub mod shutdown;

@@ -5,6 +5,7 @@
 use crate::args::{Config, Listen};
 use crate::logging;
 use crate::raw_fd::{ListenVariables, inherited_channel, passed};
+use crate::sandbox::{self, Mode};
 use crate::signals;
 use crate::startup::{frontends_access, given_listener, trusted_keys};
 use crate::watching::Watching;
@@ -38,6 +39,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
     let given = given_listener(&config.listen, &mut passed)?;
     let access = frontends_access(&config)?;
     let keys = trusted_keys(&config)?;
+    let sandbox = (config.sandbox != Mode::Off).then(|| sandbox::grants(&config));
     let mut store = Store::from_environment();
     let kept = store.take_back(passed.into_values().collect())?;
     let program = Program::own().map_err(|error| format!("cannot read this program: {error}"))?;
@@ -74,6 +76,7 @@ pub fn supervise(config: Config, supervision: Supervision) -> Result<i32, String
             poll_us,
             worker_cpus: config.worker_cpus,
             domain_dirs: config.domain_dirs,
+            sandbox,
             trusted_keys: keys.iter().map(|key| key.text().to_owned()).collect(),
             limits: config.limits,
         },

@@ -6,6 +6,7 @@
 //! | `panic` | panics | panics | panics |
 //! | `stall` | works 3 s late | stays in flight for 3 s; the worker goes on | ends 3 s late |
 //! | `hang` | the same | blocks the calling thread for 3 s | the same |
+//! | `reach` | reaches for what is outside, and goes on | the same | the same |
 
 use domain_api::DomainError;
 use std::str::FromStr;
@@ -44,6 +45,7 @@ pub(crate) enum FaultKind {
     Panic,
     Stall,
     Hang,
+    Reach,
 }
 
 /// One fault, which comes once.
@@ -88,6 +90,7 @@ impl FromStr for Fault {
             Some(&"panic") => Some(FaultKind::Panic),
             Some(&"stall") => Some(FaultKind::Stall),
             Some(&"hang") => Some(FaultKind::Hang),
+            Some(&"reach") => Some(FaultKind::Reach),
             _ => None,
         };
         let number = match parts.get(2) {
@@ -102,7 +105,7 @@ impl FromStr for Fault {
             }
             _ => Err(DomainError::new(format!(
                 "parameter `fault` is `{text}`; it must be PHASE:KIND or PHASE:KIND:N, with PHASE one of prepare, quiesce, activate, request, end, \
-                 KIND one of fail, panic, stall, hang, and N a number from 1"
+                 KIND one of fail, panic, stall, hang, reach, and N a number from 1"
             ))),
         }
     }

@@ -10,18 +10,23 @@
 //! with an I/O error, with `bad=SIZE` reads of the first SIZE bytes do, and with `delay_ms=N` each
 //! request is answered so much later. None of these is inherited either.
 //!
+//! With `fault=PHASE:reach` it reaches for what is outside of a disk: all that `reach=WHAT` says,
+//! with commas between them; see `reach`. What came of it is logged and counted.
+//!
 //! What is the same as in `ramdisk` is written down again, for domains do not depend on each other;
 //! it is kept to what tests need.
 
 #![forbid(unsafe_code)]
 
 mod fault;
+mod reach;
 
 use domain_api::{
     Batch, BlockDomain, Capabilities, Completions, DeviceInfo, DomainError, Host, Op, Params,
     QueueContext, QueueIndex, Region, Request, Status, Swap,
 };
 use fault::{Fault, FaultKind, LATE, Phase};
+use reach::Reach;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -39,6 +44,8 @@ pub struct Faulty {
     serial: String,
     region: OnceLock<Region>,
     faults: Vec<Fault>,
+    /// What it reaches for when that is its fault.
+    reach: Vec<Reach>,
     /// Each so-manieth request fails; 0 is none.
     error_every: u64,
     requests: AtomicU64,
@@ -66,7 +73,7 @@ impl BlockDomain for Faulty {
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
     const PARAMS: &'static [&'static str] =
-        &["size", "serial", "fault", "error_every", "bad", "delay_ms"];
+        &["size", "serial", "fault", "reach", "error_every", "bad", "delay_ms"];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
     type Queue = Queue;
@@ -83,6 +90,9 @@ impl BlockDomain for Faulty {
         let faults = params
             .get("fault")
             .map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
+        let reach = params
+            .get("reach")
+            .map_or(Ok(Vec::new()), |list| list.split(',').map(str::parse).collect())?;
         let serial = params.serial()?;
         let delay = Duration::from_millis(number(params, "delay_ms")?);
         let new = Self {
@@ -91,6 +101,7 @@ impl BlockDomain for Faulty {
             serial,
             region: OnceLock::new(),
             faults,
+            reach,
             error_every: number(params, "error_every")?,
             requests: AtomicU64::new(0),
             bad: params.size("bad", 0)?,
@@ -160,6 +171,7 @@ impl BlockDomain for Faulty {
                     continue;
                 }
                 Some(FaultKind::Hang) => std::thread::sleep(LATE),
+                Some(FaultKind::Reach) => self.reach_out(),
             }
             if !self.delay.is_zero() {
                 self.stall(queue, request, self.delay, completions);
@@ -225,9 +237,16 @@ impl Faulty {
                 FaultKind::Panic => panic!("fault={phase}:panic"),
                 // Nothing but the calling thread can be late here.
                 FaultKind::Stall | FaultKind::Hang => std::thread::sleep(LATE),
+                FaultKind::Reach => self.reach_out(),
             }
         }
         Ok(())
+    }
+
+    fn reach_out(&self) {
+        for reach in &self.reach {
+            reach.reach_out(self.host);
+        }
     }
 
     /// Keeps a request in flight, and lets the worker go on.

@@ -30,6 +30,7 @@ mod protocol;
 mod refusals;
 mod residents;
 mod resize;
+mod sandbox;
 mod second;
 mod server;
 mod sessions;

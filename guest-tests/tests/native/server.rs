@@ -71,6 +71,7 @@ fn settings(queues: u16) -> Settings {
         worker_cpus: Vec::new(),
         domain_dirs: vec![directory],
         trusted_keys: Vec::new(),
+        sandbox: None,
         limits: channel::RateLimits::default(),
     }
 }

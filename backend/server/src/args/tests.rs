@@ -52,6 +52,23 @@ fn everything_given() {
 }
 
 #[test]
+fn folders_of_modules_come_in_their_order() {
+    let dirs = config("--socket-path s --domain-dir b --domain-dir a").domain_dirs;
+    assert_eq!(dirs, [Path::new("b"), Path::new("a")]);
+}
+
+#[test]
+fn only_a_server_of_a_supervisor_is_confined() {
+    use crate::sandbox::Mode;
+    assert_eq!(config("--socket-path s").sandbox, Mode::Off);
+    assert_eq!(config("--socket-path s --sandbox=on").sandbox, Mode::On);
+    assert_eq!(config("--socket-path s --no-supervisor --sandbox=off").sandbox, Mode::Off);
+    let sentence = refusal("--socket-path s --no-supervisor --sandbox=on");
+    assert!(sentence.contains("leave --no-supervisor out"), "{sentence}");
+    assert!(refusal("--socket-path s --sandbox=maybe").contains("--sandbox"));
+}
+
+#[test]
 fn keys_are_collected_and_not_looked_at() {
     let line = "--socket-path s --trusted-key a.pub --trusted-key RWQ";
     assert_eq!(config(line).trusted_keys, ["a.pub", "RWQ"]);

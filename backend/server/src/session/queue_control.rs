@@ -14,6 +14,7 @@ use crate::log_limit::{self, how_to_have_more};
 use crate::phase::Phase;
 use crate::queue::{BatchInputs, QueueWorker};
 use crate::raw_fd;
+use crate::sandbox;
 use crate::sync::lock;
 use log::Level;
 use proxy::Notifier;
@@ -290,6 +291,7 @@ impl QueueControl {
             }
         };
         cpus::keep(queue, &config.worker_cpus);
+        sandbox::serve_queue();
         let slots = usize::from(config.queue_size);
         let device = self.context.proxy.worker(queue, slots, Box::new(wake));
         if device.is_none() {

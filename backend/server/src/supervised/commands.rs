@@ -7,6 +7,7 @@ use super::{Begun, Hold, HoldCell, PROGRAM, Said, leave_at_once, say};
 use crate::device::Device;
 use crate::inflight::{Inflight, Quarantined, SharedInflight};
 use crate::log_limit::how_to_have_more;
+use crate::sandbox::Enforced;
 use crate::session::{self, Beginning, SessionConfig, SessionHandle};
 use crate::shutdown::Shutdown;
 use channel::{Channel, InflightRegion, Session, ToServer, ToSupervisor, VERSION};
@@ -62,6 +63,7 @@ impl Commands {
         hold: Arc<HoldCell>,
         begun: Begun,
         config: SessionConfig,
+        enforced: Enforced,
     ) -> Result<Self, String> {
         let Begun { proxy, standby, believed, limits: _, hears } = begun;
         if hears.events {
@@ -86,7 +88,8 @@ impl Commands {
         let device = {
             let channel = Arc::clone(&channel);
             let stop = move || say(&channel, &ToSupervisor::ShutdownWanted);
-            Arc::new(Device::new(Arc::clone(&proxy), Arc::clone(&config.limiter), stop))
+            let device = Device::new(Arc::clone(&proxy), Arc::clone(&config.limiter), stop);
+            Arc::new(device.confined(enforced))
         };
         config.limiter.on_change({
             let proxy = Arc::downgrade(&proxy);

@@ -28,6 +28,7 @@ use crate::inflight::SharedInflight;
 use crate::limiter::Limiter;
 use crate::log_limit::how_to_have_more;
 use crate::raw_fd::inherited_channel;
+use crate::sandbox::{self, Enforced};
 use crate::session::SessionConfig;
 use crate::{signals, startup};
 use channel::{Channel, RateLimits, Settings, Start, ToServer, ToSupervisor, VERSION, Vault};
@@ -35,7 +36,7 @@ use commands::Commands;
 use loader::{FileLoader, Policy, TrustedKey};
 use proxy::{DomainProxy, KeptModule, Refusal, Restoring};
 use rustix::process::{Signal, getpid, kill_process};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -76,6 +77,8 @@ impl HoldCell {
 }
 
 /// What comes from the supervisor.
+// Few come, and each is taken at once.
+#[allow(clippy::large_enum_variant)]
 enum Said {
     Message(ToServer, Vec<OwnedFd>),
     /// It is gone.
@@ -140,16 +143,20 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
     startup::check_proc()?;
     startup::raise_descriptor_limit();
     let hold = Arc::new(HoldCell(AtomicU8::new(Hold::Starting as u8)));
-    let said = listen(&channel, &hold)?;
-    let mut first = said.recv();
+    let (mut first, mut descriptors) = first_of(&channel);
     let mut memory = None;
-    if let Ok(Said::Message(ToServer::Counters { layout }, descriptors)) = first {
+    if let ToServer::Counters { layout } = first {
         memory = descriptors.into_iter().next().filter(|_| layout == telemetry::counters::LAYOUT);
-        first = said.recv();
+        (first, descriptors) = first_of(&channel);
     }
-    let Ok(Said::Message(first, descriptors)) = first else { leave_at_once() };
-    let begun = begin(&channel, &said, first, descriptors);
-    let (begun, settings) = begun.map_err(|Unfit { code, message }| {
+    // Before there is another thread, and before any code of a module.
+    let enforced = confined(&first, &descriptors);
+    let said = listen(&channel, &hold)?;
+    let begun = enforced.and_then(|enforced| {
+        begin(&channel, &said, first, descriptors)
+            .map(|(begun, settings)| (begun, settings, enforced))
+    });
+    let (begun, settings, enforced) = begun.map_err(|Unfit { code, message }| {
         let failed = ToSupervisor::Failed { code: code.to_owned(), message: message.clone() };
         say(&channel, &failed);
         message
@@ -164,7 +171,36 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
         limiter: Arc::new(Limiter::new(begun.limits)),
         counters: memory.and_then(|memory| counters(memory, settings.queues)),
     };
-    Commands::new(channel, hold, begun, config)?.carry_out(&said)
+    Commands::new(channel, hold, begun, config, enforced)?.carry_out(&said)
+}
+
+/// What the supervisor says first. If it is gone, or wants none, this process ends.
+fn first_of(channel: &Channel) -> (ToServer, Vec<OwnedFd>) {
+    loop {
+        match channel.receive() {
+            Ok(Some((ToServer::Exit, _)) | None) => leave_at_once(),
+            Ok(Some(first)) => return first,
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                log::warn!("the supervisor says what is not understood: {error}");
+            }
+            Err(_) => leave_at_once(),
+        }
+    }
+}
+
+/// Confines the process, if it is told to.
+fn confined(first: &ToServer, descriptors: &[OwnedFd]) -> Result<Enforced, Unfit> {
+    let ToServer::Start { settings, start, .. } = first else { return Ok(Enforced::NOTHING) };
+    let Some(sandbox) = &settings.sandbox else { return Ok(Enforced::NOTHING) };
+    let files: Vec<BorrowedFd<'_>> = match start {
+        Start::First { .. } => Vec::new(),
+        Start::Vault(vault) => {
+            let is_file = |object: &u64| vault.files.iter().any(|stored| stored.file == *object);
+            let objects = vault.objects().into_iter().zip(descriptors);
+            objects.filter(|(object, _)| is_file(object)).map(|(_, file)| file.as_fd()).collect()
+        }
+    };
+    sandbox::enter(sandbox, &files).map_err(|message| Unfit { code: "sandbox", message })
 }
 
 /// Where requests are counted.

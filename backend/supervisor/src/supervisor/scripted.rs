@@ -26,6 +26,7 @@ pub(super) fn options(directory: &Path) -> (Options, UnixStream) {
             worker_cpus: vec![0],
             domain_dirs: vec!["/usr/lib".into()],
             trusted_keys: Vec::new(),
+            sandbox: None,
             limits: channel::RateLimits::default(),
         },
         domain: "ramdisk".into(),
