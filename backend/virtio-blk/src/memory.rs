@@ -295,12 +295,6 @@ pub(crate) struct Descriptors<'m> {
 }
 
 impl Descriptors<'_> {
-    /// How many there are.
-    #[inline(always)]
-    pub(crate) const fn size(&self) -> u16 {
-        self.size
-    }
-
     /// One of them, as two numbers. None if there are not so many.
     #[inline(always)]
     pub(crate) fn read(&self, index: u16) -> Option<(u64, u64)> {

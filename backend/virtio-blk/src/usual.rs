@@ -10,7 +10,7 @@
 //! | `parse` | here |
 //! |---|---|
 //! | a descriptor is in its table | so (`Descriptors::read`) |
-//! | no more descriptors than the table has: no loop | three, in tables of three or more |
+//! | no more descriptors than the table has: no loop | three are read, which are three kinds |
 //! | an indirect table is the end, not nested, whole | its flags and length are the usual ones |
 //! | readable before writable, a status byte, a header | flags and lengths of first and last |
 //! | less than 4 GiB in all | data of a multiple of 512 bytes leaves room for 17 |
@@ -80,10 +80,9 @@ pub fn usual<A: Deref<Target: GuestMemoryBackend>>(
     const HEADER: u64 = what(16, NEXT);
     const TABLE: u64 = what(3 * 16, INDIRECT);
     const STATUS: u64 = what(1, WRITE);
+    const MOST: u32 = MAX_TRANSFER as u32;
+    const { assert!(MOST as u64 == MAX_TRANSFER) };
     let table = translator.descriptors();
-    if table.size() < 3 {
-        return None;
-    }
     let (addr, rest) = table.read(head)?;
     let [header, data, status] = if what_of(rest) == TABLE {
         three(translator.indirect(addr, 3)?, 0)?
@@ -98,8 +97,8 @@ pub fn usual<A: Deref<Target: GuestMemoryBackend>>(
     let op = kind as u32;
     // A read has a buffer to be filled, and a write has one to be read.
     let fits = u32::from(flags & WRITE == 0) == op && !(op == op::WRITE && limits.read_only);
-    let len_fits =
-        len != 0 && u64::from(len).is_multiple_of(SECTOR_SIZE) && u64::from(len) <= MAX_TRANSFER;
+    // Not 0, which wraps around.
+    let len_fits = len.wrapping_sub(1) < MOST && len.is_multiple_of(SECTOR_SIZE as u32);
     if !fits || !len_fits {
         return None;
     }
