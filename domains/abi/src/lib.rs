@@ -12,12 +12,18 @@
 //! module (`domain-host`), virtio, guest addresses, upgrades.
 
 pub mod descriptor;
+mod image;
 mod params;
+mod segment;
 mod tables;
 mod types;
 mod words;
 
+pub use image::{ImageVtable, RawImage, RawImageEnd, RawImageInfo};
 pub use params::{Params, ParamsError, parse_size};
+pub use segment::RawSegment;
 pub use tables::*;
-pub use types::{Capabilities, Claim, DeviceInfo, DomainError, Level, QueueIndex, Status, Swap};
+pub use types::{
+    Capabilities, Claim, DeviceInfo, DomainError, ImageInfo, Level, QueueIndex, Status, Swap,
+};
 pub use words::*;

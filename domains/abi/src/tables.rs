@@ -11,7 +11,7 @@
 //! What this file deliberately does not know: which call is made when. The contract of
 //! `domain_api::BlockDomain` says that.
 
-use crate::op;
+use crate::{RawImage, RawSegment, op};
 use std::ffi::c_void;
 
 /// Most queues that a device can have: the width of the mask that maps them to threads.
@@ -30,60 +30,6 @@ pub const CALL_FAILED: u32 = 1;
 /// The domain panicked; the panic's message is in the message. The instance must not be called
 /// again.
 pub const CALL_PANICKED: u32 = 2;
-
-/// One piece of guest memory. Same layout as `struct iovec`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct RawSegment {
-    base: *mut u8,
-    len: usize,
-}
-
-impl RawSegment {
-    /// Names a piece of guest memory.
-    ///
-    /// # Safety
-    /// `base..base + len` stays mapped readable and writable until the request that uses it has
-    /// completed, and no Rust reference into it is made.
-    #[must_use]
-    pub const unsafe fn new(base: *mut u8, len: usize) -> Self {
-        Self { base, len }
-    }
-
-    /// Length in bytes.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether it has no bytes.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The same piece without its first `count` bytes.
-    ///
-    /// # Panics
-    /// If it has fewer.
-    #[must_use]
-    pub const fn without_first(self, count: usize) -> Self {
-        assert!(count <= self.len, "more bytes than the piece has");
-        Self { base: self.base.wrapping_add(count), len: self.len - count }
-    }
-
-    /// Address of the first byte, e.g. to find where the next piece would continue it.
-    #[must_use]
-    pub const fn base(&self) -> *mut u8 {
-        self.base
-    }
-}
-
-// SAFETY: an address and a length; what made it answers for the memory (`new`), which belongs to
-// no thread.
-unsafe impl Send for RawSegment {}
-// SAFETY: as above.
-unsafe impl Sync for RawSegment {}
 
 /// One checked request. `offset` and `len` are inside the announced capacity and multiples of 512.
 #[repr(C)]
@@ -388,6 +334,16 @@ pub struct HostVtable {
         key: RawBytes,
         len: u64,
         out: *mut RawRegion,
+        message: *mut RawMessage,
+    ) -> u32,
+    /// Opens an image through `engine`, e.g. `rbd`; `params` are pairs: key, value, key, value. One
+    /// that is open for this device already, with the same of these, is that one. May take seconds.
+    pub image_open: unsafe extern "C" fn(
+        ctx: *mut c_void,
+        engine: RawBytes,
+        params: *const RawBytes,
+        param_count: usize,
+        out: *mut RawImage,
         message: *mut RawMessage,
     ) -> u32,
 }

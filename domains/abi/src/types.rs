@@ -130,6 +130,21 @@ pub struct DeviceInfo {
     pub serial: String,
 }
 
+/// What an image of the host's is, as of the last look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ImageInfo {
+    /// Bytes that it has now.
+    pub capacity: u64,
+    /// It cannot be written.
+    pub read_only: bool,
+    /// Preferred size of an I/O in bytes, or 0.
+    pub optimal_io_size: u32,
+    /// Granularity of `Discard` in bytes, or 0.
+    pub discard_granularity: u32,
+    /// Two numbers that say which image it is, whatever it is called.
+    pub id: (u64, u64),
+}
+
 /// Urgency of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]

@@ -1,8 +1,8 @@
 //! The host as a domain sees it: its log, its clock, its threads.
 
 use domain_abi::{
-    self as abi, DomainError, HostVtable, Level, QueueIndex, RawBytes, RawMessage, RawRegion,
-    raw_bytes,
+    self as abi, DomainError, HostVtable, Level, QueueIndex, RawBytes, RawImage, RawMessage,
+    RawRegion, raw_bytes,
 };
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -167,14 +167,19 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
         _: *mut RawRegion,
         message: *mut RawMessage,
     ) -> u32 {
-        const WHY: &str = "this host is too old to make a region longer";
-        // SAFETY: `message` is this module's own (`with_message`), with room for `capacity` bytes.
-        unsafe {
-            let len = WHY.len().min((*message).capacity);
-            std::ptr::copy_nonoverlapping(WHY.as_ptr(), (*message).bytes, len);
-            (*message).len = len;
-        }
-        abi::CALL_FAILED
+        // SAFETY: `message` is this module's own (`with_message`).
+        unsafe { refused(message, "this host is too old to make a region longer") }
+    }
+    unsafe extern "C" fn not_opened(
+        _: *mut std::ffi::c_void,
+        _: RawBytes,
+        _: *const RawBytes,
+        _: usize,
+        _: *mut RawImage,
+        message: *mut RawMessage,
+    ) -> u32 {
+        // SAFETY: `message` is this module's own (`with_message`).
+        unsafe { refused(message, "this host is too old to open images; upgrade the daemon") }
     }
     assert!(size >= std::mem::offset_of!(HostVtable, notifier_fd), "a host table of {size} bytes");
     let full = Box::leak(Box::new(MaybeUninit::<HostVtable>::uninit()));
@@ -187,9 +192,24 @@ unsafe fn completed(vtable: *const HostVtable, size: usize) -> &'static HostVtab
         (&raw mut (*full.as_mut_ptr()).storage_failure).write(not_marked);
         (&raw mut (*full.as_mut_ptr()).count).write(not_counted);
         (&raw mut (*full.as_mut_ptr()).region_grow).write(not_grown);
+        (&raw mut (*full.as_mut_ptr()).image_open).write(not_opened);
         std::ptr::copy_nonoverlapping(vtable.cast::<u8>(), full.as_mut_ptr().cast(), size);
         full.assume_init_ref()
     }
+}
+
+/// Leaves a sentence for a call that fails.
+///
+/// # Safety
+/// `message` has room for `capacity` bytes.
+unsafe fn refused(message: *mut RawMessage, why: &str) -> u32 {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let len = why.len().min((*message).capacity);
+        std::ptr::copy_nonoverlapping(why.as_ptr(), (*message).bytes, len);
+        (*message).len = len;
+    }
+    abi::CALL_FAILED
 }
 
 type Task = Box<dyn FnOnce() + Send>;

@@ -12,17 +12,19 @@ mod author;
 mod buffer;
 mod export;
 mod host;
+mod image;
 mod request;
 mod storage;
 
 pub use author::{BlockDomain, QueueContext};
 pub use buffer::Buffer;
 pub use domain_abi::{
-    Capabilities, Claim, DeviceInfo, DomainError, Level, Params, ParamsError, QueueIndex, Status,
-    Swap, parse_size,
+    Capabilities, Claim, DeviceInfo, DomainError, ImageInfo, Level, Params, ParamsError,
+    QueueIndex, Status, Swap, parse_size,
 };
 pub use export::Exported;
 pub use host::Host;
+pub use image::{Image, ImageWork, Lane};
 pub use request::{Batch, Completions, Op, Request, RequestId};
 pub use storage::{Region, Storage};
 

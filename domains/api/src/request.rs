@@ -45,6 +45,10 @@ pub struct Request(RawRequest);
 unsafe impl Send for Request {}
 
 impl Request {
+    pub(crate) const fn raw(&self) -> &RawRequest {
+        &self.0
+    }
+
     /// The host's name for it.
     #[must_use]
     pub const fn id(&self) -> RequestId {

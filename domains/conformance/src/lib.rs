@@ -19,12 +19,14 @@ mod domain;
 mod guest;
 mod lane;
 mod lifecycle;
+mod memory_image;
 mod resizing;
 mod static_module;
 mod test_host;
 
 pub use bench::Bench;
 pub use lane::{Done, Job, Lane};
+pub use memory_image::MemoryImage;
 pub use static_module::StaticModule;
 pub use test_host::{TestHost, TestStorage};
 

@@ -4,8 +4,9 @@
 //! It is stricter than a real host has to be: it remembers every attempt to use the storage without
 //! owning it, so that a domain that swallows the error is caught as well.
 
-use domain_api::{DomainError, Level, QueueIndex};
-use domain_host::{HostRegion, HostServices};
+use super::memory_image::MemoryImage;
+use domain_api::{DomainError, Level, Params, QueueIndex};
+use domain_host::{HostImage, HostRegion, HostServices};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,9 +20,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// What outlives instances.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct TestStorage {
     contents: Mutex<Contents>,
+    /// Images that were opened, by what was asked for.
+    images: Mutex<Vec<(Params, Arc<MemoryImage>)>>,
+}
+
+impl std::fmt::Debug for TestStorage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestStorage").field("contents", &self.contents).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -270,5 +279,15 @@ impl HostServices for TestHost {
 
     fn count(&self, name: &str, count: u64) {
         *lock(&self.storage.contents).counters.entry(name.to_owned()).or_default() += count;
+    }
+
+    fn open_image(&self, _: &str, params: &Params) -> Result<Arc<dyn HostImage>, DomainError> {
+        let mut images = lock(&self.storage.images);
+        if let Some((_, image)) = images.iter().find(|(of, _)| of == params) {
+            return Ok(Arc::clone(image) as Arc<dyn HostImage>);
+        }
+        let image = MemoryImage::new(params.get("readonly") == Some("true"));
+        images.push((params.clone(), Arc::clone(&image)));
+        Ok(image)
     }
 }

@@ -8,7 +8,9 @@
 //!
 //! Deliberately absent: when to do any of this. That is the proxy's.
 
+mod answer;
 mod disk;
+mod image;
 mod module;
 mod older;
 mod patience;
@@ -18,6 +20,7 @@ mod scratch;
 mod services;
 mod tasks;
 
+pub use image::{HostImage, ImageEnd, ImageOpener};
 pub use module::{
     Identity, LoadError, LoadedModule, ModuleLoader, Residency, Resident, VerifiedModule,
 };

@@ -1,10 +1,12 @@
 //! What the host does for an instance: a safe trait for the keeper of the storage, and the C
 //! functions in front of it.
 
+use crate::answer::answer;
+use crate::image::{HostImage, ImageSide};
 use crate::region::HostRegion;
 use crate::tasks::{Task, Tasks};
 use domain_abi::{self as abi, HostVtable, RawBytes, RawMessage, RawRegion, TaskEntry};
-use domain_abi::{DomainError, Level, QueueIndex};
+use domain_abi::{DomainError, Level, Params, QueueIndex, RawImage};
 use std::ffi::c_void;
 use std::fs::File;
 use std::mem::ManuallyDrop;
@@ -73,6 +75,14 @@ pub trait HostServices: Send + Sync {
     fn count(&self, name: &str, count: u64) {
         let _ = (name, count);
     }
+    /// Opens an image through `engine`. One that is open for the device already is that one.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    fn open_image(&self, engine: &str, params: &Params) -> Result<Arc<dyn HostImage>, DomainError> {
+        let _ = params;
+        Err(DomainError::new(format!("this host opens no images through `{engine}`")))
+    }
 }
 
 /// One instance's host table and what stands behind it. Pinned in its `Arc`: the table's `ctx`
@@ -83,6 +93,9 @@ pub(crate) struct HostSide {
     tasks: Tasks,
     /// Regions that the module knows the addresses of: kept mapped as long as its code may run.
     regions: Mutex<Vec<Arc<HostRegion>>>,
+    /// Images that it has, as long. Boxed, because it knows where they are.
+    #[allow(clippy::vec_box)]
+    images: Mutex<Vec<Box<ImageSide>>>,
     started: Instant,
 }
 
@@ -120,10 +133,12 @@ impl HostSide {
                     storage_failure,
                     count,
                     region_grow,
+                    image_open,
                 },
                 services,
                 tasks: Tasks::default(),
                 regions: Mutex::new(Vec::new()),
+                images: Mutex::new(Vec::new()),
                 started: Instant::now(),
             }
         })
@@ -184,25 +199,6 @@ unsafe fn text<'a>(bytes: RawBytes) -> std::borrow::Cow<'a, str> {
     }
     // SAFETY: the caller's contract.
     String::from_utf8_lossy(unsafe { std::slice::from_raw_parts(bytes.bytes, bytes.len) })
-}
-
-/// # Safety
-/// `message` is null or valid, with room for `capacity` bytes.
-unsafe fn answer(message: *mut RawMessage, f: impl FnOnce() -> Result<(), DomainError>) -> u32 {
-    // A panic of ours must not unwind into the module either.
-    let result = catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|_| {
-        Err(DomainError::new("the host panicked in a service call; see its log"))
-    });
-    let Err(error) = result else { return abi::CALL_OK };
-    // SAFETY: the caller's contract.
-    if let Some(message) = unsafe { message.as_mut() } {
-        let text = error.to_string();
-        let len = text.len().min(message.capacity);
-        // SAFETY: `len` bytes fit, and the module's buffer cannot overlap our string.
-        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), message.bytes, len) };
-        message.len = len;
-    }
-    abi::CALL_FAILED
 }
 
 unsafe extern "C" fn log(ctx: *mut c_void, level: u32, line: RawBytes) {
@@ -400,4 +396,33 @@ unsafe extern "C" fn count(ctx: *mut c_void, name: RawBytes, count: u64) {
     // SAFETY: abi::HostVtable: `ctx` is ours, `name` valid for the call.
     let (side, name) = unsafe { (side(ctx), text(name)) };
     let _ = catch_unwind(AssertUnwindSafe(|| side.services.count(&name, count)));
+}
+
+unsafe extern "C" fn image_open(
+    ctx: *mut c_void,
+    engine: RawBytes,
+    params: *const RawBytes,
+    param_count: usize,
+    out: *mut RawImage,
+    message: *mut RawMessage,
+) -> u32 {
+    // SAFETY: abi::HostVtable: `ctx` is ours, `engine` valid for the call.
+    let (side, engine) = unsafe { (side(ctx), text(engine)) };
+    let work = || {
+        let mut given = Params::default();
+        for pair in 0..param_count / 2 {
+            // SAFETY: `params` are `param_count` texts that are valid for the call.
+            let [key, value] = [0, 1].map(|half| unsafe { text(*params.add(pair * 2 + half)) });
+            given.set(key.into_owned(), value.into_owned());
+        }
+        let services = Arc::clone(&side.services);
+        let wake = Arc::new(move |queue| services.notify(queue));
+        let image = ImageSide::new(side.services.open_image(&engine, &given)?, wake);
+        // SAFETY: `out` is valid (abi::HostVtable).
+        unsafe { out.write(image.raw()) };
+        side.images.lock().unwrap_or_else(PoisonError::into_inner).push(image);
+        Ok(())
+    };
+    // SAFETY: `message` is valid (abi::HostVtable).
+    unsafe { answer(message, work) }
 }

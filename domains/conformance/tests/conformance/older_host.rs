@@ -1,7 +1,7 @@
 //! A module that is newer than its host does without what the host lacks.
 
 use domain_abi::{HostVtable, QueueIndex};
-use domain_api::Host;
+use domain_api::{Host, Params};
 use domain_conformance::{TestHost, TestStorage};
 use domain_host::leaked_table;
 use std::mem::offset_of;
@@ -57,4 +57,15 @@ fn a_module_keeps_a_region_as_it_is_that_an_older_host_cannot_make_longer() {
     assert_eq!(other.len(), 4096, "it knows no bytes that are another's");
     new.grow_region("disk", &region, 8192).unwrap();
     assert_eq!((region.len(), new.region_len("disk")), (8192, 8192));
+}
+
+#[test]
+fn a_module_is_told_that_an_older_host_opens_no_images() {
+    let side = leaked_table(TestHost::new(&TestStorage::new()));
+    let params = Params::from_pairs(["image=a"]).unwrap();
+    let old = cut(side, offset_of!(HostVtable, image_open));
+    let refusal = old.open_image("any", &params).unwrap_err().to_string();
+    assert!(refusal.contains("too old"), "{refusal}");
+    let new = cut(side, size_of::<HostVtable>());
+    assert_eq!(new.open_image("any", &params).unwrap().info().capacity, 2 << 20);
 }
