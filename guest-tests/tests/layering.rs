@@ -26,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("virtio-blk", &["domain-abi"]),
     ("virtqueue", &["domain-abi", "virtio-blk"]),
     ("loader", &["domain-abi", "domain-host"]),
+    ("ceph", &["domain-abi", "domain-host"]),
     ("proxy", &["srcu", "storage", "domain-abi", "domain-host"]),
     ("puppet", &["proxy", "domain-api", "domain-host", "domain-conformance"]),
     ("control", &["domain-abi"]),
@@ -38,6 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "proxy",
             "loader",
+            "ceph",
             "storage",
             "virtio-blk",
             "virtqueue",
@@ -52,6 +54,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("domain-ramdisk", &["domain-api"]),
     ("domain-file", &["domain-api", "domain-io"]),
     ("domain-nbd", &["domain-api", "domain-io"]),
+    ("domain-rbd", &["domain-api", "domain-io"]),
     ("domain-faulty", &["domain-api"]),
     ("guest-tests", &[]),
 ];
@@ -65,6 +68,7 @@ const ARROWS_OF_TESTS: &[(&str, &[&str])] = &[
     ("domain-ramdisk", SUITE),
     ("domain-file", SUITE),
     ("domain-nbd", SUITE),
+    ("domain-rbd", SUITE),
     ("domain-faulty", SUITE),
     // A supervisor of the test's own speaks to the server's program.
     ("guest-tests", &["domain-empty", "domain-ramdisk", "domain-file", "domain-faulty", "channel"]),
@@ -103,6 +107,7 @@ fn is_domain(name: &str) -> bool {
 const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("backend/srcu", "pointers that live until the last reader has left"),
     ("backend/loader", "mapping a module and calling into it"),
+    ("backend/ceph", "calls into Ceph's C libraries, which are mapped at run time"),
     ("domains/abi", "tables of C functions and pointers, sent between threads"),
     ("domains/api", "the module's side of the C ABI, below the safe traits"),
     ("domains/host", "the host's side of the C ABI"),

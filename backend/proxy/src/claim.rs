@@ -142,7 +142,8 @@ impl DomainProxy {
     /// Another program uses it, or it cannot be told.
     pub(crate) fn claim_for(&self, next: &LoadedDomain) -> Result<MutexGuard<'_, Held>, Refusal> {
         let mut held = lock(&self.claims.held);
-        if !self.claims.is_wanted() || held.is_ours {
+        // What the domain before had claimed may have been lost with it, so it is claimed again.
+        if !self.claims.is_wanted() {
             return Ok(held);
         }
         let why = match next.instance.claim() {

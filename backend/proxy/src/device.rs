@@ -12,15 +12,13 @@ use crate::datapath::queue::Queues;
 use crate::domain::LoadedDomain;
 use crate::environment::Environment;
 use crate::keeping::Keeping;
-use crate::record::code::Code;
 use crate::record::events::Events;
 use crate::record::history::History;
-use crate::record::report::{Change, DomainRecord, Entry, Event, Outcome, Phases, Refusal};
+use crate::record::report::{Change, DomainRecord, Entry, Event, Outcome, Refusal};
 use crate::record::residents::Residents;
 use crate::record::status::State;
 use crate::signal::{Signal, lock};
-use domain_abi::{Capabilities, DeviceInfo, Params};
-use domain_host::{ModuleLoader, QUEUE_LIMIT};
+use domain_abi::{Capabilities, DeviceInfo};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
@@ -174,34 +172,6 @@ pub struct DomainProxy {
 }
 
 impl DomainProxy {
-    /// Starts a device of `queues` queues with the domain `name`.
-    ///
-    /// # Errors
-    /// Why the domain cannot be used.
-    ///
-    /// # Panics
-    /// If `queues` is 0 or above [`QUEUE_LIMIT`]: the caller has checked its arguments.
-    pub fn start(
-        loader: Box<dyn ModuleLoader>,
-        name: &str,
-        params: Params,
-        queues: usize,
-    ) -> Result<Arc<Self>, Refusal> {
-        assert!((1..=QUEUE_LIMIT).contains(&queues), "{queues} queues");
-        let preparer = Preparer::new(loader, queues);
-        let first = preparer.prepare(name, params, None, || Ok(()), &mut Phases::default())?;
-        preparer.storage.move_to(first.id);
-        if let Err(error) = first.instance.activate() {
-            let message = format!("`{}` was not activated: {error}", first.record().name);
-            return Err(Refusal::new(Code::ActivateFailed, message));
-        }
-        first.instance.set_generation(1);
-        let (record, live) = (first.record(), Live::Serving(Arc::clone(&first)));
-        let proxy = Self::assemble(preparer, queues, Some(first), live, record, 1);
-        proxy.settle_claim();
-        Ok(proxy)
-    }
-
     /// A device of what is ready. `published` is what workers find: what serves, if anything does.
     pub(crate) fn assemble(
         preparer: Preparer,
@@ -482,5 +452,6 @@ impl DomainProxy {
 
 mod keep;
 mod look;
+mod start;
 #[cfg(test)]
 mod tests;

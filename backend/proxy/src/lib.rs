@@ -10,6 +10,7 @@
 //! - `record/`: what is said about them: reports, codes, history, events.
 //! - `claim.rs`, `claims.rs`: other programs are kept off the data while rings run.
 //! - `domain.rs`: a domain that is loaded, and what uses it; `environment.rs`: what it is told.
+//! - `images.rs`: what the host has open for instances, through libraries.
 //! - `keeping.rs`: what must outlive the process; `restore.rs`: another process goes on with it.
 //!
 //! Invariants: a request is completed by the instance that took it; the storage has one owner;
@@ -29,6 +30,7 @@ mod datapath;
 mod device;
 mod domain;
 mod environment;
+mod images;
 mod keeping;
 mod record;
 mod restore;

@@ -20,7 +20,7 @@ use crate::record::canary::CanaryReport;
 use crate::record::report::{DomainRecord, Phases, Refusal};
 use crate::signal::lock;
 use domain_abi::Capabilities;
-use domain_host::{ModuleLoader, QUEUE_LIMIT};
+use domain_host::{ImageOpener, ModuleLoader, QUEUE_LIMIT};
 use std::sync::Arc;
 use std::time::Duration;
 use storage::Filling;
@@ -119,7 +119,8 @@ pub struct Restoring {
 }
 
 impl Restoring {
-    /// Prepares a device of `queues` queues to go on with `saved`.
+    /// Prepares a device of `queues` queues to go on with `saved`. If it `is_patient`, what does
+    /// not answer is waited for, because nothing else serves.
     ///
     /// # Errors
     /// Why its live module cannot be used.
@@ -128,11 +129,14 @@ impl Restoring {
     /// If `queues` is 0 or above [`QUEUE_LIMIT`]: the caller has checked its arguments.
     pub fn prepare(
         loader: Box<dyn ModuleLoader>,
+        opener: Option<Arc<dyn ImageOpener>>,
         saved: Saved,
         queues: usize,
+        is_patient: bool,
     ) -> Result<Self, Refusal> {
         assert!((1..=QUEUE_LIMIT).contains(&queues), "{queues} queues");
-        let preparer = Preparer::new(loader, queues);
+        let preparer = Preparer::new(loader, opener, queues);
+        preparer.images.be_patient(is_patient);
         let mut restoring = Self { preparer, queues, plan: Plan::new(saved), next: None };
         restoring.fill_and_prepare()?;
         Ok(restoring)
@@ -175,6 +179,7 @@ impl Restoring {
     /// Why its live module cannot be used.
     pub fn activate(self) -> Result<(Arc<DomainProxy>, Option<KeptModule>), Refusal> {
         let Self { preparer, queues, mut plan, next } = self;
+        preparer.images.be_patient(false);
         let why = plan.saved.fault.take();
         let why = why.unwrap_or_else(|| "the server before had no live domain".to_owned());
         let told = Arc::new(plan.saved.told.clone());

@@ -1,8 +1,9 @@
 //! What the host does for an instance: storage, log and notifiers, as that instance sees them.
 
 use crate::datapath::queue::Queues;
-use domain_abi::{DomainError, Level, QueueIndex};
-use domain_host::{HostRegion, HostServices};
+use crate::images::Images;
+use domain_abi::{DomainError, Level, Params, QueueIndex};
+use domain_host::{HostImage, HostRegion, HostServices};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ pub(crate) struct Services {
     pub(crate) name: String,
     pub(crate) storage: Arc<Storage>,
     pub(crate) queues: Arc<Queues>,
+    pub(crate) images: Arc<Images>,
 }
 
 impl HostServices for Services {
@@ -87,5 +89,9 @@ impl HostServices for Services {
 
     fn count(&self, name: &str, count: u64) {
         self.storage.count(name, count);
+    }
+
+    fn open_image(&self, engine: &str, params: &Params) -> Result<Arc<dyn HostImage>, DomainError> {
+        self.images.open(engine, params)
     }
 }

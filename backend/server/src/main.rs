@@ -129,9 +129,9 @@ fn run(config: Config) -> Result<Vec<String>, String> {
     };
 
     let loader = Box::new(FileLoader::with_policy(config.domain_dirs, policy));
-    let proxy =
-        DomainProxy::start(loader, &config.domain, config.params, usize::from(config.queues))
-            .map_err(|refusal| refusal.to_string())?;
+    let (opener, queues) = (Some(ceph::opener()), usize::from(config.queues));
+    let proxy = DomainProxy::start_with(loader, opener, &config.domain, config.params, queues)
+        .map_err(|refusal| refusal.to_string())?;
     let sessions = Arc::new(SessionHandle::default());
     shutdown.serving({
         let (proxy, sessions) = (Arc::clone(&proxy), Arc::clone(&sessions));

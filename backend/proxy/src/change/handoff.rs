@@ -12,6 +12,7 @@
 use crate::change::handover::ExchangeNotes;
 use crate::device::DomainProxy;
 use crate::domain::LoadedDomain;
+use crate::record::code::Code;
 use crate::record::report::{Options, Phases, Refusal};
 use crate::signal::lock;
 use std::sync::{Arc, Mutex, mpsc};
@@ -45,6 +46,12 @@ impl DomainProxy {
                 let mut notes = lock(&notes);
                 if let Some(live) = &live {
                     notes.quiesce(live)?;
+                    if let Err(error) = proxy.preparer.images.give_back() {
+                        let why = format!("its image is not given back: {error}");
+                        notes.refusal = Some(Refusal::new(Code::QuiesceFailed, why));
+                        proxy.go_on(live, &mut notes);
+                        return None;
+                    }
                 }
                 // With what quiescing has written down.
                 proxy.keeping.tell();
@@ -52,7 +59,7 @@ impl DomainProxy {
                 // The other side is only gone when this process is about to end.
                 let _ = lock(&resume).recv();
                 if let Some(live) = &live {
-                    notes.resume(live);
+                    proxy.go_on(live, &mut notes);
                 }
                 notes.came_back = true;
                 None
@@ -62,5 +69,15 @@ impl DomainProxy {
         let stayed = self.at_the_gate(live.as_ref(), options, &mut Phases::default(), &exchange);
         self.end_leaving();
         stayed
+    }
+
+    /// The live domain serves again, with its images.
+    fn go_on(&self, live: &LoadedDomain, notes: &mut ExchangeNotes) {
+        notes.resume(live);
+        if self.claims.is_wanted()
+            && let Err(why) = self.preparer.images.take_back()
+        {
+            notes.fault = Some(why.to_string());
+        }
     }
 }

@@ -38,9 +38,9 @@ enum Tried {
 pub(crate) struct ExchangeNotes {
     quiesce: Duration,
     activate: Duration,
-    refusal: Option<Refusal>,
+    pub(crate) refusal: Option<Refusal>,
     /// The old domain could not be put back.
-    fault: Option<String>,
+    pub(crate) fault: Option<String>,
     /// The device was given to another process, and is this one's again.
     pub(crate) came_back: bool,
 }

@@ -5,6 +5,7 @@ use crate::change::refusals;
 use crate::datapath::queue::Queues;
 use crate::domain::{Domain, LoadedDomain};
 use crate::environment::Environment;
+use crate::images::Images;
 use crate::keeping::KeptModule;
 use crate::record::code::Code;
 use crate::record::report::{DomainRecord, Phases, Refusal, timed};
@@ -12,7 +13,9 @@ use crate::record::residents::Residents;
 use crate::services::Services;
 use crate::signal::Signal;
 use domain_abi::Params;
-use domain_host::{CallError, Identity, Instance, LoadError, ModuleLoader, VerifiedModule};
+use domain_host::{
+    CallError, Identity, ImageOpener, Instance, LoadError, ModuleLoader, VerifiedModule,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use storage::{DomainId, Storage};
@@ -22,6 +25,7 @@ pub(crate) struct Preparer {
     loader: Box<dyn ModuleLoader>,
     pub(crate) storage: Arc<Storage>,
     pub(crate) queues: Arc<Queues>,
+    pub(crate) images: Arc<Images>,
     pub(crate) environment: Arc<Environment>,
     pub(crate) residents: Arc<Residents>,
     pub(crate) signal: Arc<Signal>,
@@ -31,11 +35,16 @@ pub(crate) struct Preparer {
 
 impl Preparer {
     /// With an empty storage, for a device of `queues` queues.
-    pub(crate) fn new(loader: Box<dyn ModuleLoader>, queues: usize) -> Self {
+    pub(crate) fn new(
+        loader: Box<dyn ModuleLoader>,
+        opener: Option<Arc<dyn ImageOpener>>,
+        queues: usize,
+    ) -> Self {
         Self {
             loader,
             storage: Arc::default(),
             queues: Arc::new(Queues::new(queues)),
+            images: Arc::new(Images::new(opener)),
             environment: Arc::default(),
             residents: Arc::default(),
             signal: Arc::default(),
@@ -120,6 +129,7 @@ impl Preparer {
             name: description.name.clone(),
             storage: Arc::clone(&self.storage),
             queues: Arc::clone(&self.queues),
+            images: Arc::clone(&self.images),
         });
         let prepared = timed(&mut phases.prepare, || {
             let instance = Instance::prepare(module, services, &params)?;

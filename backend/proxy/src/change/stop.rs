@@ -86,6 +86,7 @@ impl DomainProxy {
         if let Some(standby) = others.and_then(|mut others| others.standby.take()) {
             let _ = self.retire(standby, Duration::ZERO, &mut Phases::default());
         }
+        self.preparer.images.close();
         left.extend(self.look_at_residents());
         left
     }

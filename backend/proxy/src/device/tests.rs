@@ -1,7 +1,9 @@
 use super::*;
+use crate::record::report::Phases;
+use domain_abi::Params;
 use domain_conformance::StaticModule;
 use domain_empty::Empty;
-use domain_host::{LoadError, VerifiedModule};
+use domain_host::{LoadError, ModuleLoader, VerifiedModule};
 
 /// Finds `empty`, whatever it is asked for.
 struct Loader;

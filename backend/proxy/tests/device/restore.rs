@@ -58,7 +58,7 @@ fn left(device: &Device, standby: &[&str], canary: &[&str]) -> Saved {
 type Restored = Result<(Arc<DomainProxy>, Option<KeptModule>), Refusal>;
 
 fn restore(saved: Saved) -> Restored {
-    Restoring::prepare(Box::new(Shelf), saved, 1)?.activate()
+    Restoring::prepare(Box::new(Shelf), None, saved, 1, true)?.activate()
 }
 
 fn has_both() -> String {
@@ -128,8 +128,10 @@ fn a_spare_server_goes_by_what_it_is_told_last() {
     let device = Device::start(1, &[]);
     let mut restoring = Restoring::prepare(
         Box::new(Shelf),
+        None,
         left(&device, &[&has_both(), "fail=prepare"], &[&has_both()]),
         1,
+        false,
     )
     .expect("the canary is prepared");
     restoring.update(left(&device, &[&has_both()], &[&has_both()])).expect("the standby fits now");

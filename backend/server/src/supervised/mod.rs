@@ -87,8 +87,10 @@ enum Said {
 
 /// Ends the process at once. Nothing is written, told or unlocked, and no code of a domain runs:
 /// the device is another's, or there is none. By a signal, because an exit would run what modules
-/// have registered for it.
+/// have registered for it. Images that are open elsewhere are closed, or others would wait for this
+/// process.
 fn leave_at_once() -> ! {
+    ceph::close_all();
     let _ = kill_process(getpid(), Signal::KILL);
     // It cannot fail; and if it did, nothing is to go on.
     std::process::abort()
@@ -272,6 +274,7 @@ fn begin(
     cpus::check(&settings.worker_cpus).map_err(not_understood)?;
     let policy = policy(&settings)?;
     let loader = Box::new(FileLoader::with_policy(settings.domain_dirs.clone(), policy));
+    let opener = Some(ceph::opener());
     let queues = usize::from(settings.queues);
     let begun = match start {
         Start::First { domain, params } => {
@@ -279,13 +282,13 @@ fn begin(
                 return Err(not_understood("there is nothing to prepare without a vault"));
             }
             let params = told::params(&params);
-            let proxy = DomainProxy::start(loader, &domain, params, queues)?;
+            let proxy = DomainProxy::start_with(loader, opener, &domain, params, queues)?;
             let (believed, limits) = (Believed::default(), settings.limits);
             Begun { proxy, standby: None, believed, limits, hears }
         }
         Start::Vault(vault) => {
             let (saved, mut believed, mut limits) = saved(&vault, descriptors)?;
-            let mut restoring = Restoring::prepare(loader, saved, queues)?;
+            let mut restoring = Restoring::prepare(loader, opener, saved, queues, !prepare_only)?;
             if prepare_only {
                 let prepared =
                     ToSupervisor::Prepared { version: VERSION, program: PROGRAM.to_owned() };
