@@ -350,7 +350,7 @@ fn run(command: &mut Command) -> Option<CtlOutput> {
 }
 
 /// Runs a command to its end; `None`, and the command killed, when `limit` has passed.
-fn run_for(command: &mut Command, limit: Duration) -> Option<CtlOutput> {
+pub(crate) fn run_for(command: &mut Command, limit: Duration) -> Option<CtlOutput> {
     let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("the command can be started");
     let stdout = collect(child.stdout.take().expect("a pipe"));

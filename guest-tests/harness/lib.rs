@@ -7,6 +7,7 @@
 //! `HOTSWAP_SEED` repeats the random numbers of a load; `HOTSWAP_QEMU_ROOT` is the root directory
 //! of another Debian, whose QEMU and kernel the guests then run with.
 //!
+//! - [`ceph`]: a Ceph of one node.
 //! - [`daemon`]: starts and ends the daemon, runs `hotswapctl`, speaks JSON-RPC by hand.
 //! - [`client`]: a vhost-user-blk driver in user space, for full speed and for exact timing.
 //! - [`debian`]: whose QEMU and kernel: the system's, or those of another Debian in a directory.
@@ -21,6 +22,7 @@
 //! - [`signer`]: signs modules.
 //! - [`stamp`]: blocks that say what they are, and the load that checks every one of them.
 
+pub mod ceph;
 pub mod client;
 pub mod daemon;
 pub mod debian;

@@ -7,6 +7,9 @@
 //! directory and begins with `native_`: `scripts/test` runs those, too.
 
 mod canary;
+mod ceph;
+mod ceph_failures;
+mod ceph_page;
 mod check;
 mod dirty_log;
 mod durability;
@@ -27,6 +30,7 @@ mod nbd_failures;
 mod nbd_page;
 mod peer;
 mod protocol;
+mod rbd;
 mod refusals;
 mod residents;
 mod resize;
