@@ -96,7 +96,7 @@ fn restarts_of_the_daemon_lose_nothing() {
     for _ in 0..RESTARTS {
         let (code, took) = daemon.stop();
         assert_eq!(code, 0, "{}", daemon.log());
-        assert!(took < 5 * LONGEST, "{took:?}");
+        assert!(took < LONGEST, "{took:?}");
         daemon.start_again();
         fio.wait_for_requests(5 * REQUESTS);
     }
