@@ -322,6 +322,8 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
     assert!(said.contains("start the server"), "{said}");
     // nbd-server, with what its configuration has by default, and with what cures it.
     for (flush, works) in [("", false), ("flush = true\n", true)] {
+        // It removes its own when it ends.
+        let pid_file = at(&format!("pid{works}"));
         fs::File::create(at("image")).and_then(|file| file.set_len(MIB)).expect("an image");
         let config = format!(
             "[generic]\nunixsock = {}\n[disk]\nexportname = {}\nfilesize = {MIB}\n{flush}",
@@ -332,7 +334,7 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
         let _ = fs::remove_file(at("socket"));
         // It goes on in the background.
         let started = Command::new("nbd-server")
-            .args(["-C", &at("config"), "-p", &at("pid")])
+            .args(["-C", &at("config"), "-p", &pid_file])
             .status()
             .expect("`scripts/setup` installs it");
         assert!(started.success());
@@ -343,7 +345,7 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
         }
         // It may be written after the socket is there.
         let read =
-            || fs::read_to_string(at("pid")).ok()?.trim().parse().ok().and_then(Pid::from_raw);
+            || fs::read_to_string(&pid_file).ok()?.trim().parse().ok().and_then(Pid::from_raw);
         let pid = loop {
             assert!(Instant::now() < deadline, "nbd-server does not say which process it is");
             match read() {
@@ -371,7 +373,6 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
             assert!(said.contains("flush = true"), "{said}");
         }
         kill_process(pid, Signal::TERM).expect("it lives");
-        fs::remove_file(at("pid")).expect("it was there");
     }
 }
 
@@ -383,7 +384,11 @@ fn of_format(format: &str, more: &[&str]) {
     let mut create = vec!["create", "-q", "--object", secret, "-f", format];
     create.extend_from_slice(more);
     create.extend_from_slice(&[&path, "64M"]);
-    assert!(Command::new("qemu-img").args(&create).status().expect("it runs").success());
+    // To make a LUKS header it measures how fast the CPU is, and fails on a machine where it is given
+    // too little of one ("Unable to get accurate CPU usage").
+    let is_made =
+        |_: &i32| Command::new("qemu-img").args(&create).status().expect("it runs").success();
+    assert!((0..50).find(is_made).is_some(), "qemu-img makes no {format}");
     let options = match format {
         "luks" => format!("driver=luks,key-secret=key,file.filename={path}"),
         _ => format!("driver={format},file.filename={path}"),
