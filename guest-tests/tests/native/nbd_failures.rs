@@ -384,8 +384,8 @@ fn of_format(format: &str, more: &[&str]) {
     let mut create = vec!["create", "-q", "--object", secret, "-f", format];
     create.extend_from_slice(more);
     create.extend_from_slice(&[&path, "64M"]);
-    // To make a LUKS header it measures how fast the CPU is, and fails on a machine where it is given
-    // too little of one ("Unable to get accurate CPU usage").
+    // To make a LUKS header it measures how fast the CPU is, and fails where it is given too little
+    // of one ("Unable to get accurate CPU usage").
     let is_made =
         |_: &i32| Command::new("qemu-img").args(&create).status().expect("it runs").success();
     assert!((0..50).find(is_made).is_some(), "qemu-img makes no {format}");
