@@ -8,7 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub use self::stand_in::StandIn;
+use crate::daemon::Daemon;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 /// The cluster.
 pub struct Ceph {
@@ -128,5 +130,19 @@ impl Drop for Image<'_> {
     fn drop(&mut self) {
         self.ceph.succeeds(&format!("rbd snap purge --no-progress rbd/{}", self.name));
         self.ceph.succeeds(&format!("rbd rm --no-progress rbd/{}", self.name));
+    }
+}
+
+/// Waits until `done` says so of the status, for as long as `limit`; returns that status.
+#[track_caller]
+pub fn wait_until(daemon: &Daemon, limit: Duration, done: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + limit;
+    loop {
+        let status = daemon.status();
+        if done(&status) {
+            return status;
+        }
+        assert!(Instant::now() < deadline, "{status}\n{}", daemon.log());
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

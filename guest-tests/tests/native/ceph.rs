@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_tests::ceph::{Ceph, Image};
+use guest_tests::ceph::{Ceph, Image, wait_until};
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::Daemon;
 use guest_tests::operator::Operator;
@@ -26,20 +26,6 @@ fn serve(image: &Image<'_>) -> Daemon {
 /// A load that waits for as long as a cluster may take.
 fn patient(queues: usize, depth: usize) -> LoadOptions {
     LoadOptions { patience: 90 * SECOND, ..LoadOptions::new(queues, depth) }
-}
-
-/// Waits until `done` says so of the status.
-#[track_caller]
-fn wait_until(daemon: &Daemon, limit: Duration, done: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + limit;
-    loop {
-        let status = daemon.status();
-        if done(&status) {
-            return status;
-        }
-        assert!(Instant::now() < deadline, "{status}\n{}", daemon.log());
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn ask(client: &mut Client, request: Request<'_>) -> (Status, Vec<u8>) {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guest_tests::ceph::Ceph;
+use guest_tests::ceph::{Ceph, wait_until};
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
@@ -32,19 +32,6 @@ fn read(client: &mut Client, offset: u64) -> Status {
 
 fn connect(daemon: &Daemon) -> Client {
     Client::connect(daemon.socket(), &Options::default()).expect("a client")
-}
-
-#[track_caller]
-fn wait_until(daemon: &Daemon, limit: Duration, done: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + limit;
-    loop {
-        let status = daemon.status();
-        if done(&status) {
-            return status;
-        }
-        assert!(Instant::now() < deadline, "{status}\n{}", daemon.log());
-        thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// What the daemon says when it cannot start with these parameters, the later ones of a kind
