@@ -8,7 +8,8 @@
 //! Each queue's `Verifier` owns a range of blocks and never has two requests in flight on one
 //! block, so at every read there is exactly one right answer. Only after a write that failed, or
 //! that was abandoned in flight, there are two, the old content and the new; the ledger then keeps
-//! both.
+//! both. Where the process that copied an abandoned write was killed, a block may also hold a part
+//! of each ([`Ledger::may_be_torn`]): neither processors nor virtio promise more.
 
 mod load;
 mod report;
@@ -96,6 +97,10 @@ fn hash(block: &[u8]) -> u64 {
 enum Content {
     Zeros,
     Write(u64),
+    /// Bytes of the other things that are possible, some of each.
+    Torn,
+    /// The bytes of this hash, which were found in a torn block.
+    Found(u64),
 }
 
 /// What the blocks of one queue may hold; it can be carried from one client to the next.
@@ -127,12 +132,41 @@ impl Ledger {
         self.blocks[index].push(content);
     }
 
+    /// Enters that all processes that had these blocks in hand were killed: a block with a write
+    /// that was not answered may hold a part of it.
+    ///
+    /// Only for disks in memory, which a server writes by copying.
+    pub fn may_be_torn(&mut self) {
+        for possible in self.blocks.iter_mut().filter(|possible| possible.len() > 1) {
+            possible.push(Content::Torn);
+        }
+    }
+
+    /// Whether each byte is that byte of something which the block may hold.
+    fn is_torn(&self, index: usize, bytes: &[u8]) -> bool {
+        let block = self.first + index as u64;
+        let mut explained = vec![false; bytes.len()];
+        for content in &self.blocks[index] {
+            let mut whole = vec![0; BLOCK];
+            match *content {
+                Content::Zeros => {}
+                Content::Write(sequence) => {
+                    Stamp { block, sequence, writer: self.writer }.write(&mut whole);
+                }
+                Content::Torn | Content::Found(_) => continue,
+            }
+            for (known, (a, b)) in explained.iter_mut().zip(whole.iter().zip(bytes)) {
+                *known |= a == b;
+            }
+        }
+        self.blocks[index].contains(&Content::Torn) && !explained.contains(&false)
+    }
+
     /// Compares `bytes` with what a block may hold and says what is wrong; `index` counts from the
     /// first block.
     ///
     /// A block that was read is no longer in doubt: it must not change back.
     fn check(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
-        let possible = &mut self.blocks[index];
         let block = self.first + index as u64;
         let (found, text) = match Stamp::read(bytes) {
             Ok(s) if s.block == block && s.writer == self.writer => {
@@ -142,19 +176,23 @@ impl Ledger {
             Err("zeros") => (Some(Content::Zeros), "zeros".to_owned()),
             Err(what) => (None, what.to_owned()),
         };
-        match found {
-            _ if possible.is_empty() => return Ok(()),
-            Some(found) if possible.contains(&found) => {
-                possible.retain(|&content| content == found);
-                possible.truncate(1);
-                return Ok(());
-            }
-            _ => {}
+        let possible = &self.blocks[index];
+        if possible.is_empty() {
+            return Ok(());
         }
-        Err(format!(
-            "block {block} should hold {possible:?} of writer {}, but holds {text}",
-            self.writer
-        ))
+        let bytes_found = Content::Found(hash(bytes));
+        let settled = match found {
+            Some(found) if possible.contains(&found) => found,
+            _ if possible.contains(&bytes_found) || self.is_torn(index, bytes) => bytes_found,
+            _ => {
+                return Err(format!(
+                    "block {block} should hold {possible:?} of writer {}, but holds {text}",
+                    self.writer
+                ));
+            }
+        };
+        self.set(index, settled);
+        Ok(())
     }
 }
 
@@ -207,6 +245,32 @@ mod tests {
         assert!(ledger.clone().check(0, &[0; BLOCK]).is_ok());
         assert!(ledger.check(0, &stamped(0, 3, 1)).is_ok());
         assert!(ledger.check(0, &[0; BLOCK]).is_err());
+    }
+
+    #[test]
+    fn a_block_may_be_torn_only_where_a_write_was_killed() {
+        let torn = |old: u64, new: u64, at: usize| {
+            [&stamped(0, new, 1)[..at], &stamped(0, old, 1)[at..]].concat()
+        };
+        let mut ledger = Ledger::fresh(1, 0, 1);
+        ledger.set(0, Content::Write(3));
+        ledger.may_be_torn();
+        assert!(ledger.check(0, &torn(3, 4, 64)).is_err(), "no write was in flight");
+        ledger.blocks[0].push(Content::Write(4));
+        assert!(ledger.check(0, &torn(3, 4, 64)).is_err(), "nothing was killed");
+        ledger.may_be_torn();
+        assert!(ledger.clone().check(0, &stamped(0, 3, 1)).is_ok());
+        assert!(ledger.clone().check(0, &stamped(0, 4, 1)).is_ok());
+        for foreign in [torn(3, 5, 64), torn(2, 4, 64), vec![0; BLOCK]] {
+            assert!(ledger.check(0, &foreign).is_err(), "bytes of neither write");
+        }
+        assert!(ledger.check(0, &torn(3, 4, 64)).is_ok());
+        // What was read does not change any more, until it is written.
+        assert!(ledger.check(0, &torn(3, 4, 64)).is_ok());
+        assert!(ledger.check(0, &torn(3, 4, 72)).is_err());
+        assert!(ledger.check(0, &stamped(0, 4, 1)).is_err());
+        ledger.set(0, Content::Write(5));
+        assert!(ledger.check(0, &stamped(0, 5, 1)).is_ok());
     }
 
     #[test]
