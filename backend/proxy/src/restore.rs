@@ -217,11 +217,17 @@ impl DomainProxy {
     }
 
     /// Has the standby of the process before stand by again, unless there is another one by now.
+    /// Calls `has_begun` once operators' commands wait for it.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn take_standby(self: &Arc<Self>, module: &KeptModule) -> Result<(), Refusal> {
+    pub fn take_standby(
+        self: &Arc<Self>,
+        module: &KeptModule,
+        has_begun: impl FnOnce(),
+    ) -> Result<(), Refusal> {
         let _operator = lock(&self.operator);
+        has_begun();
         let prepared = self.check_stopping().and_then(|()| self.preparer.prepare_kept(module));
         let mut others = self.lock_changes();
         match prepared {

@@ -333,16 +333,20 @@ fn quarantined(request: &channel::Quarantined) -> Quarantined {
     Quarantined { queue: usize::from(queue), head, counter }
 }
 
-/// Loads what is to stand by, beside what serves.
+/// Loads what is to stand by, beside what serves. A command that comes after this waits for it, so
+/// a rollback finds it.
 fn take_standby(proxy: &Arc<DomainProxy>, standby: KeptModule) {
     let proxy = Arc::clone(proxy);
+    let (begun, has_begun) = mpsc::channel::<()>();
     let take = move || {
-        if let Err(refusal) = proxy.take_standby(&standby) {
+        if let Err(refusal) = proxy.take_standby(&standby, || drop(begun)) {
             log::warn!("there is no standby any more ({}): {refusal}", refusal.code);
         }
     };
-    if let Err(error) = std::thread::Builder::new().name("standby".to_owned()).spawn(take) {
-        log::warn!("no thread to load the standby: {error}");
+    match std::thread::Builder::new().name("standby".to_owned()).spawn(take) {
+        // Nothing is ever sent: the sender is dropped once the thread has the commands' turn.
+        Ok(_) => drop(has_begun.recv()),
+        Err(error) => log::warn!("no thread to load the standby: {error}"),
     }
 }
 
