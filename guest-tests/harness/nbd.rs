@@ -4,6 +4,8 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -73,7 +75,7 @@ impl NbdServer {
                 // It was killed at once, as some tests have it.
                 return;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -85,13 +87,24 @@ impl NbdServer {
         }
     }
 
-    /// Starts it again if it has ended by itself.
-    pub fn start_if_ended(&mut self) {
-        let child = self.child.as_mut().expect("it was started");
-        if child.try_wait().expect("it was started").is_some() {
-            self.child = None;
-            self.start();
-        }
+    /// Starts it again whenever it has ended by itself, until the value ends.
+    pub fn keep_running(mut self) -> KeptRunning {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let keeper = thread::spawn(move || {
+            let mut ends = 0;
+            let timeout = Err(RecvTimeoutError::Timeout);
+            while stopped.recv_timeout(Duration::from_millis(2)) == timeout {
+                let child = self.child.as_mut().expect("it was started");
+                if let Some(status) = child.try_wait().expect("it was started") {
+                    println!("{} has ended: {status}", self.command[0]);
+                    ends += 1;
+                    self.child = None;
+                    self.start();
+                }
+            }
+            ends
+        });
+        KeptRunning { stop, keeper }
     }
 
     /// Ends it with SIGTERM, and waits for that.
@@ -119,6 +132,20 @@ impl NbdServer {
     /// A parameter that names its export.
     pub fn uri(&self, export: &str) -> String {
         format!("uri=nbd+unix:///{export}?socket={}", self.socket().display())
+    }
+}
+
+/// A server that is started again whenever it has ended by itself.
+pub struct KeptRunning {
+    stop: Sender<()>,
+    keeper: JoinHandle<u64>,
+}
+
+impl KeptRunning {
+    /// Ends the server for good. Returns how often it has ended by itself.
+    pub fn end(self) -> u64 {
+        drop(self.stop);
+        self.keeper.join().expect("it was started again each time")
     }
 }
 

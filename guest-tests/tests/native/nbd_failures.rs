@@ -5,8 +5,6 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -100,6 +98,9 @@ fn our_own_process_is_killed_and_the_server_lives_on() {
     let server = of_image(NBDKIT);
     // Less than the load's patience.
     let mut daemon = serve(&server, &["--param", "settle=10"]);
+    // nbdkit 1.32 may fail an assertion (`raw_send_socket`) when a client with requests in flight
+    // has gone.
+    let server = server.keep_running();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 8));
     let mut unknown = 0;
     for round in 1..=10 {
@@ -118,9 +119,10 @@ fn our_own_process_is_killed_and_the_server_lives_on() {
     report.assert_clean();
     assert_intact(daemon.socket(), &report.ledgers);
     assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
-    // Some 80 were in flight. Their answers were waiting in the sockets.
+    // Some 80 were in flight. Their answers were waiting in the sockets, but for those of a server
+    // that has failed itself: up to 16 each time.
     println!("changes of which it was not known whether they had ended: {unknown}");
-    assert!(unknown < 30, "{unknown} changes are waited for in vain");
+    assert!(unknown < 30 + 16 * server.end(), "{unknown} changes are waited for in vain");
 }
 
 /// A server whose first write of all takes 2.5 s, even if nothing waits for it any more.
@@ -224,14 +226,7 @@ fn a_request_that_kills_its_server_is_answered_with_an_error_and_the_rest_goes_o
     let mut daemon = serve(&server, &["--param", "readonly=true"]);
     let options = Options { queues: 2, ..Options::default() };
     let client = Client::connect(daemon.socket(), &options).expect("a client");
-    let done = Arc::new(AtomicBool::new(false));
-    let is_done = Arc::clone(&done);
-    let keeper = thread::spawn(move || {
-        while !is_done.load(Ordering::Relaxed) {
-            server.start_if_ended();
-            thread::sleep(Duration::from_millis(2));
-        }
-    });
+    let server = server.keep_running();
     let mut queues = client.into_queues();
     let mut other = queues.pop().expect("two");
     let rest = thread::spawn(move || {
@@ -246,8 +241,7 @@ fn a_request_that_kills_its_server_is_answered_with_an_error_and_the_rest_goes_o
     let status = queues[0].execute(read, 30 * SECOND).expect("an answer").0;
     assert_eq!(status, Status::IoError, "{}", daemon.log());
     rest.join().unwrap_or_else(|_| panic!("the rest goes on:\n{}", daemon.log()));
-    done.store(true, Ordering::Relaxed);
-    keeper.join().expect("it was started again and again");
+    assert!(server.end() > 0);
     assert_eq!(counter(&daemon, "nbd_quarantined"), 1, "{}", daemon.status());
     assert_eq!(daemon.stop().0, 0);
 }
