@@ -3,8 +3,8 @@
 //! Nothing is assumed of how times are distributed: of `n` times the number above the 99th
 //! percentile is binomial, so an order statistic bounds it. For the generation before the bound is
 //! from above, for the canary from below; both hold but with a chance of [`ALPHA`]. It is slower if
-//! its lower bound is above the ratio times the other's upper bound, and buckets are rounded
-//! against that.
+//! its lower bound is above the ratio times the other's upper bound, and by [`LEAST_SLOWER`] at
+//! least; buckets are rounded against that.
 //!
 //! A look is at what came since the look before, and is repeated: a class is slow when it was
 //! found so [`IN_A_ROW`] times, one after the other, or in the look at all of it at the end. So a
@@ -23,6 +23,11 @@ const ALPHA: f64 = 1e-4;
 
 /// A canary's class is not looked at before it has so many requests more.
 pub(crate) const LEAST: u64 = 300;
+
+/// By how many nanoseconds one that is slower is slower at least: what costs a guest less than its
+/// own way to the disk and back costs it nothing. A neighbour that comes to share the caches makes
+/// requests of 2 us three times as slow, for as long as it stays.
+pub(crate) const LEAST_SLOWER: u64 = 50_000;
 
 /// How many looks in a row find what is believed.
 pub(crate) const IN_A_ROW: u32 = 3;
@@ -103,6 +108,11 @@ impl Found {
     pub(crate) fn ratio(&self) -> f64 {
         self.canary as f64 / self.before.max(1) as f64
     }
+
+    /// Whether it is slower than `ratio` allows.
+    pub(crate) fn is_slow(&self, ratio: f64) -> bool {
+        self.ratio() > ratio && self.canary.saturating_sub(self.before) >= LEAST_SLOWER
+    }
 }
 
 /// The looks at one class.
@@ -126,7 +136,7 @@ impl Looks {
         let new = canary.since(&self.seen);
         let found = self.found(&new)?;
         self.seen = canary.clone();
-        self.slow = if found.ratio() > ratio { self.slow + 1 } else { 0 };
+        self.slow = if found.is_slow(ratio) { self.slow + 1 } else { 0 };
         (self.slow >= IN_A_ROW).then_some(found)
     }
 

@@ -49,7 +49,7 @@ fn is_found_slow(
             return true;
         }
     }
-    class.found(&all).is_some_and(|found| found.ratio() > ratio)
+    class.found(&all).is_some_and(|found| found.is_slow(ratio))
 }
 
 #[test]
@@ -137,11 +137,37 @@ fn a_look_or_two_that_are_slow_are_believed_only_in_the_end() {
             assert_eq!(class.look(&all, 2.0), None, "in round {round}");
         }
     }
-    assert!(class.found(&all).is_some_and(|found| found.ratio() > 2.0));
+    assert!(class.found(&all).is_some_and(|found| found.is_slow(2.0)));
     let mut found = None;
     for _ in 0..IN_A_ROW {
         all.add(&same(10, 400));
         found = class.look(&all, 2.0);
     }
     assert!(found.is_some_and(|found| found.ratio() > 8.0), "{found:?}");
+}
+
+#[test]
+fn what_no_guest_feels_is_not_slow() {
+    // Buckets of times are 1/16 wide.
+    for (before, canary, is_slow) in [
+        (2_000, 6_000, false),
+        (2_000, 40_000, false),
+        (2_000, 60_000, true),
+        (40_000, 85_000, false),
+        (40_000, 100_000, true),
+        (1_000_000, 1_900_000, false),
+        (1_000_000, 2_300_000, true),
+    ] {
+        let mut class = Looks::new(&Histogram::of(vec![before; 2_000]));
+        let mut all = Histogram::default();
+        let looks: Vec<_> = (0..IN_A_ROW)
+            .map(|_| {
+                all.add(&Histogram::of(vec![canary; 400]));
+                class.look(&all, 2.0).is_some()
+            })
+            .collect();
+        let expected = [false, false, is_slow];
+        assert_eq!(looks, expected, "{before} and then {canary} ns");
+        assert_eq!(class.found(&all).map(|found| found.is_slow(2.0)), Some(is_slow));
+    }
 }

@@ -243,7 +243,7 @@ impl DomainProxy {
                 slowest = Some(slowest.unwrap_or(0.0).max(found.ratio()));
             }
             let believed = looks.look(counted, ratio);
-            let in_the_end = all.filter(|found| is_last && found.ratio() > ratio);
+            let in_the_end = all.filter(|found| is_last && found.is_slow(ratio));
             if let Some(found) = believed.or(in_the_end) {
                 slow = Some((class, found));
             }
