@@ -72,6 +72,12 @@ pub struct Snapshot {
     pub deaths: u64,
     /// Requests that ended with an error because they have killed servers.
     pub quarantined: u64,
+    /// Requests that the guest may send in a second.
+    pub iops: Option<u64>,
+    /// Bytes of them.
+    pub bandwidth: Option<u64>,
+    /// How often a queue had to wait for such a limit, if there is one.
+    pub held_up: Option<u64>,
     /// When the processes began, in milliseconds since 1970.
     pub since_ms: Vec<(&'static str, u64)>,
     /// The program.
@@ -182,7 +188,27 @@ impl Snapshot {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             counter(&mut family, &NO_LABELS, value)?;
         }
+        let help = "Trials of new generations, by how they ended";
+        let mut family = encoder.encode_descriptor("canaries", help, None, MetricType::Counter)?;
+        for (verdict, count) in &self.tally.canaries {
+            counter(&mut family, &[("verdict", verdict.as_str())], *count)?;
+        }
         Ok(())
+    }
+
+    fn limits(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, value) in [
+            ("limit_requests_per_second", "Requests that the guest may send", self.iops),
+            ("limit_bytes_per_second", "Bytes that the guest may move", self.bandwidth),
+        ] {
+            let Some(value) = value else { continue };
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            family.encode_gauge(&value)?;
+        }
+        let Some(held_up) = self.held_up else { return Ok(()) };
+        let help = "How often a queue had to wait for a limit";
+        let mut family = encoder.encode_descriptor("held_up", help, None, MetricType::Counter)?;
+        counter(&mut family, &NO_LABELS, held_up)
     }
 
     fn device(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -232,6 +258,7 @@ impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.requests(&mut encoder)?;
         self.changes(&mut encoder)?;
+        self.limits(&mut encoder)?;
         self.device(&mut encoder)
     }
 }
@@ -311,12 +338,16 @@ mod tests {
             "event": "ended", "change": "upgrade", "outcome": "committed",
             "phases_us": {"verify": 1, "load": u64::MAX, "pause": 2},
         }));
+        tally.note(&json!({"event": "canary", "state": "kept"}));
         Snapshot {
             queues: vec![queue(), queue()],
             tally,
             state: "serving".to_owned(),
             generation: Some(2),
             capacity: Some(512),
+            iops: Some(7),
+            bandwidth: Some(8),
+            held_up: Some(9),
             since_ms: vec![("server", 1_500)],
             build: vec![("version", "a \"b\"\n".to_owned())],
             domain: vec![("name", "x".to_owned())],
@@ -356,6 +387,22 @@ mod tests {
         assert_eq!(ends.len(), 50);
         assert!(!page.contains("e+308"), "{page}");
         assert!(page.contains("\nvhost_hotswap_server_deaths_total 0\n"), "{page}");
+    }
+
+    #[test]
+    fn limits_are_shown_as_far_as_there_are_any() {
+        let page = snapshot().page(Format::Plain);
+        for line in [
+            "vhost_hotswap_limit_requests_per_second 7",
+            "vhost_hotswap_limit_bytes_per_second 8",
+            "vhost_hotswap_held_up_total 9",
+            "vhost_hotswap_canaries_total{verdict=\"kept\"} 1",
+        ] {
+            assert!(page.contains(&format!("\n{line}\n")), "{page}");
+        }
+        let unlimited = Snapshot { iops: None, bandwidth: None, held_up: None, ..snapshot() };
+        let page = unlimited.page(Format::Plain);
+        assert!(!page.contains("limit_") && !page.contains("held_up"), "{page}");
     }
 
     #[test]

@@ -51,6 +51,10 @@ const CHANGES: [&str; 8] = [
 ];
 /// How a change may end.
 const RESULTS: [&str; 2] = ["committed", "refused"];
+/// How a trial of a new generation may end.
+const VERDICTS: [&str; 5] = ["kept", "taken_back", "stuck", "faulted", "ended"];
+/// What a trial is before that.
+const NO_VERDICT: [&str; 2] = ["measuring", "running"];
 /// What a change may consist of.
 const PHASES: [&str; 12] = [
     "verify", "load", "prepare", "drain", "quiesce", "activate", "grace", "retire", "start",
@@ -75,6 +79,8 @@ pub struct Tally {
     pub phases: Nested<Times>,
     /// How long the guest had to wait, by what was changed.
     pub pauses: BTreeMap<String, Times>,
+    /// Trials of new generations, by how they ended.
+    pub canaries: BTreeMap<String, u64>,
 }
 
 impl Tally {
@@ -84,7 +90,7 @@ impl Tally {
         *results.entry(known(&RESULTS, result)).or_default() += 1;
     }
 
-    /// Counts an event, if it is one of a change's end.
+    /// Counts an event, if it is one of a change's end, or of a trial's.
     pub fn note(&mut self, event: &Value) {
         let word = |member: &str| event[member].as_str();
         match word("event") {
@@ -102,6 +108,11 @@ impl Tally {
                 self.ended("recovery", "committed");
                 let ms = event["after_ms"].as_u64().unwrap_or(0);
                 self.paused("recovery", ms.saturating_mul(1_000_000));
+            }
+            Some("canary") => {
+                if let Some(state) = word("state").filter(|state| !NO_VERDICT.contains(state)) {
+                    *self.canaries.entry(known(&VERDICTS, state)).or_default() += 1;
+                }
             }
             _ => {}
         }
@@ -180,6 +191,18 @@ mod tests {
             Nested::from([(OTHER.to_owned(), BTreeMap::from([(OTHER.to_owned(), 100)]),)])
         );
         assert_eq!(tally.phases[OTHER].keys().collect::<Vec<_>>(), ["drain", OTHER]);
+    }
+
+    #[test]
+    fn trials_are_counted_by_their_verdict() {
+        let mut tally = Tally::default();
+        for state in ["measuring", "running", "kept", "running", "taken_back", "kept", "x", "y"] {
+            tally.note(&json!({"event": "canary", "state": state}));
+        }
+        tally.note(&json!({"event": "canary"}));
+        let counted = [("kept", 2), ("other", 2), ("taken_back", 1)];
+        let counted = counted.map(|(verdict, count)| (verdict.to_owned(), count));
+        assert_eq!(tally.canaries, BTreeMap::from(counted));
     }
 
     #[test]

@@ -165,6 +165,25 @@ fn upgrades_are_counted_by_how_they_end_and_their_phases_timed() {
 }
 
 #[test]
+fn trials_and_limits_are_shown() {
+    let daemon = start(&[]);
+    let page = samples(&scrape(&daemon));
+    assert!(!page.keys().any(|name| name.contains("limit_") || name.contains("canaries")));
+    daemon.call(&["limit", "--iops", "200", "--bandwidth", "1M"]);
+    daemon.call(&["upgrade", "ramdisk_v2", "--canary", "1"]);
+    run_load(daemon.socket(), &LoadOptions::new(1, 4), Duration::from_millis(100));
+    let page = samples(&scrape(&daemon));
+    assert_eq!(value(&page, "canaries_total{verdict=\"kept\"}"), 1.0);
+    assert_eq!(value(&page, "limit_requests_per_second"), 200.0);
+    assert_eq!(value(&page, "limit_bytes_per_second"), f64::from(1 << 20));
+    assert!(value(&page, "held_up_total") >= 0.0);
+    daemon.call(&["limit", "--off"]);
+    let page = samples(&scrape(&daemon));
+    assert!(!page.keys().any(|name| name.contains("limit_")), "{page:#?}");
+    assert_eq!(value(&page, "canaries_total{verdict=\"kept\"}"), 1.0);
+}
+
+#[test]
 fn the_page_comes_in_both_formats_and_by_the_control_socket() {
     let daemon = start(&[]);
     let request =
@@ -309,7 +328,8 @@ fn tool(name: &str) -> Option<PathBuf> {
 #[test]
 fn prometheus_reads_the_page() {
     let daemon = start(&["--queues", "2"]);
-    daemon.call(&["upgrade", "ramdisk_v2"]);
+    daemon.call(&["upgrade", "ramdisk_v2", "--canary", "1"]);
+    daemon.call(&["limit", "--iops", "100000", "--bandwidth", "1G"]);
     run_load(daemon.socket(), &LoadOptions::new(2, 4), Duration::from_millis(100));
     let (Some(promtool), Some(prometheus)) = (tool("promtool"), tool("prometheus")) else {
         println!("skipped: there is no promtool or prometheus: scripts/setup unpacks them");

@@ -166,6 +166,7 @@ impl Supervisor {
         let mut build = labels(&status["supervisor"], &["version"]);
         build.push(("server_version", text(&server["version"])));
         let since = |of: &Value| of["since"].as_u64().unwrap_or(0);
+        let limit = |member: &str| status["limits"][member].as_u64();
         Snapshot {
             queues,
             tally: self.watched.tally.clone(),
@@ -176,6 +177,9 @@ impl Supervisor {
             resident_modules: status["resident_modules"].as_array().map_or(0, Vec::len) as u64,
             deaths: self.deaths.count,
             quarantined: self.deaths.quarantined_count,
+            iops: limit("iops"),
+            bandwidth: limit("bandwidth"),
+            held_up: limit("held_up"),
             since_ms: vec![("supervisor", since(&status["supervisor"])), ("server", since(server))],
             build,
             domain: labels(&status["domain"], &["name", "version", "sha256"]),
