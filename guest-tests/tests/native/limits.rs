@@ -184,7 +184,9 @@ fn limits_hold_through_everything_under_a_checked_load() {
         wanted,
         json!({"iops": 400, "iops_burst": 50, "bandwidth": 64 << 20, "bandwidth_burst": (64 << 20) / 10})
     );
-    let (load, began) = (Load::start(daemon.socket(), &LoadOptions::new(2, 16)), Instant::now());
+    // Before the load, whose threads may run for a while before this one does.
+    let began = Instant::now();
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     let mut bursts = 1;
     let mut step = |what: &str, is_new_server: bool| {
         load.wait_for(150);
