@@ -1,9 +1,9 @@
 //! An instance under test, with the host that it sees.
 
-use super::Violation;
 use super::lane::Lane;
 use super::static_module::StaticModule;
 use super::test_host::{TestHost, TestStorage};
+use super::{DEADLINE, Violation};
 use domain_api::{BlockDomain, Params, QueueIndex};
 use domain_host::{CallError, HostServices, Instance, LoadedModule, Residency};
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl Bench {
         let services: Arc<dyn HostServices> = Arc::<TestHost>::clone(&host);
         let instance = Instance::prepare(module, services, params).map_err(|(error, _)| error)?;
         instance.set_generation(host.number);
-        Ok(Self { host, instance: Arc::new(instance), deadline: Duration::from_secs(10) })
+        Ok(Self { host, instance: Arc::new(instance), deadline: DEADLINE })
     }
 
     /// Prepares an instance of `D` on `storage`, gives the storage to it, and activates it.
