@@ -135,13 +135,13 @@ impl FileLoader {
     fn verify_file(&self, path: &Path) -> Result<Verified, Error> {
         let (mut file, len) = sealed::open(path)?;
         let metadata = file.metadata().map_err(Error::Unreadable)?;
-        guard::check(path, &metadata, self.asks_for_signatures())?;
+        let real = guard::check(path, &metadata, self.asks_for_signatures())?;
         let name = path.to_string_lossy();
         if !self.asks_for_signatures() {
             return self.verify_open(&mut file, len, &name, None);
         }
         let seen = Seen::of(&metadata);
-        let signature = signature::beside(path)?;
+        let signature = signature::beside(&real)?;
         let verified = self.verify_open(&mut file, len, &name, Some(signature));
         // What has come between may be why it is refused.
         if seen.is_still(&file, path).map_err(Error::Unreadable)? {

@@ -6,8 +6,9 @@ use common::{Bench, Recipe, value};
 use domain_host::{Identity, ModuleLoader};
 use loader::{FileLoader, Policy, TrustedKey};
 use minisign::KeyPair;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Cursor;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -89,6 +90,34 @@ fn signatures_that_are_none_are_told_apart() {
     fs::remove_file(beside(&path)).unwrap();
     fs::create_dir(beside(&path)).unwrap();
     assert_eq!(code(&loader, "one"), Some("module_bad_signature"));
+}
+
+#[test]
+fn a_signature_lies_beside_the_file_that_a_link_leads_to() {
+    let bench = Bench::new();
+    let keys = keys();
+    let loader = loader(bench.dir.path(), &[&keys]);
+    let versions = bench.dir.path().join("versions");
+    fs::create_dir(&versions).unwrap();
+    let [one, other] = ["one", "other"].map(|name| versions.join(format!("{name}.so")));
+    Recipe { value: 1, ..Recipe::default() }.build(&one);
+    Recipe { value: 2, ..Recipe::default() }.build(&other);
+    let link = bench.path("current");
+    std::os::unix::fs::symlink("versions/one.so", &link).unwrap();
+    fs::write(beside(&link), signature(&keys, &fs::read(&one).unwrap())).unwrap();
+    assert_eq!(code(&loader, "current"), Some("module_unsigned"));
+    sign(&keys, &one);
+    sign(&keys, &other);
+    fs::remove_file(beside(&link)).unwrap();
+    assert_eq!(code(&loader, "current"), None);
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(&other, &link).unwrap();
+    assert_eq!(code(&loader, "current"), None);
+    // The folder that the link is in counts, whatever is signed.
+    let mode = |mode| fs::set_permissions(bench.dir.path(), Permissions::from_mode(mode)).unwrap();
+    mode(0o777);
+    assert_eq!(code(&loader, "current"), Some("module_exposed"));
+    mode(0o755);
 }
 
 #[test]
