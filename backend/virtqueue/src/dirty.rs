@@ -7,7 +7,8 @@
 //!
 //! By type: [`DirtyLog`] is what a session has, whether it marks or not; a [`LogSlot`] is in each
 //! region of guest memory, where `vhost-user-backend` brings the bitmap to. A worker's
-//! [`Marker`](crate::Marker) marks.
+//! [`Marker`](crate::Marker) marks, always in the bitmap that came last: a region of an earlier
+//! memory map, which a request may still be written to, is told of no other.
 //!
 //! **Ordering.** The frontend clears a bit with an atomic exchange and then reads the page. A
 //! marker passes a full fence between what was written and its look at the bits. So either it sees
@@ -19,15 +20,14 @@
 //! The library's bitmap takes a lock at each write whether it is used or not, goes on when the
 //! frontend has turned the log off, and is not in regions that come later.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Formatter};
 use std::io;
-use std::ops::Index;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost_user_backend::bitmap::{AtomicBitmapMmap, BitmapReplace, MemRegionBitmap, MmapLogReg};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 use vm_memory::mmap::NewBitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 /// A guest's memory, which can be logged.
 pub type GuestMemory = GuestMemoryMmap<LogSlot>;
@@ -35,24 +35,47 @@ pub type GuestMemory = GuestMemoryMmap<LogSlot>;
 /// Bytes that a bit stands for (vhost-user, "Migration": `VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
 
-/// Where the bits are.
-pub(crate) trait Bits: Index<usize, Output = AtomicU8> + Debug + Send + Sync {}
+/// A bitmap.
+pub(crate) trait Bits: Debug + Send + Sync {
+    /// The bits of eight pages, of which there must be some.
+    fn byte(&self, index: usize) -> &AtomicU8;
 
-impl<T: Index<usize, Output = AtomicU8> + Debug + Send + Sync> Bits for T {}
+    /// Whether all of a region has its bits here.
+    fn has_room_for(&self, region: &GuestRegionMmap<LogSlot>) -> bool;
+}
+
+impl Bits for Arc<MmapLogReg> {
+    fn byte(&self, index: usize) -> &AtomicU8 {
+        &self[index]
+    }
+
+    fn has_room_for(&self, region: &GuestRegionMmap<LogSlot>) -> bool {
+        has_room_for(region, self)
+    }
+}
 
 /// What a session's writes are marked in, if they are.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct DirtyLog {
     /// Changes with all that a marker has to know; 0 as long as nothing is to be marked.
     version: AtomicU64,
     state: Mutex<State>,
+    /// Told when there is another bitmap while writes are marked.
+    hook: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     changes: u64,
     is_on: bool,
-    memory: Option<Arc<MmapLogReg>>,
+    /// The newest bitmap: an earlier one is read no more, for whatever region.
+    bits: Option<Arc<dyn Bits>>,
+}
+
+impl Debug for DirtyLog {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DirtyLog").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 impl DirtyLog {
@@ -76,28 +99,46 @@ impl DirtyLog {
             let slot = region.bitmap();
             let _ =
                 slot.slot.home.set(Home { log: Arc::clone(self), start: region.start_addr().0 });
-            if let Some(memory) = &state.memory
-                && has_room_for(region, memory)
-            {
-                slot.set_bits(Arc::clone(memory) as Arc<dyn Bits>);
+            if let Some(bits) = state.bits.as_ref().filter(|bits| bits.has_room_for(region)) {
+                slot.set_bits(Arc::clone(bits));
             }
         }
         self.changed(&mut state);
     }
 
-    /// The frontend has brought a bitmap.
-    fn replace(&self, memory: &Arc<MmapLogReg>) {
+    /// Has `hook` called whenever the frontend has brought another bitmap while writes are marked,
+    /// before that is acknowledged: what marks in an earlier one then is to be waited for. A second
+    /// hook is not called.
+    pub fn on_replaced(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let _ = self.hook.set(Box::new(hook));
+    }
+
+    /// The frontend has brought a bitmap. It comes once for each region.
+    pub(crate) fn replace(&self, bits: Arc<dyn Bits>) {
         let mut state = self.lock();
-        if !state.memory.as_ref().is_some_and(|known| Arc::ptr_eq(known, memory)) {
-            state.memory = Some(Arc::clone(memory));
+        let is_same = |known: &Arc<dyn Bits>| std::ptr::eq(known.byte(0), bits.byte(0));
+        if state.bits.as_ref().is_some_and(is_same) {
+            return;
         }
+        state.bits = Some(bits);
         self.changed(&mut state);
+        let is_on = state.is_on;
+        drop(state);
+        if is_on {
+            self.hook.get().into_iter().for_each(|hook| hook());
+        }
+    }
+
+    /// Where a region's writes are marked, be it of the memory map or of an earlier one; `None` if
+    /// there is no place.
+    pub(crate) fn bits_of(&self, region: &GuestRegionMmap<LogSlot>) -> Option<Arc<dyn Bits>> {
+        self.lock().bits.clone().filter(|bits| bits.has_room_for(region))
     }
 
     fn changed(&self, state: &mut State) {
         state.changes += 1;
         let version = if state.is_on { state.changes } else { 0 };
-        // Release pairs with the Acquire in `version`: what a region's slot has is there.
+        // Release pairs with the Acquire in `version`: what a worker looks up then is as new.
         self.version.store(version, Ordering::Release);
     }
 
@@ -121,7 +162,7 @@ struct Home {
 #[derive(Debug, Default)]
 struct Slot {
     home: OnceLock<Home>,
-    /// The bitmap that has this region's bits.
+    /// The bitmap that has this region's bits, as long as it is in the memory map.
     bits: Mutex<Option<Arc<dyn Bits>>>,
 }
 
@@ -138,7 +179,7 @@ impl LogSlot {
         self.slot.bits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn bits(&self) -> Option<Arc<dyn Bits>> {
+    fn bits(&self) -> Option<Arc<dyn Bits>> {
         self.lock().clone()
     }
 
@@ -168,9 +209,10 @@ impl BitmapReplace for LogSlot {
     type InnerBitmap = RegionBits;
 
     fn replace(&self, RegionBits(memory): RegionBits) {
-        self.set_bits(Arc::clone(&memory) as Arc<dyn Bits>);
+        let bits: Arc<dyn Bits> = Arc::new(memory);
+        self.set_bits(Arc::clone(&bits));
         if let Some(home) = self.slot.home.get() {
-            home.log.replace(&memory);
+            home.log.replace(bits);
         }
     }
 }
@@ -202,7 +244,7 @@ impl Bitmap for LogSlot {
             return false;
         };
         let page = home.start.saturating_add((self.offset + offset) as u64) / PAGE;
-        bits[(page / 8) as usize].load(Ordering::Acquire) & 1 << (page % 8) != 0
+        bits.byte((page / 8) as usize).load(Ordering::Acquire) & 1 << (page % 8) != 0
     }
 
     fn slice_at(&self, offset: usize) -> Self {
@@ -217,7 +259,7 @@ pub(crate) fn mark(bits: &dyn Bits, start: u64, len: usize) {
         return;
     }
     for page in start / PAGE..=start.saturating_add(len as u64 - 1) / PAGE {
-        let (byte, bit) = (&bits[(page / 8) as usize], 1 << (page % 8));
+        let (byte, bit) = (bits.byte((page / 8) as usize), 1 << (page % 8));
         if byte.load(Ordering::Relaxed) & bit == 0 {
             byte.fetch_or(bit, Ordering::SeqCst);
         }

@@ -40,7 +40,7 @@ impl Marker {
     pub fn begin(&mut self, log: &DirtyLog, snapshot: &Snapshot) -> Marking<'_> {
         let version = log.version();
         if (version, snapshot.version()) != (self.version, self.map) {
-            self.look_up(snapshot);
+            self.look_up(log, snapshot);
             (self.version, self.map) = (version, snapshot.version());
         }
         // Between what was written and the look at the bits.
@@ -49,7 +49,7 @@ impl Marker {
     }
 
     #[cold]
-    fn look_up(&mut self, snapshot: &Snapshot) {
+    fn look_up(&mut self, log: &DirtyLog, snapshot: &Snapshot) {
         self.last = 0;
         self.regions.clear();
         self.regions.extend(snapshot.memory().iter().map(|region: &GuestRegionMmap<LogSlot>| {
@@ -58,7 +58,7 @@ impl Marker {
                 host,
                 len: region.len() as usize,
                 guest: region.start_addr().0,
-                bits: region.bitmap().bits(),
+                bits: log.bits_of(region),
             }
         }));
     }
@@ -124,29 +124,68 @@ mod tests {
     /// Two regions that adjoin, and one that is elsewhere.
     const REGIONS: [(u64, usize); 3] = [(0, 0x4000), (0x4000, 0x4000), (0x10_0000, 0x2000)];
 
+    /// A bitmap that has bits up to a guest address.
+    #[derive(Debug)]
+    struct Bitmap {
+        bits: Vec<AtomicU8>,
+        end: u64,
+    }
+
+    impl Bitmap {
+        fn up_to(end: u64) -> Arc<Self> {
+            Arc::new(Self { bits: (0..64).map(|_| AtomicU8::new(0)).collect(), end })
+        }
+
+        /// The pages that are marked; they are not any more.
+        fn take(&self) -> Vec<u64> {
+            let mut marked = Vec::new();
+            for (byte, bits) in (0..).zip(&self.bits) {
+                let bits = bits.swap(0, Ordering::SeqCst);
+                marked.extend((0..8).filter(|bit| bits & 1 << bit != 0).map(|bit| byte * 8 + bit));
+            }
+            marked
+        }
+    }
+
+    impl Bits for Bitmap {
+        fn byte(&self, index: usize) -> &AtomicU8 {
+            &self.bits[index]
+        }
+
+        fn has_room_for(&self, region: &GuestRegionMmap<LogSlot>) -> bool {
+            region.start_addr().0 + region.len() <= self.end
+        }
+    }
+
     struct Fixture {
         log: Arc<DirtyLog>,
         memory: GuestMemoryAtomic<GuestMemory>,
-        bits: Arc<Vec<AtomicU8>>,
+        bits: Arc<Bitmap>,
         marker: Marker,
+    }
+
+    /// A memory map as all have it here, whose regions are new.
+    fn map() -> GuestMemory {
+        GuestMemory::from_ranges(&REGIONS.map(|(start, len)| (GuestAddress(start), len))).unwrap()
     }
 
     impl Fixture {
         fn new() -> Self {
-            let regions = REGIONS.map(|(start, len)| (GuestAddress(start), len));
-            let memory = GuestMemory::from_ranges(&regions).unwrap();
-            let log = Arc::<DirtyLog>::default();
+            let (memory, log) = (map(), Arc::<DirtyLog>::default());
             log.bind(&memory);
-            let bits: Arc<Vec<AtomicU8>> = Arc::new((0..64).map(|_| AtomicU8::new(0)).collect());
             let memory = GuestMemoryAtomic::new(memory);
-            Self { log, memory, bits, marker: Marker::default() }
+            Self { log, memory, bits: Bitmap::up_to(0), marker: Marker::default() }
         }
 
         /// As SET_LOG_BASE, of a bitmap that has bits for the first regions.
-        fn give(&self, regions: usize) {
+        fn give(&mut self, regions: usize) {
+            let end = REGIONS[..regions].iter().map(|&(start, len)| start + len as u64).max();
+            self.bits = Bitmap::up_to(end.unwrap());
+            let bits = Arc::clone(&self.bits) as Arc<dyn Bits>;
             for region in self.memory.memory().iter().take(regions) {
-                region.bitmap().set_bits(Arc::clone(&self.bits) as Arc<dyn Bits>);
+                region.bitmap().set_bits(Arc::clone(&bits));
             }
+            self.log.replace(bits);
             self.log.turn(true);
         }
 
@@ -159,12 +198,7 @@ mod tests {
 
         /// The pages that are marked; they are not any more.
         fn take(&self) -> Vec<u64> {
-            let mut marked = Vec::new();
-            for (byte, bits) in (0..).zip(&*self.bits) {
-                let bits = bits.swap(0, Ordering::SeqCst);
-                marked.extend((0..8).filter(|bit| bits & 1 << bit != 0).map(|bit| byte * 8 + bit));
-            }
-            marked
+            self.bits.take()
         }
     }
 
@@ -208,6 +242,50 @@ mod tests {
     }
 
     #[test]
+    fn regions_of_an_earlier_map_are_marked_in_the_newest_bitmap() {
+        for had_one in [false, true] {
+            let mut fixture = Fixture::new();
+            if had_one {
+                fixture.give(3);
+            }
+            let before = Arc::clone(&fixture.bits);
+            // A request is in flight with this.
+            let snapshot = Snapshot::take(&fixture.memory, 1);
+            let memory = map();
+            fixture.log.bind(&memory);
+            fixture.memory.lock().unwrap().replace(memory);
+            fixture.give(3);
+            let mut marking = fixture.marker.begin(&fixture.log, &snapshot);
+            marking.guest(0x4000, 1);
+            assert_eq!(marking.end(), Ok(()));
+            assert_eq!((fixture.take(), before.take()), (vec![4], vec![]));
+        }
+    }
+
+    #[test]
+    fn another_bitmap_is_told_of_once_if_writes_are_marked() {
+        let mut fixture = Fixture::new();
+        let told = Arc::new(AtomicU8::new(0));
+        fixture.log.on_replaced({
+            let (told, log) = (Arc::clone(&told), Arc::downgrade(&fixture.log));
+            move || {
+                // It may look at what there is.
+                assert_ne!(log.upgrade().unwrap().version(), 0);
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        fixture.give(2);
+        assert_eq!(told.load(Ordering::Relaxed), 0, "nothing was marked when it came");
+        fixture.give(3);
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+        fixture.log.replace(Arc::clone(&fixture.bits) as Arc<dyn Bits>);
+        assert_eq!(told.load(Ordering::Relaxed), 1, "for the next region");
+        fixture.log.turn(false);
+        fixture.give(3);
+        assert_eq!(told.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
     fn a_bit_that_is_cleared_is_set_again() {
         let mut fixture = Fixture::new();
         fixture.give(3);
@@ -220,8 +298,9 @@ mod tests {
 
     #[test]
     fn what_is_written_through_the_library_is_marked_while_the_log_is_on() {
-        let fixture = Fixture::new();
-        let write = |at| fixture.memory.memory().write_obj(7_u64, GuestAddress(at)).unwrap();
+        let mut fixture = Fixture::new();
+        let memory = fixture.memory.clone();
+        let write = |at| memory.memory().write_obj(7_u64, GuestAddress(at)).unwrap();
         write(0x1000);
         fixture.give(3);
         write(0x4ffc);

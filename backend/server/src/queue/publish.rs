@@ -9,7 +9,8 @@
 //! process that is killed in between leaves no answer whose data is not marked. The used ring is
 //! marked when it was written; what a process that is killed in between does not mark, its
 //! successor does, because it marks all of the ring at its start. All of this happens under the
-//! ring's lock, which is held once by the thread that turns the log on before that is acknowledged.
+//! ring's lock, which is held once by the thread that turns the log on before that is acknowledged,
+//! and by the one that brings another bitmap.
 
 use super::inputs::Memory;
 use super::notices;

@@ -8,7 +8,7 @@ use crate::phase::Phase;
 use crate::raw_fd::ExitEvents;
 use proxy::DomainProxy;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 use virtqueue::GuestMemory;
 use vm_memory::GuestMemoryAtomic;
@@ -39,11 +39,13 @@ impl Session {
     ) -> io::Result<Self> {
         let context = Arc::new(Context::new(proxy, config, map, DRAIN_TIMEOUT)?);
         let queue = |queue| QueueControl::new(queue, Arc::clone(&context)).map(Arc::new);
-        Ok(Self {
-            queues: (0..usize::from(config.queues)).map(queue).collect::<io::Result<_>>()?,
-            exit_events: ExitEvents::new(usize::from(config.queues))?,
-            context,
-        })
+        let queues: Box<[Arc<QueueControl>]> =
+            (0..usize::from(config.queues)).map(queue).collect::<io::Result<_>>()?;
+        // A worker that has looked up the bitmap before may be marking in it.
+        let held: Vec<_> = queues.iter().map(Arc::downgrade).collect();
+        let pass = move || held.iter().filter_map(Weak::upgrade).for_each(|one| one.pass_lock());
+        context.phase.log().on_replaced(pass);
+        Ok(Self { queues, exit_events: ExitEvents::new(usize::from(config.queues))?, context })
     }
 
     /// Waits until nothing of `queue` is in flight, as [`QueueControl::drain_queue`] does.

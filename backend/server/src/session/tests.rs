@@ -11,16 +11,22 @@ use crate::inflight::SharedInflight;
 use crate::phase::Phase;
 use crate::testing::{self, Guest, Kind, PATIENCE, Puppets, SIZE, Silent, until};
 use proxy::State;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
-use vhost_user_backend::{VhostUserBackend, VringT};
+use vhost::vhost_user::Listener;
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringT};
 use virtio_blk::features;
 use virtio_queue::QueueT;
 use virtqueue::GuestMemory;
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Of one queue.
 fn config(poll: Duration) -> SessionConfig {
@@ -375,4 +381,71 @@ fn a_reset_that_is_not_drained_in_time_ends_the_session() {
         assert_eq!(bench.control().wait_drained(in_time()), Outcome::Clean);
         assert_eq!(bench.guest.used_idx(), 0, "nothing is published any more");
     });
+}
+
+/// A frontend's message, and the first byte of its answer.
+fn ask(frontend: &mut UnixStream, request: u32, body: &[u64], file: Option<&File>) -> u8 {
+    tell(frontend, request, body, file);
+    let mut answer = [0; 64];
+    let len = frontend.read(&mut answer).expect("an answer");
+    assert!(len >= 12 && answer[4] & 4 != 0, "{:?}", &answer[..len]);
+    answer[12]
+}
+
+fn tell(frontend: &UnixStream, request: u32, body: &[u64], file: Option<&File>) {
+    // Version 1, and an answer is wanted.
+    let header = [request, 9, 8 * body.len() as u32].map(u32::to_ne_bytes).concat();
+    let bytes = [header, body.iter().flat_map(|word| word.to_ne_bytes()).collect()].concat();
+    let sent = match file {
+        Some(file) => frontend.send_with_fd(&bytes[..], file.as_raw_fd()),
+        None => frontend.send_with_fds(&[&bytes[..]], &[]),
+    };
+    assert_eq!(sent.expect("it is sent"), bytes.len());
+}
+
+#[test]
+fn another_bitmap_is_acknowledged_when_no_worker_marks_in_the_one_before() {
+    const PROTOCOL: u64 = 1 << 30;
+    const LOG_ALL: u64 = 1 << 26;
+    /// LOG_SHMFD and REPLY_ACK.
+    const FOR_THE_LOG: u64 = 1 << 1 | 1 << 3;
+    const GET_FEATURES: u32 = 1;
+    const SET_FEATURES: u32 = 2;
+    const SET_OWNER: u32 = 3;
+    const SET_LOG_BASE: u32 = 6;
+    const SET_PROTOCOL_FEATURES: u32 = 16;
+
+    let bench = Bench::new(&[]);
+    bench.guest.start(&bench.vring);
+    bench.control().has_ring(&bench.vring);
+    bench.context().phase.log().bind(&bench.guest.memory.memory());
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let mut frontend = UnixStream::connect(&path).expect("connected");
+    let memory = bench.guest.memory.clone();
+    let mut daemon = VhostUserDaemon::new("log".to_owned(), bench.backend.clone(), memory).unwrap();
+    daemon.start(&mut Listener::from(listener)).unwrap();
+
+    frontend.set_read_timeout(Some(PATIENCE)).unwrap();
+    tell(&frontend, SET_OWNER, &[], None);
+    ask(&mut frontend, GET_FEATURES, &[], None);
+    tell(&frontend, SET_FEATURES, &[PROTOCOL], None);
+    assert_eq!(ask(&mut frontend, SET_PROTOCOL_FEATURES, &[FOR_THE_LOG], None), 0);
+    let log = tempfile::tempfile().expect("a file");
+    log.set_len(4096).expect("a length");
+    let bitmap: [u64; 2] = [4096, 0];
+    ask(&mut frontend, SET_LOG_BASE, &bitmap, Some(&log));
+    assert_eq!(ask(&mut frontend, SET_FEATURES, &[PROTOCOL | LOG_ALL], None), 0);
+    // As a worker does that is marking.
+    let held = bench.vring.get_mut();
+    tell(&frontend, SET_LOG_BASE, &bitmap, Some(&log));
+    frontend.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    let mut byte = [0];
+    frontend.read(&mut byte).expect_err("it is not acknowledged");
+    drop(held);
+    frontend.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(frontend.read(&mut byte).expect("it is acknowledged"), 1);
+    drop(frontend);
+    let _ = daemon.wait();
 }
