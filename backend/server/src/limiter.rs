@@ -6,8 +6,10 @@
 //! is larger than the bucket leaves it in debt, which is earned first. So over any time the guest
 //! is not faster than the rate, but for a burst and one request.
 //!
-//! Only reads, writes, discards and writes of zeros are counted, and of the last two no bytes,
-//! because they move none. A flush is free, and never waits for a token.
+//! Only reads, writes, writes of zeros and discards are counted. A discard has no bytes, because
+//! none is ever written for it. A write of zeros has: whether they are written depends on the disk,
+//! and a guest whose disk writes them would have no limit. A flush is free, and never waits for a
+//! token.
 //!
 //! What is not let through stays in the ring (`queue/admission.rs`): it is in flight nowhere, so
 //! that neither an upgrade nor a stop of the ring waits for it. The queue sleeps until a timer says
@@ -290,7 +292,7 @@ impl Limiter {
 /// How many bytes a request is counted as; `None`: it is free.
 fn cost(kind: u32, len: u64) -> Option<f64> {
     match kind {
-        op::READ | op::WRITE => Some(len as f64),
+        op::READ | op::WRITE | op::WRITE_ZEROES => Some(len as f64),
         op::FLUSH => None,
         _ => Some(0.0),
     }

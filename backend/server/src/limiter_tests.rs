@@ -104,6 +104,15 @@ fn a_flush_is_free_and_a_discard_has_no_bytes() {
 }
 
 #[test]
+fn zeros_that_are_written_cost_what_other_data_does() {
+    let limiter = Limiter::default();
+    limiter.change(&limits(0, 1 << 20)).unwrap();
+    let (zeros, now) = (batch(op::WRITE_ZEROES, 16 << 20, 16), Instant::now());
+    let through = run(&limiter, &zeros, now, 64 * SECOND, Duration::ZERO);
+    assert!((4..=5).contains(&through), "{through} of 16 MiB in 64 s, at 1 MiB in a second");
+}
+
+#[test]
 fn what_the_domain_does_not_take_is_not_counted() {
     let limiter = Limiter::default();
     limiter.change(&limits(50, 0)).unwrap();
