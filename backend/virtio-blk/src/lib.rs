@@ -29,7 +29,7 @@ pub use config::{
     SEG_MAX, SIZE_MAX,
 };
 pub use memory::{DescriptorTable, StatusSlot, Translator};
-pub use request::{Asked, Capacity, Limits, Parsed, parse, used_len};
+pub use request::{Asked, Blocks, Capacity, Limits, Parsed, parse, used_len};
 pub use status::WireStatus;
 pub use usual::{Usual, usual};
 pub use write_cache::Belief;

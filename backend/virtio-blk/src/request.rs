@@ -5,6 +5,10 @@
 //! requests that make no sense) never reaches one. What the driver did wrong is told to it in the
 //! status byte where there is one (5.2.6: `IOERR` is for "device or driver error").
 //!
+//! The blocks that the device announces (5.2.4, `blk_size`) are only advice by the standard, but a
+//! disk that has larger ones has no smaller ones: as with QEMU's own device, a request for a part
+//! of one fails. It fails here, so that it is no error of the domain's.
+//!
 //! Order of the checks, where more than one fails: the chain's shape, its addresses, the command,
 //! the features, read-only, lengths, flags, range.
 
@@ -55,11 +59,37 @@ impl Capacity {
     }
 }
 
+/// The blocks that the driver was told of, which a request has whole ones of.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks {
+    /// The bits of an offset or a length that are within a block; those within a sector are.
+    within: u64,
+}
+
+impl Blocks {
+    /// Blocks of so many bytes, which are a power of two, and 512 at least.
+    #[must_use]
+    pub const fn of(bytes: u32) -> Self {
+        let sector = SECTOR_SIZE as u32;
+        let bytes = if bytes < sector { sector } else { bytes };
+        // A range that has whole ones of no power of two has whole ones of the largest one in it.
+        Self { within: (1 << bytes.ilog2()) - 1 }
+    }
+
+    /// Whether a range has whole blocks only.
+    #[inline(always)]
+    const fn fit(self, offset: u64, len: u64) -> bool {
+        (offset | len) & self.within == 0
+    }
+}
+
 /// What a request is held against. Made anew when the driver acknowledges features.
 #[derive(Debug)]
 pub struct Limits {
     /// Bytes on the disk, as announced.
     pub capacity: Capacity,
+    /// Its blocks, as announced.
+    pub blocks: Blocks,
     /// Acknowledged feature bits.
     pub features: u64,
     /// Nothing may be written.
@@ -79,6 +109,7 @@ impl Limits {
         serial[..len].copy_from_slice(&info.serial.as_bytes()[..len]);
         Self {
             capacity: info.capacity.into(),
+            blocks: Blocks::of(info.block_size),
             features: acked_features,
             read_only: info.capabilities.contains(Capabilities::READ_ONLY)
                 || acked_features & RO != 0,
@@ -86,11 +117,12 @@ impl Limits {
         }
     }
 
-    /// The byte range of `len` bytes at `sector`, if it is on the disk.
+    /// Where `len` bytes at `sector` begin, if they are whole blocks of the disk.
     #[inline]
     pub(crate) fn offset(&self, sector: u64, len: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR_SIZE)?;
-        (offset.checked_add(len)? <= self.capacity.get()).then_some(offset)
+        let is_there = offset.checked_add(len)? <= self.capacity.get();
+        (is_there && self.blocks.fit(offset, len)).then_some(offset)
     }
 }
 
@@ -119,9 +151,9 @@ pub enum Parsed {
         op: u32,
         /// [`REQUEST_MAY_UNMAP`], or 0.
         flags: u32,
-        /// First byte on the disk; a multiple of 512.
+        /// First byte on the disk; a multiple of the block size.
         offset: u64,
-        /// Bytes; a multiple of 512, and 0 for a flush only.
+        /// Bytes; a multiple of the block size, and 0 for a flush only.
         len: u64,
         /// Where the status goes.
         status_at: StatusSlot,
@@ -262,13 +294,13 @@ fn judge(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
 /// none.
 #[inline]
 fn transfer(op: u32, sector: u64, len: u64, stray: u64, limits: &Limits) -> Verdict {
-    // 5.2.6.1: the length is a multiple of 512. 5.2.4: no more than seg_max segments, of size_max
-    // each.
-    if stray != 0 || !len.is_multiple_of(SECTOR_SIZE) || len > MAX_TRANSFER {
+    // 5.2.4: no more than seg_max segments, of size_max each.
+    if stray != 0 || len > MAX_TRANSFER {
         return Verdict::IO_ERROR;
     }
     match limits.offset(sector, len) {
-        // 5.2.6.1: a driver does not reach beyond the capacity.
+        // 5.2.6.1: the length is a multiple of 512, and a driver does not reach beyond the
+        // capacity.
         None => Verdict::IO_ERROR,
         Some(_) if len == 0 => Verdict::DONE,
         Some(offset) => Verdict::Submit { op, flags: 0, offset, len },
@@ -304,6 +336,7 @@ fn flush(layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Ve
 /// | the device is read-only | IOERR | 5.2.6.2 |
 /// | more sectors than `max_..._sectors` | IOERR | 5.2.6.1 forbids it; as QEMU answers |
 /// | sectors behind the capacity | IOERR | 5.2.6.1 forbids it; as QEMU answers |
+/// | sectors that are no whole blocks | IOERR | as QEMU answers |
 #[cold]
 fn range(op: u32, layout: &Layout, limits: &Limits, segments: &mut Vec<RawSegment>) -> Verdict {
     let (feature, max_sectors, known_flags) = match op {

@@ -15,13 +15,12 @@
 //! | readable before writable, a status byte, a header | flags and lengths of first and last |
 //! | less than 4 GiB in all | data of a multiple of 512 bytes leaves room for 17 |
 //! | each buffer is in guest memory | wholly in one of two regions that are remembered |
-//! | direction, read-only, sectors, most bytes, capacity | so |
+//! | direction, read-only, blocks, most bytes, capacity | so |
 //!
 //! Each byte is read from guest memory once. A chain that is left to `parse` is read there anew,
 //! and nothing that was read here has any part in what is found then.
 
 use crate::chain::{INDIRECT, NEXT, WRITE};
-use crate::config::SECTOR_SIZE;
 use crate::memory::{Descriptors, StatusSlot, Translator};
 use crate::request::{Limits, MAX_TRANSFER};
 use domain_abi::{RawSegment, op};
@@ -34,9 +33,9 @@ use vm_memory::GuestMemoryBackend;
 pub struct Usual {
     /// [`op::READ`] or [`op::WRITE`].
     pub op: u32,
-    /// First byte on the disk; a multiple of 512.
+    /// First byte on the disk; a multiple of the block size.
     pub offset: u64,
-    /// Its data: a positive multiple of 512 bytes.
+    /// Its data: a positive number of blocks.
     pub data: RawSegment,
     /// Where the status goes.
     pub status_at: StatusSlot,
@@ -98,7 +97,7 @@ pub fn usual<A: Deref<Target: GuestMemoryBackend>>(
     // A read has a buffer to be filled, and a write has one to be read.
     let fits = u32::from(flags & WRITE == 0) == op && !(op == op::WRITE && limits.read_only);
     // Not 0, which wraps around.
-    let len_fits = len.wrapping_sub(1) < MOST && len.is_multiple_of(SECTOR_SIZE as u32);
+    let len_fits = len.wrapping_sub(1) < MOST;
     if !fits || !len_fits {
         return None;
     }

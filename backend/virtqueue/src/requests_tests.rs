@@ -4,7 +4,7 @@ use super::*;
 use crate::taking::{Share, Taken};
 use crate::view::RingView;
 use std::sync::Weak;
-use virtio_blk::features;
+use virtio_blk::{Blocks, features};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
@@ -41,6 +41,7 @@ impl Fixture {
         let memory = GuestMemoryAtomic::new(map());
         let limits = Limits {
             capacity: (1 << 20).into(),
+            blocks: Blocks::of(512),
             features: features::FLUSH,
             read_only: false,
             serial: [0; 20],

@@ -4,8 +4,8 @@
 
 use domain_abi::RawSegment;
 use virtio_blk::{
-    DescriptorTable, Limits, Parsed, StatusSlot, Translator, Usual, WireStatus, features, parse,
-    usual,
+    Blocks, DescriptorTable, Limits, Parsed, StatusSlot, Translator, Usual, WireStatus, features,
+    parse, usual,
 };
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -49,6 +49,7 @@ pub fn memory() -> GuestMemoryMmap {
 pub fn limits() -> Limits {
     Limits {
         capacity: CAPACITY.into(),
+        blocks: Blocks::of(512),
         features: features::FLUSH | features::DISCARD | features::WRITE_ZEROES,
         read_only: false,
         serial: *b"serial-number-of-20b",

@@ -9,11 +9,11 @@ use crate::common::*;
 use domain_abi::{RawSegment, op};
 use std::collections::BTreeMap;
 use virtio_blk::{
-    Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MalformedChain, Parsed, WireStatus, features,
+    Blocks, Limits, MAX_DISCARD_SECTORS, MAX_SEGMENTS, MalformedChain, Parsed, WireStatus, features,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-const ROUNDS: u32 = 200_000;
+const ROUNDS: u32 = 500_000;
 
 /// splitmix64.
 struct Random(u64);
@@ -98,7 +98,8 @@ impl Random {
         }
         for i in 0..pieces {
             let base = self.pick(&[DATA, RANGE, SEAM - 256, ISLAND]);
-            table.push((base, self.pick(&[16, 20, 512, 512, 1024]), direction | NEXT, i + 2));
+            let len = self.pick(&[16, 20, 512, 512, 1024, 4096, 4096]);
+            table.push((base, len, direction | NEXT, i + 2));
         }
         table.push((STATUS, 1, WRITE, 0));
         table
@@ -120,6 +121,7 @@ impl Random {
         let sector = match self.below(4) {
             0 => self.next(),
             1 => self.pick(&[(1 << 55) - 1, 1 << 55, u64::MAX]),
+            2 => 8 * self.below(CAPACITY / 4096),
             _ => self.below(CAPACITY / 512 + 2),
         };
         let any = self.next() as u32;
@@ -170,6 +172,7 @@ fn check_against_virtio_queue(memory: &GuestMemoryMmap, parsed: Parsed) {
 fn check(
     memory: &GuestMemoryMmap,
     limits: &Limits,
+    block: u64,
     parsed: Parsed,
     segments: &[RawSegment],
 ) -> String {
@@ -182,7 +185,7 @@ fn check(
     match parsed {
         Parsed::Request { op, flags, offset, len, status_at, head } => {
             assert_eq!(head, 0);
-            assert!(offset % 512 == 0 && len % 512 == 0, "{parsed:?}");
+            assert!(offset % block == 0 && len % block == 0, "{parsed:?}");
             assert!(offset.checked_add(len).unwrap() <= limits.capacity.get(), "{parsed:?}");
             assert!(!limits.read_only || matches!(op, op::READ | op::FLUSH), "{parsed:?}");
             match op {
@@ -221,6 +224,8 @@ fn whatever_the_guest_writes() {
                 random.pick(&[0, features::FLUSH, features::DISCARD, features::WRITE_ZEROES]);
             limits.read_only = random.below(2) == 0;
         }
+        let block = random.pick(&[512, 512, 1024, 4096]);
+        limits.blocks = Blocks::of(block);
         let mut table = if round % 2 == 0 { random.arbitrary() } else { random.good() };
         if round % 2 == 1 {
             random.damage(&mut table);
@@ -238,8 +243,16 @@ fn whatever_the_guest_writes() {
         if is_usual(&memory, &limits) {
             let is_indirect = table[0].2 & INDIRECT != 0;
             *outcomes.entry(format!("usual, indirect: {is_indirect}")).or_default() += 1;
+            *outcomes.entry(format!("usual, blocks of {block}")).or_default() += 1;
         }
-        *outcomes.entry(check(&memory, &limits, parsed, &segments)).or_default() += 1;
+        let outcome = check(&memory, &limits, block.into(), parsed, &segments);
+        if outcome == "answer IoError" && block > 512 {
+            limits.blocks = Blocks::of(512);
+            if matches!(parse_head(&memory, 0, &limits, &mut segments), Parsed::Request { .. }) {
+                *outcomes.entry(format!("refused for blocks of {block}")).or_default() += 1;
+            }
+        }
+        *outcomes.entry(outcome).or_default() += 1;
     }
 
     println!("{outcomes:#?}");
@@ -251,6 +264,11 @@ fn whatever_the_guest_writes() {
         "request 4",
         "usual, indirect: false",
         "usual, indirect: true",
+        "usual, blocks of 512",
+        "usual, blocks of 1024",
+        "usual, blocks of 4096",
+        "refused for blocks of 1024",
+        "refused for blocks of 4096",
         "answer Ok",
         "answer IoError",
         "answer Unsupported",

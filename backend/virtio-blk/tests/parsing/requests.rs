@@ -4,7 +4,8 @@ use crate::common::*;
 use domain_abi::{Capabilities, DeviceInfo, Swap};
 use domain_abi::{REQUEST_MAY_UNMAP, op};
 use virtio_blk::{
-    Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Parsed, WireStatus, features, used_len,
+    Blocks, Limits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, Parsed, WireStatus, features,
+    used_len,
 };
 
 const IN: u32 = 0;
@@ -59,6 +60,36 @@ fn lengths_are_whole_sectors() {
     let parsed =
         guest.parse(&[(HEADER, 16, 0), (DATA, 1, WRITE), (DATA, 511, WRITE), (STATUS, 1, WRITE)]);
     assert_eq!(request(parsed).3, 512);
+}
+
+#[test]
+fn ranges_are_whole_blocks() {
+    for block in [1024, 4096, 1 << 20] {
+        let mut guest = Guest::new();
+        guest.limits.capacity.set(1 << 30);
+        guest.limits.blocks = Blocks::of(block);
+        let sectors = block / 512;
+        for (sector, len) in [(1, block), (0, block / 2), (sectors.into(), 512), (1, 512)] {
+            if len > 4096 {
+                continue;
+            }
+            assert_eq!(answer(read(&mut guest, sector, len)), (IO_ERROR, 0), "{len} at {sector}");
+            assert_eq!(answer(write(&mut guest, sector, len)), (IO_ERROR, 1), "{len} at {sector}");
+        }
+        for (sector, count) in [(1, sectors), (0, sectors - 1), (u64::from(sectors) / 2, 1)] {
+            for kind in [DISCARD, WRITE_ZEROES] {
+                let parsed = range(&mut guest, kind, sector, count, 0);
+                assert_eq!(answer(parsed), (IO_ERROR, 1), "{count} at {sector}, type {kind}");
+            }
+        }
+        let zeroed = range(&mut guest, WRITE_ZEROES, sectors.into(), sectors, 0);
+        let block = u64::from(block);
+        assert_eq!(request(zeroed), (op::WRITE_ZEROES, 0, block, block));
+        if block <= 4096 {
+            let parsed = read(&mut guest, sectors.into(), 4096);
+            assert_eq!(request(parsed), (op::READ, 0, block, 4096));
+        }
+    }
 }
 
 #[test]

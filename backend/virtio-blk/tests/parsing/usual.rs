@@ -3,7 +3,7 @@
 
 use crate::common::*;
 use domain_abi::op;
-use virtio_blk::{DescriptorTable, Translator, parse, usual};
+use virtio_blk::{Blocks, DescriptorTable, Translator, parse, usual};
 use vm_memory::{Bytes, GuestAddress};
 
 const IN: u32 = 0;
@@ -129,6 +129,12 @@ fn limits_are_kept_at_a_glance() {
     assert_eq!(seen(&mut guest, &WRITTEN), None, "a write to a disk that is read-only");
     guest.header(IN, 7);
     assert!(seen(&mut guest, &READ).is_some());
+    guest.limits.blocks = Blocks::of(4096);
+    assert_eq!(seen(&mut guest, &READ), None, "a part of two blocks");
+    guest.header(IN, 8);
+    assert!(seen(&mut guest, &READ).is_some());
+    let half = [READ[0], (DATA, 2048, NEXT | WRITE, 2), READ[2]];
+    assert_eq!(seen(&mut guest, &half), None, "half of a block");
 }
 
 #[test]
