@@ -4,7 +4,8 @@
 //! memory that the segments and the status byte lie in. So it alone decides when either may change:
 //!
 //! * an entry is that of a chain's first descriptor, its *head*, which names one chain at a time:
-//!   the driver must not offer it again before it was given back (virtio 1.2, 2.7.13);
+//!   the driver must not offer it again before it was given back (virtio 1.2, 2.7.13), whether a
+//!   domain has it or it is answered here when the batch ends;
 //! * the list of an entry is written between [`Parser::next`] and the moment when the entry is in
 //!   use, and not before the entry is free again;
 //! * the snapshot is replaced by [`RequestTable::replace_snapshot`], which keeps the old one mapped
@@ -38,10 +39,14 @@ enum Place {
     /// It was never in use, or what was in it had no status byte.
     #[default]
     Nowhere,
-    /// It is in use.
-    Used(StatusSlot),
-    /// It was.
+    /// It was in use.
     Ended(StatusSlot),
+    /// It is.
+    Used(StatusSlot),
+    /// It is that of a chain which is answered without the domain when its batch ends.
+    Answered(StatusSlot),
+    /// It is that of a chain which goes back without an answer then.
+    Unanswered,
 }
 
 /// A request: what is needed to end it, and, until another one takes the entry, to say what was
@@ -58,8 +63,23 @@ pub(crate) struct Entry {
 
 impl Entry {
     #[inline(always)]
-    pub(crate) const fn is_in_use(&self) -> bool {
+    const fn is_in_use(&self) -> bool {
         matches!(self.place, Place::Used(_))
+    }
+
+    /// Whether the driver may offer the entry's head.
+    #[inline(always)]
+    pub(crate) const fn is_free(&self) -> bool {
+        matches!(self.place, Place::Nowhere | Place::Ended(_))
+    }
+
+    /// The entry's chain, if it was not for the domain, is given back.
+    const fn given_back(&mut self) {
+        match self.place {
+            Place::Answered(status_at) => self.place = Place::Ended(status_at),
+            Place::Unanswered => self.place = Place::Nowhere,
+            Place::Nowhere | Place::Ended(_) | Place::Used(_) => {}
+        }
     }
 
     /// The entry, which is not in use and has its segments already, is that of a request from now
@@ -127,7 +147,7 @@ pub struct BatchEnd {
 pub enum Chain {
     /// For the domain, with its head, whose entry in the table is in use from now on.
     Request(u16, RawRequest),
-    /// Its head is that of a request which is in flight: the ring makes no sense.
+    /// Its head is that of a chain which was taken and not given back: the ring makes no sense.
     InUse(u16),
     /// It is answered without the domain when the batch ends. Comes with the first address of it
     /// that is outside of guest memory.
@@ -190,6 +210,12 @@ impl RequestTable {
         self.entries.get(usize::from(head)).is_some_and(Entry::is_in_use)
     }
 
+    /// Whether a head is that of a chain of the batch which is not for the domain.
+    #[must_use]
+    pub fn is_immediate(&self, head: u16) -> bool {
+        self.immediate.iter().any(|chain| chain.used.head == head)
+    }
+
     /// Frees the head of a request that will never end, for the driver of a ring that was set up
     /// again. What the request points to stays.
     pub fn set_aside(&mut self, head: u16) {
@@ -222,7 +248,7 @@ impl RequestTable {
         if is_needed {
             self.snapshot.iter().for_each(Snapshot::leak);
         }
-        self.immediate.clear();
+        self.give_back_immediate();
         // SAFETY: what comes out of a parse goes into an entry that is in use, or into `immediate`.
         // The snapshot leaves this table here and in `drop` only: both keep it mapped for ever if
         // an entry of it is in use, `immediate` is empty now, and after `drop` nothing reads it.
@@ -236,11 +262,23 @@ impl RequestTable {
     /// [`end_batch`](Self::end_batch). Returns `None` without a snapshot.
     #[inline]
     pub fn parser(&mut self, table: DescriptorTable) -> Option<Parser<'_>> {
+        if self.has_immediate() {
+            self.give_back_immediate();
+        }
         let Self { entries, in_use, limit, translator, immediate, .. } = self;
-        immediate.clear();
         let translator = translator.as_mut()?;
         translator.begin(table);
         Some(Parser { entries, in_use, limit: *limit, immediate, translator, requests: 0 })
+    }
+
+    /// A batch that was not ended is over.
+    #[cold]
+    fn give_back_immediate(&mut self) {
+        for chain in self.immediate.drain(..) {
+            if let Some(entry) = self.entries.get_mut(usize::from(chain.used.head)) {
+                entry.given_back();
+            }
+        }
     }
 
     /// Ends the batch, of which the domain took `accepted` of `requests`: the chains that are not
@@ -256,6 +294,9 @@ impl RequestTable {
     ) -> BatchEnd {
         let mut end = BatchEnd { returned: requests - accepted, ..BatchEnd::default() };
         for chain in self.immediate.drain(..) {
+            if let Some(entry) = self.entries.get_mut(usize::from(chain.used.head)) {
+                entry.given_back();
+            }
             if chain.after > accepted {
                 end.returned += 1;
                 continue;
@@ -370,7 +411,7 @@ impl Parser<'_> {
             return self.malformed(head, reason, None);
         }
         let entry = &mut self.entries[index];
-        if entry.is_in_use() {
+        if !entry.is_free() {
             return Chain::InUse(head);
         }
         match parse(table, head, self.translator, limits, &mut entry.segments) {
@@ -382,7 +423,7 @@ impl Parser<'_> {
             Parsed::Answer { head, status_at, status, written, asked } => {
                 give_up_long(&mut entry.segments);
                 // What is in the list was written.
-                entry.place = Place::Ended(status_at);
+                entry.place = Place::Answered(status_at);
                 (entry.op, entry.len) = (ANSWERED | kind(asked), data_len(status, written));
                 let used = Used { head, len: written };
                 self.immediate.push(ImmediateAnswer {
@@ -394,7 +435,7 @@ impl Parser<'_> {
             }
             Parsed::Malformed { head, reason } => {
                 give_up_long(&mut entry.segments);
-                (entry.op, entry.place) = (NOTHING, Place::Nowhere);
+                (entry.op, entry.place) = (NOTHING, Place::Unanswered);
                 let outside = self.translator.take_outside();
                 self.malformed(head, reason, outside)
             }

@@ -165,6 +165,34 @@ fn a_head_that_is_in_flight_is_not_taken_again() {
 }
 
 #[test]
+fn a_head_that_is_answered_here_is_not_taken_again_before_it_is_given_back() {
+    // One that is answered, one that cannot be; the domain takes the request before them, or not.
+    for (code, accepted) in [(77, 1), (77, 0), (0, 1), (0, 0)] {
+        let mut fixture = Fixture::new();
+        fixture.chain(0, 0);
+        fixture.chain(3, code);
+        if code == 0 {
+            fixture.descriptor(3, 0x4000, 16, NEXT, 3);
+        }
+        let limits = &fixture.limits;
+        let mut parser = fixture.table.parser(TABLE).expect("a snapshot");
+        assert!(matches!(parser.next(0, limits), Chain::Request(0, _)));
+        let chain = parser.next(3, limits);
+        assert!(matches!(chain, Chain::Answer(None) | Chain::Malformed { .. }), "{chain:?}");
+        assert!(matches!(parser.next(3, limits), Chain::InUse(3)));
+        assert!(fixture.table.is_immediate(3) && !fixture.table.is_immediate(0));
+        fixture.table.end_batch(accepted, 1, &mut fixture.used);
+        assert!(!fixture.table.is_immediate(3));
+        fixture.read(3);
+    }
+    // A batch that was never ended.
+    let mut fixture = Fixture::new();
+    fixture.chain(3, 77);
+    assert!(matches!(fixture.take(3), Chain::Answer(None)));
+    fixture.read(3);
+}
+
+#[test]
 fn a_head_outside_of_the_table_is_that_of_no_request() {
     let mut fixture = Fixture::new();
     for head in [SIZE, SIZE + 1, u16::MAX] {

@@ -45,7 +45,7 @@ impl Parser<'_> {
         while taken.chains < share.chains && taken.bytes < share.bytes {
             let head = view.avail_entry(share.first.wrapping_add(taken.chains));
             let Some(entry) = self.entries.get_mut(usize::from(head)) else { break };
-            if entry.is_in_use() {
+            if !entry.is_free() {
                 break;
             }
             let Some(usual) = usual(head, self.translator, limits) else { break };

@@ -167,12 +167,13 @@ impl QueueWorker {
         Popped::Batch
     }
 
-    /// The driver offers a head whose entry is in use. Returns whether it can be taken after all;
+    /// The driver offers a head whose entry is not free. Returns whether it can be taken after all;
     /// else the ring is broken.
     #[cold]
     pub(super) fn frees(&mut self, head: u16) -> bool {
         let slot = usize::from(head);
-        let is_taken = self.batch.iter().any(|request| slot_of(request.tag) == slot);
+        let is_taken = self.requests.is_immediate(head)
+            || self.batch.iter().any(|request| slot_of(request.tag) == slot);
         if is_taken || self.device.is_awaited(slot) {
             notices::head_in_use(self.queue, head);
             self.device.count_malformed(1);
