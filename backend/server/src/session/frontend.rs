@@ -124,6 +124,11 @@ impl Frontend {
             self.has_size.store(true, Ordering::Relaxed);
             return;
         }
+        if event == Event::IsResized {
+            // What is marked there goes by the size: it is taken up anew, with what there is now.
+            context.config.inflight.renew();
+            return;
+        }
         if event == Event::Starts {
             self.is_replayed.store(false, Ordering::Relaxed);
             // A process that had this ring before may have died before it marked its last answers.
@@ -139,7 +144,7 @@ impl Frontend {
             }
         }
         let is_guarded = context.offer.configure(|space| match event {
-            Event::IsRefused(_) | Event::HasSize => false,
+            Event::IsRefused(_) | Event::HasSize | Event::IsResized => false,
             Event::ComesFromElsewhere => space.ring_comes_from_elsewhere(),
             Event::Starts => space.ring_starts(),
         });

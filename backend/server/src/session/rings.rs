@@ -5,6 +5,8 @@
 //! the old one was to bring. With event indices it would wait for ever: `used_event` is behind, so
 //! nothing that ends later calls it either. A call too many is one that drivers are used to.
 
+use crate::log_limit;
+use log::Level;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +26,8 @@ pub(crate) enum Event {
     IsRefused(u16),
     /// It is given a size that it can have (SET_VRING_NUM).
     HasSize,
+    /// It is given another size than it had when it ran before, as after RESET_DEVICE.
+    IsResized,
     /// It is to go on at a position that is neither the beginning nor where it was left in this
     /// session (SET_VRING_BASE).
     ComesFromElsewhere,
@@ -184,9 +188,25 @@ impl VringT<Memory> for Vring {
         self.is_refused.store(is_refused, Ordering::Relaxed);
         if is_refused {
             self.tell(Event::IsRefused(num));
-        } else {
-            self.tell(Event::HasSize);
-            self.ring.set_queue_size(num);
+            return;
+        }
+        self.tell(Event::HasSize);
+        let state = self.ring.get_ref();
+        let (queue, is_enabled) = (state.get_queue(), state.is_enabled());
+        let (is_set_up, is_other) = (queue.ready(), queue.size() != num);
+        drop(state);
+        if is_set_up && is_other && is_enabled {
+            // The library has no error for it, and what is in flight goes by the size.
+            log_limit::say(
+                Level::Warn,
+                "size of a running ring",
+                format_args!("the frontend gives a running ring {num} entries; it keeps its size"),
+            );
+            return;
+        }
+        self.ring.set_queue_size(num);
+        if is_set_up && is_other {
+            self.tell(Event::IsResized);
         }
     }
 
@@ -271,6 +291,30 @@ mod tests {
         ring.set_queue_ready(true);
         assert!(ring.get_ref().get_queue().ready());
         assert_eq!(take(&told), [Event::HasSize, Event::Starts]);
+    }
+
+    #[test]
+    fn a_ring_that_runs_keeps_its_size() {
+        let (ring, told) = ring();
+        ring.set_queue_size(16);
+        ring.set_queue_info(0x1000, 0x2000, 0x3000).unwrap();
+        ring.set_queue_ready(true);
+        ring.set_enabled(true);
+        take(&told);
+        let size = || ring.get_ref().get_queue().size();
+        for same_or_not in [16, 32, 8] {
+            ring.set_queue_size(same_or_not);
+            assert_eq!((size(), take(&told)), (16, vec![Event::HasSize]));
+        }
+        // As after RESET_DEVICE.
+        ring.set_enabled(false);
+        ring.set_queue_size(16);
+        assert_eq!(take(&told), [Event::HasSize]);
+        ring.set_queue_size(32);
+        assert_eq!((size(), take(&told)), (32, vec![Event::HasSize, Event::IsResized]));
+        ring.set_queue_ready(false);
+        ring.set_queue_size(8);
+        assert_eq!((size(), take(&told)), (8, vec![Event::HasSize]));
     }
 
     #[test]
