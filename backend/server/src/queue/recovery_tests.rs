@@ -321,6 +321,70 @@ fn a_stop_waits_for_what_runs_again() {
 }
 
 #[test]
+fn a_ring_that_is_left_to_another_process_runs_no_more_of_what_an_earlier_one_had() {
+    let memory = Memory::new(SIZE);
+    let mut bench = served_with(&memory, &["hold=true"]);
+    offer(&mut bench.guest, &[0, 1, 2]);
+    bench.serve();
+    let inflight = Inflight { cautious: true, leaves: true, ..memory.inflight() };
+    let mut bench = successor(bench, inflight, &["hold=true"]);
+    bench.serve();
+    assert_eq!(got(&bench), [0]);
+    // As a stop of the ring does amid a migration.
+    bench.vring.set_queue_ready(false);
+    bench.phase.hush(0);
+    bench.inflight.renew();
+    bench.release();
+    bench.serve_with(|_| true);
+    bench.serve();
+    assert_eq!((got(&bench), bench.worker.awaited()), (vec![0], 0));
+    assert_eq!((used(&mut bench), memory.marked()), (vec![], vec![0, 3, 6]));
+    // The migration has failed: it goes on here.
+    bench.vring.set_queue_ready(true);
+    bench.serve_until("answers", |bench| bench.guest.used_idx() == 3);
+    assert_eq!((got(&bench), used(&mut bench)), (vec![0, 0, 3, 6], vec![0, 3, 6]));
+}
+
+#[test]
+fn a_head_that_comes_twice_in_a_batch_is_marked_once_and_breaks_the_ring() {
+    for second in [Kind::Unknown, Kind::Read(512)] {
+        let memory = Memory::new(SIZE);
+        let mut bench = served_with(&memory, &[]);
+        let head = bench.guest.request(1, Kind::Unknown);
+        bench.guest.offer(head);
+        bench.guest.offer(head);
+        bench.serve();
+        assert_eq!((used(&mut bench), memory.used_idx(), memory.marked()), (vec![3], 1, vec![]));
+        assert_eq!(bench.puppets.proxy.status().queues[0].malformed, 1);
+        // It is no more than that while the ring is as it is.
+        bench.guest.request(1, second);
+        bench.guest.offer(head);
+        bench.serve();
+        assert_eq!((used(&mut bench), got(&bench)), (vec![], vec![]));
+    }
+}
+
+#[test]
+fn a_ring_that_is_given_another_size_is_marked_by_it() {
+    let memory = Memory::new(SIZE);
+    let mut bench = served_with(&memory, &["hold=true"]);
+    bench.vring.set_queue_size(SIZE / 2);
+    offer(&mut bench.guest, &[0]);
+    bench.serve();
+    // As the session does for a ring that is off and has been on.
+    bench.vring.set_enabled(false);
+    bench.vring.set_queue_size(SIZE);
+    bench.inflight.renew();
+    bench.vring.set_enabled(true);
+    offer(&mut bench.guest, &[7]);
+    bench.serve();
+    assert_eq!((got(&bench), memory.marked()), (vec![0], vec![0]), "the first is awaited");
+    bench.release();
+    bench.serve_until("answers", |bench| bench.guest.used_idx() == 2);
+    assert_eq!((used(&mut bench), memory.marked(), memory.used_idx()), (vec![0, 21], vec![], 2));
+}
+
+#[test]
 fn a_region_is_replaced_when_what_is_in_flight_has_ended() {
     let (memory, other) = (Memory::new(SIZE), Memory::new(SIZE));
     let mut bench = served_with(&memory, &["hold=true"]);

@@ -2,8 +2,9 @@
 //! flight, and those that are not taken by the domain.
 //!
 //! Invariants: what an earlier process had in flight runs again in its order and before anything
-//! new is taken; it stays marked until it is answered, however often it is submitted; a chain that
-//! goes back to the ring is marked no more, and the last goes first (`virtqueue::inflight`).
+//! new is taken; it stays marked until it is answered, however often it is submitted, and nothing
+//! of it is submitted when its ring was left to another process; a chain that goes back to the ring
+//! is marked no more, and the last goes first (`virtqueue::inflight`).
 
 use super::inputs::{BatchInputs, Memory};
 use super::meter::end;
@@ -109,7 +110,12 @@ impl QueueWorker {
         vring: &impl VringT<Memory>,
         inputs: &BatchInputs<'_>,
     ) -> Popped {
-        let is_over = self.ring.is_broken || self.phase.is_at(Phase::Detached);
+        // With the lock, so that it is hushed now or takes these before it is.
+        let state = vring.get_mut();
+        // A hushed ring's are another process's, and stay marked.
+        let is_over = self.ring.is_broken
+            || self.phase.is_at(Phase::Detached)
+            || self.phase.is_hushed(self.queue);
         let awaited = self.device.awaited();
         let Some(replay) = self.tracking.replay.as_mut().filter(|_| !is_over) else {
             self.tracking.replay = None;
@@ -123,7 +129,6 @@ impl QueueWorker {
         let is_first_quarantined = rest.first().is_some_and(|&marked| is_quarantined(marked));
         let most = if replay.is_cautious() || is_first_quarantined { 1 } else { BATCH };
         self.meter.take();
-        let state = vring.get_mut();
         let queue = state.get_queue();
         let table = DescriptorTable { addr: queue.desc_table(), size: queue.size() };
         self.batch.clear();
