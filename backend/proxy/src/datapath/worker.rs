@@ -53,6 +53,8 @@ pub struct Worker {
     /// How many batches may begin before the clock is looked at again.
     pub(super) unclocked: u32,
     pub(super) pending: Vec<PendingReplay>,
+    /// Some of them can run again now, and the last batch of them was full.
+    pub(super) replays_more: bool,
     /// Requests that stay unanswered, because what had them cannot be fenced. Their slots are not
     /// used again.
     pub(super) lost: usize,
@@ -75,16 +77,22 @@ impl DomainProxy {
         slots: usize,
         notifier: Box<dyn Notifier>,
     ) -> Option<Worker> {
-        // First, because attaching may ask for it.
-        self.queues.set_notifier(queue, Some(notifier));
-        Worker::new(Arc::clone(self), queue, slots)
+        Worker::new(Arc::clone(self), queue, slots, notifier)
     }
 }
 
 impl Worker {
-    fn new(proxy: Arc<DomainProxy>, queue: usize, slots: usize) -> Option<Self> {
+    fn new(
+        proxy: Arc<DomainProxy>,
+        queue: usize,
+        slots: usize,
+        notifier: Box<dyn Notifier>,
+    ) -> Option<Self> {
         assert!(slots <= SLOT_LIMIT, "a queue of {slots} slots");
         let reader = proxy.cell.attach()?;
+        // Not before there is a seat, since what has it may be another worker, which is to be woken
+        // still; and before a domain is attached to, which may ask for it.
+        proxy.queues.set_notifier(queue, Some(notifier));
         let line = Arc::clone(proxy.queues.line(queue));
         proxy.queues.set_seat(reader.index(), Some(Seat { queue, thread: Thread::current() }));
         let mut worker = Self {
@@ -99,6 +107,7 @@ impl Worker {
             ordered: 0,
             unclocked: 0,
             pending: Vec::new(),
+            replays_more: false,
             lost: 0,
             replay: Vec::new(),
             completions: CompletionBuffer::new(FIRST_ROOM),

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// No worker needs to be woken: the tests pump.
-struct Silent;
+pub struct Silent;
 
 impl Notifier for Silent {
     fn notify(&self) {}

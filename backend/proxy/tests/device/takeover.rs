@@ -3,7 +3,7 @@
 //!
 //! If a test hangs here, a guest would.
 
-use crate::common::{Device, Hand, well};
+use crate::common::{Device, Hand, Silent, well};
 use domain_abi::Status;
 use proxy::{State, Worker};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,6 +42,29 @@ fn what_was_unanswered_runs_again_in_order_and_before_anything_new() {
     assert_serving(&device, 3);
     assert_eq!(device.proxy.status().queues[0].replayed, 6);
     assert_eq!(device.proxy.status().queues[0].requests, 7);
+}
+
+#[test]
+fn a_deep_queue_runs_again_in_batches() {
+    const ALL: usize = 50;
+    let device = Device::start(1, &["hold=true"]);
+    device.upgrade("plain", "b", &["hold=true", "die_at=50"]).expect("no worker is disturbed");
+    let worker = device.proxy.worker(0, ALL, Box::new(Silent)).expect("a free slot");
+    let mut hand = Hand { worker, ended: Vec::new() };
+    assert_eq!(hand.submit(0..ALL), ALL);
+    let got = || device.stage.lines("a", "got").len();
+    let mut before = 0;
+    hand.until(&device, "no replay", |hand| {
+        let now = got();
+        // Each step is one call.
+        assert!(now - before <= 16, "{before}, {now}");
+        assert_eq!(hand.worker.replays_more(), now > 0 && now < ALL, "{now}");
+        before = now;
+        now == ALL
+    });
+    device.stage.release.store(true, Ordering::Release);
+    hand.until(&device, "no answers", |hand| hand.ended.len() == ALL);
+    assert_eq!(hand.take_ended(), well(0..ALL));
 }
 
 #[test]

@@ -224,6 +224,28 @@ fn a_ring_whose_heads_are_all_those_of_lost_requests_is_served_when_it_is_set_up
     bench.serve_until("an answer", |bench| bench.guest.used_idx() == 1);
 }
 
+#[test]
+fn what_a_dead_domain_left_runs_again_without_a_wait_between_batches() {
+    const ALL: u16 = 20;
+    let puppets = Puppets::start(1, &["hold=true"]);
+    puppets.upgrade("b", &["hold=true", "die_at=20"]).expect("an upgrade");
+    let mut bench = Bench::with(puppets, false, Duration::ZERO);
+    for head in 0..ALL {
+        bench.guest.flush_with(head, SIZE - 1);
+        bench.guest.offer(head);
+    }
+    bench.serve_until("requests", |bench| bench.got("b").len() == usize::from(ALL));
+    bench.serve_until("a takeover", |bench| match bench.got("a").len() {
+        0 => false,
+        got => {
+            assert_eq!(got, usize::from(ALL), "none of them has ended");
+            true
+        }
+    });
+    bench.release();
+    bench.serve_until("answers", |bench| bench.guest.used_idx() == ALL);
+}
+
 /// Serves while the memory map becomes another between the look at its version and the look at the
 /// ring. The ring is the same in both; `driver` goes on in the new one.
 fn serve_over_a_change(bench: &mut Bench, new: GuestMemory, driver: impl Fn(&mut Guest)) {

@@ -304,14 +304,14 @@ impl QueueWorker {
     fn collect(&mut self, vring: &impl VringT<Memory>) -> Progress {
         if !self.phase.is_plain() && self.phase.is_hushed(self.queue) {
             self.drop_ended();
-            return Progress::Idle;
+            return if self.device.replays_more() { Progress::Again } else { Progress::Idle };
         }
         let Self { device, requests, used, meter, .. } = self;
         used.clear();
         let line = meter.line();
         device.reap(|ended| end(requests, used, line, ended));
         if self.used.is_empty() {
-            return Progress::Idle;
+            return if self.device.replays_more() { Progress::Again } else { Progress::Idle };
         }
         self.backpressured_by = None;
         self.publish_used(&mut vring.get_mut());
