@@ -1,7 +1,7 @@
 //! How far a session is on its way to its end.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use virtqueue::DirtyLog;
 
 /// How far a session is. It only ever goes on.
@@ -26,13 +26,14 @@ const HUSHED: u8 = 2;
 
 /// The phase of one session, and what else changes how its queues answer: it is looked at with one
 /// load.
-#[derive(Debug)]
 pub(crate) struct PhaseCell {
     cell: AtomicU8,
     /// Queues whose requests in flight are left to another process, a bit each.
     hushed: AtomicU64,
     /// Where a migration's log is.
     log: Arc<DirtyLog>,
+    /// Told of what was written and could not be marked there.
+    unlogged: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Default for PhaseCell {
@@ -41,6 +42,7 @@ impl Default for PhaseCell {
             cell: AtomicU8::new((Phase::Serving as u8) << SHIFT),
             hushed: AtomicU64::new(0),
             log: Arc::default(),
+            unlogged: OnceLock::new(),
         }
     }
 }
@@ -90,6 +92,17 @@ impl PhaseCell {
     /// Whether what is published is to be marked in the log.
     pub(crate) fn is_logged(&self) -> bool {
         self.cell.load(Ordering::Acquire) & LOGGED != 0
+    }
+
+    /// Has `hook` called, with a ring's lock, whenever something was written that could not be
+    /// marked in the log. A second hook is not called.
+    pub(crate) fn on_unlogged(&self, hook: impl Fn() + Send + Sync + 'static) {
+        let _ = self.unlogged.set(Box::new(hook));
+    }
+
+    /// Something was written that could not be marked.
+    pub(crate) fn tell_unlogged(&self) {
+        self.unlogged.get().into_iter().for_each(|hook| hook());
     }
 
     /// Nothing that a queue has in flight is answered any more. To be called with its ring's lock.

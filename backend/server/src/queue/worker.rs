@@ -90,8 +90,6 @@ pub(crate) struct QueueWorker {
     pub(super) phase: Arc<PhaseCell>,
     pub(super) marker: Marker,
     pub(super) meter: Meter,
-    /// Something was written that could not be logged.
-    pub(super) has_unlogged: bool,
     /// Generation of the instance that took less than it was offered; it is offered nothing more
     /// until something has ended.
     backpressured_by: Option<u64>,
@@ -122,7 +120,6 @@ impl QueueWorker {
             phase,
             marker: Marker::default(),
             meter: Meter::default(),
-            has_unlogged: false,
             backpressured_by: None,
             throttled: None,
             probe: Probe::default(),

@@ -40,13 +40,18 @@ impl Context {
         let offer = Offer::new(proxy, config, patience).ok_or_else(|| {
             io::Error::new(io::ErrorKind::TimedOut, "an upgrade is under way, and does not end")
         })?;
+        let (phase, connection) = (Arc::<PhaseCell>::default(), Arc::<Connection>::default());
+        phase.on_unlogged({
+            let connection = Arc::clone(&connection);
+            move || connection.end()
+        });
         Ok(Self {
             proxy: Arc::clone(proxy),
             config: config.clone(),
-            phase: Arc::default(),
+            phase,
             offer,
             memory: SharedMemory::new(map),
-            connection: Arc::default(),
+            connection,
             lookout: Lookout::new()?,
             claim: SessionClaim::new(proxy),
         })

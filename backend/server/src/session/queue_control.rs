@@ -256,9 +256,6 @@ impl QueueControl {
             limiter: &context.config.limiter,
         });
         worker.throttled().into_iter().for_each(|until| self.alarm.set(until));
-        if worker.take_unlogged() {
-            context.connection.end();
-        }
         let is_blank = || context.claim.is_ours() && worker.is_blank(vring);
         context.lookout.note(self.queue, worker.has_taken(), is_blank);
         self.is_owed_elsewhere.store(worker.is_owed_elsewhere(), Ordering::Relaxed);
