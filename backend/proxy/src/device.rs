@@ -5,6 +5,7 @@
 //! the lock of changes.
 
 use crate::canary::Canary;
+use crate::change::coming::ComingStandby;
 use crate::change::prepare::Preparer;
 use crate::change::refusals::stopping;
 use crate::claims::Claims;
@@ -154,6 +155,8 @@ pub struct DomainProxy {
     /// Held by what replaces the live domain: an operator's command, or a takeover, which comes
     /// between its phases.
     changes: Mutex<Others>,
+    /// A standby that is being loaded, and that a takeover waits for.
+    pub(crate) coming: ComingStandby,
     view: Mutex<View>,
     /// What must outlive the process. It has what the guest was offered, as capabilities that a
     /// successor must have.
@@ -207,6 +210,7 @@ impl DomainProxy {
             events: Events::default(),
             operator: Mutex::default(),
             changes: Mutex::default(),
+            coming: ComingStandby::default(),
             view: Mutex::new(view),
             capacity,
             attempted: AtomicU64::new(0),

@@ -216,8 +216,9 @@ impl DomainProxy {
         served
     }
 
-    /// Has the standby of the process before stand by again, unless there is another one by now.
-    /// Calls `has_begun` once operators' commands wait for it.
+    /// Has the standby of the process before stand by again, unless there is another one by now, or
+    /// the live domain dies meanwhile: then it takes over. Calls `has_begun` once operators'
+    /// commands, and a takeover, wait for it.
     ///
     /// # Errors
     /// Why there is none.
@@ -227,21 +228,21 @@ impl DomainProxy {
         has_begun: impl FnOnce(),
     ) -> Result<(), Refusal> {
         let _operator = lock(&self.operator);
+        let coming = self.coming.begin(&self.signal);
         has_begun();
         let prepared = self.check_stopping().and_then(|()| self.preparer.prepare_kept(module));
+        let taken = prepared.map(|domain| coming.arrived(domain));
         let mut others = self.lock_changes();
-        match prepared {
-            Ok(domain) if others.standby.is_none() => others.standby = Some(domain),
-            Ok(domain) => {
+        // A takeover may have had it.
+        if let Some(domain) = self.coming.take() {
+            if others.standby.is_none() {
+                others.standby = Some(domain);
+            } else {
                 // It was never live, so it has no requests.
                 let _ = self.retire(domain, TO_RETIRE, &mut Phases::default());
             }
-            Err(refusal) => {
-                self.show(&others);
-                return Err(refusal);
-            }
         }
         self.show(&others);
-        Ok(())
+        taken
     }
 }

@@ -2,6 +2,7 @@
 //! the device.
 
 pub(crate) mod check;
+pub(crate) mod coming;
 pub(crate) mod compatible;
 pub(crate) mod drain;
 pub(crate) mod fence;

@@ -3,8 +3,9 @@
 //! ```text
 //!   a worker sees the panic -> requests wait, the cell holds none -> every worker leaves the
 //!     dead instance -> it is destroyed, its threads joined: fenced
-//!        -> the predecessor, if it is still in use, or a standby that fits: storage moves, it is
-//!           activated, published; unanswered requests run again
+//!        -> the predecessor, if it is still in use, or a standby that fits, which is waited for
+//!           if it is being loaded: storage moves, it is activated, published; unanswered requests
+//!           run again
 //!        -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
@@ -125,7 +126,8 @@ impl DomainProxy {
                 ),
             ));
         }
-        let next = self.reinstate(others).or_else(|| others.standby.take()).ok_or_else(|| {
+        let next = self.reinstate(others).or_else(|| others.standby.take());
+        let next = next.or_else(|| self.coming.wait(&self.signal)).ok_or_else(|| {
             Refusal::new(Code::NoStandby, format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
         let taken = next.and_then(|next| {

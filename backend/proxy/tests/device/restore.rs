@@ -1,12 +1,13 @@
 //! A device that goes on with what a process has left that died during a trial.
 
 use crate::common::Device;
-use domain_abi::Capabilities;
+use domain_abi::{Capabilities, Status};
 use domain_host::{Identity, LoadError, ModuleLoader, VerifiedModule};
 use proxy::{CanaryState, Code, DomainProxy, KeptModule, Refusal, Restoring, Saved, State};
 use puppet::PuppetLoader;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use storage::Filling;
 
 const BOTH: u64 = Capabilities::FLUSH.0 | Capabilities::DISCARD.0;
@@ -76,6 +77,53 @@ fn the_standby_of_one_that_was_on_trial_goes_on() {
     assert_eq!((canary.state, canary.generation), (CanaryState::TakenBack, Some(2)));
     assert!(standby.is_none(), "the canary stands by");
     assert_eq!(proxy.stop(), [""; 0]);
+}
+
+/// Has the live domain of a device that goes on with what was left die while its standby is being
+/// loaded, which does as `standby` says. Its request ends with `status`.
+fn die_before_the_standby(standby: &[&str], status: Status) -> Device {
+    let device = Device::start(1, &[]);
+    let standby = [&["wait=prepare"], standby].concat();
+    let saved = Saved { canary: None, ..left(&device, &standby, &["die_at=1"]) };
+    let saved = Saved { required: Capabilities::FLUSH, ..saved };
+    let (proxy, standby) = restore(saved).expect("it fits");
+    let device = Device { proxy, stage: device.stage };
+    let standby = standby.expect("it is to be loaded");
+    let (begun, has_begun) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
+        has_begun.recv().expect_err("nothing is sent");
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        let began = std::time::Instant::now();
+        hand.until(&device, "time stands still", |_| began.elapsed().as_millis() > 300);
+        assert_eq!((device.proxy.status().state, hand.ended.len()), (State::Upgrading, 0));
+        device.stage.go.store(true, Ordering::Release);
+        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        assert_eq!(hand.take_ended(), [(0, status)]);
+        hand.lie_down();
+        let _ = loads.join().expect("no panic");
+    });
+    device
+}
+
+#[test]
+fn a_standby_that_is_being_loaded_takes_over_when_it_is_there() {
+    let device = die_before_the_standby(&[], Status::Ok);
+    device.until("no end", || device.proxy.status().state == State::Serving);
+    let status = device.proxy.status();
+    assert_eq!((status.generation, status.counts.takeovers), (3, 1));
+    assert_eq!(status.domain.params.get("label"), Some("a"));
+    assert!(status.standby.is_none(), "it serves");
+    assert_eq!(device.proxy.stop(), [""; 0]);
+}
+
+#[test]
+fn one_that_cannot_be_loaded_is_waited_for_no_longer() {
+    let device = die_before_the_standby(&["fail=prepare"], Status::IoError);
+    device.until("no verdict", || device.proxy.status().state == State::Faulted);
+    let left = device.proxy.stop();
+    assert!(left.len() == 1 && left[0].contains("there is no standby"), "{left:?}");
 }
 
 #[test]
