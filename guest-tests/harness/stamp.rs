@@ -132,6 +132,22 @@ impl Ledger {
         self.blocks[index].push(content);
     }
 
+    /// Each block's bytes, behind where it begins; none where there is more than one possibility.
+    pub fn contents(&self) -> impl Iterator<Item = (u64, Option<Vec<u8>>)> {
+        self.blocks.iter().enumerate().map(|(index, possible)| {
+            let (block, mut bytes) = (self.first + index as u64, vec![0; BLOCK]);
+            let is_known = match possible[..] {
+                [Content::Zeros] => true,
+                [Content::Write(sequence)] => {
+                    Stamp { block, sequence, writer: self.writer }.write(&mut bytes);
+                    true
+                }
+                _ => false,
+            };
+            (block * BLOCK as u64, is_known.then_some(bytes))
+        })
+    }
+
     /// Enters that all processes that had these blocks in hand were killed: a block with a write
     /// that was not answered may hold a part of it.
     ///

@@ -28,6 +28,7 @@ mod metrics;
 mod nbd;
 mod nbd_failures;
 mod nbd_page;
+mod nbd_servers;
 mod peer;
 mod protocol;
 mod rbd;
