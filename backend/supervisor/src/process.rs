@@ -3,7 +3,8 @@
 use crate::descriptor::Descriptor;
 use crate::notify::VARIABLES;
 use crate::slots::{Missing, Packing, Slot, Unpacking};
-use channel::Channel;
+use channel::{Channel, ToServer};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -269,6 +270,35 @@ impl Server {
             failure: packed.failure,
             is_silent: packed.is_silent,
         })
+    }
+
+    /// Tells it to end by itself, which it may not do.
+    pub fn tell_to_leave(&self) {
+        match self.channel.try_send(&ToServer::Exit, &[]) {
+            Ok(true) => {}
+            // It does not listen.
+            Ok(false) => self.kill(),
+            Err(error) => {
+                log::debug!("server {} is not told to leave: {error}", self.pid.as_raw_nonzero());
+            }
+        }
+    }
+
+    /// Waits until it has ended, for `limit` at most. Returns whether it has.
+    #[must_use]
+    pub fn ends_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while self.ended().is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let left =
+                Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            // Whatever comes of it, it is looked at again.
+            let _ = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&left));
+        }
+        true
     }
 
     /// Ends it at once.

@@ -165,6 +165,7 @@ impl Supervisor {
         loop {
             self.settle();
             if let Some(over) = self.over.take() {
+                self.see_off();
                 self.store.finish();
                 return over;
             }

@@ -31,10 +31,11 @@ impl Supervisor {
         Ok(Candidate { server, is_prepared: false, prepared: None, live })
     }
 
-    /// Ends a candidate that is not needed.
+    /// Ends a candidate that is not needed. It is told to leave, and not killed at once: what it
+    /// has open elsewhere would be waited for by the server that goes on.
     pub(super) fn dismiss_candidate(&mut self) {
         if let Some(candidate) = self.candidate.take() {
-            candidate.server.kill();
+            candidate.server.tell_to_leave();
             self.leaving.push((candidate.server, Instant::now() + LEAVE_PATIENCE));
         }
     }

@@ -6,7 +6,6 @@
 
 use super::{LEAVE_PATIENCE, Supervisor, Which};
 use crate::process::reap;
-use channel::ToServer;
 use rustix::process::{Pid, WaitId};
 use std::time::{Duration, Instant};
 
@@ -24,9 +23,17 @@ impl Supervisor {
     /// Those that are done with leave. Not earlier than the session is up again: what it takes to
     /// end a process would take CPUs from the new server while the guest waits for it.
     pub(super) fn dismiss(&mut self) {
-        for (server, _) in &self.leaving {
-            if let Err(error) = server.channel.send(&ToServer::Exit, &[]) {
-                log::debug!("the old server is not told to leave: {error}");
+        self.leaving.iter().for_each(|(server, _)| server.tell_to_leave());
+    }
+
+    /// The supervisor is about to end: those that leave do so before it, or are ended. A service
+    /// manager would end them with it, in the middle of what they do.
+    pub(super) fn see_off(&mut self) {
+        self.dismiss();
+        for (server, deadline) in std::mem::take(&mut self.leaving) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !server.ends_within(left) {
+                server.kill();
             }
         }
     }

@@ -115,3 +115,23 @@ fn a_store_that_owes_something_does_not_keep_the_loop_turning() {
     stage.supervisor.settle_store(Instant::now());
     assert_eq!(stage.supervisor.store.deadline(), None);
 }
+
+/// A service manager ends what is left when the supervisor has ended.
+#[test]
+fn a_candidate_that_leaves_has_ended_before_the_supervisor_does() {
+    let mut stage = Stage::new(None);
+    let (server, candidate) = (stage.serve(), stage.begin_candidate(true));
+    let ended = stage.supervisor.candidate.as_ref().unwrap().server.pid;
+    drop(server);
+    stage.supervisor.end("x");
+    let leaves = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(candidate);
+    });
+    let begun = Instant::now();
+    let Stage { supervisor, _end, _directory } = stage;
+    assert_eq!(supervisor.run(), Ok(0));
+    assert!(begun.elapsed() >= Duration::from_millis(150), "{:?}", begun.elapsed());
+    leaves.join().unwrap();
+    assert!(crate::process::reap(rustix::process::WaitId::Pid(ended)));
+}

@@ -80,7 +80,7 @@ fn a_spare_does_not_serve_when_the_device_is_given_up() {
         stage.supervisor.hear(Which::Candidate);
         assert!(stage.supervisor.is_given_up && stage.supervisor.server.is_none());
         assert!(stage.supervisor.candidate.is_none());
-        assert_eq!(told(&spare), []);
+        assert_eq!(told(&spare), [ToServer::Exit]);
     }
 }
 
@@ -174,4 +174,20 @@ fn a_new_server_ends_the_daemon_when_the_old_one_is_dead() {
     say(&new, &ready());
     stage.supervisor.hear(Which::Current);
     assert_eq!(told(&new), [ToServer::Shutdown { why: "x".into() }]);
+}
+
+/// What it has open elsewhere is closed by it, and not waited for by others.
+#[test]
+fn a_candidate_that_is_not_needed_leaves_by_itself_or_is_ended() {
+    for is_prepared in [false, true] {
+        let mut stage = Stage::new(None);
+        let (_server, candidate) = (stage.serve(), stage.begin_candidate(is_prepared));
+        stage.supervisor.dismiss_candidate();
+        assert_eq!(told(&candidate), [ToServer::Exit]);
+        std::thread::sleep(Duration::from_millis(50));
+        let left = &stage.supervisor.leaving;
+        assert!(matches!(&left[..], [(server, _)] if server.ended().is_none()), "it was killed");
+        stage.supervisor.settle_leaving(Instant::now() + LEAVE_PATIENCE);
+        stage.turn_until(|supervisor| supervisor.leaving.is_empty());
+    }
 }
