@@ -135,24 +135,38 @@ impl DomainProxy {
         }
     }
 
-    /// Claims the data with `next`, which is to serve where nothing does, if rings run. The claim
-    /// neither begins nor ends until what this returns is dropped.
+    /// Claims the data with `next`, which is to serve where nothing does, if rings run. Waits for
+    /// what does not answer, for `limit`. The claim neither begins nor ends until what this returns
+    /// is dropped.
     ///
     /// # Errors
     /// Another program uses it, or it cannot be told.
-    pub(crate) fn claim_for(&self, next: &LoadedDomain) -> Result<MutexGuard<'_, Held>, Refusal> {
+    pub(crate) fn claim_for(
+        &self,
+        next: &LoadedDomain,
+        limit: Duration,
+    ) -> Result<MutexGuard<'_, Held>, Refusal> {
+        let deadline = Instant::now() + limit;
         let mut held = lock(&self.claims.held);
-        // What the domain before had claimed may have been lost with it, so it is claimed again.
-        if !self.claims.is_wanted() {
-            return Ok(held);
-        }
-        let why = match next.instance.claim() {
-            Ok(claim @ (Claim::Nothing | Claim::Ours)) => {
-                held.is_ours = claim == Claim::Ours;
+        let why = loop {
+            // What the domain before had claimed may be lost with it, so it is claimed again.
+            if !self.claims.is_wanted() {
                 return Ok(held);
             }
-            Ok(Claim::Taken) => "another program uses the disk's data; end that one".to_owned(),
-            Err(error) => error.to_string(),
+            match next.instance.claim() {
+                Ok(claim @ (Claim::Nothing | Claim::Ours)) => {
+                    held.is_ours = claim == Claim::Ours;
+                    return Ok(held);
+                }
+                Ok(Claim::Taken) => {
+                    break "another program uses the disk's data; end that one".to_owned();
+                }
+                // One that is not done yet goes on, and is lost with `next`.
+                Err(CallError::Failed(_)) if Instant::now() < deadline && !self.is_stopping() => {
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                Err(error) => break error.to_string(),
+            }
         };
         let message = format!("{} cannot serve: {why}", next.label());
         Err(Refusal::new(Code::ActivateFailed, message))

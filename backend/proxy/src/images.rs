@@ -51,10 +51,13 @@ impl Images {
         params: &Params,
     ) -> Result<Arc<dyn HostImage>, DomainError> {
         let is_it = |opened: &&Opened| opened.engine == engine && opened.params == *params;
-        let known = lock(&self.opened).iter().find(is_it).and_then(|it| it.image.upgrade());
-        if let Some(image) = known.filter(|image| image.lost().is_none()) {
+        let opened = lock(&self.opened);
+        let mut known = opened.iter().filter(is_it).filter_map(|it| it.image.upgrade());
+        if let Some(image) = known.find(|image| image.lost().is_none()) {
             return Ok(image);
         }
+        drop(known);
+        drop(opened);
         let opener = self.opener.as_ref().ok_or_else(|| {
             DomainError::new(format!("this host opens no images through `{engine}`"))
         })?;
@@ -63,10 +66,7 @@ impl Images {
         let patience = if is_patient { TO_GO_ON } else { Duration::ZERO };
         let image = opener.open(engine, params, patience)?;
         let mut opened = lock(&self.opened);
-        opened.retain(|it| {
-            let is_used = it.image.upgrade().is_some_and(|image| image.lost().is_none());
-            is_used && !is_it(&it)
-        });
+        opened.retain(|it| it.image.strong_count() > 0);
         opened.push(Opened {
             engine: engine.to_owned(),
             params: params.clone(),
@@ -79,12 +79,23 @@ impl Images {
         lock(&self.opened).iter().filter_map(|it| it.image.upgrade()).collect()
     }
 
+    /// Those that can be used.
+    fn well(&self) -> impl Iterator<Item = Arc<dyn HostImage>> + use<> {
+        self.all().into_iter().filter(|image| image.lost().is_none())
+    }
+
+    /// Whether an instance has one that is lost. What it had claimed went with it, and one that was
+    /// opened in its place is claimed by nothing.
+    pub(crate) fn any_lost(&self) -> bool {
+        self.all().iter().any(|image| image.lost().is_some())
+    }
+
     /// The device goes to another process, which claims for itself.
     ///
     /// # Errors
     /// One cannot be given back.
     pub(crate) fn give_back(&self) -> Result<(), DomainError> {
-        self.all().iter().filter(|image| image.lost().is_none()).try_for_each(|it| it.release())
+        self.well().try_for_each(|image| image.release())
     }
 
     /// The device is this process's again, with rings that run.
@@ -92,7 +103,7 @@ impl Images {
     /// # Errors
     /// One cannot be had.
     pub(crate) fn take_back(&self) -> Result<(), DomainError> {
-        for image in self.all() {
+        for image in self.well() {
             if image.claim(TO_TAKE_BACK)? == Claim::Taken {
                 return Err(DomainError::new("another program has taken its image meanwhile"));
             }
@@ -152,12 +163,17 @@ mod tests {
         let other = open("image=b");
         assert_eq!(opener.count(), 2);
         drop(other);
-        let _other = open("image=b");
+        let lost = open("image=b");
         assert_eq!(opener.count(), 3, "nothing had it any more");
         opener.last().is_lost.store(true, Ordering::Relaxed);
+        assert!(images.any_lost());
+        drop(open("image=b"));
         let another = open("image=b");
-        assert!(another.lost().is_none() && opener.count() == 4);
+        assert!(another.lost().is_none() && opener.count() == 5);
         assert!(Arc::ptr_eq(&another, &open("image=b")), "the new one is the one");
+        assert!(images.any_lost(), "one still has it");
+        drop(lost);
+        assert!(!images.any_lost());
         images.close();
         assert!(opener.last().is_closed.load(Ordering::Relaxed));
         let none = Images::new(None).open("rbd", &Params::default());
@@ -176,6 +192,20 @@ mod tests {
         images.give_back().unwrap();
         opener.last().is_taken.store(true, Ordering::Relaxed);
         assert!(images.take_back().is_err(), "another has it");
+    }
+
+    #[test]
+    fn what_is_lost_is_neither_given_back_nor_taken_back() {
+        let (opener, images) = images();
+        let _lost = images.open("e", &Params::default()).unwrap();
+        let lost = opener.last();
+        lost.is_taken.store(true, Ordering::Relaxed);
+        lost.is_lost.store(true, Ordering::Relaxed);
+        let _image = images.open("e", &Params::default()).unwrap();
+        images.give_back().unwrap();
+        images.take_back().unwrap();
+        assert!(opener.last().is_claimed.load(Ordering::Relaxed));
+        assert!(!lost.is_claimed.load(Ordering::Relaxed));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::device::{DomainProxy, Live};
 use crate::domain::LoadedDomain;
 use crate::keeping::KeptModule;
 use crate::record::canary::CanaryReport;
-use crate::record::report::{DomainRecord, Phases, Refusal};
+use crate::record::report::{DomainRecord, Options, Phases, Refusal};
 use crate::signal::lock;
 use domain_abi::Capabilities;
 use domain_host::{ImageOpener, ModuleLoader, QUEUE_LIMIT};
@@ -206,9 +206,10 @@ impl DomainProxy {
     /// Has `next` serve where nothing does.
     fn go_on_with(self: &Arc<Self>, next: LoadedDomain, plan: &Plan) -> Result<(), Refusal> {
         let Saved { told, generation, .. } = &plan.saved;
+        let (limit, mut phases) = (Options::default().limit(), Phases::default());
         let served = self
             .check_compatible(&told.info, &next)
-            .and_then(|()| self.recover(&next, *generation, &mut Phases::default()));
+            .and_then(|()| self.recover(&next, *generation, limit, &mut phases));
         if served.is_err() {
             // It was never live, so it has no requests.
             let _ = self.retire(next, TO_RETIRE, &mut Phases::default());

@@ -257,19 +257,25 @@ impl DomainProxy {
         let from = self.record();
         let live = self.live_noticed();
         let decided = self.accept(&from.info, live.as_ref(), &next, options);
-        let changed = match (decided, &live) {
-            (Ok(_), None) => self
-                .recover(&next, self.next_generation(), &mut phases)
-                .map(|()| (Protocol::Handover, None)),
-            (Ok(Protocol::Swap), Some(_)) => {
-                self.swap(&next, &mut phases).map(|grace| (Protocol::Swap, Some(grace)))
+        let (protocol, grace) = match (decided?, &live) {
+            (_, None) => {
+                let generation = self.next_generation();
+                self.recover(&next, generation, options.limit(), &mut phases)?;
+                (Protocol::Handover, None)
             }
-            (Ok(_), Some(live)) => self
-                .handover(live, &next, options, &mut phases)
-                .map(|()| (Protocol::Handover, None)),
-            (Err(refusal), _) => Err(refusal),
+            (protocol, Some(live)) => {
+                // Rings that run have claimed what is lost, and not what `next` has.
+                let is_lost = self.preparer.images.any_lost();
+                let claim = is_lost.then(|| self.claim_for(&next, options.limit()));
+                let _claim = claim.transpose()?;
+                if protocol == Protocol::Swap {
+                    (protocol, Some(self.swap(&next, &mut phases)?))
+                } else {
+                    self.handover(live, &next, options, &mut phases)?;
+                    (Protocol::Handover, None)
+                }
+            }
         };
-        let (protocol, grace) = changed?;
         let generation = next.instance.generation();
         self.set_live(&next);
         self.queues.notify_all();
@@ -285,11 +291,12 @@ impl DomainProxy {
         })
     }
 
-    /// Brings the device back whose live domain has died.
+    /// Brings the device back whose live domain has died. To claim it may take as long as `limit`.
     pub(crate) fn recover(
         &self,
         next: &LoadedDomain,
         generation: u64,
+        limit: Duration,
         phases: &mut Phases,
     ) -> Result<(), Refusal> {
         self.storage.begin(next.id);
@@ -299,7 +306,7 @@ impl DomainProxy {
             self.storage.rollback();
             return Err(step_refusal(Step::Activate, &next.record(), &error));
         }
-        let _claim = self.claim_for(next).inspect_err(|_| self.storage.rollback())?;
+        let _claim = self.claim_for(next, limit).inspect_err(|_| self.storage.rollback())?;
         self.keeping.serves(next, generation, None);
         self.storage.commit();
         next.instance.set_generation(generation);
