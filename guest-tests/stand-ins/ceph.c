@@ -10,11 +10,17 @@
  *   full                  while it exists, changes fail with -28
  *   deaf                  while it exists, nothing answers a connect (a monitor)
  *   stranger              while it exists, no user is let in
+ *   slow                  how many milliseconds it takes to get a lock
+ *   enlarge               how large the image becomes when its size was asked for once more
+ *   conf.KEY              what was set        POOL.IMAGE.own.KEY  what the image has set of its own
+ * A client that has an image open and whose process is gone is waited for by each change of the
+ * image's header, as Ceph does: 5 s.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -115,8 +121,8 @@ int rados_conf_read_file(void *cluster, const char *name) {
     return name && access(name, R_OK) ? -errno : 0;
 }
 int rados_conf_set(void *cluster, const char *key, const char *value) {
-    (void)cluster, (void)key, (void)value;
-    return 0;
+    (void)cluster;
+    return put("conf.", key, "", value, O_TRUNC);
 }
 int rados_connect(void *cluster) {
     (void)cluster;
@@ -190,7 +196,6 @@ static void *serve(void *arg) {
 static int open_image(struct pool *pool, const char *name, void **out, int flags) {
     char file[512];
     struct image *image = calloc(1, sizeof *image);
-    wait_while_down();
     image->pool = pool;
     snprintf(image->name, sizeof image->name, "%s.%s", pool->name, name);
     path(file, image->name, "", "");
@@ -204,6 +209,7 @@ static int open_image(struct pool *pool, const char *name, void **out, int flags
     pthread_cond_init(&image->changed, NULL);
     pthread_create(&image->thread, NULL, serve, image);
     put(image->name, ".watch.", pool->cluster->address, "", 0);
+    wait_while_down();
     *out = image;
     return 0;
 }
@@ -226,11 +232,42 @@ int rbd_close(void *arg) {
     free(image);
     return 0;
 }
+struct setting { char *name, *value; int source; };
+int rbd_config_image_list(void *arg, struct setting *settings, int *count) {
+    struct image *image = arg;
+    char value[64];
+    int room = *count;
+    DIR *folder = opendir(getenv("FAKE_CEPH"));
+    *count = 0;
+    for (struct dirent *entry; (entry = readdir(folder));) {
+        if (strncmp(entry->d_name, "conf.rbd_", 9)) continue;
+        const char *key = entry->d_name + 5;
+        int source = get(image->name, ".own.", key, value, sizeof value) ? 0 : 2;
+        if (!source) get(entry->d_name, "", "", value, sizeof value);
+        if (*count < room)
+            settings[*count] = (struct setting){strdup(key), strdup(value), source};
+        ++*count;
+    }
+    closedir(folder);
+    return *count > room ? -ERANGE : 0;
+}
+void rbd_config_image_list_cleanup(struct setting *settings, int count) {
+    while (count--) free(settings[count].name), free(settings[count].value);
+}
+/* A number in a file of the folder, or 0. */
+static uint64_t number(const char *name) {
+    char text[64];
+    return get(name, "", "", text, sizeof text) ? 0 : strtoull(text, NULL, 10);
+}
 int rbd_get_size(void *image, uint64_t *size) {
     struct stat stat;
-    if (fstat(((struct image *)image)->file, &stat)) return -errno;
+    int file = ((struct image *)image)->file;
+    uint64_t then = number("enlarge");
+    if (fstat(file, &stat)) return -errno;
     *size = stat.st_size;
-    return 0;
+    if (!then) return 0;
+    drop("enlarge", "", "");
+    return ftruncate(file, then) ? -errno : 0;
 }
 int rbd_get_features(void *image, uint64_t *features) {
     *features = there(((struct image *)image)->name, ".unlocked", "") ? 1 : 5;
@@ -240,8 +277,15 @@ int rbd_get_id(void *image, char *out, size_t room) {
     snprintf(out, room, "%s", ((struct image *)image)->name);
     return 0;
 }
-int rbd_resize(void *image, uint64_t size) {
-    return ftruncate(((struct image *)image)->file, size) ? -errno : 0;
+typedef int (*progress)(uint64_t done, uint64_t of, void *arg);
+int rbd_resize2(void *arg, uint64_t size, bool may_shrink, progress called, void *with) {
+    struct image *image = arg;
+    struct stat stat;
+    if (blocked(image)) return -ESHUTDOWN;
+    if (fstat(image->file, &stat)) return -errno;
+    called(0, 1, with);
+    if (!may_shrink && size < (uint64_t)stat.st_size) return -EINVAL;
+    return ftruncate(image->file, size) ? -errno : 0;
 }
 
 /* librbd: the lock */
@@ -253,13 +297,14 @@ int rbd_is_exclusive_lock_owner(void *arg, int *is_owner) {
     struct image *image = arg;
     char owner[64];
     *is_owner = !owner_of(image, owner) && !strcmp(owner, image->pool->cluster->address);
-    return 0;
+    return *is_owner && blocked(image) ? -ESHUTDOWN : 0;
 }
 int rbd_lock_acquire(void *arg, int mode) {
     struct image *image = arg;
     char owner[64];
     (void)mode;
     wait_while_down();
+    usleep(1000 * number("slow"));
     if (blocked(image)) return -ESHUTDOWN;
     if (!owner_of(image, owner) && !there(image->name, ".watch.", owner))
         drop(image->name, ".lock", "");
@@ -272,6 +317,7 @@ int rbd_lock_release(void *arg) {
     struct image *image = arg;
     int is_owner;
     wait_while_down();
+    if (blocked(image)) return -ESHUTDOWN;
     rbd_is_exclusive_lock_owner(arg, &is_owner);
     if (!is_owner) return -EINVAL;
     drop(image->name, ".lock", "");
@@ -280,6 +326,7 @@ int rbd_lock_release(void *arg) {
 int rbd_lock_get_owners(void *image, int *mode, char **owners, size_t *count) {
     char owner[64];
     wait_while_down();
+    if (blocked(image)) return -ESHUTDOWN;
     if (owner_of(image, owner)) return -ENOENT;
     *mode = 0;
     owners[0] = strdup(owner);
@@ -293,21 +340,17 @@ int rbd_lock_break(void *arg, int mode, const char *owner) {
     struct image *image = arg;
     char now[64];
     (void)mode;
+    if (blocked(image)) return -ESHUTDOWN;
     if (owner_of(image, now)) return -ENOENT;
     if (strcmp(now, owner)) return -EBUSY;
     put("blocked.", owner, "", "", 0);
     drop(image->name, ".lock", "");
+    drop(image->name, ".watch.", owner);
     return 0;
 }
 
 /* librbd: notes and watchers */
 
-int rbd_metadata_get(void *image, const char *key, char *out, size_t *room) {
-    return get(((struct image *)image)->name, ".note.", key, out, *room);
-}
-int rbd_metadata_set(void *image, const char *key, const char *value) {
-    return put(((struct image *)image)->name, ".note.", key, value, O_TRUNC);
-}
 struct watcher { char *address; int64_t id; uint64_t cookie; };
 int rbd_watchers_list(void *arg, struct watcher *watchers, size_t *count) {
     struct image *image = arg;
@@ -324,6 +367,30 @@ int rbd_watchers_list(void *arg, struct watcher *watchers, size_t *count) {
 }
 void rbd_watchers_list_cleanup(struct watcher *watchers, size_t count) {
     while (count--) free(watchers[count].address);
+}
+/* Whether a client's process has ended: its address begins with the number. */
+static int is_gone(const char *address) {
+    char name[64], to[8];
+    snprintf(name, sizeof name, "/proc/%d/exe", atoi(address));
+    return atoi(address) && readlink(name, to, sizeof to) < 0 && errno == ENOENT;
+}
+/* Tells the others of a change of the header. */
+static void tell(void *image) {
+    struct watcher watchers[64] = {0};
+    size_t count = 64;
+    rbd_watchers_list(image, watchers, &count);
+    for (size_t i = 0; i < count; i++)
+        if (is_gone(watchers[i].address)) sleep(5);
+    rbd_watchers_list_cleanup(watchers, count);
+}
+int rbd_metadata_get(void *image, const char *key, char *out, size_t *room) {
+    if (blocked(image)) return -ESHUTDOWN;
+    return get(((struct image *)image)->name, ".note.", key, out, *room);
+}
+int rbd_metadata_set(void *image, const char *key, const char *value) {
+    if (blocked(image)) return -ESHUTDOWN;
+    tell(image);
+    return put(((struct image *)image)->name, ".note.", key, value, O_TRUNC);
 }
 
 /* librbd: requests */

@@ -5,7 +5,7 @@
 //! Ceph knows its clients by address, and a dead one for half a minute not at all. What is noted is
 //! which process of which boot has that address; of any other host, or where it cannot be told,
 //! nothing is known and the lock stays. To break a lock is no danger to the data: Ceph locks the
-//! client out first.
+//! client out first, as `handle.rs` has it set.
 
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};

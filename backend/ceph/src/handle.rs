@@ -3,14 +3,16 @@
 //! Invariants: what was made is ended in the opposite order, once (`Drop`); a request's memory is
 //! librbd's until its callback, which ends it.
 
-use crate::library::{Functions, Opaque, RawWatcher, functions};
+use crate::fate::Fate;
+use crate::library::{Functions, Opaque, RawSetting, RawWatcher, functions};
+use crate::settings::{self, MONITOR_SECONDS, SETTINGS};
 use crate::spec::Spec;
 use domain_abi::{RawRequest, op};
 use domain_host::ImageEnd;
 use libc::{c_char, c_int, c_void, iovec};
 use std::ffi::{CStr, CString};
 use std::ptr::{null, null_mut};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// `RBD_LOCK_MODE_EXCLUSIVE`.
 const EXCLUSIVE: c_int = 0;
@@ -18,50 +20,6 @@ const EXCLUSIVE: c_int = 0;
 const EXCLUSIVE_LOCK: u64 = 1 << 2;
 /// `RBD_WRITE_ZEROES_FLAG_THICK_PROVISION`.
 const THICK: c_int = 1;
-
-/// How long monitors are tried, in seconds.
-pub(crate) const MONITOR_SECONDS: &str = "10";
-
-/// What is set whatever the configuration file says.
-const SETTINGS: &[(&CStr, &str)] = &[
-    (c"client_mount_timeout", MONITOR_SECONDS),
-    // With it, an acknowledged write would be in this process, and gone with it.
-    (c"rbd_cache", "false"),
-    // The guest may change a buffer that it has given away; what is sent is what is checksummed.
-    (c"rbd_disable_zero_copy_writes", "true"),
-    // Above these the caller would wait in the middle of a call. Guests have a bound of their own.
-    (c"objecter_inflight_ops", "65536"),
-    (c"objecter_inflight_op_bytes", "1073741824"),
-];
-
-/// An image's name, and why it cannot be used any more, once that is so.
-#[derive(Debug)]
-pub(crate) struct Fate {
-    /// For people.
-    pub(crate) label: String,
-    lost: OnceLock<String>,
-}
-
-impl Fate {
-    pub(crate) const fn new(label: String) -> Self {
-        Self { label, lost: OnceLock::new() }
-    }
-
-    pub(crate) fn lost(&self) -> Option<&String> {
-        self.lost.get()
-    }
-
-    /// The cluster has locked this client out.
-    pub(crate) fn lock_was_broken(&self) {
-        let why = format!(
-            "the lock of image {} was broken: this daemon was locked out of the cluster, and another program may use the image; nothing more is written. If it is to be this daemon's again, upgrade to the same domain",
-            self.label
-        );
-        if self.lost.set(why).is_ok() {
-            log::error!("{}", self.lost.get().map_or("", String::as_str));
-        }
-    }
-}
 
 /// Why an image was not opened.
 #[derive(Debug)]
@@ -189,8 +147,8 @@ impl Handle {
 
     fn open_image(&mut self, spec: &Spec) -> Result<(), String> {
         let f = self.functions;
-        let name = c_text(&spec.name)?;
-        let snapshot = spec.snapshot.as_deref().map(c_text).transpose()?;
+        let (name, snapshot) =
+            (c_text(&spec.name)?, spec.snapshot.as_deref().map(c_text).transpose()?);
         let snapshot = snapshot.as_ref().map_or(null(), |snapshot| snapshot.as_ptr());
         let open = if spec.read_only { f.rbd_open_read_only } else { f.rbd_open };
         // SAFETY: a live handle, texts that outlive the call, and room for a handle.
@@ -226,7 +184,40 @@ impl Handle {
                 self.fate.label
             ));
         }
-        Ok(())
+        let found = self.settings();
+        let found =
+            found.map_err(|errno| format!("settings of {}: {}", self.label(), meaning(errno)))?;
+        settings::check(&found, self.label(), &spec.pool)
+    }
+
+    /// What is set for the image.
+    fn settings(&self) -> Result<Vec<(String, String)>, i32> {
+        let f = self.functions;
+        let nothing = RawSetting { name: null_mut(), value: null_mut(), source: 0 };
+        let mut list = vec![nothing; 256];
+        loop {
+            let mut count = c_int::try_from(list.len()).map_err(|_| libc::ERANGE)?;
+            // SAFETY: a live handle, and room for as many as `count` says.
+            let listed = unsafe {
+                let (list, count) = (list.as_mut_ptr(), &raw mut count);
+                done((f.rbd_config_image_list)(self.image, list, count))
+            };
+            let found = usize::try_from(count).unwrap_or(0);
+            match listed {
+                Err(libc::ERANGE) => list.resize(found.max(list.len() + 1), nothing),
+                listed => {
+                    listed?;
+                    // SAFETY: texts of librbd's.
+                    let text =
+                        |text| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+                    let settings =
+                        list[..found].iter().map(|one| (text(one.name), text(one.value))).collect();
+                    // SAFETY: the list that was filled in, with its length.
+                    unsafe { (f.rbd_config_image_list_cleanup)(list.as_mut_ptr(), count) };
+                    return Ok(settings);
+                }
+            }
+        }
     }
 
     /// For people.
@@ -234,10 +225,16 @@ impl Handle {
         &self.fate.label
     }
 
+    /// As [`done`], of a call for the image: once the cluster has locked this client out, that is
+    /// the end of the image, whatever was asked.
+    fn asked(&self, result: c_int) -> Result<(), i32> {
+        done(result).inspect_err(|&errno| self.fate.has_failed(errno))
+    }
+
     pub(crate) fn size(&self) -> Result<u64, i32> {
         let mut size = 0;
         // SAFETY: a live handle and room for a number.
-        done(unsafe { (self.functions.rbd_get_size)(self.image, &raw mut size) })?;
+        self.asked(unsafe { (self.functions.rbd_get_size)(self.image, &raw mut size) })?;
         Ok(size)
     }
 
@@ -254,9 +251,11 @@ impl Handle {
         }
     }
 
-    pub(crate) fn resize(&self, size: u64) -> Result<(), i32> {
-        // SAFETY: a live handle.
-        done(unsafe { (self.functions.rbd_resize)(self.image, size) })
+    /// Makes it larger. One that is larger by then is not made smaller (`EINVAL`).
+    pub(crate) fn enlarge(&self, size: u64) -> Result<(), i32> {
+        let resize = self.functions.rbd_resize2;
+        // SAFETY: a live handle, and a function that needs no argument.
+        self.asked(unsafe { resize(self.image, size, false, progresses, null_mut()) })
     }
 
     // The lock.
@@ -267,7 +266,7 @@ impl Handle {
         let (mut mode, mut count) = (0, 1);
         let mut owners = [null_mut::<c_char>(); 1];
         // SAFETY: a live handle, room for a number and for as many texts as `count` says.
-        let result = done(unsafe {
+        let result = self.asked(unsafe {
             let (owners, count) = (owners.as_mut_ptr(), &raw mut count);
             (f.rbd_lock_get_owners)(self.image, &raw mut mode, owners, count)
         });
@@ -291,7 +290,7 @@ impl Handle {
     pub(crate) fn is_owner(&self) -> Result<bool, i32> {
         let mut is_owner = 0;
         // SAFETY: a live handle and room for a number.
-        done(unsafe {
+        self.asked(unsafe {
             (self.functions.rbd_is_exclusive_lock_owner)(self.image, &raw mut is_owner)
         })?;
         Ok(is_owner != 0)
@@ -300,19 +299,21 @@ impl Handle {
     /// Takes the lock, for good: others that ask for it are refused.
     pub(crate) fn acquire(&self) -> Result<(), i32> {
         // SAFETY: a live handle.
-        done(unsafe { (self.functions.rbd_lock_acquire)(self.image, EXCLUSIVE) })
+        self.asked(unsafe { (self.functions.rbd_lock_acquire)(self.image, EXCLUSIVE) })
     }
 
     pub(crate) fn release(&self) -> Result<(), i32> {
         // SAFETY: a live handle.
-        done(unsafe { (self.functions.rbd_lock_release)(self.image) })
+        self.asked(unsafe { (self.functions.rbd_lock_release)(self.image) })
     }
 
     /// Takes the lock away from the client with this address, which is locked out of the cluster.
     pub(crate) fn break_lock(&self, owner: &str) -> Result<(), i32> {
         let owner = CString::new(owner).map_err(|_| libc::EINVAL)?;
         // SAFETY: a live handle and a text.
-        done(unsafe { (self.functions.rbd_lock_break)(self.image, EXCLUSIVE, owner.as_ptr()) })
+        self.asked(unsafe {
+            (self.functions.rbd_lock_break)(self.image, EXCLUSIVE, owner.as_ptr())
+        })
     }
 
     /// Whether a client with this address has the image open.
@@ -325,7 +326,7 @@ impl Handle {
             // SAFETY: a live handle, and room for as many as `count` says.
             let listed = unsafe {
                 let (list, count) = (watchers.as_mut_ptr(), &raw mut count);
-                done((f.rbd_watchers_list)(self.image, list, count))
+                self.asked((f.rbd_watchers_list)(self.image, list, count))
             };
             match listed {
                 Err(libc::ERANGE) => watchers.resize(count.max(watchers.len() + 1), nothing),
@@ -348,16 +349,10 @@ impl Handle {
     pub(crate) fn note(&self, key: &str) -> Result<Option<String>, i32> {
         let key = CString::new(key).map_err(|_| libc::EINVAL)?;
         let mut value = [0 as c_char; 1024];
-        let mut len = value.len();
+        let (mut len, get) = (value.len(), self.functions.rbd_metadata_get);
         // SAFETY: a live handle, a text, and a buffer with its length.
-        let read = done(unsafe {
-            (self.functions.rbd_metadata_get)(
-                self.image,
-                key.as_ptr(),
-                value.as_mut_ptr(),
-                &raw mut len,
-            )
-        });
+        let read =
+            self.asked(unsafe { get(self.image, key.as_ptr(), value.as_mut_ptr(), &raw mut len) });
         match read {
             Ok(()) => Ok(Some(text(&value))),
             // None, or none of ours: it would be shorter.
@@ -371,7 +366,7 @@ impl Handle {
         let value = CString::new(value).map_err(|_| libc::EINVAL)?;
         let set = self.functions.rbd_metadata_set;
         // SAFETY: a live handle and two texts.
-        done(unsafe { set(self.image, key.as_ptr(), value.as_ptr()) })
+        self.asked(unsafe { set(self.image, key.as_ptr(), value.as_ptr()) })
     }
 
     // Requests.
@@ -463,15 +458,21 @@ struct Begun {
 impl Begun {
     fn end(self, result: isize) {
         let Self { fate, expected, end, .. } = self;
-        if result == -(libc::ESHUTDOWN as isize) {
-            fate.lock_was_broken();
-        }
         end.complete(match result {
-            ..0 => Err(i32::try_from(-result).unwrap_or(libc::EIO)),
+            ..0 => {
+                let errno = i32::try_from(-result).unwrap_or(libc::EIO);
+                fate.has_failed(errno);
+                Err(errno)
+            }
             got if (got as u64) < expected => Err(libc::EIO),
             _ => Ok(()),
         });
     }
+}
+
+/// What is called while an image is resized.
+unsafe extern "C" fn progresses(_: u64, _: u64, _: *mut c_void) -> c_int {
+    0
 }
 
 /// The callback of each request, on a thread of librbd's.

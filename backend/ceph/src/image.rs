@@ -1,13 +1,14 @@
 //! An image, as the host's side has it.
 
 use crate::deadline::within;
-use crate::handle::{Fate, Handle, Unopened, meaning};
+use crate::fate::Fate;
+use crate::handle::{Handle, Unopened, meaning};
 use crate::lock::Lock;
 use crate::spec::Spec;
 use domain_abi::{Claim, DomainError, ImageInfo, RawRequest, op};
 use domain_host::{HostImage, ImageEnd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 /// How long it may take to open one, where nothing has more patience.
@@ -27,15 +28,40 @@ const GRANULARITY: u32 = 64 << 10;
 type Slot = RwLock<Option<Arc<Handle>>>;
 
 /// What is open in this process. librbd is the process's, too.
-static OPEN: Mutex<Vec<Weak<Slot>>> = Mutex::new(Vec::new());
+static OPEN: Mutex<Open> = Mutex::new(Open { slots: Vec::new(), opening: 0, is_over: false });
+/// Rung when one is opened, or was not.
+static OPENED: Condvar = Condvar::new();
 
-/// Closes all that is open in this process, which is about to end; waits for that for some seconds
-/// at most. A client that just disappears is waited for by the others: they tell each other of each
-/// change, and Ceph gives up on it after half a minute.
+struct Open {
+    slots: Vec<Weak<Slot>>,
+    /// How many are being opened.
+    opening: usize,
+    /// The process is about to end: what is opened now is closed again.
+    is_over: bool,
+}
+
+fn lock_open() -> MutexGuard<'static, Open> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Closes all that is open in this process, or is being opened; the process is about to end. Waits
+/// for that for some seconds at most. A client that just disappears is waited for by the others:
+/// they tell each other of each change, and Ceph gives up on it after half a minute.
 pub fn close_all() {
-    let open = std::mem::take(&mut *OPEN.lock().unwrap_or_else(PoisonError::into_inner));
-    let handles: Vec<_> = open.iter().filter_map(|slot| take(&*slot.upgrade()?)).collect();
-    if !handles.is_empty() && within(TO_CLOSE, move || drop(handles)).is_none() {
+    let mut open = lock_open();
+    open.is_over = true;
+    let slots = std::mem::take(&mut open.slots);
+    let is_opening = open.opening > 0;
+    drop(open);
+    let handles: Vec<_> = slots.iter().filter_map(|slot| take(&*slot.upgrade()?)).collect();
+    if handles.is_empty() && !is_opening {
+        return;
+    }
+    let close = move || {
+        drop(handles);
+        drop(OPENED.wait_while(lock_open(), |open| open.opening > 0));
+    };
+    if within(TO_CLOSE, close).is_none() {
         log::warn!("images are not closed yet: the cluster does not answer");
     }
 }
@@ -58,7 +84,7 @@ pub(crate) struct Image {
 
 /// What is known when it was opened.
 struct Opened {
-    handle: Handle,
+    handle: Arc<Slot>,
     size: u64,
     id: (u64, u64),
 }
@@ -93,19 +119,7 @@ impl Image {
             }
         };
         let Opened { handle, size, id } = opened;
-        let slot = Arc::new(RwLock::new(Some(Arc::new(handle))));
-        let mut all = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|slot| slot.strong_count() > 0);
-        all.push(Arc::downgrade(&slot));
-        drop(all);
-        Ok(Self {
-            handle: slot,
-            fate,
-            lock: Arc::default(),
-            size: AtomicU64::new(size),
-            read_only,
-            id,
-        })
+        Ok(Self { handle, fate, lock: Arc::default(), size: AtomicU64::new(size), read_only, id })
     }
 
     fn handle(&self) -> Result<Arc<Handle>, DomainError> {
@@ -117,7 +131,32 @@ impl Image {
     }
 }
 
+/// Opens one, on a thread of its own.
 fn open(spec: &Spec, fate: Arc<Fate>) -> Result<Opened, Unopened> {
+    lock_open().opening += 1;
+    let opened = open_now(spec, fate);
+    let mut open = lock_open();
+    let is_over = open.is_over;
+    if let Ok(opened) = &opened
+        && !is_over
+    {
+        open.slots.retain(|slot| slot.strong_count() > 0);
+        open.slots.push(Arc::downgrade(&opened.handle));
+    }
+    drop(open);
+    let opened = if is_over {
+        // Closed, before that is not waited for any more.
+        drop(opened);
+        Err(Unopened::Refused("the process is about to end".to_owned()))
+    } else {
+        opened
+    };
+    lock_open().opening -= 1;
+    OPENED.notify_all();
+    opened
+}
+
+fn open_now(spec: &Spec, fate: Arc<Fate>) -> Result<Opened, Unopened> {
     let label = fate.label.clone();
     let handle = Handle::open(spec, fate)?;
     let failed =
@@ -125,7 +164,7 @@ fn open(spec: &Spec, fate: Arc<Fate>) -> Result<Opened, Unopened> {
     let size = handle.size().map_err(failed)?;
     let name = handle.identity().map_err(failed)?;
     let name = format!("{name}@{}", spec.snapshot.as_deref().unwrap_or(""));
-    Ok(Opened { handle, size, id: numbers(&name) })
+    Ok(Opened { handle: Arc::new(RwLock::new(Some(Arc::new(handle)))), size, id: numbers(&name) })
 }
 
 /// Two numbers for a name, the same in each process and version: FNV-1a, forwards and backwards.
@@ -151,7 +190,10 @@ impl HostImage for Image {
         if self.read_only {
             return Ok(Claim::Nothing);
         }
-        self.lock.claim(&self.handle()?, patience)
+        self.lock.claim(&self.handle()?, patience).map_err(|error| match self.fate.lost() {
+            Some(why) => DomainError::new(why.clone()),
+            None => error,
+        })
     }
 
     fn release(&self) -> Result<(), DomainError> {
@@ -159,16 +201,21 @@ impl HostImage for Image {
         if self.read_only || self.fate.lost().is_some() {
             return Ok(());
         }
-        self.lock.release(&self.handle()?)
+        self.lock.release(&self.handle()?).or_else(|why| match self.fate.lost() {
+            Some(_) => Ok(()),
+            None => Err(why),
+        })
     }
 
     fn resize(&self, capacity: u64) -> Result<(), DomainError> {
         let handle = self.handle()?;
         let resized = within(TO_RESIZE, move || {
-            // Another program may have made it larger.
-            let size = handle.size()?;
-            if size < capacity {
-                handle.resize(capacity)?;
+            // Another program may have made it larger, or may do so in this moment.
+            if handle.size()? < capacity {
+                match handle.enlarge(capacity) {
+                    Ok(()) | Err(libc::EINVAL) => {}
+                    Err(errno) => return Err(errno),
+                }
             }
             handle.size()
         });
@@ -180,7 +227,10 @@ impl HostImage for Image {
             ))
         })?;
         let size = resized.map_err(|errno| {
-            DomainError::new(format!("image {label} was not resized: {}", meaning(errno)))
+            DomainError::new(match self.fate.lost() {
+                Some(why) => why.clone(),
+                None => format!("image {label} was not resized: {}", meaning(errno)),
+            })
         })?;
         self.size.store(size, Ordering::Release);
         if size < capacity {

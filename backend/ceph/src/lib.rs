@@ -2,6 +2,7 @@
 //!
 //! - `spec.rs`: which image, how reached;
 //! - `library.rs`, `handle.rs`: librados and librbd, opened at run time, and every call into them;
+//!   `settings.rs`: what is set in them; `fate.rs`: what has become of an image;
 //! - `image.rs`: an image as the host has it; `lock.rs`: whose it is; `former.rs`: whose it was;
 //! - `deadline.rs`: what may take for ever.
 //!
@@ -12,11 +13,13 @@
 //! Deliberately absent: what a guest asks for and is told; that is the domain's.
 
 mod deadline;
+mod fate;
 mod former;
 mod handle;
 mod image;
 mod library;
 mod lock;
+mod settings;
 mod spec;
 
 use domain_abi::{DomainError, Params};

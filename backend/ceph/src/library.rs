@@ -18,6 +18,9 @@ pub(crate) type Opaque = *mut c_void;
 /// What is called when an asynchronous request has ended: `rbd_callback_t`.
 pub(crate) type Callback = unsafe extern "C" fn(completion: Opaque, arg: *mut c_void);
 
+/// `librbd_progress_fn_t`. librbd calls it without a look at whether there is one.
+pub(crate) type Progress = unsafe extern "C" fn(done: u64, of: u64, arg: *mut c_void) -> c_int;
+
 /// `rbd_image_watcher_t`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -25,6 +28,15 @@ pub(crate) struct RawWatcher {
     pub(crate) address: *mut c_char,
     pub(crate) id: i64,
     pub(crate) cookie: u64,
+}
+
+/// `rbd_config_option_t`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct RawSetting {
+    pub(crate) name: *mut c_char,
+    pub(crate) value: *mut c_char,
+    pub(crate) source: c_int,
 }
 
 macro_rules! functions {
@@ -76,7 +88,9 @@ functions! {
         rbd_get_size(Opaque, *mut u64) -> c_int;
         rbd_get_features(Opaque, *mut u64) -> c_int;
         rbd_get_id(Opaque, *mut c_char, usize) -> c_int;
-        rbd_resize(Opaque, u64) -> c_int;
+        rbd_config_image_list(Opaque, *mut RawSetting, *mut c_int) -> c_int;
+        rbd_config_image_list_cleanup(*mut RawSetting, c_int);
+        rbd_resize2(Opaque, u64, bool, Progress, *mut c_void) -> c_int;
         rbd_lock_acquire(Opaque, c_int) -> c_int;
         rbd_lock_release(Opaque) -> c_int;
         rbd_lock_get_owners(Opaque, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;

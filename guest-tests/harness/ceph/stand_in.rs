@@ -62,6 +62,13 @@ impl StandIn {
         fs::read_to_string(self.file("rbd.disk.lock")).ok()
     }
 
+    /// Who has the image open: the number of a process, a dash, and which of its clients.
+    pub fn watchers(&self) -> Vec<String> {
+        let files = fs::read_dir(self.folder.path()).expect("the folder");
+        let names = files.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter_map(|name| Some(name.strip_prefix("rbd.disk.watch.")?.to_owned())).collect()
+    }
+
     fn command(&self) -> Command {
         let mut command = Command::new(binary("vhost-hotswap"));
         command.env("LD_LIBRARY_PATH", libraries()).env("FAKE_CEPH", self.folder.path());

@@ -81,6 +81,16 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
     let mut daemon = start(&ceph.params("rbd/unlocked"), &["--param", "readonly=true"]);
     assert_eq!(daemon.stop().0, 0);
     ceph.run("rbd rm --no-progress rbd/unlocked");
+    // Settings of its own, or of its pool, go before those of a client.
+    let name = image.strip_prefix("image=").expect("its name");
+    for (set, remove) in [
+        (format!("image set {name} rbd_cache true"), format!("image rm {name} rbd_cache")),
+        ("pool set rbd rbd_cache true".to_owned(), "pool rm rbd rbd_cache".to_owned()),
+    ] {
+        ceph.run(&format!("rbd config {set}"));
+        refused(&ceph, &[&image], &format!("rbd config {remove}"));
+        ceph.run(&format!("rbd config {remove}"));
+    }
     // What may look and not use.
     ceph.run(&format!(
         "ceph auth get-or-create client.poor mon 'profile rbd' > {}/client.poor.keyring",

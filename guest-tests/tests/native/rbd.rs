@@ -70,10 +70,7 @@ fn upgrades_keep_image_and_lock_and_exchanges_move_the_lock() {
     daemon.wait_until("it is claimed without a ring", |now| now["claim"] == "free");
     assert_eq!(cluster.owner(), None);
     assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
-    let left = std::fs::read_dir(cluster.file("")).expect("the folder");
-    let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let watches: Vec<_> = left.filter(|name| name.contains(".watch.")).collect();
-    assert!(watches.is_empty(), "servers have left without closing it: {watches:?}");
+    assert_eq!(cluster.watchers(), [""; 0], "servers have left without closing it");
 }
 
 #[test]
@@ -136,6 +133,165 @@ fn a_lock_that_was_broken_ends_the_disk_until_an_upgrade() {
     drop(client);
     // The guest has had errors, and nothing else is left behind.
     daemon.stop();
+}
+
+/// The lock of the one that has the image open is broken, for another that is not there.
+fn break_lock(cluster: &StandIn) {
+    let [owner] = &cluster.watchers()[..] else { panic!("{:?}", cluster.watchers()) };
+    cluster.put(&format!("blocked.{owner}"), "");
+    let _ = std::fs::remove_file(cluster.file("rbd.disk.lock"));
+}
+
+#[test]
+fn a_lock_that_was_broken_while_no_ring_ran_is_had_again_by_an_upgrade() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&[]);
+    assert_eq!(write(&mut connect(&daemon), 0), Status::Ok);
+    daemon.wait_until("it is claimed without a ring", |now| now["claim"] == "free");
+    break_lock(&cluster);
+    let mut client = connect(&daemon);
+    let early = client.queue(0).execute(Request::Read { offset: 0, len: 4096 }, SECOND);
+    assert!(early.is_err(), "a client that is locked out has claimed it: {early:?}");
+    assert!(daemon.log().contains("the lock of image rbd/disk was broken"), "{}", daemon.log());
+    daemon.call(&["upgrade", "rbd"]);
+    daemon.wait_until("it is not claimed", |_| cluster.owner().is_some());
+    drop(client);
+    assert_eq!(write(&mut connect(&daemon), 4096), Status::Ok);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+#[test]
+fn a_lock_that_was_broken_is_found_when_it_is_given_back() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&[]);
+    let mut client = connect(&daemon);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    break_lock(&cluster);
+    drop(client);
+    daemon.wait_until("it is claimed without a ring", |now| now["claim"] == "free");
+    assert!(daemon.log().contains("the lock of image rbd/disk was broken"), "{}", daemon.log());
+    daemon.call(&["upgrade", "rbd"]);
+    assert_eq!(write(&mut connect(&daemon), 4096), Status::Ok);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+/// No request has failed, so the domain lives, and its rings run.
+#[test]
+fn what_is_opened_in_place_of_a_lost_image_is_claimed_before_it_serves() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&[]);
+    let mut client = connect(&daemon);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    break_lock(&cluster);
+    let sentence = daemon.refuse(&["resize", "24M"]);
+    assert!(sentence.contains("the lock of image rbd/disk was broken"), "{sentence}");
+    cluster.put("rbd.disk.lock", "another");
+    cluster.put("rbd.disk.watch.another", "");
+    for mode in ["swap", "handover"] {
+        let sentence = daemon.refuse(&["upgrade", "rbd", "--mode", mode]);
+        assert!(sentence.contains("another program uses"), "{sentence}");
+    }
+    cluster.remove("rbd.disk.lock");
+    daemon.call(&["upgrade", "rbd"]);
+    let owner = cluster.owner();
+    assert!(owner.is_some_and(|owner| owner != "another"), "it serves without a claim");
+    assert_eq!(write(&mut client, 4096), Status::Ok);
+    drop(client);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+#[test]
+fn an_upgrade_after_a_broken_lock_waits_for_a_cluster_that_is_slow() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&[]);
+    let mut client = connect(&daemon);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    break_lock(&cluster);
+    assert_eq!(write(&mut client, 0), Status::IoError);
+    daemon.wait_until("not faulted", |now| now["state"] == "faulted");
+    cluster.put("slow", "700");
+    daemon.call(&["upgrade", "rbd"]);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    drop(client);
+    daemon.stop();
+}
+
+#[test]
+fn a_spare_that_is_not_needed_closes_its_image() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&["--spare"]);
+    let mut client = connect(&daemon);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    let of_server = format!("{}-", daemon.server_pid());
+    let others = || -> Vec<String> {
+        let all = cluster.watchers().into_iter();
+        all.filter(|watcher| !watcher.starts_with(&of_server)).collect()
+    };
+    let spare = |before: &str| {
+        daemon.wait_until(
+            "there is no other spare, or too many",
+            |_| matches!(&others()[..], [spare] if spare != before),
+        );
+        others().remove(0)
+    };
+    // A spare is stale when another module serves: one of other bytes.
+    let upgrade = |round: usize| {
+        let mut bytes = std::fs::read(guest_tests::daemon::module("rbd")).expect("the module");
+        bytes.resize(bytes.len() + round, 0);
+        let path = cluster.file(&format!("rbd{round}.so"));
+        std::fs::write(&path, bytes).expect("written");
+        daemon.call(&["upgrade", path.to_str().expect("UTF-8")]);
+    };
+    let mut now = spare("");
+    for round in 1..4 {
+        upgrade(round);
+        now = spare(&now);
+    }
+    // One that is about to open it, while the cluster does not answer.
+    cluster.put("down", "");
+    let pid = now.split_once('-').expect("a process").0.parse().expect("its number");
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), Signal::KILL)
+        .expect("it lives");
+    cluster.remove(&format!("rbd.disk.watch.{now}"));
+    let opening = spare(&now);
+    upgrade(4);
+    cluster.remove("down");
+    let now = spare(&opening);
+    // Its successor would wait for one that is gone.
+    let begun = Instant::now();
+    daemon.call(&["upgrade-daemon", "--only", "server"]);
+    assert_eq!(write(&mut client, 0), Status::Ok);
+    assert!(begun.elapsed() < 4 * SECOND, "{:?}", begun.elapsed());
+    assert!(!cluster.watchers().contains(&now), "it was killed");
+    drop(client);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+    assert_eq!(cluster.watchers(), [""; 0], "not all have closed it");
+}
+
+#[test]
+fn an_image_that_another_program_enlarges_meanwhile_is_not_made_smaller() {
+    let cluster = StandIn::new(16);
+    let mut daemon = cluster.serve(&[]);
+    let mut client = connect(&daemon);
+    cluster.put("enlarge", &(32 << 20).to_string());
+    daemon.call(&["resize", "24M"]);
+    let image = std::fs::metadata(cluster.file("rbd.disk")).expect("the image");
+    assert_eq!(image.len(), 32 << 20);
+    assert_eq!(client.read_capacity().expect("an answer"), 24 << 20);
+    assert_eq!(write(&mut client, 23 << 20), Status::Ok);
+    drop(client);
+    assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
+}
+
+/// Whatever the configuration says.
+#[test]
+fn what_the_order_of_writes_rests_on_is_set() {
+    let cluster = StandIn::new(16);
+    assert_eq!(cluster.serve(&[]).terminate(), 0);
+    for (key, value) in [("rbd_cache", "false"), ("rbd_blocklist_on_break_lock", "true")] {
+        let set = std::fs::read_to_string(cluster.file(&format!("conf.{key}")));
+        assert_eq!(set.ok().as_deref(), Some(value), "{key}");
+    }
 }
 
 #[test]
@@ -236,6 +392,10 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
     cluster.put("rbd.disk.unlocked", "");
     refused(&["image=rbd/disk"], "rbd feature enable rbd/disk exclusive-lock");
     cluster.remove("rbd.disk.unlocked");
+    // It goes before what the client sets, and what is acknowledged would be in its process.
+    cluster.put("rbd.disk.own.rbd_cache", "true");
+    refused(&["image=rbd/disk"], "rbd config image rm rbd/disk rbd_cache");
+    cluster.remove("rbd.disk.own.rbd_cache");
     cluster.put("stranger", "");
     refused(&["image=rbd/disk", "id=vm"], "does not let client.vm in");
     cluster.remove("stranger");
