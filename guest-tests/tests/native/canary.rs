@@ -161,6 +161,29 @@ fn a_bad_sector_that_both_have_is_no_fault_of_the_new_one() {
 }
 
 #[test]
+fn what_the_guest_asks_for_against_the_disks_blocks_is_no_fault_of_the_new_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("disk");
+    fs::File::create(&path).and_then(|file| file.set_len(4 << 20)).expect("a file");
+    let param = format!("path={}", path.to_str().expect("UTF-8"));
+    let args = ["--domain", "file", "--param", &param, "--param", "block_size=4096"];
+    let daemon = Daemon::start(&args);
+    let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
+    let waits = begin(&daemon, "file", json!({"seconds": 3}));
+    let block = [0; 512];
+    for offset in [512, 3584, 4096] {
+        for request in [Request::Read { offset, len: 512 }, Request::Write { offset, data: &block }]
+        {
+            let status = client.queue(0).execute(request, LIMIT).expect("an answer").0;
+            assert_eq!(status, Status::IoError, "at {offset}");
+        }
+    }
+    let canary = &waits.join().expect("no panic").expect("it is good")["canary"];
+    assert_eq!((&canary["state"], &canary["errors"]), (&json!("kept"), &json!(0)), "{canary}");
+    assert_eq!(daemon.status()["queues"][0]["errors"], 6, "the guest's own");
+}
+
+#[test]
 fn so_many_errors_as_are_allowed_are_allowed() {
     let daemon = start("ramdisk", &[]);
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
