@@ -10,7 +10,7 @@
  *   full                  while it exists, changes fail with -28
  *   deaf                  while it exists, nothing answers a connect (a monitor)
  *   stranger              while it exists, no user is let in
- *   slow                  how many milliseconds it takes to get a lock
+ *   slow                  how many milliseconds it takes to get a lock, or to close an image
  *   enlarge               how large the image becomes when its size was asked for once more
  *   conf.KEY              what was set        POOL.IMAGE.own.KEY  what the image has set of its own
  * A client that has an image open and whose process is gone is waited for by each change of the
@@ -95,6 +95,12 @@ static void drop(const char *image, const char *what, const char *key) {
     snprintf(suffix, sizeof suffix, "%s%s", what, key);
     path(name, image, suffix, "");
     unlink(name);
+}
+
+/* A number in a file of the folder, or 0. */
+static uint64_t number(const char *name) {
+    char text[64];
+    return get(name, "", "", text, sizeof text) ? 0 : strtoull(text, NULL, 10);
 }
 
 static void wait_while_down(void) {
@@ -227,6 +233,7 @@ int rbd_close(void *arg) {
     pthread_cond_signal(&image->changed);
     pthread_mutex_unlock(&image->mutex);
     pthread_join(image->thread, NULL);
+    usleep(1000 * number("slow"));
     drop(image->name, ".watch.", image->pool->cluster->address);
     close(image->file);
     free(image);
@@ -253,11 +260,6 @@ int rbd_config_image_list(void *arg, struct setting *settings, int *count) {
 }
 void rbd_config_image_list_cleanup(struct setting *settings, int count) {
     while (count--) free(settings[count].name), free(settings[count].value);
-}
-/* A number in a file of the folder, or 0. */
-static uint64_t number(const char *name) {
-    char text[64];
-    return get(name, "", "", text, sizeof text) ? 0 : strtoull(text, NULL, 10);
 }
 int rbd_get_size(void *image, uint64_t *size) {
     struct stat stat;

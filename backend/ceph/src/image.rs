@@ -28,14 +28,14 @@ const GRANULARITY: u32 = 64 << 10;
 type Slot = RwLock<Option<Arc<Handle>>>;
 
 /// What is open in this process. librbd is the process's, too.
-static OPEN: Mutex<Open> = Mutex::new(Open { slots: Vec::new(), opening: 0, is_over: false });
-/// Rung when one is opened, or was not.
-static OPENED: Condvar = Condvar::new();
+static OPEN: Mutex<Open> = Mutex::new(Open { slots: Vec::new(), busy: 0, is_over: false });
+/// Rung when there is one less.
+static IDLE: Condvar = Condvar::new();
 
 struct Open {
     slots: Vec<Weak<Slot>>,
-    /// How many are being opened.
-    opening: usize,
+    /// How many are being opened, with patience for it, or closed.
+    busy: usize,
     /// The process is about to end: what is opened now is closed again.
     is_over: bool,
 }
@@ -44,22 +44,40 @@ fn lock_open() -> MutexGuard<'static, Open> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// An image is being opened or closed; the end of the process waits for it.
+struct Busy;
+
+impl Busy {
+    fn begin() -> Self {
+        lock_open().busy += 1;
+        Self
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        lock_open().busy -= 1;
+        IDLE.notify_all();
+    }
+}
+
 /// Closes all that is open in this process, or is being opened; the process is about to end. Waits
-/// for that for some seconds at most. A client that just disappears is waited for by the others:
-/// they tell each other of each change, and Ceph gives up on it after half a minute.
+/// for that, and for what is being closed, for some seconds at most. A client that just disappears
+/// is waited for by the others: they tell each other of each change, and Ceph gives up on it after
+/// half a minute.
 pub fn close_all() {
     let mut open = lock_open();
     open.is_over = true;
     let slots = std::mem::take(&mut open.slots);
-    let is_opening = open.opening > 0;
+    let is_busy = open.busy > 0;
     drop(open);
     let handles: Vec<_> = slots.iter().filter_map(|slot| take(&*slot.upgrade()?)).collect();
-    if handles.is_empty() && !is_opening {
+    if handles.is_empty() && !is_busy {
         return;
     }
     let close = move || {
         drop(handles);
-        drop(OPENED.wait_while(lock_open(), |open| open.opening > 0));
+        drop(IDLE.wait_while(lock_open(), |open| open.busy > 0));
     };
     if within(TO_CLOSE, close).is_none() {
         log::warn!("images are not closed yet: the cluster does not answer");
@@ -98,7 +116,10 @@ impl Image {
         let opened = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let (theirs, fate) = (spec.clone(), Arc::clone(&fate));
-            let opened = within(left, move || open(&theirs, fate)).ok_or_else(|| {
+            let busy = Busy::begin();
+            let opened = within(left, move || open(&theirs, fate));
+            drop(busy);
+            let opened = opened.ok_or_else(|| {
                 Unopened::Silent(format!(
                     "image {} was not opened for {} s; look whether the cluster's OSDs run (`ceph -s`)",
                     spec.label(),
@@ -133,7 +154,6 @@ impl Image {
 
 /// Opens one, on a thread of its own.
 fn open(spec: &Spec, fate: Arc<Fate>) -> Result<Opened, Unopened> {
-    lock_open().opening += 1;
     let opened = open_now(spec, fate);
     let mut open = lock_open();
     let is_over = open.is_over;
@@ -144,15 +164,11 @@ fn open(spec: &Spec, fate: Arc<Fate>) -> Result<Opened, Unopened> {
         open.slots.push(Arc::downgrade(&opened.handle));
     }
     drop(open);
-    let opened = if is_over {
+    if is_over {
         // Closed, before that is not waited for any more.
         drop(opened);
-        Err(Unopened::Refused("the process is about to end".to_owned()))
-    } else {
-        opened
-    };
-    lock_open().opening -= 1;
-    OPENED.notify_all();
+        return Err(Unopened::Refused("the process is about to end".to_owned()));
+    }
     opened
 }
 
@@ -268,10 +284,14 @@ impl HostImage for Image {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        let busy = Busy::begin();
         let handle = take(&self.handle);
         if handle.is_some() {
-            // It may take for ever, and nothing waits for it.
-            let _ = within(Duration::ZERO, move || drop(handle));
+            // It may take for ever, and only the end of the process waits for it.
+            let _ = within(Duration::ZERO, move || {
+                drop(handle);
+                drop(busy);
+            });
         }
     }
 }

@@ -64,14 +64,17 @@ fn main() -> ExitCode {
         // Printed by then.
         Invocation::PrintCapabilities => Ok(Vec::new()),
     };
-    match ended {
+    let status = match ended {
         Ok(left) if left.is_empty() => ExitCode::SUCCESS,
         Ok(left) => {
             left.iter().for_each(|what| log::error!("left behind: {what}"));
             ExitCode::FAILURE
         }
         Err(sentence) => refused(&sentence),
-    }
+    };
+    // One that was refused may have opened an image, which others would wait for.
+    ceph::close_all();
+    status
 }
 
 fn refused(sentence: &str) -> ExitCode {

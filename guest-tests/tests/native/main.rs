@@ -32,6 +32,7 @@ mod nbd_servers;
 mod peer;
 mod protocol;
 mod rbd;
+mod rbd_refused;
 mod refusals;
 mod residents;
 mod resize;
