@@ -55,7 +55,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("domain-file", &["domain-api", "domain-io"]),
     ("domain-nbd", &["domain-api", "domain-io"]),
     ("domain-rbd", &["domain-api", "domain-io"]),
-    ("domain-faulty", &["domain-api"]),
+    ("domain-faulty", &["domain-api", "domain-io"]),
     ("guest-tests", &[]),
 ];
 

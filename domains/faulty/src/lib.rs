@@ -11,7 +11,8 @@
 //! request is answered so much later. None of these is inherited either.
 //!
 //! With `fault=PHASE:reach` it reaches for what is outside of a disk: all that `reach=WHAT` says,
-//! with commas between them; see `reach`. What came of it is logged and counted.
+//! with commas between them; see `reach`. What came of it is logged and counted. `path`, `aio` and
+//! `uri` mean nothing to it: they are what a host gives other disks more for.
 //!
 //! What is the same as in `ramdisk` is written down again, for domains do not depend on each other;
 //! it is kept to what tests need.
@@ -72,8 +73,19 @@ impl BlockDomain for Faulty {
     const SCHEMA_NAME: &'static str = "ramdisk";
     const SCHEMA: u32 = 1;
     const ACCEPTED_SCHEMAS: &'static [u32] = &[1];
-    const PARAMS: &'static [&'static str] =
-        &["size", "serial", "fault", "reach", "error_every", "bad", "delay_ms"];
+    // The last ones are for the host, which gives a domain what it has them for.
+    const PARAMS: &'static [&'static str] = &[
+        "size",
+        "serial",
+        "fault",
+        "reach",
+        "error_every",
+        "bad",
+        "delay_ms",
+        "path",
+        "aio",
+        "uri",
+    ];
     const INHERITED: &'static [&'static str] = &["size", "serial"];
 
     type Queue = Queue;
