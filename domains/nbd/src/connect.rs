@@ -9,7 +9,7 @@ use crate::uri::{Server, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
 use std::io::{self, Read, Write};
-use std::net::ToSocketAddrs as _;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -20,15 +20,20 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked whether the wait is in vain.
 const SLICE: Duration = Duration::from_millis(20);
 
-/// Connects to `target` and agrees on its export. `stop` says whether to give up.
+/// Connects to `target` and agrees on its export. `last`: where a connection to it has led to
+/// before. `stop` says whether to give up.
 pub(crate) fn connect(
     target: &Target,
+    last: Option<SocketAddr>,
     stop: &dyn Fn() -> bool,
 ) -> Result<(OwnedFd, Export), Refusal> {
     let deadline = Instant::now() + PATIENCE;
     let (socket, path) = match &target.server {
         Server::Unix(path) => (connect_unix(path, deadline, stop)?, Some(path.as_path())),
-        Server::Tcp(host, port) => (connect_tcp(host, *port, deadline, stop)?, None),
+        Server::Tcp(host, port) => {
+            let addresses = (host.as_str(), *port).to_socket_addrs().map(Iterator::collect);
+            (connect_tcp(&or_last(addresses, last)?, deadline, stop)?, None)
+        }
     };
     let inode = path.and_then(inode);
     let mut stream = Stream { socket: &socket, deadline, stop, path, inode };
@@ -57,18 +62,32 @@ fn connect_unix(path: &Path, deadline: Instant, stop: &dyn Fn() -> bool) -> io::
     }
 }
 
+/// Where a host is; if that cannot be found out now, where it was. Names cannot be looked up for as
+/// long as their servers are away, and in the sandbox not if what says which these are was
+/// replaced.
+fn or_last(
+    found: io::Result<Vec<SocketAddr>>,
+    last: Option<SocketAddr>,
+) -> io::Result<Vec<SocketAddr>> {
+    found.or_else(|error| last.map(|last| vec![last]).ok_or(error))
+}
+
+/// Where a connection leads to, if it is to a host.
+pub(crate) fn address(socket: &OwnedFd) -> Option<SocketAddr> {
+    socket.try_clone().map(TcpStream::from).and_then(|stream| stream.peer_addr()).ok()
+}
+
 fn connect_tcp(
-    host: &str,
-    port: u16,
+    addresses: &[SocketAddr],
     deadline: Instant,
     stop: &dyn Fn() -> bool,
 ) -> io::Result<OwnedFd> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in (host, port).to_socket_addrs()? {
+    for address in addresses {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
-        let result = match net::connect(&socket, &address) {
+        let result = match net::connect(&socket, address) {
             Err(rustix::io::Errno::INPROGRESS) => wait(&socket, PollFlags::OUT, deadline, stop)
                 .and_then(|()| net::sockopt::socket_error(&socket)?.map_err(io::Error::from)),
             result => result.map_err(io::Error::from),
@@ -157,5 +176,47 @@ impl Write for Stream<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_server_is_tried_where_it_was_if_its_name_is_not_found() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = listener.local_addr().unwrap();
+        // No name server is asked for this.
+        let server = Server::Tcp("no..name".to_owned(), there.port());
+        let target = Target { server, export: String::new() };
+        let connects = |last| {
+            // It is not greeted.
+            assert!(matches!(connect(&target, last, &|| true), Err(Refusal::Io(_))));
+            listener.set_nonblocking(true).unwrap();
+            listener.accept().is_ok()
+        };
+        assert!(!connects(None));
+        assert!(connects(Some(there)));
+    }
+
+    #[test]
+    fn where_a_connection_leads_to_is_known_of_hosts() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert_eq!(address(&stream.into()), Some(listener.local_addr().unwrap()));
+        let (stream, _) = UnixStream::pair().unwrap();
+        assert_eq!(address(&stream.into()), None);
+    }
+
+    #[test]
+    fn what_is_found_comes_before_what_was() {
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let gone = || Err(io::Error::other("no name server"));
+        assert_eq!(or_last(Ok(vec![at(1)]), Some(at(2))).unwrap(), [at(1)]);
+        assert_eq!(or_last(gone(), Some(at(2))).unwrap(), [at(2)]);
+        assert_eq!(or_last(gone(), None).unwrap_err().to_string(), "no name server");
     }
 }

@@ -158,8 +158,9 @@ impl Keeper {
     fn try_slot(&mut self, slot: usize) -> Result<(), String> {
         let pool = &self.pool;
         let stop = || pool.ending.load(Ordering::Relaxed) || pool.resting.load(Ordering::Relaxed);
+        let last = pool.slots().address;
         let (socket, export) =
-            connect::connect(&pool.target, &stop).map_err(|refusal| refusal.to_string())?;
+            connect::connect(&pool.target, last, &stop).map_err(|refusal| refusal.to_string())?;
         let announced = pool.announced();
         announced
             .fits(&export)
@@ -231,6 +232,7 @@ pub(crate) fn add(
 ) -> Arc<Link> {
     slots.allowed = if export.has(flags::MULTI_CONN) { crate::marks::LINKS } else { 1 };
     slots.names += 1;
+    slots.address = connect::address(&socket).or(slots.address);
     // A guest that knew it could only make its own disk less safe.
     let nonce = pool.host.clock().as_nanos() as u32 ^ slots.names << 24;
     if let Some(marks) = pool.marks() {

@@ -15,6 +15,7 @@ use crate::uri::Target;
 use domain_api::{Host, Level, QueueIndex};
 use domain_io::engine::PortEnd;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -36,6 +37,8 @@ pub(crate) struct Slots {
     pub(crate) allowed: usize,
     /// Names given so far.
     pub(crate) names: u32,
+    /// Where the last one leads to, if the server is at a host.
+    pub(crate) address: Option<SocketAddr>,
 }
 
 /// The connections of an instance.

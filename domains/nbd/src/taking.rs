@@ -40,7 +40,7 @@ pub(crate) fn first(
     read_only: bool,
     no_flush: bool,
 ) -> Result<(Announced, First), DomainError> {
-    let (socket, export) = connect::connect(target, &|| false)
+    let (socket, export) = connect::connect(target, None, &|| false)
         .map_err(|refusal| DomainError::new(sentence(target, &refusal)))?;
     let announced = Announced::of(&export, read_only, no_flush)
         .map_err(|why| DomainError::new(format!("{target} cannot be the disk: {why}")))?;
@@ -220,16 +220,17 @@ pub(crate) fn resize(pool: &Arc<Pool>, capacity: u64) -> Result<(), DomainError>
 /// The most that a connection says, or a new one.
 fn newest_size(pool: &Pool, announced: &Announced, capacity: u64) -> Result<u64, String> {
     let size = |export: &Export| usable(export, announced.block_size);
-    let (links, allowed) = {
+    let (links, allowed, address) = {
         let slots = pool.slots();
-        (slots.links.clone(), slots.allowed)
+        (slots.links.clone(), slots.allowed, slots.address)
     };
     let most = links.iter().flatten().map(|link| size(&link.export)).max().unwrap_or(0);
     if most >= capacity {
         return Ok(most);
     }
     if allowed > 1 {
-        let (_, export) = connect::connect(&pool.target, &|| false).map_err(|no| no.to_string())?;
+        let (_, export) =
+            connect::connect(&pool.target, address, &|| false).map_err(|no| no.to_string())?;
         return Ok(size(&export));
     }
     // The server may have one client only: its connection is made anew.
