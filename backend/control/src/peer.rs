@@ -1,7 +1,8 @@
 //! Who may command the daemon: root and the daemon's own user, as the kernel knows them.
 //!
-//! Only the user counts. A process of another PID namespace has no number here (the kernel says 0),
-//! and may command all the same: in a container the operator's programs are usually outside.
+//! Only the user counts, but for processes that are named: a supervisor names its servers, in which
+//! modules run. A process of another PID namespace has no number here (the kernel says 0), and may
+//! command all the same: in a container the operator's programs are usually outside.
 //!
 //! A user namespace has numbers for some users only. All others, and so the host's root as well,
 //! have one number in common: that of `/proc/sys/kernel/overflowuid`, 65534 as a rule. It says
@@ -49,11 +50,24 @@ impl Commanders {
 
     /// Whether the peer is one of them; if not, why.
     pub fn check(self, stream: &UnixStream) -> Result<(), RpcError> {
+        self.check_but(stream, |_| false)
+    }
+
+    /// The same, where a process of this number `is_barred`, whatever its user.
+    pub fn check_but(
+        self,
+        stream: &UnixStream,
+        is_barred: impl Fn(u32) -> bool,
+    ) -> Result<(), RpcError> {
         let refused = |message: String| Err(RpcError::new(Code::PermissionDenied, message));
         let Peer { pid, uid } = match peer(stream) {
             Ok(peer) => peer,
             Err(e) => return refused(format!("the daemon cannot tell who you are: {e}")),
         };
+        if let Some(pid) = pid.filter(|pid| is_barred(*pid)) {
+            log::warn!("process {pid}, a server of this daemon, may not command it");
+            return refused("a server of this daemon may not command it".to_owned());
+        }
         if self.include(uid) {
             return Ok(());
         }
@@ -94,6 +108,17 @@ mod tests {
         );
         let the_overflow_user = Commanders { own: 65534, overflow: None };
         assert_eq!([0, 65534, 1].map(|uid| the_overflow_user.include(uid)), [true, true, false]);
+    }
+
+    #[test]
+    fn a_process_that_is_barred_is_refused_whatever_its_user() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let commanders = Commanders::of_this_process();
+        assert!(commanders.check(&one).is_ok());
+        let own = std::process::id();
+        assert!(commanders.check_but(&one, |pid| pid != own).is_ok());
+        let refused = commanders.check_but(&one, |pid| pid == own).unwrap_err();
+        assert!(format!("{refused:?}").contains(Code::PermissionDenied.as_str()), "{refused:?}");
     }
 
     #[test]

@@ -117,6 +117,10 @@ impl Wish {
 pub struct Front {
     socket: SocketFile,
     commanders: Commanders,
+    /// The servers' processes, in which modules run: they may not command.
+    servers: Vec<u32>,
+    /// Those that have ended, as long as connections of theirs may wait to be accepted.
+    former: Vec<u32>,
     clients: BTreeMap<u64, Client>,
     next_client: u64,
     shared: Shared,
@@ -138,6 +142,8 @@ impl Front {
         Ok(Self {
             socket,
             commanders: Commanders::of_this_process(),
+            servers: Vec::new(),
+            former: Vec::new(),
             clients: BTreeMap::new(),
             next_client: 0,
             shared: Shared {
@@ -217,6 +223,14 @@ impl Front {
     pub fn deadline(&self) -> Option<Instant> {
         let clients = self.clients.values().filter_map(|client| client.deadline(&self.shared));
         clients.chain(self.accept_again).min()
+    }
+
+    /// These are the servers' processes now. Those that were are not forgotten before they can have
+    /// no connection any more that is not accepted.
+    pub fn servers_are(&mut self, servers: Vec<u32>) {
+        self.former.extend(self.servers.iter().filter(|server| !servers.contains(server)));
+        self.former.retain(|server| !servers.contains(server));
+        self.servers = servers;
     }
 
     /// Something has happened on a descriptor.
@@ -392,7 +406,10 @@ impl Front {
                     }
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::WouldBlock => {
+                        self.former.clear();
+                        return;
+                    }
                     io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
                     _ => {
                         let why = how_to_have_more(&error);
@@ -409,7 +426,8 @@ impl Front {
 
     /// Gives a client a place, or says why not.
     fn admit(&mut self, stream: UnixStream) -> Result<(), (UnixStream, RpcError)> {
-        if let Err(error) = self.commanders.check(&stream) {
+        let is_server = |pid| self.servers.contains(&pid) || self.former.contains(&pid);
+        if let Err(error) = self.commanders.check_but(&stream, is_server) {
             return Err((stream, error));
         }
         let most = self.shared.limits.connections;

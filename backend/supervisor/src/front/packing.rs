@@ -31,6 +31,9 @@ pub struct PackedFront {
     book_directory: Option<Slot>,
     #[serde(default)]
     tells_events: bool,
+    /// Servers' processes, present and former.
+    #[serde(default)]
+    servers: Vec<u32>,
 }
 
 impl Front {
@@ -51,6 +54,7 @@ impl Front {
             book: self.shared.book.pack(),
             book_directory: self.shared.book.directory().map(|fd| packing.put(fd)),
             tells_events: self.shared.tells_events,
+            servers: self.servers.iter().chain(&self.former).copied().collect(),
         }
     }
 
@@ -73,6 +77,8 @@ impl Front {
             clients: clients.collect::<Result<_, _>>()?,
             socket: SocketFile::resume(packed.name, listener),
             commanders: Commanders::of_this_process(),
+            servers: packed.servers,
+            former: Vec::new(),
             next_client: packed.next_client,
             shared: Shared {
                 limits,

@@ -209,3 +209,32 @@ fn an_exchanged_program_goes_on_in_the_middle_of_everything() {
     drop(stage.front);
     assert!(!path.exists());
 }
+
+/// A module runs there, and a daemon that is exchanged for a program of its own is the module's.
+#[test]
+fn a_server_of_the_daemon_may_not_command() {
+    let own = vec![std::process::id()];
+    let mut stage = Stage::serving();
+    let assert_refused = |mut client: End| {
+        assert_eq!(code(&client.value()), "permission_denied");
+        assert_eq!(client.line().as_deref(), Some("end"));
+    };
+    stage.front.servers_are(own.clone());
+    assert_refused(stage.client());
+    // Nor one that ends before it is accepted.
+    let connects = |stage: &Stage| End::new(UnixStream::connect(&stage.path).unwrap());
+    let waiting = connects(&stage);
+    stage.front.servers_are(Vec::new());
+    stage.turn();
+    assert_refused(waiting);
+    // Then its number may be another's.
+    let mut other = stage.client();
+    assert_eq!(other.line(), None);
+    // Nor while the program is exchanged.
+    stage.front.servers_are(own);
+    let waiting = connects(&stage);
+    stage.reexec();
+    stage.front.servers_are(Vec::new());
+    stage.turn();
+    assert_refused(waiting);
+}
