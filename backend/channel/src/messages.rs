@@ -41,6 +41,32 @@ pub struct Sandbox {
     pub connects: bool,
     /// To these ports.
     pub ports: Vec<u16>,
+    /// And to these sockets with a path.
+    pub sockets: Vec<PathBuf>,
+    /// Hosts are given by their addresses: no name is looked up.
+    pub by_address: bool,
+    /// Whether its files are to be served with io_uring; nothing if that is left to it. A
+    /// supervisor of before has not said, and they were.
+    #[serde(default = "as_before")]
+    pub rings: Option<bool>,
+}
+
+const fn as_before() -> Option<bool> {
+    Some(true)
+}
+
+impl Sandbox {
+    /// Whether names of hosts are looked up.
+    #[must_use]
+    pub const fn looks_names_up(&self) -> bool {
+        !self.ports.is_empty() && !self.by_address
+    }
+
+    /// Whether sockets with a path are connected to. A supervisor of before has not said which.
+    #[must_use]
+    pub const fn connects_to_paths(&self) -> bool {
+        self.connects && (self.ports.is_empty() || !self.sockets.is_empty())
+    }
 }
 
 /// What a server is told once, before anything else, and what does not change while it lives.
@@ -61,7 +87,7 @@ pub struct Settings {
     #[serde(default, skip_serializing_if = "is_default")]
     pub trusted_keys: Vec<String>,
     /// What a server confines itself to; it does not, if there is nothing. One that does not know
-    /// this does not, either.
+    /// this does not, either, and does not say that it has.
     #[serde(default, skip_serializing_if = "is_default")]
     pub sandbox: Option<Sandbox>,
     /// How much the guest may do at first: a vault that says something else is right.
@@ -242,6 +268,8 @@ pub struct Session {
 }
 
 /// What the supervisor says.
+// The first message is long, and comes once.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToServer {
@@ -326,6 +354,9 @@ pub enum ToSupervisor {
         /// All that happens from now on is said with [`ToSupervisor::Happened`].
         #[serde(default)]
         tells_events: bool,
+        /// It has confined itself, as it was told to.
+        #[serde(default)]
+        confined: bool,
     },
     /// All is ready but for what belongs to another server.
     Prepared {
@@ -333,6 +364,9 @@ pub enum ToSupervisor {
         version: u32,
         /// Of the program.
         program: String,
+        /// It has confined itself, as it was told to.
+        #[serde(default)]
+        confined: bool,
     },
     /// It cannot be this device; the process ends.
     Failed {
@@ -394,4 +428,19 @@ pub enum ToSupervisor {
     ConfigChanged,
     /// A client has asked for the end.
     ShutdownWanted,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_of_before_has_granted_what_it_did_not_say() {
+        let of_before = r#"{"enforces":true,"files":["/x"],"connects":true,"ports":[]}"#;
+        let read: Sandbox = serde_json::from_str(of_before).unwrap();
+        assert_eq!((read.rings, read.connects_to_paths()), (Some(true), true));
+        let now = Sandbox { rings: None, ..read };
+        let said = serde_json::to_string(&now).unwrap();
+        assert_eq!(serde_json::from_str::<Sandbox>(&said).unwrap(), now);
+    }
 }

@@ -76,9 +76,13 @@ fn news(input: &mut Input<'_>) -> Vec<Kept> {
 fn any(input: &mut Input<'_>) -> ToSupervisor {
     let word = || "word".to_owned();
     match input.below(8) {
-        0 => {
-            ToSupervisor::Ready { version: 1, program: word(), serves: word(), tells_events: false }
-        }
+        0 => ToSupervisor::Ready {
+            version: 1,
+            program: word(),
+            serves: word(),
+            tells_events: false,
+            confined: false,
+        },
         1 => ToSupervisor::Failed { code: word(), message: word() },
         2 => ToSupervisor::SessionEnded { number: input.u64(), error: None },
         3 => ToSupervisor::Pong { number: input.u64(), stuck: vec![input.u16()] },

@@ -66,6 +66,12 @@ impl Enforced {
         refused: 0,
     };
 
+    /// Whether the process has done as it was told.
+    #[must_use]
+    pub fn is_any(&self) -> bool {
+        *self != Self::NOTHING
+    }
+
     /// As it is now.
     #[must_use]
     pub fn now(&self) -> Self {
@@ -83,21 +89,25 @@ pub fn enter(sandbox: &Sandbox, given: &[BorrowedFd<'_>]) -> Result<Enforced, St
         format!("the server cannot confine itself ({what}: {error}); --sandbox=off goes without")
     };
     if !sandbox.enforces {
-        calls::restrict(sandbox).map_err(|error| failed("seccomp", &error))?;
+        calls::restrict(sandbox, true).map_err(|error| failed("seccomp", &error))?;
         let (seccomp, no_new_privs) = (Some("logged"), true);
         return Ok(Enforced { mode: "log", seccomp, no_new_privs, ..Enforced::NOTHING });
     }
     set_no_new_privs(true).map_err(|error| failed("no new privileges", &error))?;
     let level = paths::restrict(sandbox, given).map_err(|error| failed("Landlock", &error))?;
     drop_capabilities().map_err(|error| failed("capabilities", &error))?;
-    if level != Some(paths::LEVEL) {
+    let looks_at_sockets = level >= Some(paths::SOCKETS_LEVEL);
+    let reaches_sockets = sandbox.connects_to_paths() || sandbox.rings == Some(true);
+    if level < Some(paths::SIGNALS_LEVEL) || !looks_at_sockets && reaches_sockets {
         log::warn!(
-            "this kernel has {}, so less is refused to the server than could be (status: sandbox)",
-            level.map_or("no Landlock".to_owned(), |level| format!("Landlock of level {level}"))
+            "this kernel has {}, so less is refused than could be{} (status: sandbox)",
+            level.map_or("no Landlock".to_owned(), |level| format!("Landlock of level {level}")),
+            if reaches_sockets { ": it can connect to each socket of its user" } else { "" }
         );
     }
     let refusals = trap::install().map_err(|error| failed("SIGSYS", &error))?;
-    calls::restrict(sandbox).map_err(|error| failed("seccomp", &error))?;
+    let confined = calls::restrict(sandbox, looks_at_sockets);
+    confined.map_err(|error| failed("seccomp", &error))?;
     refusals.say().map_err(|error| failed("a thread", &error))?;
     Ok(Enforced {
         mode: "on",

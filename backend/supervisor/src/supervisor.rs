@@ -174,7 +174,13 @@ impl Supervisor {
     }
 
     fn turn(&mut self) -> io::Result<()> {
-        for (source, what) in self.wait()? {
+        let happened = self.wait()?;
+        // Those that are found to be dead now are among them still.
+        let servers = self.server_pids();
+        if let Some(front) = &mut self.front {
+            front.servers_are(servers);
+        }
+        for (source, what) in happened {
             self.happened(source, what);
         }
         Ok(())
@@ -244,6 +250,12 @@ impl Supervisor {
     fn whiches(&self) -> impl Iterator<Item = Which> + use<> {
         let leaving = (0..self.leaving.len()).rev().map(Which::Leaving);
         [Which::Current, Which::Stopped, Which::Candidate].into_iter().chain(leaving)
+    }
+
+    /// The processes in which modules run.
+    fn server_pids(&self) -> Vec<u32> {
+        let pid = |server: &Server| server.pid.as_raw_nonzero().get().cast_unsigned();
+        self.whiches().filter_map(|which| self.which(which).map(pid)).collect()
     }
 
     /// Whether a frontend can be let in now: to be served, or to wait, or to be turned away.

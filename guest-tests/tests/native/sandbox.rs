@@ -1,16 +1,18 @@
 //! The process that serves can do what serving takes, and nothing else.
 
-use std::fs;
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
-use std::thread;
+use std::net::{Shutdown, TcpListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
+use std::{fs, io, thread};
 
 use guest_tests::daemon::{Daemon, binary, disk_directory};
-use guest_tests::stamp::{Load, LoadOptions, assert_intact};
+use guest_tests::nbd::NbdServer;
+use guest_tests::stamp::{Ledger, Load, LoadOptions, assert_intact};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// A member of `/proc/PID/task/*/status`, of all threads of a process.
 fn of_threads(pid: u32, member: &str) -> Vec<String> {
@@ -46,91 +48,308 @@ fn assert_confined(daemon: &Daemon, how: &str) {
     assert!(told["landlock"].as_i64().is_some_and(|level| level > 0), "{how}: {told}");
 }
 
+/// What a domain reaches for, in the folder of this and in the ports of others.
+struct Outside {
+    folder: TempDir,
+    tcp: [TcpListener; 2],
+    unix: UnixListener,
+    datagrams: UnixDatagram,
+    child: Child,
+}
+
+impl Outside {
+    fn new() -> Outside {
+        let folder = tempfile::tempdir().expect("a directory");
+        fs::write(folder.path().join("secret"), b"x").expect("a file");
+        let listen = || TcpListener::bind("127.0.0.1:0").expect("a port");
+        let beside = tempfile::tempdir_in(&folder).expect("a directory").keep();
+        Outside {
+            tcp: [listen(), listen()],
+            unix: UnixListener::bind(folder.path().join("socket")).expect("a socket"),
+            datagrams: UnixDatagram::bind(beside.join("log")).expect("a socket"),
+            child: Command::new("sleep").arg("600").spawn().expect("a process"),
+            folder,
+        }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    /// The port of the server that is given, and of another.
+    fn ports(&self) -> [u16; 2] {
+        [0, 1].map(|at| self.tcp[at].local_addr().expect("an address").port())
+    }
+
+    fn socket(&self) -> String {
+        let address = self.unix.local_addr().expect("an address");
+        address.as_pathname().expect("a path").display().to_string()
+    }
+
+    /// Of datagrams, and in another folder.
+    fn log(&self) -> String {
+        let address = self.datagrams.local_addr().expect("an address");
+        address.as_pathname().expect("a path").display().to_string()
+    }
+
+    /// All there is to reach for.
+    fn reach(&self) -> Vec<String> {
+        let [given, other] = self.ports();
+        vec![
+            format!("open:{}", self.path("secret")),
+            format!("write:{}", self.path("secret")),
+            format!("write:{}", self.path("new")),
+            "open:/etc/passwd".to_owned(),
+            "fork".to_owned(),
+            "ring".to_owned(),
+            format!("connect:127.0.0.1:{given}"),
+            format!("connect:127.0.0.1:{other}"),
+            format!("connect:{}", self.socket()),
+            format!("datagram:{}", self.log()),
+            format!("limit:{}", self.child.id()),
+        ]
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a domain that reaches for all that in `phase`.
+fn reach_out(outside: &Outside, phase: &str, more: &[&str]) -> Daemon {
+    let (fault, reach) = (format!("fault={phase}"), format!("reach={}", outside.reach().join(",")));
+    let params = ["--domain", "faulty", "--param", &fault, "--param", &reach];
+    let daemon = Daemon::start(&[&params[..], more].concat());
+    let load = Load::start(daemon.socket(), &LoadOptions::new(1, 4));
+    load.wait_for(1000);
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    daemon
+}
+
+/// That just `reached` of it was reached.
+fn assert_reached(outside: &Outside, daemon: &Daemon, reached: &[String], how: &str) {
+    let counters = daemon.status()["counters"].clone();
+    let log = daemon.log();
+    for one in outside.reach() {
+        let was = log.contains(&format!("reach={one}: reached"));
+        assert_eq!(was, reached.contains(&one), "{how}: {one}: {counters}\n{log}");
+    }
+    let count = |name| counters[name].as_u64().unwrap_or(0) as usize;
+    assert_eq!(count("reached"), reached.len(), "{how}: {counters}");
+    assert_eq!(count("refused"), outside.reach().len() - reached.len(), "{how}: {counters}");
+    // It is no death.
+    assert_eq!(daemon.status()["server"]["deaths"], 0, "{how}");
+}
+
 /// What a domain reaches for that it has no business with, from a request and from its start.
 #[test]
 fn a_domain_reaches_nothing_outside() {
-    let outside = tempfile::tempdir().expect("a directory");
-    let secret = outside.path().join("secret");
-    fs::write(&secret, b"x").expect("a file");
-    let tcp = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = tcp.local_addr().expect("an address").port();
-    let unix = outside.path().join("socket");
-    let _unix = UnixListener::bind(&unix).expect("a socket");
-    let reach = [
-        format!("open:{}", secret.display()),
-        format!("write:{}", secret.display()),
-        format!("write:{}", outside.path().join("new").display()),
-        "open:/etc/passwd".to_owned(),
-        "fork".to_owned(),
-        format!("connect:127.0.0.1:{port}"),
-        format!("connect:{}", unix.display()),
-    ];
-    let attempts = reach.len() as u64;
-    let reach = format!("reach={}", reach.join(","));
-    let run = |sandbox: &str, fault: &str| -> (Daemon, Value) {
-        let fault = format!("fault={fault}");
-        let params = ["--domain", "faulty", "--param", &fault, "--param", &reach];
-        let daemon = Daemon::start(&[&params[..], &[sandbox]].concat());
-        let load = Load::start(daemon.socket(), &LoadOptions::new(1, 4));
-        load.wait_for(1000);
-        let report = load.stop();
-        report.assert_clean();
-        assert_intact(daemon.socket(), &report.ledgers);
-        let counters = daemon.status()["counters"].clone();
-        (daemon, counters)
-    };
+    let outside = Outside::new();
     for phase in ["request:reach:5", "prepare:reach", "activate:reach"] {
-        let (daemon, counters) = run("--sandbox=on", phase);
-        assert_eq!(counters["refused"], attempts, "{phase}: {counters}\n{}", daemon.log());
-        assert_eq!(counters["reached"], Value::Null, "{phase}: {counters}\n{}", daemon.log());
-        // It is no death, and it is said.
-        assert_eq!(daemon.status()["server"]["deaths"], 0);
+        let daemon = reach_out(&outside, phase, &["--sandbox=on"]);
+        assert_reached(&outside, &daemon, &[], phase);
+        // It is said.
         assert!(daemon.log().contains("reach=fork: refused"), "{}", daemon.log());
-        assert!(daemon.status()["sandbox"]["refused"].as_u64() >= Some(2));
-        let is_said = |log: &str| log.contains("refused system call `socket`");
+        assert!(daemon.status()["sandbox"]["refused"].as_u64() >= Some(4));
+        let is_said = |log: &str| {
+            ["socket", "socketpair", "prlimit64", "io_uring_setup"]
+                .iter()
+                .all(|call| log.contains(&format!("refused system call `{call}`")))
+        };
         let deadline = Instant::now() + Duration::from_secs(10);
         while !is_said(&daemon.log()) {
             assert!(Instant::now() < deadline, "{}", daemon.log());
             thread::sleep(Duration::from_millis(10));
         }
-        assert!(!outside.path().join("new").exists());
+        assert!(!Path::new(&outside.path("new")).exists());
     }
     // Each of them can be reached, if nothing confines it.
-    let (_daemon, counters) = run("--sandbox=off", "request:reach:5");
-    assert_eq!(counters["reached"], attempts, "{counters}");
+    let daemon = reach_out(&outside, "request:reach:5", &["--sandbox=off"]);
+    assert_reached(&outside, &daemon, &outside.reach(), "not confined");
 }
 
-/// The way of a disk in memory, and of one in a file, through all that can happen to them.
+/// What a disk in a file, and one behind a server, have more for themselves leads nowhere else.
+#[test]
+fn a_domain_reaches_what_its_disk_is_given_and_nothing_more() {
+    let outside = Outside::new();
+    let [given, other] = outside.ports();
+    assert_ne!(given, other);
+    let image = format!("path={}", outside.path("image"));
+    fs::write(outside.path("image"), b"x").expect("a file");
+    let tcp = format!("uri=nbd://127.0.0.1:{given}/");
+    let name = format!("uri=nbd://localhost:{given}/");
+    let unix = format!("uri=nbd+unix:///?socket={}", outside.socket());
+    let (ring, at_port, at_path) = (
+        "ring".to_owned(),
+        format!("connect:127.0.0.1:{given}"),
+        format!("connect:{}", outside.socket()),
+    );
+    let image = image.as_str();
+    for (params, reached) in [
+        (vec![image, "aio=sync"], vec![]),
+        (vec![image, "aio=io_uring"], vec![ring.clone()]),
+        (vec![&*tcp], vec![at_port.clone()]),
+        (vec![&*name], vec![at_port]),
+        (vec![&*unix], vec![at_path]),
+    ] {
+        let params = params.into_iter().flat_map(|param| ["--param", param]);
+        let args: Vec<_> = params.chain(["--sandbox=on"]).collect();
+        let daemon = reach_out(&outside, "request:reach:5", &args);
+        assert_reached(&outside, &daemon, &reached, &args.join(" "));
+    }
+    // A ring that is not asked for is there where a ring does not lead to sockets.
+    let daemon = reach_out(&outside, "request:reach:5", &["--param", image, "--sandbox=on"]);
+    let looks_at_sockets = daemon.status()["sandbox"]["landlock"].as_i64() >= Some(9);
+    let reached = if looks_at_sockets { vec![ring] } else { vec![] };
+    assert_reached(&outside, &daemon, &reached, "io_uring by itself");
+}
+
+/// Where sockets are not looked at, each can be connected to; this one is refused by its
+/// supervisor.
+#[test]
+fn a_domain_does_not_command_its_own_daemon() {
+    let outside = Outside::new();
+    let unix = format!("uri=nbd+unix:///?socket={}", outside.socket());
+    for sandbox in ["--sandbox=on", "--sandbox=off"] {
+        let first = ["--domain", "faulty", "--param", &unix, sandbox];
+        let daemon = Daemon::start(&first);
+        let reach = format!("reach=command:{}", daemon.control().display());
+        let next = ["upgrade", "faulty", "--param", "fault=request:reach:5", "--param", &reach];
+        daemon.call(&next);
+        let load = Load::start(daemon.socket(), &LoadOptions::new(1, 4));
+        load.wait_for(100);
+        load.stop().assert_clean();
+        let counters = &daemon.status()["counters"];
+        let said = (&counters["refused"], &counters["reached"]);
+        assert_eq!(said, (&json!(1), &Value::Null), "{sandbox}: {}", daemon.log());
+        assert!(daemon.log().contains("may not command"), "{}", daemon.log());
+    }
+}
+
+/// From a shell, or by something below: whatever was interrupted must not go on with another
+/// result.
+#[test]
+fn a_signal_that_is_not_of_the_sandbox_ends_the_server() {
+    let daemon = Daemon::start(&["--domain", "ramdisk", "--sandbox=on"]);
+    let load = Load::start(daemon.socket(), &LoadOptions::new(1, 4));
+    load.wait_for(100);
+    daemon.end_server(Signal::SYS);
+    assert!(daemon.log().contains("signal 31"), "{}", daemon.log());
+    assert_confined(&daemon, "after that death");
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+}
+
+/// A disk through all that can happen to it.
+fn assert_works(disk: &[&str], next: &str, grows: bool) -> (Daemon, Vec<Ledger>) {
+    let daemon = Daemon::start(&[disk, &["--sandbox=on", "--spare"]].concat());
+    assert_confined(&daemon, "at the start");
+    let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
+    load.wait_for(200);
+    daemon.call(&["check", next]);
+    daemon.call(&["upgrade", next]);
+    daemon.call(&["rollback"]);
+    daemon.call(&["upgrade", next, "--canary", "1"]);
+    daemon.end_server(Signal::KILL);
+    assert_confined(&daemon, "after a death");
+    daemon.call(&["upgrade-daemon", "--only", "server"]);
+    assert_confined(&daemon, "after an exchange");
+    daemon.call(&["upgrade-daemon"]);
+    assert_confined(&daemon, "after an exchange of both");
+    daemon.call(&["upgrade", next]);
+    if grows {
+        daemon.call(&["resize", "80M"]);
+    }
+    daemon.call(&["limit", "--iops", "100000"]);
+    let report = load.stop();
+    report.assert_clean();
+    assert_intact(daemon.socket(), &report.ledgers);
+    (daemon, report.ledgers)
+}
+
+/// How many rings of io_uring the server has.
+fn rings(daemon: &Daemon) -> usize {
+    let files = fs::read_dir(format!("/proc/{}/fd", daemon.server_pid())).expect("its descriptors");
+    let links = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+    links.filter(|link| link.to_string_lossy() == "anon_inode:[io_uring]").count()
+}
+
+/// The way of a disk in memory, and of one in a file.
 #[test]
 fn everything_works_inside() {
+    let memory = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
+    assert_eq!(assert_works(&memory, "ramdisk_v2", true).0.terminate(), 0);
     let directory = disk_directory();
     let image = directory.path().join("disk.img");
-    fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
     let image = image.to_str().expect("UTF-8");
-    let file = ["--blk-file", image, "--queues", "2"];
-    let memory = ["--domain", "ramdisk", "--param", "size=64M", "--queues", "2"];
-    for (disk, next) in [(&file[..], "file"), (&memory, "ramdisk_v2")] {
-        let daemon = Daemon::start(&[disk, &["--sandbox=on", "--spare"]].concat());
-        assert_confined(&daemon, "at the start");
-        let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
-        load.wait_for(200);
-        daemon.call(&["check", next]);
-        daemon.call(&["upgrade", next]);
-        daemon.call(&["rollback"]);
-        daemon.call(&["upgrade", next, "--canary", "1"]);
-        daemon.end_server(Signal::KILL);
-        assert_confined(&daemon, "after a death");
-        daemon.call(&["upgrade-daemon", "--only", "server"]);
-        assert_confined(&daemon, "after an exchange");
-        daemon.call(&["upgrade-daemon"]);
-        assert_confined(&daemon, "after an exchange of both");
-        daemon.call(&["upgrade", next]);
-        daemon.call(&["resize", "80M"]);
-        daemon.call(&["limit", "--iops", "100000"]);
-        let report = load.stop();
-        report.assert_clean();
-        assert_intact(daemon.socket(), &report.ledgers);
+    for aio in ["auto", "io_uring", "sync"] {
+        fs::File::create(image).and_then(|file| file.set_len(64 << 20)).expect("an image");
+        let param = format!("aio={aio}");
+        // Requests that the cache does not answer are what a ring is for.
+        let file =
+            ["--blk-file", image, "--queues", "2", "--param", &param, "--param", "direct=true"];
+        let (daemon, _) = assert_works(&file, "file", true);
+        let looks_at_sockets = daemon.status()["sandbox"]["landlock"].as_i64() >= Some(9);
+        let has_rings = aio == "io_uring" || aio == "auto" && looks_at_sockets;
+        assert_eq!(rings(&daemon) > 0, has_rings, "aio={aio}\n{}", daemon.log());
         assert_eq!(daemon.terminate(), 0);
+    }
+}
+
+/// Passes what comes to a port on to a socket with a path.
+fn forward(path: PathBuf) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    thread::spawn(move || {
+        for inner in listener.incoming().flatten() {
+            // While there is no server it is as if it had closed the connection.
+            let Ok(outer) = UnixStream::connect(&path) else { continue };
+            let (inner_too, outer_too) = (inner.try_clone().unwrap(), outer.try_clone().unwrap());
+            thread::spawn(move || {
+                let _ = io::copy(&mut &inner, &mut &outer);
+                let _ = outer.shutdown(Shutdown::Both);
+            });
+            thread::spawn(move || {
+                let _ = io::copy(&mut &outer_too, &mut &inner_too);
+                let _ = inner_too.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    port
+}
+
+/// And of one behind a server, at a path, an address and a name, which ends and comes again.
+#[test]
+fn a_server_of_a_disk_is_reached_inside() {
+    for form in ["nbd+unix:///?socket=PATH", "nbd://127.0.0.1:PORT", "nbd://localhost:PORT"] {
+        let nbdkit = ["nbdkit", "--foreground", "--unix", "SOCKET", "file", "FOLDER/image"];
+        let mut server = NbdServer::prepared(&nbdkit, &[]);
+        let image = fs::File::create(server.folder().join("image"));
+        image.and_then(|image| image.set_len(64 << 20)).expect("an image");
+        server.start();
+        let port = forward(server.socket()).to_string();
+        let path = server.socket().display().to_string();
+        let uri = form.replace("PATH", &path).replace("PORT", &port);
+        let uri = format!("uri={uri}");
+        // By a port it is not known what becomes of a connection that is broken.
+        let settle = ["--param", "settle=1"];
+        let disk = ["--domain", "nbd", "--param", &uri, "--queues", "2", settle[0], settle[1]];
+        let (daemon, ledgers) = assert_works(&disk, "nbd", false);
+        let load = Load::resume(daemon.socket(), &LoadOptions::new(2, 16), ledgers);
+        load.wait_for(200);
+        server.kill();
+        server.start();
+        let so_far = load.ios();
+        load.wait_for(so_far + 200);
+        load.stop().assert_clean();
+        assert_eq!(daemon.status()["sandbox"]["refused"], 0, "{form}: {}", daemon.log());
+        assert_eq!(daemon.terminate(), 0, "{form}");
     }
 }
 

@@ -1,22 +1,25 @@
 //! seccomp: which system calls a confined process can do.
 //!
-//! The list is made of traces, see `backend/decisions/0073-system-calls-from-traces.md`. There are
-//! two lists: what is let through in any thread, and what is not in those that serve queues, where
-//! requests are, and most of a domain's code.
+//! The list is made of traces, see `backend/decisions/0073-system-calls-from-traces.md`, and of
+//! what else leads out, see `backend/decisions/0075-what-the-sandbox-leaves-open.md`. There are two
+//! lists: what is let through in any thread, some of it with some arguments only (`rules`), and
+//! what is not in those that serve queues, where requests are, and most of a domain's code.
 //!
-//! What is refused ends with EPERM, and is said (`trap`), but for what makes a process: that ends
-//! with EPERM without a word, because the C library does it with all signals blocked, where SIGSYS
-//! would be the end. `clone3` ends with ENOSYS: what it is to make is not in its arguments, and the
-//! C library asks with `clone` then, where it is.
+//! What is refused ends with EPERM, and is said (`trap`), but for what libraries try and do
+//! without, and what makes a process: that ends with EPERM without a word, because the C library
+//! does it with all signals blocked, where SIGSYS would be the end. `clone3` ends with ENOSYS: what
+//! it is to make is not in its arguments, and the C library asks with `clone` then, where it is.
+
+mod rules;
 
 use channel::Sandbox;
 use libc::c_long;
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, apply_filter,
+    BackendError, BpfProgram, SeccompAction, SeccompFilter, SeccompRule, apply_filter,
 };
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::OnceLock;
 
 /// With any arguments, in all threads.
@@ -42,7 +45,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_getdents64,
     libc::SYS_readlinkat,
     libc::SYS_getcwd,
-    libc::SYS_fcntl,
     libc::SYS_dup,
     libc::SYS_flock,
     libc::SYS_ftruncate,
@@ -53,7 +55,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_fadvise64,
     libc::SYS_fgetxattr,
     libc::SYS_fsetxattr,
-    libc::SYS_ioctl,
     libc::SYS_memfd_create,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
@@ -64,13 +65,10 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_epoll_pwait,
     libc::SYS_ppoll,
     libc::SYS_pidfd_open,
-    // Sockets that there are.
-    libc::SYS_socketpair,
+    // Sockets that there are; what they send has conditions.
     libc::SYS_accept4,
     libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
     libc::SYS_recvfrom,
-    libc::SYS_sendto,
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
     libc::SYS_setsockopt,
@@ -96,8 +94,6 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_getuid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity,
-    libc::SYS_setpriority,
     libc::SYS_getpriority,
     libc::SYS_clock_gettime,
     libc::SYS_clock_getres,
@@ -108,14 +104,10 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sigaltstack,
-    // To itself; Landlock refuses others.
-    libc::SYS_kill,
-    libc::SYS_tgkill,
     libc::SYS_restart_syscall,
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_getrandom,
-    libc::SYS_prlimit64,
     libc::SYS_uname,
     libc::SYS_sysinfo,
 ];
@@ -137,7 +129,7 @@ const ALLOWED_HERE: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_HERE: &[c_long] = &[];
 
-/// Where there is a file to serve: what it is asked for is not in a system call's arguments.
+/// What a ring is asked for is not in a system call's arguments.
 const URING: [c_long; 3] =
     [libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
@@ -151,80 +143,56 @@ const PROCESSES: &[c_long] = &[
     libc::SYS_vfork,
 ];
 
-/// What the C library, Rust and the filters themselves set.
-const PRCTL: [libc::c_int; 5] = [
-    libc::PR_SET_NAME,
-    libc::PR_GET_NAME,
-    libc::PR_SET_NO_NEW_PRIVS,
-    libc::PR_SET_VMA,
-    libc::PR_SET_TIMERSLACK,
-];
-
-fn condition(
-    argument: u8,
-    length: SeccompCmpArgLen,
-    operator: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(argument, length, operator, value)?])
-}
-
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
+/// Whether files are served with io_uring. A ring connects and sends as well, and neither seccomp
+/// nor Landlock's older levels look there: so it is for who asks for it, and where sockets with a
+/// path are looked at.
+fn has_rings(sandbox: &Sandbox, looks_at_sockets: bool) -> bool {
+    !sandbox.files.is_empty() && sandbox.rings.unwrap_or(looks_at_sockets)
+}
+
 /// What all threads may do. No call is in it twice, once with conditions and once without.
-fn allowed(sandbox: &Sandbox) -> Result<Rules, BackendError> {
+fn allowed(sandbox: &Sandbox, has_rings: bool) -> Result<Rules, BackendError> {
     let any = ALLOWED.iter().chain(ALLOWED_HERE).copied();
-    let uring = URING.into_iter().filter(|_| !sandbox.files.is_empty());
-    let connect = [libc::SYS_connect].into_iter().filter(|_| sandbox.connects);
-    let mut rules: Rules = any.chain(uring).chain(connect).map(|call| (call, Vec::new())).collect();
+    let uring = URING.into_iter().filter(|_| has_rings);
+    let mut rules: Rules = any.chain(uring).map(|call| (call, Vec::new())).collect();
+    rules::add(&mut rules, sandbox)?;
+    rules.insert(libc::SYS_clone, vec![rules::clone_of(libc::CLONE_THREAD as u64)?]);
     if sandbox.enforces {
         // Refused by a filter of their own: the stricter of two refusals would hold.
-        let processes = PROCESSES.iter().map(|call| (*call, Vec::new()));
-        rules.extend(processes.chain([(libc::SYS_clone, Vec::new())]));
-    } else {
-        rules.insert(libc::SYS_clone, vec![clone_of(libc::CLONE_THREAD as u64)?]);
-    }
-    let set = PRCTL.into_iter().map(|option| equal(0, option as u64));
-    rules.insert(libc::SYS_prctl, set.collect::<Result<_, _>>()?);
-    let filter = libc::SECCOMP_SET_MODE_FILTER;
-    rules.insert(libc::SYS_seccomp, vec![equal(0, u64::from(filter))?]);
-    if sandbox.connects {
-        let mut families = vec![libc::AF_UNIX];
-        if !sandbox.ports.is_empty() {
-            families.extend([libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK]);
+        for (call, conditions) in refused_quietly(sandbox, has_rings)? {
+            match rules.entry(call) {
+                Entry::Vacant(entry) => drop(entry.insert(Vec::new())),
+                // Clones and sockets of some kinds.
+                Entry::Occupied(mut entry) => entry.get_mut().extend(conditions),
+            }
         }
-        let families = families.into_iter().map(|family| equal(0, family as u64));
-        rules.insert(libc::SYS_socket, families.collect::<Result<_, _>>()?);
     }
     Ok(rules)
 }
 
-/// A `clone` whose flag for threads is `flag`: a thread's, or none, which makes a process.
-fn clone_of(flag: u64) -> Result<SeccompRule, BackendError> {
-    let operator = SeccompCmpOp::MaskedEq(libc::CLONE_THREAD as u64);
-    condition(0, SeccompCmpArgLen::Qword, operator, flag)
-}
-
-/// What makes a process.
-fn processes() -> Result<Rules, BackendError> {
+/// What is refused without a word, because libraries try it: making a process, with all signals
+/// blocked; rings, where they may be had or not; and what looking up a name can do without.
+fn refused_quietly(sandbox: &Sandbox, has_rings: bool) -> Result<Rules, BackendError> {
     let mut rules: Rules = PROCESSES.iter().map(|call| (*call, Vec::new())).collect();
-    rules.insert(libc::SYS_clone, vec![clone_of(0)?]);
+    rules.insert(libc::SYS_clone, vec![rules::clone_of(0)?]);
+    let tries_rings = !sandbox.files.is_empty() && sandbox.rings.is_none() || sandbox.connects;
+    if tries_rings && !has_rings {
+        rules.extend(URING.map(|call| (call, Vec::new())));
+    }
+    if sandbox.looks_names_up() {
+        rules.insert(libc::SYS_socket, rules::of_names(sandbox)?);
+    }
     Ok(rules)
-}
-
-/// Of an argument that is an `int`: its upper half is not looked at by the kernel, either.
-fn equal(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
-    condition(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
 }
 
 /// What threads that serve queues may not do, nor those that they start, as for a takeover: bring
-/// new code in, and send signals.
+/// new code in, and send signals to the process or ask for others.
 fn of_workers() -> Result<Rules, BackendError> {
     let mut rules = Rules::from([(libc::SYS_kill, Vec::new())]);
-    let exec = libc::PROT_EXEC as u64;
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        let operator = SeccompCmpOp::MaskedEq(exec);
-        rules.insert(call, vec![condition(2, SeccompCmpArgLen::Dword, operator, exec)?]);
+        rules.insert(call, vec![rules::executes()?]);
     }
     Ok(rules)
 }
@@ -238,23 +206,38 @@ fn compiled(
     SeccompFilter::new(rules, otherwise, matching, processor)?.try_into()
 }
 
+/// The filters of all threads, in their order, and that of those that serve queues.
+fn filters(
+    sandbox: &Sandbox,
+    looks_at_sockets: bool,
+) -> Result<(Vec<BpfProgram>, BpfProgram), BackendError> {
+    let has_rings = has_rings(sandbox, looks_at_sockets);
+    let refuse = || if sandbox.enforces { SeccompAction::Trap } else { SeccompAction::Log };
+    let mut of_all = Vec::new();
+    if sandbox.enforces {
+        let clone3 = Rules::from([(libc::SYS_clone3, Vec::new())]);
+        let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
+        of_all.push(compiled(clone3, SeccompAction::Allow, unknown)?);
+        let refused = SeccompAction::Errno(libc::EPERM as u32);
+        let quietly = refused_quietly(sandbox, has_rings)?;
+        of_all.push(compiled(quietly, SeccompAction::Allow, refused)?);
+    }
+    of_all.push(compiled(allowed(sandbox, has_rings)?, refuse(), SeccompAction::Allow)?);
+    Ok((of_all, compiled(of_workers()?, SeccompAction::Allow, refuse())?))
+}
+
 /// What threads that serve queues put on.
 static OF_WORKERS: OnceLock<BpfProgram> = OnceLock::new();
 
 /// Restricts the calling thread, and those that it starts. What is not allowed is refused, or only
-/// written into the kernel's log.
-pub(super) fn restrict(sandbox: &Sandbox) -> Result<(), seccompiler::Error> {
-    let refuse = || if sandbox.enforces { SeccompAction::Trap } else { SeccompAction::Log };
-    let allowed = compiled(allowed(sandbox)?, refuse(), SeccompAction::Allow)?;
-    let of_workers = compiled(of_workers()?, SeccompAction::Allow, refuse())?;
-    if sandbox.enforces {
-        let clone3 = Rules::from([(libc::SYS_clone3, Vec::new())]);
-        let unknown = SeccompAction::Errno(libc::ENOSYS as u32);
-        apply_filter(&compiled(clone3, SeccompAction::Allow, unknown)?)?;
-        let refused = SeccompAction::Errno(libc::EPERM as u32);
-        apply_filter(&compiled(processes()?, SeccompAction::Allow, refused)?)?;
-    }
-    apply_filter(&allowed)?;
+/// written into the kernel's log. `looks_at_sockets`: whether Landlock refuses to connect to
+/// sockets with a path.
+pub(super) fn restrict(
+    sandbox: &Sandbox,
+    looks_at_sockets: bool,
+) -> Result<(), seccompiler::Error> {
+    let (of_all, of_workers) = filters(sandbox, looks_at_sockets)?;
+    of_all.iter().try_for_each(|filter| apply_filter(filter))?;
     let _ = OF_WORKERS.set(of_workers);
     Ok(())
 }
@@ -269,46 +252,4 @@ pub fn serve_queue() {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_call_is_listed_twice() {
-        let sandbox = Sandbox { connects: true, ..Sandbox::default() };
-        let conditional = [libc::SYS_clone, libc::SYS_prctl, libc::SYS_seccomp, libc::SYS_socket];
-        let all = ALLOWED.iter().chain(ALLOWED_HERE).chain(&URING).chain(&[libc::SYS_connect]);
-        let mut all: Vec<_> = all.chain(&conditional).copied().collect();
-        let len = all.len();
-        all.sort_unstable();
-        all.dedup();
-        assert_eq!(all.len(), len, "a call is listed twice");
-        let with_a_file = Sandbox { files: vec!["/x".into()], ..sandbox };
-        assert_eq!(allowed(&with_a_file).unwrap().len(), len);
-    }
-
-    #[test]
-    fn what_makes_a_process_or_reaches_out_is_on_no_list() {
-        let rules = allowed(&Sandbox::default()).unwrap();
-        for call in [
-            libc::SYS_execve,
-            libc::SYS_execveat,
-            libc::SYS_socket,
-            libc::SYS_connect,
-            libc::SYS_bind,
-            libc::SYS_ptrace,
-            libc::SYS_io_uring_setup,
-            libc::SYS_bpf,
-            libc::SYS_unshare,
-        ] {
-            assert!(!rules.contains_key(&call), "{call}");
-        }
-        assert_eq!(rules[&libc::SYS_clone].len(), 1, "it has a condition");
-        // What is refused by a filter of its own is just what the other leaves to it.
-        let enforcing = allowed(&Sandbox { enforces: true, ..Sandbox::default() }).unwrap();
-        let left: Vec<_> = enforcing.keys().filter(|call| !rules.contains_key(call)).collect();
-        let refused = processes().unwrap();
-        assert!(left.iter().all(|call| refused[call].is_empty()), "{left:?}");
-        assert_eq!((left.len() + 1, refused[&libc::SYS_clone].len()), (refused.len(), 1));
-        assert!(compiled(rules, SeccompAction::Trap, SeccompAction::Allow).unwrap().len() > 100);
-    }
-}
+mod tests;

@@ -4,7 +4,7 @@
 //!
 //! A system call that is not let through raises SIGSYS in its thread. The handler has the call end
 //! with EPERM, and counts it; a thread writes the log, because a handler can do neither that nor
-//! much else.
+//! much else. A SIGSYS of another origin, as from `kill`, ends the process.
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::ffi::c_int;
@@ -27,8 +27,12 @@ static WAKE: AtomicI32 = AtomicI32::new(-1);
 /// gap, and an address.
 const NUMBER: usize = 24;
 
+/// What such a signal has as its code; others can send one, too, with another code: only the kernel
+/// sends codes above 0 to another process (asm-generic/siginfo.h, `rt_sigqueueinfo(2)`).
+const SYS_SECCOMP: c_int = 1;
+
 /// Calls that are worth a name.
-const NAMES: [(libc::c_long, &str); 14] = [
+const NAMES: [(libc::c_long, &str); 22] = [
     (libc::SYS_socket, "socket"),
     (libc::SYS_connect, "connect"),
     (libc::SYS_bind, "bind"),
@@ -43,9 +47,23 @@ const NAMES: [(libc::c_long, &str); 14] = [
     (libc::SYS_kill, "kill"),
     (libc::SYS_io_uring_setup, "io_uring_setup"),
     (libc::SYS_mount, "mount"),
+    (libc::SYS_ioctl, "ioctl"),
+    (libc::SYS_fcntl, "fcntl"),
+    (libc::SYS_socketpair, "socketpair"),
+    (libc::SYS_sendto, "sendto"),
+    (libc::SYS_sendmmsg, "sendmmsg"),
+    (libc::SYS_tgkill, "tgkill"),
+    (libc::SYS_prlimit64, "prlimit64"),
+    (libc::SYS_sched_setaffinity, "sched_setaffinity"),
 ];
 
 extern "C" fn refuse(_: c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel gives a handler with SA_SIGINFO a whole `siginfo_t`, whose first members
+    // are those of any signal.
+    if unsafe { (*info).si_code } != SYS_SECCOMP {
+        end_as_unhandled();
+        return;
+    }
     // SAFETY: the kernel gives a handler with SA_SIGINFO a whole `siginfo_t`, which is longer than
     // that, and aligned as a number is; for SIGSYS the number stands there (asm-generic/siginfo.h).
     let number = unsafe { info.cast::<u8>().add(NUMBER).cast::<c_int>().read() };
@@ -65,6 +83,17 @@ extern "C" fn refuse(_: c_int, info: *mut libc::siginfo_t, context: *mut libc::c
         // It is full only if the other thread is to be woken anyway.
         let _ = libc::write(WAKE.load(Ordering::Relaxed), (&raw const one).cast(), 8);
         *libc::__errno_location() = errno;
+    }
+}
+
+/// The signal is none of seccomp's: the process ends by it as if there were no handler, and
+/// whatever was interrupted does not go on.
+fn end_as_unhandled() {
+    // SAFETY: calls that a handler may do, without pointers. The signal is blocked while its
+    // handler runs, so it comes when that returns, and before what was interrupted goes on.
+    unsafe {
+        libc::signal(libc::SIGSYS, libc::SIG_DFL);
+        libc::raise(libc::SIGSYS);
     }
 }
 
@@ -94,8 +123,8 @@ pub(super) fn install() -> io::Result<Refusals> {
     action.sa_sigaction = refuse as *const () as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
     // SAFETY: the structure is filled in. The handler is sound at any moment: it allocates nothing,
-    // locks nothing, and touches nothing of the thread that it interrupts but the result of the
-    // call that was not carried out.
+    // locks nothing, and touches nothing of the thread that it interrupts but the result of a call
+    // that was not carried out; if the signal has another origin, not even that.
     if unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } == -1 {
         return Err(io::Error::last_os_error());
     }
@@ -108,6 +137,12 @@ pub(super) fn count() -> u64 {
 }
 
 impl Refusals {
+    /// Nothing is said of them.
+    #[cfg(test)]
+    pub(super) fn forget(self) {
+        std::mem::forget(self);
+    }
+
     /// Has a thread write them into the log.
     pub(super) fn say(self) -> io::Result<()> {
         let say = move || {

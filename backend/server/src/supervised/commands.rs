@@ -66,6 +66,7 @@ impl Commands {
         enforced: Enforced,
     ) -> Result<Self, String> {
         let Begun { proxy, standby, believed, limits: _, hears } = begun;
+        let confined = enforced.is_any();
         if hears.events {
             EventSender::start(&channel, &proxy);
         }
@@ -129,6 +130,7 @@ impl Commands {
                 program: PROGRAM.into(),
                 serves,
                 tells_events: hears.events,
+                confined,
             },
         );
         if let Some(standby) = standby {

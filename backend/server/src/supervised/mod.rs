@@ -155,7 +155,7 @@ pub fn run(fd: RawFd) -> Result<Vec<String>, String> {
     let enforced = confined(&first, &descriptors);
     let said = listen(&channel, &hold)?;
     let begun = enforced.and_then(|enforced| {
-        begin(&channel, &said, first, descriptors)
+        begin(&channel, &said, first, descriptors, enforced.is_any())
             .map(|(begun, settings)| (begun, settings, enforced))
     });
     let (begun, settings, enforced) = begun.map_err(|Unfit { code, message }| {
@@ -259,6 +259,7 @@ fn begin(
     said: &mpsc::Receiver<Said>,
     first: ToServer,
     descriptors: Vec<OwnedFd>,
+    confined: bool,
 ) -> Result<(Begun, Settings), Unfit> {
     let ToServer::Start { version, settings, start, prepare_only, hears_aside, hears_events } =
         first
@@ -290,9 +291,8 @@ fn begin(
             let (saved, mut believed, mut limits) = saved(&vault, descriptors)?;
             let mut restoring = Restoring::prepare(loader, opener, saved, queues, !prepare_only)?;
             if prepare_only {
-                let prepared =
-                    ToSupervisor::Prepared { version: VERSION, program: PROGRAM.to_owned() };
-                say(channel, &prepared);
+                let program = PROGRAM.to_owned();
+                say(channel, &ToSupervisor::Prepared { version: VERSION, program, confined });
                 let (vault, descriptors) = wait_for_activate(said)?;
                 let now = self::saved(&vault, descriptors)?;
                 restoring.update(now.0)?;

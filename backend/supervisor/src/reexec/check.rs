@@ -33,6 +33,9 @@ struct Verdict {
     /// It gives the process back to the program before, if it cannot go on after all.
     #[serde(default)]
     goes_back: bool,
+    /// It has its servers confine themselves, if the state says so.
+    #[serde(default)]
+    confines: bool,
 }
 
 /// A program that can go on with a state, as it says.
@@ -42,6 +45,8 @@ pub struct Willing {
     pub program: String,
     /// Whether it can be given a [way back](Written::way_back).
     pub goes_back: bool,
+    /// Whether it knows that servers can be confined.
+    pub confines: bool,
 }
 
 /// Why a program is not to be executed.
@@ -131,7 +136,8 @@ fn judge(ended: Ended, said: &str) -> Result<Willing, CheckFailure> {
     match verdict {
         Some(Verdict { refused: Some(why), .. }) => Err(CheckFailure::Refused(why)),
         Some(verdict) if ended == Ended::Exited(0) && verdict.check_state == VERSION => {
-            Ok(Willing { program: verdict.program, goes_back: verdict.goes_back })
+            let Verdict { program, goes_back, confines, .. } = verdict;
+            Ok(Willing { program, goes_back, confines })
         }
         _ => {
             let said: String = said
@@ -164,6 +170,7 @@ pub fn answer_check<T: DeserializeOwned>(
         program: env!("CARGO_PKG_VERSION").to_owned(),
         refused: looked.err().map(|error| error.to_string()),
         goes_back: true,
+        confines: true,
     };
     let said = serde_json::to_string(&verdict).map_err(io::Error::from);
     match said.and_then(|said| writeln!(io::stdout(), "{said}")) {
@@ -192,10 +199,11 @@ mod tests {
     #[test]
     fn only_a_program_that_says_yes_is_believed() {
         let yes = format!(r#"{{"check_state":{VERSION},"program":"9"}}"#);
-        let willing = |goes_back| Ok(Willing { program: "9".to_owned(), goes_back });
+        let willing =
+            |goes_back| Ok(Willing { program: "9".to_owned(), goes_back, confines: goes_back });
         assert_eq!(judge(Ended::Exited(0), &yes), willing(false));
         assert_eq!(judge(Ended::Exited(0), &format!("log\n{yes}")), willing(false));
-        let back = yes.replace('}', r#","goes_back":true}"#);
+        let back = yes.replace('}', r#","goes_back":true,"confines":true}"#);
         assert_eq!(judge(Ended::Exited(0), &back), willing(true));
         let no = r#"{"check_state":2,"program":"9","refused":"too old"}"#;
         let refused = Err(CheckFailure::Refused("too old".to_owned()));

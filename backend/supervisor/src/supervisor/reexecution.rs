@@ -129,6 +129,12 @@ impl Supervisor {
         let refusal = match result {
             Ok(willing) => match self.unrest() {
                 Some(why) => (Code::ExchangeRuns, why.to_owned()),
+                None if self.is_to_be_confined() && !willing.confines => (
+                    Code::StateRefused,
+                    format!(
+                        "{path}: its servers would not be confined: it is older than --sandbox"
+                    ),
+                ),
                 None => {
                     let goes_back = willing.goes_back;
                     (Code::ProgramUnusable, self.reexecute(&program, order, goes_back))

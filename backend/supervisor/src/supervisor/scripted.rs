@@ -72,6 +72,7 @@ pub(super) fn ready() -> ToSupervisor {
         program: "1.0.0".to_owned(),
         serves: "serving".to_owned(),
         tells_events: true,
+        confined: false,
     }
 }
 

@@ -60,6 +60,11 @@ impl Supervisor {
         Ok(server)
     }
 
+    /// Whether the operator wants servers to be.
+    pub(super) fn is_to_be_confined(&self) -> bool {
+        self.options.settings.sandbox.as_ref().is_some_and(|sandbox| sandbox.enforces)
+    }
+
     pub(super) fn start_server(&mut self) {
         if self.server.is_some() {
             return;
@@ -82,15 +87,24 @@ impl Supervisor {
     /// A server has said something.
     pub(super) fn told_by(&mut self, which: Which, message: ToSupervisor, files: Vec<OwnedFd>) {
         match message {
-            ToSupervisor::Ready { version, program, serves, tells_events } => {
+            ToSupervisor::Ready { version, program, serves, tells_events, confined } => {
                 if which == Which::Current {
+                    if self.is_to_be_confined() && !confined {
+                        log::error!("the server is not confined: its program knows no --sandbox");
+                    }
                     self.is_ready(version, program, &serves, tells_events);
                 }
             }
-            ToSupervisor::Prepared { version, program } => {
+            ToSupervisor::Prepared { version, program, confined } => {
+                let is_fit = confined || !self.is_to_be_confined();
                 if let (Which::Candidate, Some(candidate)) = (which, &mut self.candidate) {
                     candidate.server.version = Some(program);
-                    candidate.is_prepared = version == VERSION;
+                    candidate.is_prepared = version == VERSION && is_fit;
+                    if !is_fit {
+                        let why = "the new server does not confine itself, and --sandbox=on is to \
+                                   hold: its program is older than that";
+                        candidate.server.failure = Some(("sandbox".to_owned(), why.to_owned()));
+                    }
                     candidate.prepared = Some(Instant::now());
                     self.candidate_is_prepared();
                 }

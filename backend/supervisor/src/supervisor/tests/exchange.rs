@@ -191,3 +191,46 @@ fn a_candidate_that_is_not_needed_leaves_by_itself_or_is_ended() {
         stage.turn_until(|supervisor| supervisor.leaving.is_empty());
     }
 }
+
+/// Its program is older than the sandbox, and ignores what it was told.
+#[test]
+fn a_candidate_that_does_not_confine_itself_is_refused() {
+    for (enforces, confined, is_fit) in
+        [(true, false, false), (true, true, true), (false, false, true)]
+    {
+        let mut stage = Stage::new(None);
+        let sandbox = channel::Sandbox { enforces, ..channel::Sandbox::default() };
+        stage.supervisor.options.settings.sandbox = Some(sandbox);
+        let (_old, candidate) = (stage.serve(), stage.begin_candidate(false));
+        stage.exchange(Step::Preparing);
+        let (version, program) = (channel::VERSION, "0.9.0".to_owned());
+        say(&candidate, &ToSupervisor::Prepared { version, program, confined });
+        stage.supervisor.hear(Which::Candidate);
+        let is_prepared = stage.supervisor.candidate.as_ref().is_some_and(|one| one.is_prepared);
+        assert_eq!(is_prepared, is_fit, "{enforces} {confined}");
+        if !is_fit {
+            let failure = &stage.supervisor.candidate.as_ref().unwrap().server.failure;
+            assert!(failure.as_ref().is_some_and(|(_, why)| why.contains("--sandbox=on")));
+            stage.turn_until(|supervisor| supervisor.candidate.is_none());
+            assert_eq!(stage.step(), None);
+            assert!(stage.supervisor.serving().is_some(), "the old one goes on");
+        }
+    }
+}
+
+#[test]
+fn all_servers_are_known_to_be_some() {
+    let mut stage = Stage::new(None);
+    let played = [stage.serve(), stage.begin_candidate(true)];
+    stage.supervisor.stopped = Some(scripted::server());
+    stage.supervisor.leaving.push((scripted::server(), Instant::now()));
+    let supervisor = &stage.supervisor;
+    let whiches: Vec<_> = supervisor.whiches().collect();
+    let pid = |which| supervisor.which(which).unwrap().pid.as_raw_nonzero().get();
+    let mut pids: Vec<_> = whiches.into_iter().map(|which| pid(which) as u32).collect();
+    let mut known = supervisor.server_pids();
+    pids.sort_unstable();
+    known.sort_unstable();
+    assert_eq!((pids.len(), pids), (4, known));
+    drop(played);
+}

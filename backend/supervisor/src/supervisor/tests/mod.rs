@@ -108,5 +108,5 @@ pub(super) fn say(played: &Played, message: &ToSupervisor) {
 }
 
 pub(super) fn prepared() -> ToSupervisor {
-    ToSupervisor::Prepared { version: channel::VERSION, program: "1.0.0".into() }
+    ToSupervisor::Prepared { version: channel::VERSION, program: "1.0.0".into(), confined: false }
 }
