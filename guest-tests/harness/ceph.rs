@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub use self::stand_in::StandIn;
+use crate::PATIENCE;
 use crate::daemon::Daemon;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -63,7 +64,7 @@ impl Ceph {
 
     fn remove(&self, name: &str) {
         // One whose user was killed is watched for half a minute.
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while self.succeeds(&format!("rbd info rbd/{name}")) {
             let line =
                 format!("rbd snap purge --no-progress rbd/{name}; rbd rm --no-progress rbd/{name}");
@@ -85,7 +86,7 @@ impl Ceph {
     pub fn kill(&self, daemon: &str) {
         let pid = self.pid(daemon);
         kill_process(pid, Signal::KILL).expect("it lives");
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         while rustix::process::test_kill_process(pid).is_ok() {
             assert!(Instant::now() < deadline, "{daemon} does not end");
             std::thread::sleep(Duration::from_millis(5));

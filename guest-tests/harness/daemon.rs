@@ -8,6 +8,7 @@ mod control;
 mod deaths;
 mod process;
 
+use crate::PATIENCE;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -111,7 +112,7 @@ impl Daemon {
         if let Some(at) = self.args.iter().position(|arg| arg == "--blk-file") {
             let image = fs::metadata(&self.args[at + 1]).expect("the image is there");
             let inode = format!(":{} ", image.ino());
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let deadline = Instant::now() + PATIENCE;
             while fs::read_to_string("/proc/locks").expect("Linux").contains(&inode) {
                 assert!(Instant::now() < deadline, "the image stays locked");
                 thread::sleep(Duration::from_millis(5));
@@ -129,7 +130,7 @@ impl Daemon {
 
     fn wait_until_it_answers(&mut self) {
         let args = &self.args;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
                 panic!("vhost-hotswap {args:?} ended with {status}:\n{}", self.log());
@@ -280,7 +281,7 @@ impl Daemon {
             if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
                 return (status.code().unwrap_or(-1), started.elapsed());
             }
-            if started.elapsed() > Duration::from_secs(10) {
+            if started.elapsed() > PATIENCE {
                 panic!("vhost-hotswap ignores {signal:?}:\n{}", self.log());
             }
             thread::sleep(Duration::from_millis(1));
@@ -334,7 +335,7 @@ fn last_lines(text: &str, count: usize) -> String {
 pub fn run_daemon(args: &[&str]) -> CtlOutput {
     let mut command = Command::new(binary("vhost-hotswap"));
     command.args(args);
-    run_for(&mut command, Duration::from_secs(10))
+    run_for(&mut command, PATIENCE)
         .unwrap_or_else(|| panic!("vhost-hotswap {args:?} runs, but should have been refused"))
 }
 

@@ -37,3 +37,7 @@ pub mod peer;
 pub mod power;
 pub mod signer;
 pub mod stamp;
+
+/// How long a test waits for what has to come: longer than a host takes that has far more to do
+/// than it can.
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_mins(1);

@@ -19,6 +19,7 @@ use rustix::io::{FdFlags, IoSliceMut, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tempfile::TempDir;
 
+use crate::PATIENCE;
 use crate::daemon::binary;
 
 /// Descriptors are handed over from numbers that none of those has which they are to get.
@@ -131,7 +132,7 @@ impl Manager {
     ///
     /// Panics when it is not within 10 s.
     pub fn wait_for(&self, text: &str) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while !lock(&self.shelf).texts.iter().any(|told| told.contains(text)) {
             assert!(Instant::now() < deadline, "{text}: {:?}", lock(&self.shelf).texts);
             thread::sleep(Duration::from_millis(5));

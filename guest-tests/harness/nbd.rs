@@ -1,6 +1,7 @@
 //! NBD servers, as people run them: nbdkit, qemu-nbd, nbd-server, each behind a Unix socket in a
 //! folder of its own.
 
+use crate::PATIENCE;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -66,7 +67,7 @@ impl NbdServer {
             .spawn()
             .unwrap_or_else(|e| panic!("{}: {e}; `scripts/setup` installs it", self.command[0]));
         self.child = Some(child);
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         // The socket is there before it is listened on.
         while UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < deadline, "{:?} does not listen", self.command);

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::PATIENCE;
 use crate::daemon::Daemon;
 
 /// A disk that others write to takes more than the usual 500 ms for a request now and then.
@@ -90,7 +91,7 @@ impl<'daemon> Operator<'daemon> {
     pub fn taken_over(&mut self, by: &str) {
         self.takeovers += 1;
         self.generation += 1;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         let status = loop {
             let status = self.daemon.status();
             if status["upgrades"]["takeovers"] == self.takeovers {

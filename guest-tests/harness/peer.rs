@@ -1,5 +1,6 @@
 //! `qemu-storage-daemon`: what a restart does elsewhere.
 
+use crate::PATIENCE;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -61,7 +62,7 @@ impl Peer {
     }
 
     fn wait_for_the_socket(&mut self) -> io::Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while !self.socket.exists() {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {

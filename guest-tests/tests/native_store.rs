@@ -10,6 +10,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::manager::Manager;
@@ -322,7 +323,7 @@ fn a_change_that_cannot_be_written_down_takes_nothing_away_and_is_tried_again() 
     let none = Rlimit { current: free, ..getrlimit(Resource::Nofile) };
     let limit = prlimit(pid, Resource::Nofile, none).expect("its limit");
     ask("limit", json!({"iops": 1_000_000}));
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     let mut store = ask("status", json!({}))["supervisor"]["store"].take();
     while store["state"] != "failed" {
         assert!(Instant::now() < deadline, "{store}");
@@ -351,7 +352,7 @@ fn a_socket_units_socket_is_served_and_outlives_the_daemon() {
     let mut ledgers = None;
     for _ in 0..3 {
         let mut child = start(&mut manager);
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while !control.exists() {
             assert!(Instant::now() < deadline, "no control socket");
             thread::sleep(Duration::from_millis(5));
@@ -421,7 +422,7 @@ fn the_socket_has_the_mode_and_the_group_that_were_asked_for() {
 fn a_serial_number_reaches_the_guest() {
     let daemon = Daemon::start(&["--domain", "ramdisk", "--serial", "WD-1234"]);
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a connection");
-    let answer = client.queue(0).execute(Request::Identify, Duration::from_secs(10));
+    let answer = client.queue(0).execute(Request::Identify, PATIENCE);
     let (status, serial) = answer.expect("an answer");
     assert_eq!(status, Status::Ok);
     assert_eq!(serial, [b"WD-1234".as_slice(), &[0; 13]].concat());

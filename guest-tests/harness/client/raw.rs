@@ -5,6 +5,7 @@
 //! guest-physical and the frontend's addresses differ on purpose: a backend that mixes them up
 //! fails at once.
 
+use crate::PATIENCE;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::Shutdown;
@@ -151,8 +152,8 @@ impl RawSession {
     /// Connects, and says nothing.
     pub fn unnegotiated(socket: &Path) -> io::Result<RawSession> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
         let socket = stream.try_clone()?;
         // The queue number is checked on this side as well; a large maximum lets wrong ones
         // through.
@@ -420,9 +421,9 @@ impl RawSession {
 
     /// Reads one sector as the chain from head 0 on, which must be answered within `limit`; panics
     /// if it is not, or not well.
-    pub fn assert_one_read(&mut self, limit: Duration) {
+    pub fn assert_one_read(&mut self) {
         self.offer_read().expect("memory and a kick");
-        assert_eq!(self.used(limit).expect("memory"), Some((0, 513)));
+        assert_eq!(self.used(PATIENCE).expect("memory"), Some((0, 513)));
         assert_eq!(self.get(FREE + 0x1000, 1).expect("memory"), [0]);
     }
 

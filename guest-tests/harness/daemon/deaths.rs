@@ -7,9 +7,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{Daemon, Process};
-
-/// How long a daemon may take to be as it should be.
-const PATIENCE: Duration = Duration::from_secs(40);
+use crate::PATIENCE;
 
 impl Daemon {
     /// Waits until `done` says so of the status, which is returned.

@@ -1,5 +1,6 @@
 //! A process of a daemon's, looked at from outside.
 
+use crate::PATIENCE;
 use std::fs::{self, DirEntry};
 use std::io;
 use std::thread;
@@ -63,7 +64,7 @@ impl Process {
                 return now;
             }
             let waited = started.elapsed();
-            assert!(waited < Duration::from_secs(10), "it leaks: {before:?} -> {now:?}");
+            assert!(waited < PATIENCE, "it leaks: {before:?} -> {now:?}");
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::options::GuestOptions;
 use super::qmp::Qmp;
+use crate::PATIENCE;
 use crate::initramfs;
 
 /// Mitigations flush translations that TCG then has to make again, and they guard nothing here; nor
@@ -162,7 +163,7 @@ impl Drop for KillOnDrop {
 /// Accepts the connection of a QEMU that may also die of a wrong argument before it connects.
 fn accept(listener: &UnixListener, qemu: &mut Child) -> io::Result<UnixStream> {
     listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match listener.accept() {
             Ok((stream, _)) => {

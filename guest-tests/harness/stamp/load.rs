@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::verifier::Verifier;
 use super::{BLOCK, Ledger, LoadReport};
+use crate::PATIENCE;
 use crate::client::{Client, Options, Request, Status};
 
 /// How to load a device.
@@ -136,7 +137,7 @@ impl Load {
     /// Waits until `count` more requests have been answered; panics when that takes over a minute.
     pub fn wait_for(&self, count: u64) {
         let goal = self.ios() + count;
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while self.ios() < goal {
             assert!(
                 Instant::now() < deadline,

@@ -10,6 +10,7 @@ use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::dirty::{DirtyLog, PAGE};
 use guest_tests::client::features;
 use guest_tests::client::raw::{
@@ -160,7 +161,7 @@ fn rounds(raw: &mut RawSession, log: &DirtyLog, daemon: &Daemon, count: u64, see
             // What the driver writes.
             .filter(|page| *page >= ring.start)
             .collect();
-        let deadline = Instant::now() + 5 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         let mut marked = log.pages().expect("a log");
         while !changed.is_subset(&marked) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
@@ -320,11 +321,11 @@ fn a_log_that_is_too_small_is_refused() {
         let raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
         let log = DirtyLog::new(GUEST_BASE).expect("a log");
         assert!(raw.give_log(&log).is_err(), "it has no bit for any page of this guest");
-        assert!(raw.wait_for_end(5 * SECOND).expect("a socket"));
+        assert!(raw.wait_for_end(PATIENCE).expect("a socket"));
         drop(raw);
         RawSession::start(daemon.socket(), features::USUAL, 64)
             .expect("the next session")
-            .assert_one_read(5 * SECOND);
+            .assert_one_read();
         let log = daemon.log();
         assert!(log.contains("no room for guest memory"), "{log}");
     }
@@ -337,7 +338,7 @@ fn a_log_that_is_shorter_than_it_says_is_refused_by_the_supervisor() {
     let raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     let log = DirtyLog::new(GUEST_BASE).expect("a log");
     assert!(raw.give_log_of(&log, 1 << 20).is_err());
-    assert!(raw.wait_for_end(5 * SECOND).expect("a socket"));
+    assert!(raw.wait_for_end(PATIENCE).expect("a socket"));
     assert_eq!(daemon.status()["server"]["deaths"], 0);
     assert!(daemon.log().contains("its file at"), "{}", daemon.log());
 }
@@ -362,7 +363,7 @@ fn the_log_is_turned_on_and_off_under_a_load() {
             }
             raw.turn_log(round % 2 == 0).expect("an answer");
             let mut answered: Vec<u32> = (0..SLOTS)
-                .map(|_| raw.used(10 * SECOND).expect("memory").expect("an answer").0)
+                .map(|_| raw.used(PATIENCE).expect("memory").expect("an answer").0)
                 .collect();
             answered.sort_unstable();
             let expected: Vec<u32> = heads.iter().map(|&head| u32::from(head)).collect();
@@ -389,7 +390,7 @@ fn the_log_is_kept() {
     for kills in 1..=3_u64 {
         let pid = Pid::from_raw(daemon.server_pid() as i32).expect("a process");
         kill_process(pid, Signal::KILL).expect("it lives");
-        let deadline = Instant::now() + 20 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         while daemon.status()["server"]["recoveries"] != json!(kills) {
             assert!(Instant::now() < deadline, "no recovery:\n{}", daemon.log());
             thread::sleep(Duration::from_millis(5));
@@ -406,7 +407,7 @@ fn the_log_is_kept() {
     raw.turn_log(false).expect("an answer");
     raw.plug(16 << 20).expect("memory that the log has no bits for");
     daemon.call(&["upgrade-daemon", "--only", "server"]);
-    raw.assert_one_read(5 * SECOND);
+    raw.assert_one_read();
 }
 
 /// Requests that a server had in flight when it was killed are run and marked by the next.

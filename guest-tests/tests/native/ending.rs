@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::{Daemon, binary};
@@ -48,7 +49,7 @@ fn sigterm_while_a_domain_is_being_prepared_ends_at_once() {
         .stderr(Stdio::null())
         .spawn()
         .expect("vhost-hotswap can be started");
-    let deadline = Instant::now() + 5 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while !socket.exists() {
         assert!(Instant::now() < deadline, "no socket");
         thread::sleep(Duration::from_millis(2));
@@ -76,7 +77,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
     control.request("upgrade", serde_json::json!({"name": "ramdisk_v2"})).expect("an upgrade");
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
     let read = Request::Read { offset: 0, len: 4096 };
-    assert_eq!(client.queue(0).execute(read, SECOND).expect("an answer").0, Status::Ok);
+    assert_eq!(client.queue(0).execute(read, PATIENCE).expect("an answer").0, Status::Ok);
     drop(client);
     let (code, took) = daemon.stop();
     assert_eq!(code, 0);
@@ -111,7 +112,7 @@ fn with_a_stalled_read(daemon: &Daemon) -> RawSession {
     raw.chain(0, &[(at, 16, 0), (at + 0x2000, 512, WRITE), (at + 0x1000, 1, WRITE)])
         .expect("memory");
     raw.offer(0).expect("a kick");
-    let deadline = Instant::now() + 5 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while daemon.status()["queues"][0]["in_flight"] != 1 {
         assert!(Instant::now() < deadline, "it is not in flight");
     }
@@ -130,7 +131,7 @@ fn what_is_in_flight_at_the_end_is_answered_before_the_frontend_is_let_go() {
         let daemon = slow(kind);
         let mut raw = with_a_stalled_read(&daemon);
         daemon.signal(Signal::TERM);
-        assert!(raw.wait_for_end(10 * SECOND).expect("a socket"), "it goes on");
+        assert!(raw.wait_for_end(PATIENCE).expect("a socket"), "it goes on");
         let used = raw.used(Duration::ZERO).expect("memory");
         assert_eq!(used, Some((0, 513)), "{kind}: let go without its answer");
     }
@@ -169,7 +170,7 @@ fn nothing_is_published_to_a_frontend_that_is_gone() {
         let mut raw = with_a_stalled_read(&daemon);
         raw.hang_up().expect("a socket");
         // The next session begins when nothing of this one is left.
-        let deadline = Instant::now() + 10 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         while daemon.status()["queues"][0]["in_flight"] != 0 {
             assert!(Instant::now() < deadline, "{kind}: it never ends");
             thread::sleep(SECOND / 50);

@@ -8,6 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::Daemon;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact, run_load};
@@ -25,7 +26,7 @@ fn faulty(fault: &str) -> Value {
 
 /// Waits until the daemon's state is `state`.
 fn wait_for_state(daemon: &Daemon, state: &str) {
-    let deadline = Instant::now() + 10 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     let mut control = daemon.rpc();
     loop {
         let status = control.request("status", json!({})).expect("a status");
@@ -176,7 +177,7 @@ fn a_live_domain_that_panics_brings_errors_and_the_next_upgrade_brings_the_devic
     let mut control = daemon.rpc();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     wait_for_state(&daemon, "faulted");
-    let deadline = Instant::now() + 10 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while load.faults() == 0 {
         assert!(Instant::now() < deadline, "faulted, but no request has failed");
         thread::sleep(Duration::from_millis(1));
@@ -203,7 +204,7 @@ fn a_live_domain_that_fails_one_request_fails_that_one_only() {
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("connected");
     let read = Request::Read { offset: 0, len: 4096 };
     let answers: Vec<Status> =
-        (0..20).map(|_| client.queue(0).execute(read, 5 * SECOND).expect("an answer").0).collect();
+        (0..20).map(|_| client.queue(0).execute(read, PATIENCE).expect("an answer").0).collect();
     let failed = answers.iter().filter(|&&status| status == Status::IoError).count();
     assert_eq!(failed, 1, "{answers:?}");
     assert!(

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, binary, disk_directory, run_ctl};
 use guest_tests::stamp::{Load, LoadOptions, run_load};
@@ -144,7 +145,7 @@ fn a_write_beyond_the_limit_of_a_files_size_fails_alone() {
         let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
         let mut write = |offset: u64, what: u8| {
             let request = Request::Write { offset, data: &[what; 8192] };
-            client.queue(0).execute(request, 10 * SECOND).expect("an answer").0
+            client.queue(0).execute(request, PATIENCE).expect("an answer").0
         };
         assert_eq!(write(0, 1), Status::Ok);
         assert_eq!(write(6 << 20, 2), Status::IoError, "direct={direct}");
@@ -300,7 +301,7 @@ fn root_of_the_daemons_user_namespace_can_command_it() {
 fn what_can_be_seen_of_a_daemon_that_starts_can_be_connected_to() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let connect_at_sight = |path: &Path| {
-        let deadline = Instant::now() + 20 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         while path.symlink_metadata().is_err() {
             assert!(Instant::now() < deadline, "no {}", path.display());
         }
@@ -345,7 +346,7 @@ fn without_standard_descriptors_nothing_of_the_daemons_goes_to_the_image() {
         daemon.refuse(&["upgrade", "no_such_domain"]);
         let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a session");
         let write = Request::Write { offset: 4096, data: &[7; 4096] };
-        assert_eq!(client.queue(0).execute(write, 10 * SECOND).expect("an answer").0, Status::Ok);
+        assert_eq!(client.queue(0).execute(write, PATIENCE).expect("an answer").0, Status::Ok);
         drop(client);
         assert_eq!(daemon.terminate(), 0, "{closed}");
         let written = fs::read(&path).expect("the image");
@@ -451,7 +452,7 @@ fn a_sentence_that_cannot_be_said_is_no_panic() {
 /// Waits until something is so.
 #[track_caller]
 fn wait_until(what: &str, so: impl Fn() -> bool) {
-    let deadline = Instant::now() + 20 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while !so() {
         assert!(Instant::now() < deadline, "it never comes: {what}");
         thread::yield_now();

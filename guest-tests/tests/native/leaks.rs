@@ -10,6 +10,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Control, Daemon, Held, Process, binary, disk_directory};
 use guest_tests::modules::copies;
@@ -71,7 +72,7 @@ fn lightly_loaded(daemon: &Daemon, work: impl FnOnce() + Send) {
         while !work.is_finished() {
             round += 1;
             let request = Request::Write { offset: round % 64 * 4096, data: &data };
-            let answer = client.queue(round as usize % 2).execute(request, Duration::from_secs(10));
+            let answer = client.queue(round as usize % 2).execute(request, PATIENCE);
             assert_eq!(answer.expect("an answer").0, Status::Ok);
             thread::sleep(Duration::from_micros(500));
         }

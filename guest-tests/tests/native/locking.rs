@@ -9,6 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::features;
 use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::{CtlOutput, Daemon, run_daemon};
@@ -43,9 +44,6 @@ fn qemu(program: &str, args: &[&str]) -> Option<Output> {
     output.inspect_err(|_| println!("skipped: {program} is not installed")).ok()
 }
 
-/// Longer than any answer of a machine that is busy takes.
-const SOON: Duration = Duration::from_secs(30);
-
 /// A daemon on `path` whose guest may come from another one.
 fn late(path: &Path) -> Daemon {
     Daemon::start(&["--blk-file", text(path), "--param", "locking=late"])
@@ -54,7 +52,7 @@ fn late(path: &Path) -> Daemon {
 /// A guest whose ring runs.
 fn guest(daemon: &Daemon) -> RawSession {
     let mut guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
-    guest.assert_one_read(SOON);
+    guest.assert_one_read();
     assert_eq!(daemon.status()["claim"], "claimed");
     guest
 }
@@ -66,7 +64,7 @@ fn reads_within(guest: &mut RawSession, limit: Duration) -> bool {
 }
 
 fn wait_for(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + PATIENCE;
     while !is_so() {
         assert!(Instant::now() < deadline, "not so in time: {what}");
         thread::sleep(Duration::from_millis(5));
@@ -166,7 +164,7 @@ fn an_image_that_qemu_writes_to_is_refused() {
         return;
     };
     let peer = Peer(child);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while !socket.exists() {
         assert!(Instant::now() < deadline, "qemu-storage-daemon does not come up");
         thread::sleep(Duration::from_millis(5));
@@ -189,19 +187,19 @@ fn a_guest_goes_to_another_daemon_and_back() {
     assert!(!reads_within(&mut at_target, Duration::from_millis(500)), "two have the image");
     assert_eq!(target.status()["claim"], "waiting");
     wait_for("the log says that rings wait", || target.log().contains("the guest's rings wait"));
-    at_source.assert_one_read(SOON);
+    at_source.assert_one_read();
     // An upgrade there takes nothing away.
     assert_eq!(target.ctl(&["upgrade", "file"]).status, 0);
     assert!(at_target.used(Duration::from_millis(200)).expect("memory").is_none());
     at_source.stop_ring().expect("a stop");
-    assert!(at_target.used(SOON).expect("memory").is_some(), "{}", target.log());
+    assert!(at_target.used(PATIENCE).expect("memory").is_some(), "{}", target.log());
     assert_eq!(target.status()["claim"], "claimed");
-    at_target.assert_one_read(SOON);
+    at_target.assert_one_read();
     // The migration has failed: the source goes on, as soon as the target is gone.
     at_source.start_ring(64).expect("a ring");
     assert!(!reads_within(&mut at_source, Duration::from_millis(300)), "two have the image");
     drop(at_target);
-    assert!(at_source.used(SOON).expect("memory").is_some(), "{}", source.log());
+    assert!(at_source.used(PATIENCE).expect("memory").is_some(), "{}", source.log());
     refused(&path, &[]);
     drop(at_source);
     wait_for("it is given back", || source.status()["claim"] == "free");
@@ -226,7 +224,7 @@ fn a_ring_that_waits_is_stopped_at_once_and_has_taken_nothing() {
         [&source, &target].into_iter().all(|daemon| daemon.status()["claim"] == "free")
     });
     at_source.start_ring(64).expect("a ring");
-    at_source.assert_one_read(SOON);
+    at_source.assert_one_read();
 }
 
 #[test]
@@ -238,7 +236,7 @@ fn the_claim_stays_over_the_servers_death_and_exchange() {
     let mut waiting = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
     assert!(!reads_within(&mut waiting, Duration::from_millis(100)));
     let mut still_ours = |how: &str| {
-        guest.assert_one_read(SOON);
+        guest.assert_one_read();
         assert!(waiting.used(Duration::from_millis(100)).expect("memory").is_none(), "{how}");
         refused(&path, &[]);
     };
@@ -254,7 +252,7 @@ fn the_claim_stays_over_the_servers_death_and_exchange() {
     assert_eq!(daemon.ctl(&["rollback"]).status, 0);
     still_ours("a rollback");
     daemon.kill_whole();
-    assert!(waiting.used(SOON).expect("memory").is_some(), "{}", other.log());
+    assert!(waiting.used(PATIENCE).expect("memory").is_some(), "{}", other.log());
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::Daemon;
@@ -34,7 +35,7 @@ fn lines(daemon: &Daemon, what: &str) -> Vec<String> {
 
 /// Waits for a line that holds `what`, which must not be there more often than every ten seconds.
 fn the_line(daemon: &Daemon, since: Instant, what: &str) -> String {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let lines = lines(daemon, what);
         assert!(lines.len() as u64 <= most(since), "{what:?} is too often in\n{}", daemon.log());

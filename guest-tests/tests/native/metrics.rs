@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::stamp::{LoadOptions, run_load};
@@ -372,7 +373,7 @@ fn prometheus_reads_the_page() {
         stream.read_to_string(&mut answer).ok()?;
         serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
     };
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + PATIENCE;
     let is_there =
         |answer: &Value| answer["data"]["result"].as_array().is_some_and(|it| it.len() == 2);
     let mut last = None;

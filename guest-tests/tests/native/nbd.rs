@@ -2,8 +2,8 @@
 //! exchanged and killed, its server ended and started again.
 
 use std::path::Path;
-use std::time::Duration;
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::Daemon;
 use guest_tests::nbd::NbdServer;
@@ -39,7 +39,7 @@ fn each_flush_of_the_guest_is_one_of_the_server_and_no_write_is_more() {
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a client");
     let data = vec![5; 4096];
     let mut execute = |request| {
-        let answer = client.queue(0).execute(request, Duration::from_secs(10));
+        let answer = client.queue(0).execute(request, PATIENCE);
         assert_eq!(answer.expect("an answer").0, Status::Ok);
     };
     let before = lines_of(&log, " Flush id=");

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, run_daemon};
 use guest_tests::nbd::NbdServer;
@@ -106,7 +107,7 @@ fn our_own_process_is_killed_and_the_server_lives_on() {
     for round in 1..=10 {
         load.wait_for(100);
         kill(daemon.server_pid());
-        let deadline = Instant::now() + 20 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         while daemon.status()["server"]["recoveries"].as_u64() < Some(round) {
             assert!(Instant::now() < deadline, "{}", daemon.log());
             thread::sleep(Duration::from_millis(2));
@@ -163,7 +164,7 @@ fn written_over(settle: &str) -> (u8, Duration) {
     let write = |client: &mut Client, byte: u8| {
         let data = vec![byte; 4096];
         let answer =
-            client.queue(0).execute(Request::Write { offset: 8192, data: &data }, 20 * SECOND);
+            client.queue(0).execute(Request::Write { offset: 8192, data: &data }, PATIENCE);
         assert_eq!(answer.expect("an answer").0, Status::Ok, "{}", daemon.log());
     };
     let process = daemon.server_pid();
@@ -182,7 +183,7 @@ fn written_over(settle: &str) -> (u8, Duration) {
     write(&mut client, 2);
     let waited = begun.elapsed();
     thread::sleep(Duration::from_millis(3500).saturating_sub(begun.elapsed()));
-    let read = client.queue(0).execute(Request::Read { offset: 8192, len: 4096 }, 5 * SECOND);
+    let read = client.queue(0).execute(Request::Read { offset: 8192, len: 4096 }, PATIENCE);
     let data = read.expect("an answer").1;
     assert!(data.iter().all(|byte| *byte == data[0]), "one of the two");
     drop(client);
@@ -232,13 +233,13 @@ fn a_request_that_kills_its_server_is_answered_with_an_error_and_the_rest_goes_o
     let rest = thread::spawn(move || {
         for _ in 0..60 {
             let read = Request::Read { offset: 65536, len: 4096 };
-            let status = other.execute(read, 20 * SECOND).expect("an answer").0;
+            let status = other.execute(read, PATIENCE).expect("an answer").0;
             assert_eq!(status, Status::Ok);
             thread::sleep(Duration::from_millis(20));
         }
     });
     let read = Request::Read { offset: 4096, len: 512 };
-    let status = queues[0].execute(read, 30 * SECOND).expect("an answer").0;
+    let status = queues[0].execute(read, PATIENCE).expect("an answer").0;
     assert_eq!(status, Status::IoError, "{}", daemon.log());
     rest.join().unwrap_or_else(|_| panic!("the rest goes on:\n{}", daemon.log()));
     assert!(server.end() > 0);
@@ -262,7 +263,7 @@ fn with_a_timeout_requests_end_with_errors_until_the_server_is_back() {
     assert_eq!(status, Status::IoError);
     assert!(took > SECOND / 2 && took < 5 * SECOND, "{took:?}");
     server.start();
-    let deadline = Instant::now() + 10 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while read(10 * SECOND).0 != Status::Ok {
         assert!(Instant::now() < deadline, "{}", daemon.log());
     }
@@ -288,12 +289,9 @@ fn a_sector_that_cannot_be_read_is_an_error_each_time_and_no_more() {
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a client");
     for _ in 0..5 {
         let read = Request::Read { offset: 100_000 * 512, len: 512 };
-        assert_eq!(
-            client.queue(0).execute(read, 5 * SECOND).expect("an answer").0,
-            Status::IoError
-        );
+        assert_eq!(client.queue(0).execute(read, PATIENCE).expect("an answer").0, Status::IoError);
         let read = Request::Read { offset: 100_001 * 512, len: 512 };
-        assert_eq!(client.queue(0).execute(read, 5 * SECOND).expect("an answer").0, Status::Ok);
+        assert_eq!(client.queue(0).execute(read, PATIENCE).expect("an answer").0, Status::Ok);
     }
     assert_eq!(counter(&daemon, "nbd_connections_lost"), 0, "{}", daemon.log());
     drop(client);
@@ -332,7 +330,7 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
             .status()
             .expect("`scripts/setup` installs it");
         assert!(started.success());
-        let deadline = Instant::now() + 20 * SECOND;
+        let deadline = Instant::now() + PATIENCE;
         while UnixStream::connect(at("socket")).is_err() {
             assert!(Instant::now() < deadline, "nbd-server does not listen");
             thread::sleep(Duration::from_millis(2));
@@ -357,7 +355,7 @@ fn what_cannot_be_the_disk_is_refused_with_what_to_do() {
                 Client::connect(daemon.socket(), &Options::default()).expect("a client");
             let data = vec![7; 4096];
             for request in [Request::Write { offset: 0, data: &data }, Request::Flush] {
-                let status = client.queue(0).execute(request, 5 * SECOND).expect("an answer").0;
+                let status = client.queue(0).execute(request, PATIENCE).expect("an answer").0;
                 assert_eq!(status, Status::Ok);
             }
             drop(client);
@@ -426,7 +424,7 @@ fn counters_say_what_has_happened() {
     let mut daemon = serve(&server, &[]);
     server.kill();
     server.start();
-    let deadline = Instant::now() + 10 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while counter(&daemon, "nbd_reconnects") == 0 {
         assert!(Instant::now() < deadline, "{}", daemon.log());
         thread::sleep(Duration::from_millis(5));

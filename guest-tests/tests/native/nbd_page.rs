@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::daemon::{binary, disk_directory};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -46,7 +47,7 @@ fn what_the_page_says_works() {
         commands += 1;
         if let Some(line) = line.strip_suffix('&') {
             daemon = Some(Daemon(command.arg(format!("exec {line}")).spawn().expect("a shell")));
-            let deadline = Instant::now() + Duration::from_secs(20);
+            let deadline = Instant::now() + PATIENCE;
             while !Path::new(&format!("{at}/vm1.sock.control")).exists() {
                 assert!(Instant::now() < deadline, "`{line}` does not serve");
                 std::thread::sleep(Duration::from_millis(5));

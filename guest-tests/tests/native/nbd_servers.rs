@@ -9,6 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Daemon, disk_directory};
 use guest_tests::nbd::NbdServer;
@@ -36,7 +37,7 @@ fn loaded_and_upgraded(
 ) -> LoadReport {
     let load = Load::start(daemon.socket(), options);
     let mut operator = Operator::new(daemon);
-    let deadline = Instant::now() + 100 * SECOND;
+    let deadline = Instant::now() + 2 * PATIENCE;
     let mut round = 0;
     while round < 10 || !is_enough() {
         load.wait_for(50);
@@ -193,7 +194,7 @@ fn assert_each_flush_is_a_sync(uri: &str, syncs: &Path) {
     let mut daemon = serve(uri);
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a client");
     let mut execute = |request| {
-        let answer = client.queue(0).execute(request, 10 * SECOND);
+        let answer = client.queue(0).execute(request, PATIENCE);
         assert_eq!(answer.expect("an answer").0, Status::Ok);
     };
     let data = vec![5; 4096];
@@ -248,7 +249,7 @@ fn each_flush_of_the_guest_is_a_sync_of_nbd_server() {
         .status()
         .expect("`scripts/setup` installs it");
     assert!(started.success());
-    let deadline = Instant::now() + 20 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     let pid = loop {
         let text = fs::read_to_string(at("pid")).unwrap_or_default();
         match text.trim().parse().ok().and_then(Pid::from_raw) {

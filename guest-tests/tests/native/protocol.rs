@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
+use guest_tests::PATIENCE;
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, USER_BASE, WRITE};
 use guest_tests::daemon::Daemon;
@@ -126,7 +127,7 @@ fn each_message_that_may_wish_for_a_reply_gets_one() {
         drop(raw);
         RawSession::start(daemon.socket(), features::USUAL, QUEUE_SIZE)
             .expect("a session")
-            .assert_one_read(10 * SECOND);
+            .assert_one_read();
     }
 }
 
@@ -179,10 +180,10 @@ fn the_status_is_kept_and_resets_nothing() {
     // More bits than there are.
     assert_ne!(ask(&raw, SET_STATUS, &numbers(&[256]), &[]).expect("a reply"), 0);
     assert_eq!(status(&raw), 15);
-    raw.assert_one_read(10 * SECOND);
+    raw.assert_one_read();
     assert_eq!(ask(&raw, SET_STATUS, &numbers(&[0]), &[]).expect("a reply"), 0);
     assert_eq!(status(&raw), 0);
-    raw.assert_one_read(10 * SECOND);
+    raw.assert_one_read();
     assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
     assert_eq!(ask(&raw, SET_STATUS, &numbers(&[15]), &[]).expect("a reply"), 0);
     assert_eq!(ask(&raw, RESET_DEVICE, &[], &[]).expect("a reply"), 0);
@@ -202,14 +203,11 @@ fn a_size_that_no_ring_has_is_answered_with_an_error() {
             let refused =
                 code != 0 || !is_supervised && raw.place_ring(0, 0x1_0000, 0x2_0000).is_err();
             assert!(refused, "{size}, supervisor: {is_supervised}");
-            assert!(
-                raw.wait_for_end(10 * SECOND).expect("a socket"),
-                "{size}: the session goes on"
-            );
+            assert!(raw.wait_for_end(PATIENCE).expect("a socket"), "{size}: the session goes on");
         }
         RawSession::start(daemon.socket(), features::USUAL, 256)
             .expect("a session")
-            .assert_one_read(10 * SECOND);
+            .assert_one_read();
     }
 }
 
@@ -224,16 +222,16 @@ fn a_queue_without_a_call_descriptor_is_served() {
             raw.start_polled_ring(QUEUE_SIZE).expect("a ring");
             if is_taken_away {
                 raw.renew_call().expect("a call descriptor");
-                raw.assert_one_read(10 * SECOND);
+                raw.assert_one_read();
                 let gone = ask(&raw, SET_VRING_CALL, &numbers(&[NO_DESCRIPTOR]), &[]);
                 assert_eq!(gone.expect("a reply"), 0);
             }
             for _ in 0..100 {
-                raw.assert_one_read(10 * SECOND);
+                raw.assert_one_read();
             }
             if more.is_empty() {
                 daemon.end_server(Signal::KILL);
-                raw.assert_one_read(10 * SECOND);
+                raw.assert_one_read();
             }
             assert!(!daemon.log().contains("not notified"), "{}", daemon.log());
         }
@@ -254,13 +252,13 @@ fn kicks_for_nothing_are_legal() {
         raw.start_ring(QUEUE_SIZE).expect("a ring");
         for _ in 0..20 {
             kicks(&mut raw, 1000);
-            raw.assert_one_read(10 * SECOND);
+            raw.assert_one_read();
             raw.take_kicks();
         }
         assert_eq!(raw.stop_ring().expect("stopped"), 20, "the next chain to be taken");
         kicks(&mut raw, 10);
         raw.start_ring(QUEUE_SIZE).expect("a ring");
-        raw.assert_one_read(10 * SECOND);
+        raw.assert_one_read();
         let queue = &daemon.status()["queues"][0];
         assert_eq!((&queue["malformed"], &queue["requests"]), (&0.into(), &21.into()), "{queue}");
         assert_eq!(daemon.status()["connected"], true, "{}", daemon.log());
@@ -321,10 +319,10 @@ fn chains_that_another_backend_has_left_are_survived() {
         raw.offer(head).expect("a kick");
     }
     let mut answered: Vec<u32> =
-        (0..3).map(|_| raw.used(10 * SECOND).expect("memory").expect("an answer").0).collect();
+        (0..3).map(|_| raw.used(PATIENCE).expect("memory").expect("an answer").0).collect();
     answered.sort_unstable();
     assert_eq!(answered, [8, 16, 24]);
-    raw.assert_one_read(10 * SECOND);
+    raw.assert_one_read();
     let queue = &daemon.status()["queues"][0];
     assert_eq!(queue["malformed"], 2, "{queue}");
     assert!(daemon.log().contains("chain 8 is malformed"), "{}", daemon.log());
@@ -344,10 +342,10 @@ fn an_in_flight_region_that_is_cut_short_ends_its_session_and_not_the_device() {
         let taken = ask(&raw, SET_INFLIGHT_FD, &body, &[region.as_raw_fd()]);
         assert_eq!(taken.expect("a reply"), 0, "round {round}");
         raw.start_ring(QUEUE_SIZE).expect("a ring");
-        raw.assert_one_read(10 * SECOND);
+        raw.assert_one_read();
         region.set_len(0).expect("cut short");
         raw.offer(0).expect("a kick");
-        assert!(raw.wait_for_end(10 * SECOND).expect("a socket"), "{}", daemon.log());
+        assert!(raw.wait_for_end(PATIENCE).expect("a socket"), "{}", daemon.log());
         // And it is refused from then on.
         let raw = connect(&daemon);
         let refused = ask(&raw, SET_INFLIGHT_FD, &body, &[region.as_raw_fd()]);
@@ -356,7 +354,7 @@ fn an_in_flight_region_that_is_cut_short_ends_its_session_and_not_the_device() {
         region.set_len(8192).expect("its size");
         RawSession::start(daemon.socket(), features::USUAL, QUEUE_SIZE)
             .expect("a session")
-            .assert_one_read(10 * SECOND);
+            .assert_one_read();
         assert_eq!(daemon.status()["server"]["deaths"], round, "{}", daemon.log());
     }
     let log = daemon.log();

@@ -4,6 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::ceph::StandIn;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::Daemon;
@@ -19,12 +20,12 @@ fn connect(daemon: &Daemon) -> Client {
 
 fn write(client: &mut Client, offset: u64) -> Status {
     let request = Request::Write { offset, data: &[9; 4096] };
-    client.queue(0).execute(request, 20 * SECOND).expect("an answer").0
+    client.queue(0).execute(request, PATIENCE).expect("an answer").0
 }
 
 fn read(client: &mut Client, offset: u64) -> Status {
     let request = Request::Read { offset, len: 4096 };
-    client.queue(0).execute(request, 20 * SECOND).expect("an answer").0
+    client.queue(0).execute(request, PATIENCE).expect("an answer").0
 }
 
 /// The descriptors of a process that lead to this file.

@@ -8,6 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::daemon::Daemon;
 use guest_tests::modules::pinned_module;
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
@@ -89,7 +90,7 @@ fn what_has_ended_since_is_reported_no_longer() {
             "{params}: {resident}"
         );
         let mut control = daemon.rpc();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             // The linker notices that a thread has ended when it unmaps something else.
             control.request("upgrade", json!({"name": "ramdisk"})).expect("committed");

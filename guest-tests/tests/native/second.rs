@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::features;
 use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::Daemon;
@@ -21,7 +22,7 @@ fn ramdisk() -> Daemon {
 
 fn guest(daemon: &Daemon) -> RawSession {
     let mut guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
-    guest.assert_one_read(SOON);
+    guest.assert_one_read();
     guest
 }
 
@@ -37,7 +38,7 @@ fn is_ended(stream: &UnixStream, limit: Duration) -> bool {
 
 #[track_caller]
 fn says(daemon: &Daemon, what: &str) {
-    let deadline = Instant::now() + SOON;
+    let deadline = Instant::now() + PATIENCE;
     while !daemon.log().contains(what) {
         assert!(Instant::now() < deadline, "`{what}` is not in {}", daemon.log());
         thread::sleep(Duration::from_millis(5));
@@ -76,15 +77,15 @@ fn two_frontends_take_turns() {
         RawSession::connect(daemon.socket(), features::USUAL).expect("a second session");
     asks(&mut second, Duration::from_secs(5));
     sets_up(&mut second);
-    first.assert_one_read(SOON);
+    first.assert_one_read();
     // As QEMU does that takes the guest over: its ring is where the other one has left it.
     second.start_ring(64).expect("a ring");
     second.offer_read().expect("a read");
     assert!(second.used(Duration::from_millis(300)).expect("memory").is_none(), "both run");
-    first.assert_one_read(SOON);
+    first.assert_one_read();
     first.stop_ring().expect("a stop");
-    assert!(second.used(SOON).expect("memory").is_some(), "{}", daemon.log());
-    second.assert_one_read(SOON);
+    assert!(second.used(PATIENCE).expect("memory").is_some(), "{}", daemon.log());
+    second.assert_one_read();
     // The first one is there still, and answered; and its guest goes on if the other has failed.
     asks(&mut first, Duration::from_secs(5));
     sets_up(&mut first);
@@ -92,13 +93,13 @@ fn two_frontends_take_turns() {
     first.offer_read().expect("a read");
     assert!(first.used(Duration::from_millis(300)).expect("memory").is_none(), "both run");
     drop(second);
-    assert!(first.used(SOON).expect("memory").is_some(), "{}", daemon.log());
+    assert!(first.used(PATIENCE).expect("memory").is_some(), "{}", daemon.log());
     // And once more to and fro, by its leaving.
     let mut third = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     third.offer_read().expect("a read");
     assert!(third.used(Duration::from_millis(100)).expect("memory").is_none());
     drop(first);
-    assert!(third.used(SOON).expect("memory").is_some(), "{}", daemon.log());
+    assert!(third.used(PATIENCE).expect("memory").is_some(), "{}", daemon.log());
     assert_eq!(daemon.terminate(), 0);
 }
 
@@ -112,7 +113,7 @@ fn a_ring_that_waits_is_stopped_where_it_was_to_begin() {
     assert_eq!(second.stop_ring().expect("a stop"), 17);
     first.stop_ring().expect("a stop");
     first.start_ring(64).expect("a ring");
-    first.assert_one_read(SOON);
+    first.assert_one_read();
 }
 
 /// As one that does not wait is, in the log of whoever started it.
@@ -133,7 +134,7 @@ fn a_ring_that_waits_and_is_too_large_is_refused_with_the_name_of_the_option() {
                 == log.matches("the session that waited ended").count()
         });
     }
-    first.assert_one_read(SOON);
+    first.assert_one_read();
 }
 
 #[test]
@@ -148,7 +149,7 @@ fn a_third_and_a_silent_one_are_turned_away() {
     assert!(is_ended(&silent, SOON), "one that says nothing is left standing");
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     says(&daemon, "a second frontend has said nothing, and is turned away");
-    first.assert_one_read(SOON);
+    first.assert_one_read();
     // There is room again.
     let mut second = RawSession::connect(daemon.socket(), features::USUAL).expect("a session");
     asks(&mut second, Duration::from_secs(5));
@@ -156,7 +157,7 @@ fn a_third_and_a_silent_one_are_turned_away() {
     asks(&mut second, Duration::from_secs(5));
     drop(second);
     says(&daemon, "the frontend that waited has disconnected");
-    first.assert_one_read(SOON);
+    first.assert_one_read();
 }
 
 #[test]
@@ -177,17 +178,17 @@ fn a_second_frontend_waits_over_deaths_and_exchanges() {
         } else {
             kill();
         }
-        first.assert_one_read(SOON);
+        first.assert_one_read();
         asks(&mut second, SOON);
         assert!(second.used(Duration::from_millis(100)).expect("memory").is_none(), "{exchange}");
     }
     first.stop_ring().expect("a stop");
-    assert!(second.used(SOON).expect("memory").is_some(), "{}", daemon.log());
+    assert!(second.used(PATIENCE).expect("memory").is_some(), "{}", daemon.log());
     kill();
-    second.assert_one_read(SOON);
+    second.assert_one_read();
     asks(&mut first, SOON);
     assert_eq!(daemon.ctl(&["upgrade-daemon"]).status, 0);
-    second.assert_one_read(SOON);
+    second.assert_one_read();
 }
 
 #[test]
@@ -199,7 +200,7 @@ fn without_a_supervisor_a_second_one_is_turned_away() {
         assert!(is_ended(&second, Duration::from_secs(5)), "it is left standing");
     }
     says(&daemon, "a second frontend has connected, and is turned away");
-    first.assert_one_read(SOON);
+    first.assert_one_read();
     // One that hangs up and comes again at once is none.
     for _ in 0..20 {
         drop(first);

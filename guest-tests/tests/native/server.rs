@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use channel::{
     Channel, Received, Session, Settings, Start, ToServer, ToSupervisor, VERSION, Vault,
 };
+use guest_tests::PATIENCE;
 use guest_tests::client::raw::RawSession;
 use guest_tests::client::{Client, Options, features};
 use guest_tests::daemon::{binary, run_daemon};
@@ -30,9 +31,6 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 
 /// Number of the next session.
 static SESSIONS: AtomicU64 = AtomicU64::new(1);
-
-/// How long a server may take for anything.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the supervisor keeps: the last vault, and the descriptors of its objects.
 #[derive(Default)]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::raw::RawSession;
 use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::Daemon;
@@ -20,7 +21,7 @@ fn ramdisk() -> Daemon {
 
 /// Waits until `status` says whether a client is connected.
 fn wait_for_connected(daemon: &Daemon, connected: bool) {
-    let deadline = Instant::now() + 10 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     let mut control = daemon.rpc();
     while control.request("status", json!({})).expect("a status")["connected"] != connected {
         assert!(
@@ -73,18 +74,13 @@ fn an_upgrade_at_every_step_of_the_set_up() {
     upgrade(3, "ramdisk");
     raw.start_ring(64).expect("a ring");
     upgrade(4, "ramdisk_v2");
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
     upgrade(5, "ramdisk");
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
     assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
     upgrade(6, "ramdisk_v2");
     raw.start_ring(64).expect("started again");
-    assert_one_read(&mut raw);
-}
-
-/// Reads one sector through a hand-made ring.
-fn assert_one_read(raw: &mut RawSession) {
-    raw.assert_one_read(5 * SECOND);
+    raw.assert_one_read();
 }
 
 #[test]
@@ -96,7 +92,7 @@ fn upgrades_with_an_idle_client_wake_nobody_and_break_nothing() {
     let write = |client: &mut Client, queue: usize, offset| {
         let request = Request::Write { offset, data: &data };
         assert_eq!(
-            client.queue(queue).execute(request, 5 * SECOND).expect("an answer").0,
+            client.queue(queue).execute(request, PATIENCE).expect("an answer").0,
             Status::Ok
         );
     };
@@ -106,7 +102,7 @@ fn upgrades_with_an_idle_client_wake_nobody_and_break_nothing() {
     }
     for round in 0..20 {
         let read = Request::Read { offset: round * 4096, len: 4096 };
-        let answer = client.queue(1).execute(read, 5 * SECOND).expect("an answer");
+        let answer = client.queue(1).execute(read, PATIENCE).expect("an answer");
         assert_eq!(answer, (Status::Ok, data.clone()), "block {round}");
     }
 }
@@ -125,7 +121,7 @@ fn a_thousand_sessions_leave_nothing_behind() {
             // Always the same block, so that the ramdisk itself does not grow.
             let request = Request::Write { offset: 0, data: &[round as u8; 4096] };
             assert_eq!(
-                client.queue(queues - 1).execute(request, 5 * SECOND).expect("an answer").0,
+                client.queue(queues - 1).execute(request, PATIENCE).expect("an answer").0,
                 Status::Ok
             );
             if round % 3 == 0 {
@@ -182,7 +178,7 @@ fn a_worker_that_looks_for_long_holds_up_no_session() {
         let options = Options { queues: 2, ..Options::default() };
         let mut client = Client::connect(daemon.socket(), &options).expect("connected");
         let read = Request::Read { offset: 0, len: 4096 };
-        let answer = client.queue(round % 2).execute(read, 10 * SECOND).expect("an answer");
+        let answer = client.queue(round % 2).execute(read, PATIENCE).expect("an answer");
         assert_eq!(answer.0, Status::Ok);
     }
     assert!(!daemon.log().contains("still in flight"), "{}", daemon.log());
@@ -232,7 +228,7 @@ fn shutdown_by_command_ends_as_sigterm_does() {
     let daemon = ramdisk();
     let output = daemon.ctl(&["shutdown"]);
     assert_eq!(output.status, 0, "{output:?}");
-    let deadline = Instant::now() + 5 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while daemon.control().exists() || daemon.socket().exists() {
         assert!(Instant::now() < deadline, "the sockets are still there:\n{}", daemon.log());
         thread::sleep(Duration::from_millis(5));
@@ -267,7 +263,7 @@ fn workers_are_kept_on_the_cpus_that_are_asked_for() {
         .expect("connected");
     for queue in 0..3 {
         let read = Request::Read { offset: 0, len: 4096 };
-        assert_eq!(client.queue(queue).execute(read, SECOND).expect("an answer").0, Status::Ok);
+        assert_eq!(client.queue(queue).execute(read, PATIENCE).expect("an answer").0, Status::Ok);
     }
     let mut workers = 0;
     for task in
@@ -293,7 +289,7 @@ fn the_largest_ring_is_served_by_default() {
     let daemon = ramdisk();
     for size in [1024, 512, 128] {
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, size).expect("a session");
-        assert_one_read(&mut raw);
+        raw.assert_one_read();
     }
 }
 
@@ -332,7 +328,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
         raw.share_memory().expect("memory");
         let _ = raw.frontend.set_vring_num(0, 100);
         raw.place_ring(0, 0x1_0000, 0x2_0000).expect_err("a ring of another size");
-        assert!(raw.wait_for_end(5 * SECOND).expect("a connection"), "the session goes on");
+        assert!(raw.wait_for_end(PATIENCE).expect("a connection"), "the session goes on");
         wait_for_connected(&daemon, false);
     }
     assert!(
@@ -341,7 +337,7 @@ fn a_ring_that_is_too_large_is_refused_with_the_name_of_the_option() {
         daemon.log()
     );
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 256).expect("a session");
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
 }
 
 /// Memory follows what is in flight, and not what could be.
@@ -354,7 +350,7 @@ fn rings_that_are_not_used_cost_no_memory() {
         let daemon =
             Daemon::start(&["--domain", "ramdisk", "--queues", "64", "--queue-size", size]);
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
-        assert_one_read(&mut raw);
+        raw.assert_one_read();
         let idle = daemon.rss_kib();
         raw.put(FREE, &[0; 16]).expect("memory");
         // A header for each, and the data and status of all.
@@ -366,7 +362,7 @@ fn rings_that_are_not_used_cost_no_memory() {
         }
         (0..62).for_each(|head| raw.offer(head).expect("a kick"));
         for _ in 0..62 {
-            assert!(raw.used(5 * SECOND).expect("memory").is_some(), "no answer");
+            assert!(raw.used(PATIENCE).expect("memory").is_some(), "no answer");
         }
         (idle, daemon.rss_kib())
     };

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::client::{Client, Options, Request, Status, features};
 use guest_tests::daemon::Daemon;
@@ -128,11 +129,6 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
     file
 }
 
-/// Reads one sector through a hand-made ring.
-fn assert_one_read(raw: &mut RawSession) {
-    raw.assert_one_read(10 * SECOND);
-}
-
 #[test]
 fn a_server_is_killed_at_every_step_of_the_set_up() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
@@ -143,14 +139,14 @@ fn a_server_is_killed_at_every_step_of_the_set_up() {
     daemon.end_server(Signal::KILL);
     raw.start_ring(64).expect("a ring");
     daemon.end_server(Signal::KILL);
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
     daemon.end_server(Signal::KILL);
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
     daemon.end_server(Signal::KILL);
     assert_eq!(raw.stop_ring().expect("stopped"), 2, "the next chain to be taken");
     daemon.end_server(Signal::KILL);
     raw.start_ring(64).expect("started again");
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
     drop(raw);
     daemon.end_server(Signal::KILL);
     assert_eq!(daemon.terminate(), 0);
@@ -161,14 +157,14 @@ fn a_ring_is_stopped_while_no_server_lives() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
     let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     for round in 1..=20 {
-        assert_one_read(&mut raw);
+        raw.assert_one_read();
         daemon.signal_server(Signal::KILL);
         // It may be before the death is known, or after it.
         thread::sleep(Duration::from_micros(round * 100));
         assert_eq!(raw.stop_ring().expect("stopped"), 1, "the next chain to be taken");
         raw.start_ring(64).expect("started again");
     }
-    assert_one_read(&mut raw);
+    raw.assert_one_read();
 }
 
 #[test]
@@ -220,7 +216,7 @@ fn rings_that_rest_are_kicked_around_each_exchange() {
         while !exchanges.is_finished() {
             round += 1;
             let request = Request::Write { offset: round % 64 * 4096, data: &[7; 4096] };
-            let answer = client.queue(round as usize % 2).execute(request, 10 * SECOND);
+            let answer = client.queue(round as usize % 2).execute(request, PATIENCE);
             let answer = answer.unwrap_or_else(|error| panic!("{error}:\n{}", daemon.log()));
             assert_eq!(answer.0, Status::Ok);
             thread::sleep(Duration::from_micros(round * 37 % 3000));
@@ -246,7 +242,7 @@ fn a_server_that_is_killed_has_a_spare() {
 
 /// Waits until a spare is ready that is none of the `others`. Returns its process.
 fn spare(daemon: &Daemon, others: &[u64]) -> u64 {
-    let deadline = Instant::now() + 40 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     let pid = |line: &str| {
         let (before, _) = line.split_once(" is the spare")?;
         before.rsplit_once(' ')?.1.parse().ok()
@@ -301,7 +297,7 @@ fn sessions_and_servers_leave_nothing_behind_in_the_supervisor() {
     let sessions = |count| {
         for _ in 0..count {
             let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("one");
-            assert_one_read(&mut raw);
+            raw.assert_one_read();
         }
     };
     sessions(10);
@@ -310,9 +306,9 @@ fn sessions_and_servers_leave_nothing_behind_in_the_supervisor() {
     sessions(200);
     for _ in 2..=10 {
         let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("one");
-        assert_one_read(&mut raw);
+        raw.assert_one_read();
         daemon.end_server(Signal::KILL);
-        assert_one_read(&mut raw);
+        raw.assert_one_read();
     }
     daemon.call(&["upgrade-daemon", "--only", "server"]);
     daemon.end_server(Signal::KILL);
@@ -397,7 +393,7 @@ fn a_request_that_ends_its_server_again_and_again_is_not_run_any_more() {
         raw.offer(head).expect("a kick");
     };
     let answer = |raw: &mut RawSession, head: u16| {
-        let (used, _) = raw.used(10 * SECOND).expect("memory").expect("an answer");
+        let (used, _) = raw.used(PATIENCE).expect("memory").expect("an answer");
         let status = raw.get(FREE + 0x1000 + u64::from(head), 1).expect("memory")[0];
         (used, status)
     };
@@ -426,7 +422,7 @@ fn a_server_that_does_not_move_is_ended_if_that_is_asked_for() {
     let load = Load::start(daemon.socket(), &LoadOptions::new(1, 16));
     load.wait_for(200);
     daemon.signal_server(Signal::STOP);
-    let deadline = Instant::now() + 20 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while !daemon.log().contains("another server serves") {
         assert!(Instant::now() < deadline, "{}", daemon.log());
         thread::sleep(Duration::from_millis(10));
@@ -444,7 +440,7 @@ fn no_process_and_no_socket_is_left() {
     assert!(!pids.trim().is_empty());
     assert_eq!(daemon.stop().0, 0, "{}", daemon.log());
     assert!(!daemon.socket().exists() && !daemon.control().exists(), "a socket is left");
-    let deadline = Instant::now() + 5 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     for pid in pids.split_whitespace() {
         while Path::new(&format!("/proc/{pid}")).exists() {
             assert!(Instant::now() < deadline, "process {pid} is left:\n{}", daemon.log());
@@ -458,7 +454,7 @@ fn no_process_and_no_socket_is_left() {
 fn a_server_that_does_not_answer_is_said_to_be_that() {
     let daemon = supervised(&["--domain", "ramdisk", "--param", "size=1M"]);
     let server = daemon.signal_server(Signal::STOP);
-    let deadline = Instant::now() + 60 * SECOND;
+    let deadline = Instant::now() + PATIENCE;
     while !daemon.log().contains("has not answered for 10s") {
         assert!(Instant::now() < deadline, "{}", daemon.log());
         thread::sleep(SECOND / 10);

@@ -9,6 +9,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::{Control, Daemon};
@@ -29,7 +30,7 @@ fn status(control: &mut Control) -> Value {
 
 /// Waits until `done` says so of the status.
 fn wait_until(control: &mut Control, what: &str, done: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let now = status(control);
         if done(&now) {

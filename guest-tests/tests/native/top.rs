@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::daemon::{Daemon, binary, run_ctl};
 use guest_tests::stamp::{Load, LoadOptions};
 use rustix::process::Signal;
@@ -43,7 +44,7 @@ impl Terminal {
 
     /// The screen, once it has this on it.
     fn screen_with(&self, what: &str) -> String {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + PATIENCE;
         loop {
             let screen = self.tmux(&["capture-pane", "-p", "-t", "top"]);
             if screen.contains(what) {
@@ -82,13 +83,14 @@ fn it_draws_on_a_terminal_that_is_resized_and_quit() {
         assert!(screen.contains(column), "no {column:?}:\n{screen}");
     }
     daemon.call(&["upgrade", "ramdisk_v2"]);
-    let screen = terminal.screen_with("generation 2  ramdisk 2.0.0");
-    assert!(screen.contains("standby ramdisk 1.0.0"), "{screen}");
+    // The generation is there before the one before stands by.
+    let screen = terminal.screen_with("standby ramdisk 1.0.0");
+    assert!(screen.contains("generation 2  ramdisk 2.0.0"), "{screen}");
     // The change and its phases.
     let screen = terminal.screen_with("upgrade committed");
     assert!(screen.contains("in us: verify"), "{screen}");
     terminal.tmux(&["resize-window", "-t", "top", "-x", "60", "-y", "16"]);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     loop {
         let screen = terminal.screen_with("generation 2");
         // The last line is at the new bottom.

@@ -11,6 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::daemon::{Control, Daemon, binary, disk_directory};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
 use rustix::process::Signal;
@@ -53,7 +54,7 @@ fn descriptors(daemon: &Daemon) -> usize {
 /// Waits until the supervisor has at most so many descriptors, and one child: what was replaced
 /// leaves by itself.
 fn assert_leaves(daemon: &Daemon, most: usize) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while descriptors(daemon) > most || children(daemon) != 1 {
         let now = (descriptors(daemon), children(daemon));
         assert!(Instant::now() < deadline, "{now:?}, not {most}:\n{}", daemon.log());
@@ -235,7 +236,7 @@ fn a_silent_program_holds_up_no_client_and_no_other_exchange_begins() {
     let path = silent.to_str().expect("UTF-8");
     thread::scope(|scope| {
         let refused = scope.spawn(|| daemon.refuse(&["upgrade-daemon", path]));
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + PATIENCE;
         while children(&daemon) < 2 {
             assert!(Instant::now() < deadline, "it is not asked");
             thread::sleep(Duration::from_millis(5));

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
+use guest_tests::PATIENCE;
 use guest_tests::client::{Client, Options, Request, Status};
 use guest_tests::daemon::{Control, Daemon, disk_directory};
 use guest_tests::stamp::{Load, LoadOptions, assert_intact};
@@ -230,7 +230,7 @@ fn as_many_queues_of_a_file_as_there_can_be_keep_their_rings() {
     let all_write = |client: &mut Client| {
         for queue in 0..queues {
             let request = Request::Write { offset: queue as u64 * 4096, data: &data };
-            let answer = client.queue(queue).execute(request, Duration::from_secs(10));
+            let answer = client.queue(queue).execute(request, PATIENCE);
             assert_eq!(answer.expect("an answer").0, Status::Ok);
         }
     };
