@@ -108,8 +108,10 @@ fn zeros_that_are_written_cost_what_other_data_does() {
     let limiter = Limiter::default();
     limiter.change(&limits(0, 1 << 20)).unwrap();
     let (zeros, now) = (batch(op::WRITE_ZEROES, 16 << 20, 16), Instant::now());
+    let admitted = admit(&limiter, &zeros, now);
+    assert!(admitted.requests == 1 && admitted.next.is_some(), "{admitted:?}");
     let through = run(&limiter, &zeros, now, 64 * SECOND, Duration::ZERO);
-    assert!((4..=5).contains(&through), "{through} of 16 MiB in 64 s, at 1 MiB in a second");
+    assert!((3..=5).contains(&through), "{through} of 16 MiB in 64 s, at 1 MiB in a second");
 }
 
 #[test]
