@@ -122,7 +122,8 @@ fn wait(
             result => return result.map(drop).map_err(io::Error::from),
         }
         if stop() {
-            return Err(io::ErrorKind::Interrupted.into());
+            // Not `Interrupted`: what reads and writes all of something would try again.
+            return Err(io::Error::other("it is not waited for any more"));
         }
         if Instant::now() >= deadline {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the server does not answer"));
