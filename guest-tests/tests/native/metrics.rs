@@ -179,6 +179,8 @@ fn trials_and_limits_are_shown() {
     assert_eq!(value(&page, "limit_bytes_per_second"), f64::from(1 << 20));
     assert!(value(&page, "held_up_total") >= 0.0);
     daemon.call(&["limit", "--off"]);
+    // What `status` knows is as it was when it was asked for last.
+    assert_eq!(daemon.status()["limits"], Value::Null);
     let page = samples(&scrape(&daemon));
     assert!(!page.keys().any(|name| name.contains("limit_")), "{page:#?}");
     assert_eq!(value(&page, "canaries_total{verdict=\"kept\"}"), 1.0);
