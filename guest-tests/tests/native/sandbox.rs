@@ -262,7 +262,8 @@ fn assert_works(disk: &[&str], next: &str, grows: bool) -> (Daemon, Vec<Ledger>)
     assert_confined(&daemon, "after an exchange");
     daemon.call(&["upgrade-daemon"]);
     assert_confined(&daemon, "after an exchange of both");
-    daemon.call(&["upgrade", next]);
+    // What the dead server may have sent by TCP is waited for, for a second.
+    daemon.call(&["upgrade", next, "--drain-timeout-ms", "20000"]);
     if grows {
         daemon.call(&["resize", "80M"]);
     }
