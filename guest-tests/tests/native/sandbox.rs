@@ -253,17 +253,20 @@ fn assert_works(disk: &[&str], next: &str, grows: bool) -> (Daemon, Vec<Ledger>)
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
     load.wait_for(200);
     daemon.call(&["check", next]);
-    daemon.call(&["upgrade", next]);
-    daemon.call(&["rollback"]);
-    daemon.call(&["upgrade", next, "--canary", "1"]);
+    // A request to a server may take longer than an upgrade waits for by itself, on a busy host or
+    // while what a dead process has sent by TCP may still come.
+    let patience = ["--drain-timeout-ms", "20000"];
+    let change = |args: &[&str]| daemon.call(&[args, &patience].concat());
+    change(&["upgrade", next]);
+    change(&["rollback"]);
+    change(&["upgrade", next, "--canary", "1"]);
     daemon.end_server(Signal::KILL);
     assert_confined(&daemon, "after a death");
     daemon.call(&["upgrade-daemon", "--only", "server"]);
     assert_confined(&daemon, "after an exchange");
     daemon.call(&["upgrade-daemon"]);
     assert_confined(&daemon, "after an exchange of both");
-    // What the dead server may have sent by TCP is waited for, for a second.
-    daemon.call(&["upgrade", next, "--drain-timeout-ms", "20000"]);
+    change(&["upgrade", next]);
     if grows {
         daemon.call(&["resize", "80M"]);
     }
