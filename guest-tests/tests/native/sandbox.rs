@@ -314,6 +314,9 @@ fn forward(path: PathBuf) -> u16 {
         for inner in listener.incoming().flatten() {
             // While there is no server it is as if it had closed the connection.
             let Ok(outer) = UnixStream::connect(&path) else { continue };
+            // A reply's head and its data come apart: the data would wait for a delayed
+            // acknowledgement of the head, 40 ms each.
+            inner.set_nodelay(true).unwrap();
             let (inner_too, outer_too) = (inner.try_clone().unwrap(), outer.try_clone().unwrap());
             thread::spawn(move || {
                 let _ = io::copy(&mut &inner, &mut &outer);
