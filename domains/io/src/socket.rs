@@ -1,32 +1,31 @@
 //! What a domain behind a socket needs and no safe call gives: to be woken when one is ready, and
 //! who is at the other end.
 //!
-//! A worker sleeps on its own eventfd and on nothing else. [`Watch`] has the kernel write to that
-//! eventfd when a socket can be read: an io_uring that holds one poll request for each socket and
-//! never touches any data. No thread stands between.
+//! A worker sleeps on its own eventfd and on nothing else. [`Watch`] has that eventfd written to
+//! when a socket can be read: by the kernel (`ring`), and where io_uring cannot be had by a thread
+//! (`thread`). Neither touches any data.
 
-use io_uring::{IoUring, cqueue, opcode, types};
+mod ring;
+mod thread;
+
+use ring::Ring;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-
-/// Sockets that one watch has room for, twice: for reading and for writing.
-const ENTRIES: u32 = 64;
-/// Set in the name of a poll request for writing.
-const WRITING: u64 = 1 << 63;
-/// The name of a request to remove others.
-const REMOVAL: u64 = u64::MAX;
+use thread::Thread;
 
 /// Wakes a worker when sockets are ready.
 ///
 /// It belongs to the thread that makes it: the kernel delivers readiness there. For reading it says
 /// so once whenever something has come: what is there must be read until there is nothing more. For
-/// writing it says so once for each time that it is asked.
-pub struct Watch {
-    io: IoUring,
-    /// Kept open as long as the kernel writes to it.
-    _wake: OwnedFd,
-    /// What the kernel has said and was not taken.
-    news: Vec<News>,
+/// writing it says so once for each time that it is asked. As long as a socket is watched it stays
+/// open, whoever else closes it.
+#[derive(Debug)]
+pub struct Watch(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Ring(Ring),
+    Thread(Thread),
 }
 
 /// What a watch has to say of a socket, by its name. That there may be something to read is said by
@@ -39,30 +38,28 @@ pub enum News {
     Writable(u32),
 }
 
-impl std::fmt::Debug for Watch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watch").finish_non_exhaustive()
-    }
-}
+/// What a watch's thread runs.
+pub type Task = Box<dyn FnOnce() + Send>;
 
 impl Watch {
-    /// A watch that writes to the eventfd `wake`.
+    /// A watch that has the kernel write to the eventfd `wake`.
     ///
     /// # Errors
     /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.13).
-    pub fn new(wake: OwnedFd) -> io::Result<Self> {
-        // A worker that is awake is not interrupted to be told so.
-        let quiet =
-            IoUring::builder().setup_cqsize(4 * ENTRIES).setup_coop_taskrun().build(ENTRIES);
-        let io = match quiet {
-            // Linux before 5.19.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                IoUring::builder().setup_cqsize(4 * ENTRIES).build(ENTRIES)?
-            }
-            other => other?,
-        };
-        io.submitter().register_eventfd(wake.as_raw_fd())?;
-        Ok(Self { io, _wake: wake, news: Vec::new() })
+    pub fn by_ring(wake: OwnedFd) -> io::Result<Self> {
+        Ring::new(wake).map(Kind::Ring).map(Self)
+    }
+
+    /// A watch whose thread writes to the eventfd `wake`: some microseconds later. `spawn` begins
+    /// that thread, which ends when the watch does.
+    ///
+    /// # Errors
+    /// There is no descriptor or no thread to be had.
+    pub fn by_thread<E: std::fmt::Display>(
+        wake: OwnedFd,
+        spawn: impl FnOnce(Task) -> Result<(), E>,
+    ) -> io::Result<Self> {
+        Thread::begin(wake, spawn).map(Kind::Thread).map(Self)
     }
 
     /// Watches `socket`, called `name`, for something to read or its end.
@@ -70,9 +67,10 @@ impl Watch {
     /// # Errors
     /// What the kernel says.
     pub fn reading(&mut self, name: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
-        let events = (libc::POLLIN | libc::POLLRDHUP) as u32;
-        let entry = opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), events).multi(true);
-        self.submit(entry.build().user_data(u64::from(name)))
+        match &mut self.0 {
+            Kind::Ring(ring) => ring.reading(name, socket),
+            Kind::Thread(thread) => thread.reading(name, socket),
+        }
     }
 
     /// Watches `socket`, called `name`, until it can be written to, once.
@@ -80,52 +78,26 @@ impl Watch {
     /// # Errors
     /// What the kernel says.
     pub fn writing(&mut self, name: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
-        let entry = opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), libc::POLLOUT as u32);
-        self.submit(entry.build().user_data(u64::from(name) | WRITING))
+        match &mut self.0 {
+            Kind::Ring(ring) => ring.writing(name, socket),
+            Kind::Thread(thread) => thread.writing(name, socket),
+        }
     }
 
     /// Watches the socket called `name` no more.
     pub fn forget(&mut self, name: u32) {
-        for request in [u64::from(name), u64::from(name) | WRITING] {
-            // It has ended already, or the kernel is short of memory; then it wakes for nothing.
-            let _ = self.submit(opcode::PollRemove::new(request).build().user_data(REMOVAL));
+        match &mut self.0 {
+            Kind::Ring(ring) => ring.forget(name),
+            Kind::Thread(thread) => thread.forget(name),
         }
-        self.news.retain(
-            |news| !matches!(news, News::Unwatched(of) | News::Writable(of) if *of == name),
-        );
     }
 
-    /// Takes in what the kernel has said.
+    /// Takes in what there is to be said.
     #[inline]
     pub fn take(&mut self) -> Option<News> {
-        if self.io.submission().cq_overflow() {
-            // What did not fit waits in the kernel.
-            let _ = self.io.submit();
-        }
-        for entry in self.io.completion() {
-            let name = entry.user_data();
-            if name == REMOVAL || cqueue::more(entry.flags()) || entry.result() == -libc::ECANCELED
-            {
-                continue;
-            }
-            let of = name as u32;
-            let news = if name & WRITING == 0 { News::Unwatched(of) } else { News::Writable(of) };
-            self.news.push(news);
-        }
-        self.news.pop()
-    }
-
-    fn submit(&mut self, entry: io_uring::squeue::Entry) -> io::Result<()> {
-        // SAFETY: poll requests and their removal name no memory, and the kernel holds the file of
-        // the descriptor by itself.
-        while unsafe { self.io.submission().push(&entry) }.is_err() {
-            self.io.submit()?;
-        }
-        loop {
-            match self.io.submit() {
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                result => return result.map(drop),
-            }
+        match &mut self.0 {
+            Kind::Ring(ring) => ring.take(),
+            Kind::Thread(thread) => thread.take(),
         }
     }
 }
@@ -151,55 +123,4 @@ pub fn peer_process(socket: BorrowedFd<'_>) -> Option<u32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use rustix::event::{EventfdFlags, eventfd};
-    use std::io::{Read as _, Write as _};
-    use std::os::fd::AsFd as _;
-    use std::os::unix::net::UnixStream;
-    use std::time::{Duration, Instant};
-
-    /// Whether the eventfd is written to within a second.
-    fn wakes(eventfd: &OwnedFd) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(1);
-        let mut count = [0; 8];
-        while Instant::now() < deadline {
-            if rustix::io::read(eventfd, &mut count).is_ok() {
-                return true;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        false
-    }
-
-    #[test]
-    fn each_arrival_and_the_end_wake_and_a_forgotten_socket_does_not() {
-        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
-        let Ok(mut watch) = Watch::new(wake.try_clone().unwrap()) else {
-            eprintln!("skipped: no io_uring");
-            return;
-        };
-        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-        assert_eq!(peer_process(ours.as_fd()), Some(std::process::id()));
-        watch.reading(7, ours.as_fd()).unwrap();
-        for byte in 0..3 {
-            theirs.write_all(&[byte]).unwrap();
-            assert!(wakes(&wake), "byte {byte}");
-            ours.read_exact(&mut [0]).unwrap();
-            if let Some(News::Unwatched(name)) = watch.take() {
-                watch.reading(name, ours.as_fd()).unwrap();
-            }
-        }
-        watch.writing(7, ours.as_fd()).unwrap();
-        assert!(wakes(&wake), "it can be written to");
-        assert_eq!(watch.take(), Some(News::Writable(7)));
-        let (other, mut others) = UnixStream::pair().unwrap();
-        watch.reading(8, other.as_fd()).unwrap();
-        watch.forget(8);
-        while wakes(&wake) {}
-        others.write_all(&[1]).unwrap();
-        assert!(!wakes(&wake), "forgotten");
-        drop(theirs);
-        assert!(wakes(&wake), "the end");
-    }
-}
+mod tests;

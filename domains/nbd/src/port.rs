@@ -2,12 +2,12 @@
 //!
 //! A queue begins with the connection of its number, and goes on to the next ones where that has as
 //! much in flight as a server reads at a time. Readiness of sockets comes through the worker's
-//! eventfd ([`Watch`]); where io_uring cannot be had, a timer looks.
+//! eventfd ([`Watch`]).
 
 use crate::job::{Item, Job, Lists, Mail};
 use crate::link::Link;
 use crate::pool::{Pool, READ_AT_ONCE};
-use domain_api::{Level, QueueIndex, Request};
+use domain_api::{Host, Level, QueueIndex, Request};
 use domain_io::engine::{JobKind, Port, PortEnd};
 use domain_io::socket::{News, Watch};
 use std::io;
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// Requests that a queue takes: as many as its ring can have.
 const CAPACITY: usize = 1024;
-/// How often a socket is looked at where the kernel does not say when.
+/// How often a socket is looked at where nothing can be had that says when.
 const LOOK: Duration = Duration::from_micros(250);
 const ECANCELED: i32 = 125;
 
@@ -45,17 +45,7 @@ pub struct NbdPort {
 impl NbdPort {
     pub(crate) fn open(pool: &Arc<Pool>, queue: QueueIndex) -> Self {
         pool.attach(queue);
-        let watch = pool.host.notifier_fd(queue).map(Watch::new).and_then(|watch| match watch {
-            Ok(watch) => Some(watch),
-            Err(error) => {
-                let line = format!(
-                    "no io_uring ({error}): sockets are looked at every {} us instead",
-                    LOOK.as_micros()
-                );
-                pool.host.log(Level::Warn, &line);
-                None
-            }
-        });
+        let watch = watch(pool.host, queue);
         Self {
             pool: Arc::clone(pool),
             lists: Lists::new(queue),
@@ -167,6 +157,24 @@ impl NbdPort {
             }
         }
     }
+}
+
+/// By the kernel if it can be; a host that has no eventfd for the queue looks by itself.
+fn watch(host: Host, queue: QueueIndex) -> Option<Watch> {
+    let by_ring = Watch::by_ring(host.notifier_fd(queue)?);
+    let by_thread = |why: io::Error| {
+        host.log(Level::Info, &format!("no io_uring ({why}): a thread waits for sockets instead"));
+        let spawn = |task| host.spawn(&format!("nbd q{}", queue.0), task);
+        Watch::by_thread(host.notifier_fd(queue).ok_or(io::ErrorKind::NotFound)?, spawn)
+    };
+    by_ring
+        .or_else(by_thread)
+        .inspect_err(|why| {
+            let every = LOOK.as_micros();
+            let line = format!("no thread either ({why}): sockets are looked at every {every} us");
+            host.log(Level::Warn, &line);
+        })
+        .ok()
 }
 
 fn watch_reading(watch: &mut Option<Watch>, used: &mut Used) {
