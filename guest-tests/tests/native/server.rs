@@ -204,6 +204,16 @@ impl Server {
         &self.keep.vault
     }
 
+    /// The same, once that holds.
+    fn look_until(&mut self, what: &str, holds: impl Fn(&Vault) -> bool) -> &Vault {
+        let deadline = Instant::now() + PATIENCE;
+        while !holds(self.look()) {
+            assert!(Instant::now() < deadline, "{what}: {:?}", self.keep.vault);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        &self.keep.vault
+    }
+
     /// A socket that the next frontend connects to.
     fn session(&mut self) -> PathBuf {
         self.session_of(Session::default())
@@ -420,8 +430,9 @@ fn a_faulted_device_comes_back_faulted_and_an_upgrade_revives_it() {
     let load = Load::start(&server.session(), &LoadOptions::new(1, 4));
     server.wait_until("it lives", |status| status["state"] == "faulted");
     let ledgers = load.abandon().ledgers;
-    let vault = server.look();
-    assert!(vault.live.is_none() && vault.fault.is_some(), "{vault:?}");
+    // What is shown is kept a moment later.
+    let vault = server.look_until("the fault is not kept", |vault| vault.fault.is_some());
+    assert!(vault.live.is_none(), "{vault:?}");
     server.kill();
     let mut server = server.next();
     let status = server.status();

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,10 +23,17 @@ fn pid(status: &Value, part: &str) -> u64 {
     status[part]["pid"].as_u64().unwrap_or_else(|| panic!("no {part}: {status}"))
 }
 
+/// Copies a program that is to be run. Not by this process: it starts others all the time, which
+/// have the copy open for writing until they are another program, and as long it cannot be run.
+fn copy_program(from: &Path, to: &Path) {
+    let status = Command::new("cp").args([from, to]).status().expect("cp runs");
+    assert!(status.success(), "cp {} {}: {status}", from.display(), to.display());
+}
+
 /// A program that does `what` instead of what it is asked for.
-fn impostor(directory: &std::path::Path, what: &str) -> PathBuf {
+fn impostor(directory: &Path, what: &str) -> PathBuf {
     let path = directory.join(format!("impostor-{what}"));
-    fs::copy(env!("CARGO_BIN_EXE_impostor"), &path).expect("a copy");
+    copy_program(Path::new(env!("CARGO_BIN_EXE_impostor")), &path);
     path
 }
 
@@ -281,7 +288,7 @@ fn a_signal_is_not_lost_while_the_server_is_exchanged() {
 fn the_program_that_lies_in_the_place_of_the_running_one_is_taken() {
     let directory = disk_directory();
     let place = directory.path().join("vhost-hotswap");
-    fs::copy(binary("vhost-hotswap"), &place).expect("a copy");
+    copy_program(&binary("vhost-hotswap"), &place);
     let modules = binary("vhost-hotswap");
     let modules = modules.parent().and_then(|path| path.to_str()).expect("UTF-8").to_owned();
     let daemon = Daemon::start_command(
@@ -289,7 +296,7 @@ fn the_program_that_lies_in_the_place_of_the_running_one_is_taken() {
         &[&["--domain-dir", &modules], &RAMDISK[..]].concat(),
     );
     let other = directory.path().join("new");
-    fs::copy(binary("vhost-hotswap"), &other).expect("a copy");
+    copy_program(&binary("vhost-hotswap"), &other);
     fs::rename(&other, &place).expect("the new one in its place");
     let exe = || {
         let link = fs::read_link(format!("/proc/{}/exe", daemon.pid())).expect("a program");
