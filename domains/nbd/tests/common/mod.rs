@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses some of it")]
 
+pub mod scripted;
+
 use domain_api::Params;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -1,6 +1,7 @@
 //! Servers that break the protocol, or connections: no panic, no wrong data, no request answered
 //! from half a reply, and the next good server serves.
 
+use crate::common::scripted::{greet, reply, request};
 use domain_api::{Params, Status};
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_nbd::NbdDisk;
@@ -9,45 +10,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-const SIZE: u64 = 1 << 20;
-const REPLY: u32 = 0x6744_6698;
-
-/// Greets, and agrees on an export with these flags.
-fn greet(stream: &mut UnixStream, flags: u16) -> std::io::Result<()> {
-    stream.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
-    let mut asked = [0; 4 + 16];
-    stream.read_exact(&mut asked)?;
-    let len = u32::from_be_bytes(asked[16..].try_into().unwrap());
-    stream.read_exact(&mut vec![0; len as usize])?;
-    let mut says = Vec::new();
-    let export = [&0u16.to_be_bytes()[..], &SIZE.to_be_bytes(), &flags.to_be_bytes()].concat();
-    for (kind, data) in [(3u32, &export[..]), (1, &[])] {
-        says.extend_from_slice(&0x0003_e889_0455_65a9u64.to_be_bytes());
-        says.extend_from_slice(&7u32.to_be_bytes());
-        says.extend_from_slice(&kind.to_be_bytes());
-        says.extend_from_slice(&(data.len() as u32).to_be_bytes());
-        says.extend_from_slice(data);
-    }
-    stream.write_all(&says)
-}
-
-/// A request: its kind, its name, its length.
-fn request(stream: &mut UnixStream) -> std::io::Result<(u16, u64, u32)> {
-    let mut header = [0; 28];
-    stream.read_exact(&mut header)?;
-    let kind = u16::from_be_bytes([header[6], header[7]]);
-    let cookie = u64::from_be_bytes(header[8..16].try_into().unwrap());
-    let len = u32::from_be_bytes(header[24..].try_into().unwrap());
-    if kind == 1 {
-        stream.read_exact(&mut vec![0; len as usize])?;
-    }
-    Ok((kind, cookie, len))
-}
-
-fn reply(cookie: u64, error: u32) -> Vec<u8> {
-    [&REPLY.to_be_bytes()[..], &error.to_be_bytes(), &cookie.to_be_bytes()].concat()
-}
 
 /// Answers as it should, with bytes of 7.
 fn serve_well(stream: &mut UnixStream, flags: u16) {
