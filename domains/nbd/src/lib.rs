@@ -6,7 +6,8 @@
 //! sees a slow disk.
 //!
 //! - [`uri`], [`negotiate`], [`wire`]: the protocol, without sockets;
-//! - `connect`, `keeper`: having connections; `link`: using one; `pool`, `port`: using several;
+//! - `connect`, `keeper`: having connections; `link`, `outgoing`: using one; `pool`, `port`: using
+//!   several;
 //! - `marks`, `old`, `answers`: what a broken connection may still change, and what has to wait for
 //!   that;
 //! - `disk`: what requests map to; what is in flight is the engine's (`domain_io::engine`).
@@ -27,6 +28,7 @@ mod link;
 mod marks;
 pub mod negotiate;
 mod old;
+mod outgoing;
 mod pool;
 mod port;
 mod server;

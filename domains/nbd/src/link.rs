@@ -11,11 +11,12 @@ use crate::common::Common;
 use crate::job::{Item, Lists, Mail, Work};
 use crate::marks::{DEPTH, Mark};
 use crate::negotiate::Export;
+use crate::outgoing::Outgoing;
 use crate::server::Process;
 use crate::wire::{self, Command, Decoder, Event};
 use domain_api::QueueIndex;
 use domain_io::engine::PortEnd;
-use rustix::net::{self, RecvFlags, SendFlags, Shutdown};
+use rustix::net::{self, RecvFlags, Shutdown};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,8 +27,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const RECEIVED: usize = 256 << 10;
 /// Bytes that wait to be sent, above which no request is added.
 const MOST_OUT: usize = 1 << 20;
-/// Memory for these that is kept.
-const KEPT_OUT: usize = 4 << 20;
 /// How often a turn receives: others want to be served, too.
 const ROUNDS: usize = 8;
 /// Largest trim and write-zeroes: 4 GiB less the largest block.
@@ -46,9 +45,7 @@ struct Sent {
 }
 
 struct State {
-    out: Vec<u8>,
-    /// How much of it is sent.
-    sent: usize,
+    out: Outgoing,
     buffer: Vec<u8>,
     decoder: Decoder,
     table: Vec<Option<Sent>>,
@@ -95,8 +92,7 @@ impl Link {
     pub(crate) fn new(slot: usize, name: u32, socket: OwnedFd, export: Export, nonce: u32) -> Self {
         let server = Process::behind(socket.as_fd());
         let state = State {
-            out: Vec::new(),
-            sent: 0,
+            out: Outgoing::default(),
             buffer: Vec::new(),
             decoder: Decoder::default(),
             table: (0..DEPTH).map(|_| None).collect(),
@@ -143,7 +139,7 @@ impl Link {
         let state = self.lock();
         !state.broken
             && state.free.len() == DEPTH
-            && state.sent == state.out.len()
+            && state.out.len() == 0
             && !state.decoder.is_within_a_reply()
     }
 
@@ -191,23 +187,11 @@ impl Link {
 
     /// Sends what was encoded. Returns whether some of it has to wait.
     fn send(&self, state: &mut State) -> io::Result<bool> {
-        while state.sent < state.out.len() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match net::send(&self.socket, &state.out[state.sent..], flags) {
-                Ok(sent) => state.sent += sent,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return Ok(true),
-                // Replies may be there that were sent before the end; the next receive sees it.
-                Err(rustix::io::Errno::PIPE) if state.free.len() < DEPTH => return Ok(false),
-                Err(error) => return Err(error.into()),
-            }
+        match state.out.send(self.socket()) {
+            // Replies may be there that were sent before the end; the next receive sees it.
+            Err(rustix::io::Errno::PIPE) if state.free.len() < DEPTH => Ok(false),
+            result => result.map_err(io::Error::from),
         }
-        state.sent = 0;
-        state.out.clear();
-        if state.out.capacity() > KEPT_OUT {
-            state.out = Vec::new();
-        }
-        Ok(false)
     }
 
     fn receive(&self, state: &mut State, pool: &Common, lists: &mut Lists) -> Result<(), String> {
@@ -321,7 +305,7 @@ impl Link {
             return pool.want_flush();
         }
         let (index, cookie) = state.next_cookie();
-        state.out.extend_from_slice(&wire::request(Command::Flush, 0, cookie, 0, 0));
+        state.out.push(&wire::request(Command::Flush, 0, cookie, 0, 0));
         let work = Work::Flush;
         state.table[usize::from(index)] =
             Some(Sent { cookie, item: None, queue: QueueIndex(0), work, offset: 0, len: 0 });
@@ -348,8 +332,7 @@ impl Link {
             }
             items.push((sent.queue, sent.item));
         }
-        state.out = Vec::new();
-        state.sent = 0;
+        state.out = Outgoing::default();
         self.busy.store(0, Ordering::Relaxed);
         Some(Left { items, ranges })
     }
@@ -382,7 +365,7 @@ impl State {
     fn fill(&mut self, link: &Link, pool: &Common, lists: &mut Lists, limit: usize) -> bool {
         let mut at = 0;
         while at < lists.waiting.len() {
-            if DEPTH - self.free.len() >= limit || self.out.len() - self.sent >= MOST_OUT {
+            if DEPTH - self.free.len() >= limit || self.out.len() >= MOST_OUT {
                 return true;
             }
             let Item { request, job } = &mut lists.waiting[at];
@@ -420,11 +403,9 @@ impl State {
         if work.is_change() {
             pool.set_mark(link.slot, index.into(), Mark::new(offset, len));
         }
-        self.out.extend_from_slice(&wire::request(command, flags, cookie, offset, len as u32));
+        self.out.push(&wire::request(command, flags, cookie, offset, len as u32));
         if work == Work::Write {
-            let at = self.out.len();
-            self.out.resize(at + len as usize, 0);
-            request.buffer().copy_to_slice(done as usize, &mut self.out[at..]);
+            request.buffer().copy_to_slice(done as usize, self.out.room(len as usize));
         }
         self.table[usize::from(index)] =
             Some(Sent { cookie, item: Some(item), queue, work, offset, len });
