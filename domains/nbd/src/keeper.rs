@@ -244,8 +244,9 @@ pub(crate) fn add(
     }
     slots.wanted = slots.wanted.max(slot + 1).min(slots.allowed.max(slot + 1));
     slots.links[slot] = Some(Arc::clone(&link));
-    if let (Some(marks), Some(server)) = (pool.marks(), link.server) {
-        marks.set_server((server.number, server.start));
+    if let Some(marks) = pool.marks() {
+        // Also that it is not known: what is in flight is not the one's before.
+        marks.set_server(link.server.map_or((0, 0), |server| (server.number, server.start)));
     }
     pool.changed(slots);
     link

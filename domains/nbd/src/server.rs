@@ -17,17 +17,14 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// What listens at the other end of `socket`; it may have ended meanwhile.
+    /// What listens at the other end of `socket`, if it is known that it serves, too. One that has
+    /// ended by now does not tell of the server: one that goes to the background after it has begun
+    /// to listen (nbdkit, if it is not told otherwise) works in a child of what listened.
     pub(crate) fn behind(socket: BorrowedFd<'_>) -> Option<Self> {
         let number = u64::from(peer_process(socket)?);
         // A socket that the service manager listens on says nothing of the server.
         (number > 1).then_some(())?;
-        let start = match State::of(number) {
-            State::Runs { start } => start,
-            // No process begins then, so that this one is gone.
-            State::Ended => 0,
-            State::Unknown => return None,
-        };
+        let State::Runs { start } = State::of(number) else { return None };
         Some(Self { number, start })
     }
 
@@ -79,6 +76,37 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_listened_and_ended_is_not_taken_for_the_server() {
+        use std::os::fd::AsFd as _;
+        use std::os::unix::net::UnixStream;
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        // It listens, goes to the background, and its first process ends.
+        let status = std::process::Command::new("nbdkit")
+            .args(["--unix", &at("socket"), "-P", &at("pid"), "memory", "1M"])
+            .status()
+            .expect("`scripts/setup` installs it");
+        assert!(status.success());
+        let socket = UnixStream::connect(at("socket")).unwrap();
+        let process = Process::behind(socket.as_fd());
+        // The one that goes on says so in its own time.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let read = || std::fs::read_to_string(at("pid")).ok()?.trim().parse::<i32>().ok();
+        let pid = loop {
+            if let Some(pid) = read() {
+                break pid;
+            }
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        };
+        let is_there = State::of(pid as u64);
+        rustix::process::kill_process(Pid::from_raw(pid).unwrap(), rustix::process::Signal::TERM)
+            .unwrap();
+        assert!(matches!(is_there, State::Runs { .. }), "the server lives");
+        assert_eq!(process, None);
+    }
 
     #[test]
     fn a_process_is_there_until_it_has_ended() {

@@ -126,30 +126,26 @@ fn our_own_process_is_killed_and_the_server_lives_on() {
     assert!(unknown < 30 + 16 * server.end(), "{unknown} changes are waited for in vain");
 }
 
-/// A server whose first write of all takes 2.5 s, even if nothing waits for it any more.
-fn slow_once() -> NbdServer {
+/// A server whose first write of all takes 2.5 s, even if nothing waits for it any more. `options`
+/// are nbdkit's.
+fn slow_once(options: &[&str]) -> NbdServer {
     const PWRITE: &str = "pwrite=cat > FOLDER/data.$$; \
          if mkdir FOLDER/slow 2>/dev/null; then sleep 2.5; fi; \
          dd if=FOLDER/data.$$ of=FOLDER/image oflag=seek_bytes conv=notrunc seek=$4 2>/dev/null; \
          rm FOLDER/data.$$";
-    let mut server = NbdServer::prepared(
-        &[
-            "nbdkit",
-            "-f",
-            "--unix",
-            "SOCKET",
-            "eval",
-            "thread_model=echo parallel",
-            "get_size=echo 1048576",
-            "can_multi_conn=exit 0",
-            "can_flush=exit 0",
-            "flush=exit 0",
-            "can_write=exit 0",
-            "pread=dd if=FOLDER/image iflag=skip_bytes,count_bytes skip=$4 count=$3 2>/dev/null",
-            PWRITE,
-        ],
-        &[],
-    );
+    let eval = [
+        "eval",
+        "thread_model=echo parallel",
+        "get_size=echo 1048576",
+        "can_multi_conn=exit 0",
+        "can_flush=exit 0",
+        "flush=exit 0",
+        "can_write=exit 0",
+        "pread=dd if=FOLDER/image iflag=skip_bytes,count_bytes skip=$4 count=$3 2>/dev/null",
+        PWRITE,
+    ];
+    let command = [&["nbdkit", "--unix", "SOCKET"], options, &eval].concat();
+    let mut server = NbdServer::prepared(&command, &[]);
     image(&server, MIB);
     server.start();
     server
@@ -157,9 +153,8 @@ fn slow_once() -> NbdServer {
 
 /// What a block holds in the end that was written with 1, held up, its connection cut, and then
 /// with 2.
-fn written_over(settle: &str) -> (u8, Duration) {
-    let server = slow_once();
-    let mut daemon = serve(&server, &["--param", settle]);
+fn written_over(server: &NbdServer, settle: &str) -> (u8, Duration) {
+    let mut daemon = serve(server, &["--param", settle]);
     let mut client = Client::connect(daemon.socket(), &Options::default()).expect("a client");
     let write = |client: &mut Client, byte: u8| {
         let data = vec![byte; 4096];
@@ -193,14 +188,25 @@ fn written_over(settle: &str) -> (u8, Duration) {
 
 #[test]
 fn an_old_write_does_not_land_on_a_newer_one() {
-    let (found, waited) = written_over("settle=3");
+    let (found, waited) = written_over(&slow_once(&["-f"]), "settle=3");
+    assert_eq!(found, 2, "the newer write was undone");
+    assert!(waited > 3 * SECOND, "{waited:?}");
+}
+
+/// What listens has ended then, and is not the server.
+#[test]
+fn an_old_write_does_not_land_on_a_newer_one_of_a_server_in_the_background() {
+    let server = slow_once(&["-P", "FOLDER/pid"]);
+    let (found, waited) = written_over(&server, "settle=3");
+    let pid = fs::read_to_string(server.folder().join("pid")).expect("it says which it is");
+    kill(pid.trim().parse().expect("a process id"));
     assert_eq!(found, 2, "the newer write was undone");
     assert!(waited > 3 * SECOND, "{waited:?}");
 }
 
 #[test]
 fn without_the_wait_it_does() {
-    let (found, _) = written_over("settle=0");
+    let (found, _) = written_over(&slow_once(&["-f"]), "settle=0");
     assert_eq!(found, 1, "this shows what the wait is good for");
 }
 
