@@ -116,8 +116,10 @@ impl Backend for Disk {
         result: io::Result<()>,
     ) -> Step {
         let is_written = matches!(job.work, Work::Write | Work::Zeroes { .. });
+        // A server that announces no flush is asked for none: it may answer with an error.
+        let syncs = is_written && self.pool.told().flush;
         match result {
-            Ok(()) if is_written && self.write_through.load(Ordering::SeqCst) => Step::Sync,
+            Ok(()) if syncs && self.write_through.load(Ordering::SeqCst) => Step::Sync,
             Ok(()) => Step::Done(Status::Ok),
             Err(error) => Step::Done(self.shared.failed(request, &error)),
         }
