@@ -83,12 +83,15 @@ fn connect_tcp(
     stop: &dyn Fn() -> bool,
 ) -> io::Result<OwnedFd> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
-    for address in addresses {
+    for (at, address) in addresses.iter().enumerate() {
+        // One that says nothing leaves time for those behind it.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let until = Instant::now() + left / (addresses.len() - at) as u32;
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
         let result = match net::connect(&socket, address) {
-            Err(rustix::io::Errno::INPROGRESS) => wait(&socket, PollFlags::OUT, deadline, stop)
+            Err(rustix::io::Errno::INPROGRESS) => wait(&socket, PollFlags::OUT, until, stop)
                 .and_then(|()| net::sockopt::socket_error(&socket)?.map_err(io::Error::from)),
             result => result.map_err(io::Error::from),
         };
@@ -210,6 +213,26 @@ mod tests {
         assert_eq!(address(&stream.into()), Some(listener.local_addr().unwrap()));
         let (stream, _) = UnixStream::pair().unwrap();
         assert_eq!(address(&stream.into()), None);
+    }
+
+    #[test]
+    fn an_address_that_says_nothing_leaves_time_for_the_next() {
+        // A backlog that is full takes no more, and says nothing.
+        let silent = net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        net::bind(&silent, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        net::listen(&silent, 0).unwrap();
+        let there = SocketAddr::try_from(net::getsockname(&silent).unwrap()).unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&there, Duration::from_millis(500)) {
+            waiting.push(stream);
+            assert!(waiting.len() < 100, "it takes all");
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let good = listener.local_addr().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(8);
+        let socket = connect_tcp(&[there, good], deadline, &|| false).unwrap();
+        assert!(Instant::now() < deadline, "no time is left for the handshake");
+        assert_eq!(address(&socket), Some(good));
     }
 
     #[test]
