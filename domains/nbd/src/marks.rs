@@ -10,7 +10,8 @@
 //!   | a number of each connection
 //! ```
 //!
-//! A mark is one number, written in one piece: the first sector, and how many. 0 is none.
+//! A mark is one number, written in one piece: the first sector, and how many. 0 is none, and all
+//! ones are the whole disk.
 
 use domain_api::{DomainError, Host, Region};
 use std::ops::Range;
@@ -38,6 +39,9 @@ pub(crate) const LARGEST: u64 = 1 << (64 - LEN_BITS + 9);
 pub(crate) struct Mark(u64);
 
 impl Mark {
+    /// Of the whole disk.
+    const ALL: Self = Self(u64::MAX);
+
     /// Of `len` bytes at `offset`: less than 8 GiB below [`LARGEST`].
     pub(crate) const fn new(offset: u64, len: u64) -> Self {
         Self((offset / SECTOR) << LEN_BITS | len.div_ceil(SECTOR))
@@ -45,6 +49,9 @@ impl Mark {
 
     /// The bytes.
     pub(crate) const fn range(self) -> Range<u64> {
+        if self.0 == Self::ALL.0 {
+            return 0..LARGEST;
+        }
         let start = (self.0 >> LEN_BITS) * SECTOR;
         start..start + (self.0 & ((1 << LEN_BITS) - 1)) * SECTOR
     }
@@ -96,18 +103,9 @@ impl Marks {
         self.get(AT_NONCES + (link * 8) as u64) as u32
     }
 
-    /// Keeps these as the marks of broken connections. What does not fit is marked with others in
-    /// one.
+    /// Keeps these as the marks of broken connections.
     pub(crate) fn set_old(&self, old: &[Range<u64>]) {
-        let (each, rest) = old.split_at(old.len().min(OLD - 1));
-        let mut marks: Vec<Mark> =
-            each.iter().map(|range| Mark::new(range.start, range.end - range.start)).collect();
-        if let Some(start) = rest.iter().map(|range| range.start).min() {
-            let end = rest.iter().map(|range| range.end).max().unwrap_or(start);
-            // As much as a mark can say.
-            let most = ((1 << LEN_BITS) - 1) * SECTOR;
-            marks.push(Mark::new(start, (end - start).min(most)));
-        }
+        let marks = marks_of(old);
         for index in 0..OLD {
             let number = marks.get(index).map_or(0, |mark| mark.0);
             if self.get(AT_OLD + (index * 8) as u64) != number {
@@ -148,9 +146,39 @@ impl Marks {
     }
 }
 
+/// A mark for each range; if there is no room for all, the last one is of the whole disk.
+fn marks_of(old: &[Range<u64>]) -> Vec<Mark> {
+    let each = if old.len() > OLD { &old[..OLD - 1] } else { old };
+    let mut marks: Vec<Mark> =
+        each.iter().map(|range| Mark::new(range.start, range.end - range.start)).collect();
+    if each.len() < old.len() {
+        marks.push(Mark::ALL);
+    }
+    marks
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_no_mark_of_its_own_is_marked_all_the_same() {
+        let old = |count: u64| -> Vec<Range<u64>> {
+            (0..count).map(|n| n << 33..(n << 33) + 4096).collect()
+        };
+        for count in [0, 1, OLD as u64 - 1, OLD as u64, OLD as u64 + 1, 3 * OLD as u64] {
+            let (old, marks) = (old(count), marks_of(&old(count)));
+            assert!(marks.len() <= OLD);
+            for range in &old {
+                let covers = |mark: &Mark| {
+                    mark.range().start <= range.start && range.end <= mark.range().end
+                };
+                assert!(marks.iter().any(covers), "{range:?} of {count}");
+            }
+        }
+        // With room for each there is one for each.
+        assert!(!marks_of(&old(OLD as u64)).contains(&Mark::ALL));
+    }
 
     #[test]
     fn a_mark_says_which_range_it_is() {
