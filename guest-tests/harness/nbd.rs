@@ -90,11 +90,19 @@ impl NbdServer {
 
     /// Starts it again whenever it has ended by itself, until the value ends.
     pub fn keep_running(mut self) -> KeptRunning {
-        let (stop, stopped) = mpsc::channel::<()>();
+        let (orders, ordered) = mpsc::channel::<Sender<()>>();
         let keeper = thread::spawn(move || {
             let mut ends = 0;
-            let timeout = Err(RecvTimeoutError::Timeout);
-            while stopped.recv_timeout(Duration::from_millis(2)) == timeout {
+            loop {
+                match ordered.recv_timeout(Duration::from_millis(2)) {
+                    Ok(done) => {
+                        self.kill();
+                        self.start();
+                        let _ = done.send(());
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return ends,
+                }
                 let child = self.child.as_mut().expect("it was started");
                 if let Some(status) = child.try_wait().expect("it was started") {
                     println!("{} has ended: {status}", self.command[0]);
@@ -103,9 +111,8 @@ impl NbdServer {
                     self.start();
                 }
             }
-            ends
         });
-        KeptRunning { stop, keeper }
+        KeptRunning { orders, keeper }
     }
 
     /// Ends it with SIGTERM, and waits for that.
@@ -138,14 +145,21 @@ impl NbdServer {
 
 /// A server that is started again whenever it has ended by itself.
 pub struct KeptRunning {
-    stop: Sender<()>,
+    orders: Sender<Sender<()>>,
     keeper: JoinHandle<u64>,
 }
 
 impl KeptRunning {
+    /// Kills it, and waits until it is started again.
+    pub fn kill(&self) {
+        let (done, is_done) = mpsc::channel();
+        self.orders.send(done).expect("it is kept running");
+        is_done.recv().expect("it is started again");
+    }
+
     /// Ends the server for good. Returns how often it has ended by itself.
     pub fn end(self) -> u64 {
-        drop(self.stop);
+        drop(self.orders);
         self.keeper.join().expect("it was started again each time")
     }
 }

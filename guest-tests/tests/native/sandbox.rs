@@ -347,12 +347,13 @@ fn a_server_of_a_disk_is_reached_inside() {
         let uri = format!("uri={uri}");
         // By a port it is not known what becomes of a connection that is broken.
         let settle = ["--param", "settle=1"];
+        // nbdkit 1.32 may fail an assertion when a client with requests in flight has gone.
+        let server = server.keep_running();
         let disk = ["--domain", "nbd", "--param", &uri, "--queues", "2", settle[0], settle[1]];
         let (daemon, ledgers) = assert_works(&disk, "nbd", false);
         let load = Load::resume(daemon.socket(), &LoadOptions::new(2, 16), ledgers);
         load.wait_for(200);
         server.kill();
-        server.start();
         let so_far = load.ios();
         load.wait_for(so_far + 200);
         load.stop().assert_clean();
