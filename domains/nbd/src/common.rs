@@ -3,6 +3,7 @@
 use crate::job::{Job, Mail, Suspect};
 use crate::marks::{Mark, Marks};
 use crate::old::Old;
+use crate::own_flush::OwnFlush;
 use crate::uri::Target;
 use domain_api::{DomainError, Host, QueueIndex, Request};
 use domain_io::engine::PortEnd;
@@ -42,8 +43,7 @@ pub(crate) struct Common {
     suspects: Arc<AtomicUsize>,
     /// One of them is in flight.
     alone: AtomicBool,
-    /// A flush of our own is to be sent.
-    pub(crate) flush_wanted: AtomicBool,
+    pub(crate) own_flush: OwnFlush,
     is_going_down: AtomicBool,
     /// Something was answered since the keeper asked.
     has_answers: AtomicBool,
@@ -68,7 +68,7 @@ impl Common {
             in_flight: AtomicUsize::new(0),
             suspects: Arc::default(),
             alone: AtomicBool::new(false),
-            flush_wanted: AtomicBool::new(false),
+            own_flush: OwnFlush::default(),
             is_going_down: AtomicBool::new(false),
             has_answers: AtomicBool::new(false),
             keeper: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -201,10 +201,21 @@ impl Common {
         let _ = rustix::io::write(&self.keeper, &1u64.to_ne_bytes());
     }
 
-    /// Has a flush sent that no request has asked for.
-    pub(crate) fn want_flush(&self) {
-        self.flush_wanted.store(true, Ordering::SeqCst);
+    /// Has a flush sent that no request has asked for. Returns its number.
+    pub(crate) fn want_flush(&self) -> u64 {
+        let number = self.own_flush.ask();
         self.wake_keeper();
+        number
+    }
+
+    /// The server has answered a flush with an error. What its kernel says once, it does not say
+    /// again.
+    pub(crate) fn flush_failed(&self) {
+        self.host.storage().mark_failed(&format!(
+            "the server of {} has failed to write data back: what was written since the flush before may be lost; \
+             see to its storage, look after the file system in the disk, and start the daemon anew",
+            self.target
+        ));
     }
 
     /// A server says that it is going down: nothing new is sent to it.

@@ -3,15 +3,17 @@
 use crate::job::{Job, Work};
 use crate::pool::Pool;
 use crate::port::NbdPort;
-use domain_api::{Host, Op, QueueIndex, Request, Status};
-use domain_io::engine::{AfterSync, Backend, Opens, QueueState, Shared, ranges};
+use domain_api::{Host, Level, Op, QueueIndex, Request, Status};
+use domain_io::engine::{AfterSync, Backend, Opens, QueueState, Shared, is_cancelled, ranges};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 type Step = domain_io::engine::Step<Job>;
 
-const EIO: i32 = 5;
+/// How long turning the write cache off waits for a server; its caller holds up a frontend.
+const DURABLE_WITHIN: Duration = Duration::from_secs(5);
 
 /// An export as a disk.
 #[derive(Debug)]
@@ -36,9 +38,24 @@ impl Disk {
         // SeqCst here and in `ended`: either a write that ends now sees the flag, or the flush that
         // is asked for now sees the write.
         self.write_through.store(!on, Ordering::SeqCst);
-        if !on && self.pool.announced().flush {
-            // From now on nothing is volatile.
-            self.pool.want_flush();
+        if on || !self.pool.told().flush {
+            return;
+        }
+        // From now on nothing is volatile, and what was is durable when this comes back. An
+        // instance that is not activated yet, or hands the disk on, has it sent as soon as it
+        // serves.
+        let pool = &self.pool;
+        let number = pool.want_flush();
+        let is_in_vain =
+            || pool.resting.load(Ordering::Relaxed) || pool.ending.load(Ordering::Relaxed);
+        if !pool.own_flush.wait(number, DURABLE_WITHIN, is_in_vain) && !is_in_vain() {
+            let line = format!(
+                "the write cache was turned off, and {} has not answered the flush for it in {} s: what was \
+                 written before may not be durable yet; it is asked for on",
+                pool.target,
+                DURABLE_WITHIN.as_secs()
+            );
+            self.host.log(Level::Error, &line);
         }
     }
 
@@ -135,15 +152,13 @@ impl Backend for Disk {
     }
 
     fn synced(&self, _: Job, result: io::Result<()>) -> AfterSync<Job> {
-        // What the server's kernel says once, it does not say again.
+        // Only what a server has answered has a number. Which one says little: a full disk or a
+        // quota may be the reason, and many errors come as EINVAL.
         if let Err(error) = &result
-            && error.raw_os_error() == Some(EIO)
+            && error.raw_os_error().is_some()
+            && !is_cancelled(error)
         {
-            self.host.storage().mark_failed(&format!(
-                "the server of {} has failed to write data back: what was written since the flush before may be lost; \
-                 see to its storage, look after the file system in the disk, and start the daemon anew",
-                self.pool.target
-            ));
+            self.pool.flush_failed();
         }
         AfterSync::Done(result.and_then(|()| self.check_storage()))
     }

@@ -73,26 +73,31 @@ impl Keeper {
         }
         self.close_idle();
         let mut pause = self.reconnect();
-        let pool = &self.pool;
-        if pool.flush_wanted.load(Ordering::SeqCst)
-            && let Some(link) = pool.slots().links.iter().flatten().next().cloned()
-        {
-            pool.flush_wanted.store(false, Ordering::SeqCst);
-            link.flush(pool);
-            self.flushing = Some(link);
-        }
+        self.send_flush();
         self.receive_flush();
         let pool = &self.pool;
         if pool.old.settle(pool.host.clock(), pool.marks()) {
             pool.notify_all();
         }
-        if pool.old.len() > 0 {
+        if pool.old.len() > 0 || pool.own_flush.is_wanted() {
             pause = Some(pause.unwrap_or(RETRY).min(RETRY));
         }
         if pool.has_timed_out() {
             pool.notify_all();
         }
         pause
+    }
+
+    /// Sends a flush of our own, if one is asked for and a connection has room for it.
+    fn send_flush(&mut self) {
+        let pool = &self.pool;
+        if pool.own_flush.is_wanted() {
+            let slots = pool.slots();
+            // Looked at under the lock that resting begins with: nothing is in flight from then on.
+            if !pool.resting.load(Ordering::Relaxed) {
+                self.flushing = slots.links.iter().flatten().find(|link| link.flush(pool)).cloned();
+            }
+        }
     }
 
     /// Takes in the answer to a flush of our own, and whatever else is there.
@@ -104,7 +109,7 @@ impl Keeper {
             let link = Arc::clone(link);
             self.pool.lost(&link, &why);
         }
-        if self.flushing.as_ref().is_some_and(|link| link.busy() == 0) {
+        if !self.pool.own_flush.is_in_flight() {
             self.flushing = None;
         }
     }

@@ -8,6 +8,7 @@
 //! - [`uri`], [`negotiate`], [`wire`]: the protocol, without sockets;
 //! - `connect`, `keeper`: having connections; `link`, `outgoing`: using one; `pool`, `port`: using
 //!   several;
+//! - `own_flush`: the flush that is due when the write cache is turned off;
 //! - `marks`, `old`, `answers`: what a broken connection may still change, and what has to wait for
 //!   that;
 //! - `disk`: what requests map to; what is in flight is the engine's (`domain_io::engine`).
@@ -29,6 +30,7 @@ mod marks;
 pub mod negotiate;
 mod old;
 mod outgoing;
+mod own_flush;
 mod pool;
 mod port;
 mod server;

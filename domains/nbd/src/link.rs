@@ -7,6 +7,7 @@
 //! At a moment when nothing is in flight the connection is at a message's boundary, and it can be
 //! taken along by another instance as it is.
 
+use crate::answers;
 use crate::common::Common;
 use crate::job::{Item, Lists, Mail, Work};
 use crate::marks::{DEPTH, Mark};
@@ -29,6 +30,8 @@ const RECEIVED: usize = 256 << 10;
 const MOST_OUT: usize = 1 << 20;
 /// How often a turn receives: others want to be served, too.
 const ROUNDS: usize = 8;
+/// Whose a flush is that no request has asked for.
+const NO_QUEUE: QueueIndex = QueueIndex(u32::MAX);
 /// Largest trim and write-zeroes: 4 GiB less the largest block.
 const LARGEST_RANGE: u64 = (4 << 30) - (64 << 10);
 
@@ -77,6 +80,8 @@ pub(crate) struct Left {
     pub(crate) items: Vec<(QueueIndex, Option<Item>)>,
     /// What it may still change.
     pub(crate) ranges: Vec<Range<u64>>,
+    /// A flush that no request has asked for was among it.
+    pub(crate) has_own_flush: bool,
 }
 
 /// What a turn has found.
@@ -230,20 +235,20 @@ impl Link {
         loop {
             let State { decoder, table, .. } = state;
             let event = decoder.next(&mut bytes, |cookie| {
-                let sent = table.get(cookie as usize & 0xff)?.as_ref()?;
+                let sent = table[answers::index(cookie)].as_ref()?;
                 let data = if sent.work == Work::Read { sent.len } else { 0 };
                 (sent.cookie == cookie).then_some(data)
             });
             match event.map_err(|violation| violation.to_string())? {
                 None => return Ok(()),
                 Some(Event::Data { cookie, at, bytes }) => {
-                    let sent = table[cookie as usize & 0xff].as_ref().expect("just looked at");
+                    let sent = table[answers::index(cookie)].as_ref().expect("just looked at");
                     if let Some(Item { request, job }) = &sent.item {
                         request.buffer().copy_from_slice((job.done + at) as usize, bytes);
                     }
                 }
                 Some(Event::Ended { cookie, error }) => {
-                    self.ended(state, cookie as usize & 0xff, error, pool, lists);
+                    self.ended(state, answers::index(cookie), error, pool, lists);
                 }
             }
         }
@@ -258,7 +263,9 @@ impl Link {
         if sent.work.is_change() {
             pool.clear_mark(self.slot, index);
         }
-        let Some(Item { request, mut job }) = sent.item else { return };
+        let Some(Item { request, mut job }) = sent.item else {
+            return self.ended_without_request(sent.work, sent.queue, error, pool);
+        };
         let mail = match error {
             0 => {
                 job.done += sent.len;
@@ -275,7 +282,7 @@ impl Link {
                 Mail::Again(Item { request, job })
             }
             error => {
-                let result = Err(io::Error::from_raw_os_error(error.min(4095) as i32));
+                let result = Err(wire::error::told(error));
                 Mail::Done(pool.concluded(PortEnd { request, job, result }))
             }
         };
@@ -290,6 +297,25 @@ impl Link {
         }
     }
 
+    /// The same, of a flush of our own, or of what a queue has left that is gone.
+    fn ended_without_request(&self, work: Work, queue: QueueIndex, error: u32, pool: &Common) {
+        let goes_down = error == wire::error::SHUTDOWN;
+        if goes_down {
+            self.close_when_idle();
+            pool.going_down();
+        } else if error != 0 && work == Work::Flush {
+            pool.flush_failed();
+        }
+        if queue == NO_QUEUE {
+            if goes_down {
+                pool.own_flush.undone()
+            } else {
+                pool.own_flush.answered()
+            }
+            pool.wake_keeper();
+        }
+    }
+
     fn count(&self, state: &State, pool: &Common) {
         let busy = DEPTH - state.free.len();
         self.busy.store(busy, Ordering::Relaxed);
@@ -298,21 +324,24 @@ impl Link {
         }
     }
 
-    /// Sends a flush that no request has asked for. The next receive takes in its answer.
-    pub(crate) fn flush(&self, pool: &Common) {
+    /// Sends a flush that no request has asked for. The next receive takes in its answer. Returns
+    /// whether there was room for it.
+    pub(crate) fn flush(&self, pool: &Common) -> bool {
         let mut state = self.lock();
-        if state.broken || state.free.is_empty() {
-            return pool.want_flush();
+        if state.broken || self.is_closing() || state.free.is_empty() {
+            return false;
         }
-        let (index, cookie) = state.next_cookie();
-        state.out.push(&wire::request(Command::Flush, 0, cookie, 0, 0));
         let work = Work::Flush;
+        let (index, cookie) = state.next_cookie(work);
+        state.out.push(&wire::request(Command::Flush, 0, cookie, 0, 0));
         state.table[usize::from(index)] =
-            Some(Sent { cookie, item: None, queue: QueueIndex(0), work, offset: 0, len: 0 });
+            Some(Sent { cookie, item: None, queue: NO_QUEUE, work, offset: 0, len: 0 });
+        pool.own_flush.sent();
         pool.sent();
         self.count(&state, pool);
         // What fails here is seen by what receives.
         let _ = self.send(&mut state);
+        true
     }
 
     /// The connection has ended: takes out what it had not answered, with the ranges that it may
@@ -326,6 +355,7 @@ impl Link {
         let (mut items, mut ranges) = (Vec::new(), Vec::new());
         let mut left: Vec<Sent> = (0..DEPTH).filter_map(|index| state.take(index)).collect();
         left.sort_by_key(|sent| sent.cookie);
+        let has_own_flush = left.iter().any(|sent| sent.queue == NO_QUEUE);
         for sent in left {
             if sent.work.is_change() {
                 ranges.push(sent.offset..sent.offset + sent.len);
@@ -334,7 +364,7 @@ impl Link {
         }
         state.out = Outgoing::default();
         self.busy.store(0, Ordering::Relaxed);
-        Some(Left { items, ranges })
+        Some(Left { items, ranges, has_own_flush })
     }
 
     /// A queue is gone: what it has in flight is no queue's. Its memory is not touched any more.
@@ -353,12 +383,12 @@ impl State {
         Some(sent)
     }
 
-    fn next_cookie(&mut self) -> (u8, u64) {
+    fn next_cookie(&mut self, work: Work) -> (u8, u64) {
         let index = self.free.pop().expect("looked at before");
         // The upper half stays: it is the connection's (`answers`).
         let counter = self.sequence.wrapping_add(1 << 8) & 0xffff_ff00;
         self.sequence = self.sequence & !0xffff_ffff | counter;
-        (index, self.sequence | u64::from(index))
+        (index, self.sequence | u64::from(answers::low_byte(index, work == Work::Flush)))
     }
 
     /// Encodes what waits, as far as there is room. Returns whether there was none.
@@ -398,7 +428,7 @@ impl State {
             Work::Zeroes { may_unmap: true } => (Command::WriteZeroes, 0),
             Work::Zeroes { may_unmap: false } => (Command::WriteZeroes, wire::NO_HOLE),
         };
-        let (index, cookie) = self.next_cookie();
+        let (index, cookie) = self.next_cookie(work);
         // Before the first byte of it can be read by the server.
         if work.is_change() {
             pool.set_mark(link.slot, index.into(), Mark::new(offset, len));

@@ -174,7 +174,7 @@ impl Pool {
 
     /// A connection has ended.
     pub(crate) fn lost(&self, link: &Arc<Link>, why: &str) {
-        let Some(Left { items, ranges }) = link.break_off() else { return };
+        let Some(Left { items, ranges, has_own_flush }) = link.break_off() else { return };
         let until = self.host.clock() + self.options.settle;
         self.old.add(ranges, until, link.server, self.marks());
         if let Some(marks) = self.marks() {
@@ -204,6 +204,9 @@ impl Pool {
             if let Some(item) = item {
                 self.post(queue, [self.blame(item)]);
             }
+        }
+        if has_own_flush {
+            self.own_flush.undone();
         }
         self.wake_keeper();
         self.notify_all();

@@ -113,7 +113,9 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
             let sockets: Vec<(usize, OwnedFd)> = (0..LINKS)
                 .filter_map(|slot| Some((slot, storage.file(&key(slot))?.into())))
                 .collect();
-            answers::take_in(&sockets, marks);
+            if answers::take_in(&sockets, marks) {
+                pool.flush_failed();
+            }
             for (_, socket) in &sockets {
                 // Also for what else has it, whatever was half said. It may have ended already.
                 let _ = shutdown(socket, Shutdown::Both);
@@ -156,6 +158,8 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
         pool.changed(&slots);
         links
     };
+    // One on its way ends with its connection; it is sent again if the disk comes back.
+    pool.own_flush.undone();
     let storage = pool.host.storage();
     let mut text = RESTING.to_owned();
     for link in links.iter().flatten() {

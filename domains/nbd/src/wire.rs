@@ -21,6 +21,15 @@ pub const NO_HOLE: u16 = 1 << 1;
 pub mod error {
     /// The server is going down.
     pub const SHUTDOWN: u32 = 108;
+
+    /// An error as the server has told it. None says that a request was given up here.
+    #[must_use]
+    pub fn told(error: u32) -> std::io::Error {
+        const ECANCELED: u32 = 125;
+        const EINVAL: u32 = 22;
+        let known = if error == ECANCELED || error > 4095 { EINVAL } else { error };
+        std::io::Error::from_raw_os_error(known as i32)
+    }
 }
 
 /// What is asked for.

@@ -1,9 +1,87 @@
 //! Servers that fail to make data durable, and those that offer no way to ask for it.
 
 use crate::common::Server;
+use crate::common::scripted::{Answer, CAN_FLUSH, FLAGS, FLUSH, Scripted};
 use domain_api::Status;
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_nbd::NbdDisk;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const EIO: u32 = 5;
+const EINVAL: u32 = 22;
+const ENOSPC: u32 = 28;
+const ESHUTDOWN: u32 = 108;
+
+/// A server whose first flush is answered like this, and all others well. Counts those.
+fn first_flush(answer: fn() -> Answer) -> (Scripted, Arc<AtomicUsize>) {
+    let (seen, good) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&good);
+    let server = Scripted::new(FLAGS | CAN_FLUSH, move |_, kind| match kind {
+        FLUSH if seen.fetch_add(1, Ordering::SeqCst) == 0 => answer(),
+        FLUSH => {
+            count.fetch_add(1, Ordering::SeqCst);
+            Answer::Good
+        }
+        _ => Answer::Good,
+    });
+    (server, good)
+}
+
+#[test]
+fn a_flush_that_failed_is_not_followed_by_one_that_goes_well() {
+    const FAILS: [fn() -> Answer; 3] =
+        [|| Answer::Error(EIO), || Answer::Error(EINVAL), || Answer::Error(ENOSPC)];
+    for fails in FAILS {
+        let (server, _) = first_flush(fails);
+        let storage = TestStorage::new();
+        let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
+        let mut lane = bench.lane(0).unwrap();
+        assert_eq!(lane.one(Job::write(0, vec![1; 4096])).unwrap().status, Status::Ok);
+        for _ in 0..3 {
+            assert_eq!(lane.one(Job::flush()).unwrap().status, Status::IoError);
+        }
+        assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::Ok);
+        drop(lane);
+        bench.retire().unwrap();
+        // Nor by one of a successor.
+        assert!(storage.failure().is_some());
+    }
+}
+
+#[test]
+fn a_flush_of_our_own_that_failed_is_not_forgotten() {
+    let (server, _) = first_flush(|| Answer::Error(EIO));
+    let storage = TestStorage::new();
+    let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
+    let mut lane = bench.lane(0).unwrap();
+    assert_eq!(lane.one(Job::write(0, vec![1; 4096])).unwrap().status, Status::Ok);
+    bench.instance.set_write_cache(false).unwrap();
+    assert!(storage.failure().is_some(), "its answer is not awaited, or not looked at");
+    assert_eq!(lane.one(Job::flush()).unwrap().status, Status::IoError);
+    drop(lane);
+    bench.retire().unwrap();
+}
+
+#[test]
+fn what_was_written_is_durable_when_the_write_cache_has_been_turned_off() {
+    const BADLY: [fn() -> Answer; 3] =
+        [|| Answer::Good, || Answer::Close, || Answer::Error(ESHUTDOWN)];
+    for (at, badly) in BADLY.into_iter().enumerate() {
+        let (server, good) = first_flush(badly);
+        let storage = TestStorage::new();
+        let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
+        let mut lane = bench.lane(0).unwrap();
+        assert_eq!(lane.one(Job::write(0, vec![1; 4096])).unwrap().status, Status::Ok);
+        bench.instance.set_write_cache(false).unwrap();
+        if at > 0 {
+            assert!(good.load(Ordering::SeqCst) > 0, "no flush was answered well");
+        }
+        assert_eq!(storage.failure(), None);
+        drop(lane);
+        bench.retire().unwrap();
+    }
+}
 
 #[test]
 fn a_server_that_announces_no_flush_is_asked_for_none() {
