@@ -1,6 +1,6 @@
 //! What the connections, the queues and the keeper of an instance have in common.
 
-use crate::job::{Job, Mail, Suspect};
+use crate::job::{Item, Job, Mail, Suspect};
 use crate::marks::{Mark, Marks};
 use crate::old::Old;
 use crate::own_flush::OwnFlush;
@@ -14,6 +14,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+/// Deaths from which on a request is sent alone.
+const SUSPECT: u32 = 3;
+/// Deaths after which a request is answered with an error.
+const MOST_DEATHS: u32 = 5;
 /// Most queues that there are.
 const QUEUES: usize = u64::BITS as usize;
 
@@ -185,9 +189,21 @@ impl Common {
         end
     }
 
-    /// Counts one more suspect.
-    pub(crate) fn new_suspect(&self) -> Suspect {
-        Suspect::new(&self.suspects)
+    /// Counts one more end of a connection, or the like, against a request: it is sent again, alone
+    /// if that has happened often, or answered with an error if it has happened too often.
+    pub(crate) fn blame(&self, mut item: Item, why: &str) -> Mail {
+        let job = &mut item.job;
+        job.deaths += 1;
+        if job.deaths >= SUSPECT && job.suspect.is_none() {
+            job.suspect = Some(Suspect::new(&self.suspects));
+        }
+        if job.deaths < MOST_DEATHS {
+            return Mail::Again(item);
+        }
+        self.host.count("nbd_quarantined", 1);
+        let Item { request, job } = item;
+        let error = io::Error::other(why.to_owned());
+        Mail::Done(self.concluded(PortEnd { request, job, result: Err(error) }))
     }
 
     // The keeper.

@@ -31,6 +31,8 @@ pub struct Job {
     pub(crate) done: u64,
     /// How many connections have died on it.
     pub(crate) deaths: u32,
+    /// How often a server has said that it is going down, instead of an answer.
+    pub(crate) refusals: u32,
     /// It was sent before: nothing newer than it was sent since to the same place.
     pub(crate) is_repeated: bool,
     /// It is counted among those that may be what connections die of.
@@ -39,7 +41,7 @@ pub struct Job {
 
 impl Job {
     pub(crate) const fn new(work: Work) -> Self {
-        Self { work, done: 0, deaths: 0, is_repeated: false, suspect: None }
+        Self { work, done: 0, deaths: 0, refusals: 0, is_repeated: false, suspect: None }
     }
 
     /// How many bytes there are to be done for `request`: none for a flush, also of one that has

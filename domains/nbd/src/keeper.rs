@@ -40,8 +40,11 @@ struct Keeper {
     pool: Arc<Pool>,
     /// What was last said of why there is no connection.
     said: Option<String>,
-    /// Further connections are not tried before then.
-    later: Option<Duration>,
+    /// Further connections are not tried before then, as long as there are as many as when the last
+    /// one was tried in vain.
+    later: Option<(Duration, usize)>,
+    /// How often in a row they were.
+    vain: u32,
     /// Has a flush of our own in flight.
     flushing: Option<Arc<Link>>,
     /// Connections in a row on which nothing was answered, and when the next one may be made.
@@ -52,7 +55,7 @@ struct Keeper {
 impl Keeper {
     fn new(pool: Arc<Pool>) -> Self {
         let not_before = Duration::ZERO;
-        Self { pool, said: None, later: None, flushing: None, barren: 0, not_before }
+        Self { pool, said: None, later: None, vain: 0, flushing: None, barren: 0, not_before }
     }
 }
 
@@ -66,24 +69,12 @@ impl Keeper {
 
     /// Does what is to be done; how long there is nothing more.
     fn keep(&mut self) -> Option<Duration> {
-        if self.pool.takes_going_down() {
-            let slots = self.pool.slots();
-            slots.links.iter().flatten().for_each(|link| link.close_when_idle());
-            self.pool.changed(&slots);
-        }
-        self.close_idle();
+        tend(&self.pool);
         let mut pause = self.reconnect();
         self.send_flush();
         self.receive_flush();
-        let pool = &self.pool;
-        if pool.old.settle(pool.host.clock(), pool.marks()) {
-            pool.notify_all();
-        }
-        if pool.old.len() > 0 || pool.own_flush.is_wanted() {
+        if self.pool.old.len() > 0 || self.pool.own_flush.is_wanted() {
             pause = Some(pause.unwrap_or(RETRY).min(RETRY));
-        }
-        if pool.has_timed_out() {
-            pool.notify_all();
         }
         pause
     }
@@ -114,40 +105,47 @@ impl Keeper {
         }
     }
 
-    /// Ends connections that are to be closed and have nothing in flight.
-    fn close_idle(&self) {
-        let links = self.pool.slots().links.clone();
-        for link in links.iter().flatten() {
-            if link.is_closing() && link.busy() == 0 {
-                self.pool.lost(link, "it was given up");
-            }
-        }
-    }
-
     /// Tries to have what is wanted; how long to wait before the next try.
     fn reconnect(&mut self) -> Option<Duration> {
         loop {
-            let (slot, is_first) = {
+            let (slot, there) = {
                 let slots = self.pool.slots();
                 let wanted = slots.wanted.max(1);
-                let free =
+                let slot =
                     (0..wanted).find(|slot| slots.links.get(*slot).is_none_or(Option::is_none))?;
-                (free, slots.links.iter().flatten().count() == 0)
+                (slot, slots.links.iter().flatten().count())
             };
+            let is_first = there == 0;
             let now = self.pool.host.clock();
-            if !is_first && self.later.is_some_and(|later| now < later) {
-                return self.later.map(|later| later - now);
-            }
             if is_first && now < self.not_before {
                 return Some(self.not_before - now);
             }
-            if let Err(why) = self.try_slot(slot) {
-                if self.pool.ending.load(Ordering::Relaxed) {
+            if !is_first {
+                // Its answer is the keeper's to take in.
+                if self.pool.own_flush.is_pending() {
+                    return Some(RETRY);
+                }
+                if let Some((later, of)) = self.later
+                    && there >= of
+                    && now < later
+                {
+                    return Some(later - now);
+                }
+            }
+            if let Err(why) = self.try_slot(slot, is_first) {
+                if is_over(&self.pool) {
                     return None;
                 }
+                if !is_first && is_needed(&self.pool) {
+                    continue;
+                }
                 if !is_first {
-                    self.later = Some(self.pool.host.clock() + LATER);
-                    return Some(LATER);
+                    let pause = LATER * (1 << self.vain.min(6));
+                    self.vain += 1;
+                    self.later = Some((self.pool.host.clock() + pause, there));
+                    // Until a queue asks for more again.
+                    self.pool.slots().wanted = there;
+                    return Some(pause);
                 }
                 if self.said.as_ref() != Some(&why) {
                     let line = format!("cannot connect to {}: {why}; trying on", self.pool.target);
@@ -160,9 +158,16 @@ impl Keeper {
         }
     }
 
-    fn try_slot(&mut self, slot: usize) -> Result<(), String> {
+    fn try_slot(&mut self, slot: usize, is_first: bool) -> Result<(), String> {
         let pool = &self.pool;
-        let stop = || pool.ending.load(Ordering::Relaxed) || pool.resting.load(Ordering::Relaxed);
+        let stop = || {
+            if is_over(pool) {
+                return true;
+            }
+            // Nothing else is to wait for a server that does not greet.
+            tend(pool);
+            !is_first && is_needed(pool)
+        };
         let last = pool.slots().address;
         let (socket, export) =
             connect::connect(&pool.target, last, &stop).map_err(|refusal| refusal.to_string())?;
@@ -190,6 +195,9 @@ impl Keeper {
             pool.host.count("nbd_reconnects", 1);
         }
         self.said = None;
+        if !is_first {
+            (self.later, self.vain) = (None, 0);
+        }
         self.pool.notify_all();
         Ok(())
     }
@@ -220,11 +228,45 @@ impl Keeper {
         let ended: Vec<bool> =
             watched[1..].iter().map(|watched| !watched.revents().is_empty()).collect();
         for (link, _) in links.iter().zip(ended).filter(|(_, ended)| *ended) {
-            if link.is_at_rest() && !self.pool.resting.load(Ordering::Relaxed) {
+            // Nothing is awaited on it, so whatever is half said is of no use.
+            if link.busy() == 0 && !self.pool.resting.load(Ordering::Relaxed) {
                 self.pool.lost(link, "the server has closed it");
             }
         }
     }
+}
+
+/// Does what depends on no server: what is to be closed, what has settled, what has timed out.
+fn tend(pool: &Pool) {
+    if pool.takes_going_down() {
+        let slots = pool.slots();
+        slots.links.iter().flatten().for_each(|link| link.close_when_idle());
+        pool.changed(&slots);
+    }
+    let links = pool.slots().links.clone();
+    for link in links.iter().flatten() {
+        if link.is_closing() && link.busy() == 0 {
+            pool.lost(link, "it was given up");
+        }
+    }
+    let has_settled = pool.old.len() > 0 && {
+        // Under the lock that resting begins with: the marks are a successor's then.
+        let _slots = pool.slots();
+        !pool.resting.load(Ordering::Relaxed) && pool.old.settle(pool.host.clock(), pool.marks())
+    };
+    if has_settled || pool.has_timed_out() {
+        pool.notify_all();
+    }
+}
+
+/// Whether the keeper is to change nothing any more, for now or for good.
+fn is_over(pool: &Pool) -> bool {
+    pool.ending.load(Ordering::Relaxed) || pool.resting.load(Ordering::Relaxed)
+}
+
+/// Whether the keeper has more to do than to have a further connection.
+fn is_needed(pool: &Pool) -> bool {
+    pool.lost_for().is_some() || pool.own_flush.is_pending()
 }
 
 /// Takes a new connection into use.

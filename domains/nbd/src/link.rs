@@ -30,6 +30,9 @@ const RECEIVED: usize = 256 << 10;
 const MOST_OUT: usize = 1 << 20;
 /// How often a turn receives: others want to be served, too.
 const ROUNDS: usize = 8;
+/// How often a request may be answered by a server that it is going down. Each connection to it
+/// may say so once before it is left.
+const MOST_REFUSALS: u32 = 20;
 /// Whose a flush is that no request has asked for.
 const NO_QUEUE: QueueIndex = QueueIndex(u32::MAX);
 /// Largest trim and write-zeroes: 4 GiB less the largest block.
@@ -258,7 +261,9 @@ impl Link {
     fn ended(&self, state: &mut State, index: usize, error: u32, pool: &Common, lists: &mut Lists) {
         let sent = state.take(index).expect("the decoder has found it");
         self.count(state, pool);
-        pool.note_answer();
+        if error != wire::error::SHUTDOWN {
+            pool.note_answer();
+        }
         pool.answered(sent.item.as_ref().map(|item| &item.job));
         if sent.work.is_change() {
             pool.clear_mark(self.slot, index);
@@ -279,7 +284,14 @@ impl Link {
             wire::error::SHUTDOWN => {
                 self.close_when_idle();
                 pool.going_down();
-                Mail::Again(Item { request, job })
+                job.refusals += 1;
+                let item = Item { request, job };
+                // One that goes down does so at some time.
+                if item.job.refusals > MOST_REFUSALS {
+                    pool.blame(item, "the server says that it is going down, again and again")
+                } else {
+                    Mail::Again(item)
+                }
             }
             error => {
                 let result = Err(wire::error::told(error));

@@ -51,6 +51,12 @@ impl OwnFlush {
         state.sent > state.answered
     }
 
+    /// Whether one is to be sent, or on its way.
+    pub(crate) fn is_pending(&self) -> bool {
+        let state = self.lock();
+        state.asked > state.answered
+    }
+
     /// One is sent, which covers all that were asked for.
     pub(crate) fn sent(&self) {
         let mut state = self.lock();
@@ -93,7 +99,7 @@ mod tests {
     #[test]
     fn a_flush_covers_what_was_asked_for_before_it_was_sent() {
         let flush = OwnFlush::default();
-        assert!(!flush.is_wanted() && !flush.is_in_flight());
+        assert!(!flush.is_wanted() && !flush.is_pending());
         let (first, second) = (flush.ask(), flush.ask());
         assert!(flush.is_wanted() && !flush.is_in_flight());
         flush.sent();
@@ -109,6 +115,6 @@ mod tests {
         assert!(flush.is_wanted() && !is_answered(third), "it is sent again");
         flush.sent();
         flush.answered();
-        assert!(is_answered(third) && !flush.is_wanted());
+        assert!(is_answered(third) && !flush.is_pending());
     }
 }

@@ -9,11 +9,9 @@
 
 use crate::announced::Announced;
 use crate::common::{Common, Options, lock};
-use crate::job::{Item, Mail};
 use crate::link::{Left, Link};
 use crate::uri::Target;
 use domain_api::{Host, Level, QueueIndex};
-use domain_io::engine::PortEnd;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,10 +20,6 @@ use std::time::Duration;
 
 /// How many requests servers read at a time from one connection.
 pub(crate) const READ_AT_ONCE: usize = 16;
-/// Deaths from which on a request is sent alone.
-const SUSPECT: u32 = 3;
-/// Deaths after which a request is answered with an error.
-const MOST_DEATHS: u32 = 5;
 
 /// Which connections there are.
 #[derive(Debug, Default)]
@@ -110,7 +104,8 @@ impl Pool {
 
     /// Which connections there are has changed: queues are to look again. With `slots` held.
     pub(crate) fn changed(&self, slots: &Slots) {
-        let is_lost = !slots.links.iter().flatten().any(|link| !link.is_closing());
+        // One that is to be closed still answers what is in flight, and is not lost until then.
+        let is_lost = slots.links.iter().flatten().next().is_none();
         let was_lost = self.lost_since_ns.load(Ordering::Relaxed) != 0;
         if is_lost && !was_lost {
             let now = u64::try_from(self.host.clock().as_nanos()).unwrap_or(u64::MAX).max(1);
@@ -153,25 +148,6 @@ impl Pool {
         self.notify_all();
     }
 
-    /// A request whose connection has died: sent again, alone if that has happened often, or
-    /// answered with an error if it has happened too often.
-    fn blame(&self, mut item: Item) -> Mail {
-        let job = &mut item.job;
-        job.deaths += 1;
-        job.is_repeated = true;
-        if job.deaths >= SUSPECT && job.suspect.is_none() {
-            job.suspect = Some(self.new_suspect());
-        }
-        if job.deaths < MOST_DEATHS {
-            return Mail::Again(item);
-        }
-        self.host.count("nbd_quarantined", 1);
-        let Item { request, job } = item;
-        let error =
-            io::Error::other(format!("{MOST_DEATHS} connections have ended while it was served"));
-        Mail::Done(self.concluded(PortEnd { request, job, result: Err(error) }))
-    }
-
     /// A connection has ended.
     pub(crate) fn lost(&self, link: &Arc<Link>, why: &str) {
         let Some(Left { items, ranges, has_own_flush }) = link.break_off() else { return };
@@ -201,8 +177,10 @@ impl Pool {
         }
         for (queue, item) in items {
             self.answered(item.as_ref().map(|item| &item.job));
-            if let Some(item) = item {
-                self.post(queue, [self.blame(item)]);
+            if let Some(mut item) = item {
+                item.job.is_repeated = true;
+                let mail = self.blame(item, "connection after connection has ended on it");
+                self.post(queue, [mail]);
             }
         }
         if has_own_flush {

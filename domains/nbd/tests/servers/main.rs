@@ -4,4 +4,5 @@
 mod common;
 mod failing;
 mod hostile;
+mod keeping;
 mod real;
