@@ -3,7 +3,7 @@
 //! - [`file_io`]: opening images and devices, their alignment and locks, reads and writes straight
 //!   from and to guest memory.
 //! - [`uring`]: the same without a thread per request.
-//! - [`socket`]: being woken when a socket is ready.
+//! - [`socket`]: being woken when a socket is ready; [`tcp`]: whether the other end is there.
 //! - [`engine`]: what lies between the host's batches and such storage: what is in flight, what has
 //!   to wait for what, and what cannot be done as it is.
 //!
@@ -13,6 +13,7 @@ mod aligned;
 pub mod engine;
 pub mod file_io;
 pub mod socket;
+pub mod tcp;
 pub mod uring;
 
 pub use aligned::Aligned;

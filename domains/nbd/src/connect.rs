@@ -72,6 +72,15 @@ fn or_last(
     found.or_else(|error| last.map(|last| vec![last]).ok_or(error))
 }
 
+/// Ends a connection, also for other holders of it. What the kernel has not got rid of yet is not
+/// sent any more: over TCP it could reach the server much later, on top of what was newer.
+pub(crate) fn end(socket: &OwnedFd) {
+    // It may have ended already.
+    let _ = net::shutdown(socket, net::Shutdown::Both);
+    // A Unix socket knows no such call; what was sent on it is there at once.
+    let _ = net::connect_unspec(socket);
+}
+
 /// Where a connection leads to, if it is to a host.
 pub(crate) fn address(socket: &OwnedFd) -> Option<SocketAddr> {
     socket.try_clone().map(TcpStream::from).and_then(|stream| stream.peer_addr()).ok()
@@ -233,6 +242,32 @@ mod tests {
         let socket = connect_tcp(&[there, good], deadline, &|| false).unwrap();
         assert!(Instant::now() < deadline, "no time is left for the handshake");
         assert_eq!(address(&socket), Some(good));
+    }
+
+    #[test]
+    fn what_a_host_has_not_taken_is_not_sent_after_the_end() {
+        use std::io::ErrorKind;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut theirs, _) = listener.accept().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        while let Ok(written) = ours.write(&[1; 1 << 16]) {
+            sent += written;
+        }
+        // Another holder, as storage is one.
+        let _kept = ours.try_clone().unwrap();
+        end(&OwnedFd::from(ours));
+        let (mut read, mut buffer) = (0, vec![0; 1 << 16]);
+        let why = loop {
+            match theirs.read(&mut buffer) {
+                Ok(0) => break None,
+                Ok(more) => read += more,
+                Err(error) => break Some(error.kind()),
+            }
+        };
+        assert_eq!(why, Some(ErrorKind::ConnectionReset));
+        assert!(read < sent, "all {sent} bytes have come");
     }
 
     #[test]

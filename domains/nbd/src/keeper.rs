@@ -247,6 +247,8 @@ fn tend(pool: &Pool) {
     for link in links.iter().flatten() {
         if link.is_closing() && link.busy() == 0 {
             pool.lost(link, "it was given up");
+        } else if link.is_unheard() {
+            pool.lost(link, "its host does not acknowledge what is sent to it");
         }
     }
     let has_settled = pool.old.len() > 0 && {

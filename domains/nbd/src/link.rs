@@ -9,6 +9,7 @@
 
 use crate::answers;
 use crate::common::Common;
+use crate::connect;
 use crate::job::{Item, Lists, Mail, Work};
 use crate::marks::{DEPTH, Mark};
 use crate::negotiate::Export;
@@ -17,7 +18,8 @@ use crate::server::Process;
 use crate::wire::{self, Command, Decoder, Event};
 use domain_api::QueueIndex;
 use domain_io::engine::PortEnd;
-use rustix::net::{self, RecvFlags, Shutdown};
+use domain_io::tcp;
+use rustix::net::{self, RecvFlags};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,6 +32,9 @@ const RECEIVED: usize = 256 << 10;
 const MOST_OUT: usize = 1 << 20;
 /// How often a turn receives: others want to be served, too.
 const ROUNDS: usize = 8;
+/// How often data is sent again that a host does not acknowledge, until it is taken for gone. Some
+/// 50 s: what takes the way of a switch that starts anew is not given up.
+const UNHEARD: u8 = 8;
 /// How often a request may be answered by a server that it is going down. Each connection to it
 /// may say so once before it is left.
 const MOST_REFUSALS: u32 = 20;
@@ -153,8 +158,13 @@ impl Link {
 
     /// Ends the connection, also where another process has a descriptor of it.
     pub(crate) fn shut(&self) {
-        // It may have ended already.
-        let _ = net::shutdown(&self.socket, Shutdown::Both);
+        connect::end(&self.socket);
+    }
+
+    /// Whether the server's host does not acknowledge what is sent to it. One that does not read
+    /// does.
+    pub(crate) fn is_unheard(&self) -> bool {
+        self.busy() > 0 && tcp::retransmissions(self.socket()).is_some_and(|count| count >= UNHEARD)
     }
 
     /// Sends and receives what can be, for the queue of `lists`. An error is the connection's end.

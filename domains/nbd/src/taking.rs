@@ -16,7 +16,6 @@ use crate::pool::Pool;
 use crate::server::Process;
 use crate::uri::{Server, Target};
 use domain_api::{DomainError, Host};
-use rustix::net::{Shutdown, shutdown};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -117,8 +116,8 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
                 pool.flush_failed();
             }
             for (_, socket) in &sockets {
-                // Also for what else has it, whatever was half said. It may have ended already.
-                let _ = shutdown(socket, Shutdown::Both);
+                // Whatever was half said.
+                connect::end(socket);
             }
         }
     }
