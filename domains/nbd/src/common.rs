@@ -48,6 +48,8 @@ pub(crate) struct Common {
     /// One of them is in flight.
     alone: AtomicBool,
     pub(crate) own_flush: OwnFlush,
+    /// Something was changed since a flush was sent that was answered.
+    unflushed: AtomicBool,
     is_going_down: AtomicBool,
     /// Something was answered since the keeper asked.
     has_answers: AtomicBool,
@@ -73,6 +75,7 @@ impl Common {
             suspects: Arc::default(),
             alone: AtomicBool::new(false),
             own_flush: OwnFlush::default(),
+            unflushed: AtomicBool::new(false),
             is_going_down: AtomicBool::new(false),
             has_answers: AtomicBool::new(false),
             keeper: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -222,6 +225,23 @@ impl Common {
         let number = self.own_flush.ask();
         self.wake_keeper();
         number
+    }
+
+    /// A change was answered well, or a flush that was sent has not made durable what was.
+    #[inline]
+    pub(crate) fn note_unflushed(&self) {
+        // SeqCst here and below: a change that was answered before a flush is sent is noted before
+        // that, or covered by it. A line that all queues read, as long as nothing is flushed.
+        if !self.unflushed.load(Ordering::SeqCst) {
+            self.unflushed.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// A flush is about to be sent, or what was not flushed has been told of. Whether there was
+    /// any.
+    #[inline]
+    pub(crate) fn takes_unflushed(&self) -> bool {
+        self.unflushed.swap(false, Ordering::SeqCst)
     }
 
     /// The server has answered a flush with an error. What its kernel says once, it does not say

@@ -288,6 +288,20 @@ pub(crate) fn add(
         marks.set_nonce(slot, nonce);
     }
     let link = Arc::new(Link::new(slot, slots.names, socket, export, nonce));
+    let before = slots.server.replace(link.server);
+    if slots.links.iter().all(Option::is_none)
+        && before.is_some_and(|before| link.server.is_none() || before != link.server)
+        && pool.told().flush
+        && pool.takes_unflushed()
+    {
+        pool.host.count("nbd_unflushed", 1);
+        let line = format!(
+            "another server may have come for {}, with writes answered before that the guest has not flushed yet: \
+             what the one before has not left to its storage is lost, and the guest's next flush does not say so",
+            pool.target
+        );
+        pool.host.log(Level::Warn, &line);
+    }
     if slots.links.len() <= slot {
         slots.links.resize(slot + 1, None);
     }

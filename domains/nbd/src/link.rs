@@ -88,7 +88,8 @@ pub(crate) struct Left {
     pub(crate) items: Vec<(QueueIndex, Option<Item>)>,
     /// What it may still change.
     pub(crate) ranges: Vec<Range<u64>>,
-    /// A flush that no request has asked for was among it.
+    /// A flush was among it, and one that no request has asked for.
+    pub(crate) has_flush: bool,
     pub(crate) has_own_flush: bool,
 }
 
@@ -278,6 +279,9 @@ impl Link {
         if sent.work.is_change() {
             pool.clear_mark(self.slot, index);
         }
+        if sent.work.is_change() && error == 0 || sent.work == Work::Flush && error != 0 {
+            pool.note_unflushed();
+        }
         let Some(Item { request, mut job }) = sent.item else {
             return self.ended_without_request(sent.work, sent.queue, error, pool);
         };
@@ -358,6 +362,7 @@ impl Link {
         state.out.push(&wire::request(Command::Flush, 0, cookie, 0, 0));
         state.table[usize::from(index)] =
             Some(Sent { cookie, item: None, queue: NO_QUEUE, work, offset: 0, len: 0 });
+        pool.takes_unflushed();
         pool.own_flush.sent();
         pool.sent();
         self.count(&state, pool);
@@ -377,6 +382,7 @@ impl Link {
         let (mut items, mut ranges) = (Vec::new(), Vec::new());
         let mut left: Vec<Sent> = (0..DEPTH).filter_map(|index| state.take(index)).collect();
         left.sort_by_key(|sent| sent.cookie);
+        let has_flush = left.iter().any(|sent| sent.work == Work::Flush);
         let has_own_flush = left.iter().any(|sent| sent.queue == NO_QUEUE);
         for sent in left {
             if sent.work.is_change() {
@@ -386,7 +392,7 @@ impl Link {
         }
         state.out = Outgoing::default();
         self.busy.store(0, Ordering::Relaxed);
-        Some(Left { items, ranges, has_own_flush })
+        Some(Left { items, ranges, has_flush, has_own_flush })
     }
 
     /// A queue is gone: what it has in flight is no queue's. Its memory is not touched any more.
@@ -451,6 +457,9 @@ impl State {
             Work::Zeroes { may_unmap: false } => (Command::WriteZeroes, wire::NO_HOLE),
         };
         let (index, cookie) = self.next_cookie(work);
+        if work == Work::Flush {
+            pool.takes_unflushed();
+        }
         // Before the first byte of it can be read by the server.
         if work.is_change() {
             pool.set_mark(link.slot, index.into(), Mark::new(offset, len));

@@ -10,6 +10,7 @@
 use crate::announced::Announced;
 use crate::common::{Common, Options, lock};
 use crate::link::{Left, Link};
+use crate::server::Process;
 use crate::uri::Target;
 use domain_api::{Host, Level, QueueIndex};
 use std::io;
@@ -31,6 +32,8 @@ pub(crate) struct Slots {
     pub(crate) allowed: usize,
     /// Names given so far.
     pub(crate) names: u32,
+    /// What serves the last one, if there was any.
+    pub(crate) server: Option<Option<Process>>,
     /// Where the last one leads to, if the server is at a host.
     pub(crate) address: Option<SocketAddr>,
 }
@@ -150,7 +153,11 @@ impl Pool {
 
     /// A connection has ended.
     pub(crate) fn lost(&self, link: &Arc<Link>, why: &str) {
-        let Some(Left { items, ranges, has_own_flush }) = link.break_off() else { return };
+        let Some(left) = link.break_off() else { return };
+        let Left { items, ranges, has_flush, has_own_flush } = left;
+        if has_flush {
+            self.note_unflushed();
+        }
         let until = self.host.clock() + self.options.settle;
         self.old.add(ranges, until, link.server, self.marks());
         if let Some(marks) = self.marks() {
