@@ -51,7 +51,7 @@ impl Disk {
         if !pool.own_flush.wait(number, DURABLE_WITHIN, is_in_vain) && !is_in_vain() {
             let line = format!(
                 "the write cache was turned off, and {} has not answered the flush for it in {} s: what was \
-                 written before may not be durable yet; it is asked for on",
+                 written before may not be durable until it does",
                 pool.target,
                 DURABLE_WITHIN.as_secs()
             );

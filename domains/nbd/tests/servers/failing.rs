@@ -6,7 +6,7 @@ use domain_api::Status;
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_nbd::NbdDisk;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const EIO: u32 = 5;
 const EINVAL: u32 = 22;
@@ -81,6 +81,29 @@ fn what_was_written_is_durable_when_the_write_cache_has_been_turned_off() {
         drop(lane);
         bench.retire().unwrap();
     }
+}
+
+#[test]
+fn a_server_that_does_not_answer_the_flush_does_not_hold_up_the_frontend() {
+    let is_free = Arc::new(AtomicBool::new(false));
+    let held = Arc::clone(&is_free);
+    let server = Scripted::new(FLAGS | CAN_FLUSH, move |_, kind| match kind {
+        FLUSH => Answer::Held(Arc::clone(&held)),
+        _ => Answer::Good,
+    });
+    let storage = TestStorage::new();
+    let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
+    bench.instance.set_write_cache(false).unwrap();
+    let lines = bench.host.lines();
+    assert!(lines.iter().any(|(_, line)| line.contains("has not answered the flush")), "{lines:?}");
+    // It serves meanwhile, and is asked for a flush again when that is answered.
+    let mut lane = bench.lane(0).unwrap();
+    assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::Ok);
+    is_free.store(true, Ordering::SeqCst);
+    bench.instance.set_write_cache(false).unwrap();
+    assert_eq!(bench.host.lines().len(), lines.len(), "{:?}", bench.host.lines());
+    drop(lane);
+    bench.retire().unwrap();
 }
 
 #[test]

@@ -103,7 +103,7 @@ fn a_connection_that_is_lost_is_made_anew_while_another_is_not_greeted() {
         let begun = Instant::now();
         assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::Ok);
         // The handshake in vain goes on for 10 s otherwise.
-        assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     });
 }
 
@@ -121,7 +121,7 @@ fn a_timeout_is_seen_while_a_server_does_not_greet() {
     let mut lane = bench.lane(0).unwrap();
     let begun = Instant::now();
     assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::IoError);
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     drop(lane);
     bench.retire().unwrap();
 }
@@ -132,9 +132,9 @@ fn the_write_cache_is_turned_off_while_a_further_connection_is_not_greeted() {
         &[],
         |_, _| Answer::Good,
         |_, bench| {
-            let begun = Instant::now();
             bench.instance.set_write_cache(false).unwrap();
-            assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+            let lines = bench.host.lines();
+            assert!(!lines.iter().any(|(_, line)| line.contains("has not answered")), "{lines:?}");
         },
     );
 }
