@@ -166,7 +166,7 @@ fn serve(mut stream: UnixStream, answer: impl Fn(u16) -> Answer) -> io::Result<(
                 let writer = Arc::clone(&writer);
                 std::thread::spawn(move || {
                     while !is_free.load(Ordering::SeqCst) {
-                        std::thread::sleep(Duration::from_millis(1));
+                        std::thread::sleep(Duration::from_millis(20));
                     }
                     let _ = writer.lock().unwrap().write_all(&good());
                 });
