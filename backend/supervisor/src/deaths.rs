@@ -4,7 +4,7 @@
 //! time; a program that never gets to serve is replaced by the one before, a domain that has ended
 //! its process twice by the standby's module, and a request that was the oldest of its queue at
 //! three such ends is not run again. What was killed from outside (SIGKILL) was not the fault of
-//! a domain or of a request.
+//! a domain or of a request, unless the supervisor has killed it, because it stood still.
 
 use channel::Quarantined;
 use serde::{Deserialize, Serialize};
@@ -88,14 +88,15 @@ impl Deaths {
     /// A server has died.
     pub fn died(&mut self, death: &Death, choices: Choices) -> Next {
         self.count += 1;
-        if death.served.is_some_and(|served| served >= CALM) {
-            let (count, quarantined_count) = (self.count, self.quarantined_count);
-            *self = Self { count, quarantined_count, ..Self::default() };
+        let is_blamed = std::mem::take(&mut self.is_blamed);
+        // Of one that has stood still, it was said before how long it had moved.
+        if !is_blamed && death.served.is_some_and(|served| served >= CALM) {
+            self.forgive();
         }
         self.soon =
             if death.served.is_some_and(|served| served >= SERVED) { 0 } else { self.soon + 1 };
         self.starts = if death.served.is_some() { 0 } else { self.starts + 1 };
-        let is_crash = std::mem::take(&mut self.is_blamed) || death.is_crash;
+        let is_crash = is_blamed || death.is_crash;
         if is_crash {
             self.crashes += 1;
             self.suspect(&death.oldest);
@@ -156,8 +157,12 @@ impl Deaths {
         &self.quarantined
     }
 
-    /// The server is about to be ended for what it does.
-    pub const fn blame_the_next(&mut self) {
+    /// The server is about to be ended because it stands still. It has `moved` for so long before:
+    /// a standstill is no calm, however long it takes to be noticed.
+    pub fn blame_the_next(&mut self, moved: Duration) {
+        if moved >= CALM {
+            self.forgive();
+        }
         self.is_blamed = true;
     }
 
@@ -249,6 +254,27 @@ mod tests {
             deaths.died(&crashed(counter), NOTHING);
         }
         assert_eq!(deaths.quarantined(), []);
+    }
+
+    #[test]
+    fn a_standstill_is_no_calm_however_long_it_takes_to_be_noticed() {
+        let stood_still = Death { is_crash: false, oldest: crashed(7).oldest, ..killed(30_000) };
+        let dies = |deaths: &mut Deaths, moved| {
+            deaths.blame_the_next(Duration::from_secs(moved));
+            deaths.died(&stood_still, ALL)
+        };
+        let takes = |next| matches!(next, Next::Start { takes_standby: true, .. });
+        let mut deaths = Deaths::default();
+        assert!(!takes(dies(&mut deaths, 0)) && !deaths.is_cautious());
+        assert!(takes(dies(&mut deaths, 9)) && deaths.is_cautious());
+        dies(&mut deaths, 0);
+        assert_eq!(deaths.quarantined(), stood_still.oldest);
+        // One that has moved for long is the first again, and is one.
+        assert!(!takes(dies(&mut deaths, 10)) && !deaths.is_cautious());
+        assert!(takes(dies(&mut deaths, 0)) && deaths.is_cautious());
+        // The next death has reasons of its own.
+        deaths.died(&killed(30_000), ALL);
+        assert!(!deaths.is_cautious() && deaths.count == 6);
     }
 
     #[test]

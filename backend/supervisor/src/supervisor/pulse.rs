@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 /// What is a standstill worth a word, if nothing is to be done about it.
 const WORTH_A_WORD: Duration = Duration::from_secs(10);
 
+/// A standstill is known after so many timeouts, at most, since the server moved last: one until it
+/// is asked, less than one until the answer names a worker, and one until that is enough.
+const TIMEOUTS: u32 = 3;
+
 /// How a server is asked, and what it has said.
 #[derive(Debug)]
 pub(super) struct Pulse {
@@ -135,7 +139,7 @@ impl Supervisor {
             let _ = server.channel.try_send(&ToServer::Ping { number }, &[]);
         }
         if is_silent && pulse.ends {
-            self.end_what_stands_still();
+            self.end_what_stands_still(now);
         } else if is_silent {
             log::error!(
                 "the server, process {pid}, has not answered for {:?}; if it is not stopped on \
@@ -145,11 +149,14 @@ impl Supervisor {
         }
     }
 
-    fn end_what_stands_still(&mut self) {
+    fn end_what_stands_still(&mut self, now: Instant) {
         if let Some(server) = &self.server {
-            log::error!("the server has not moved for {:?}, and is ended", self.pulse.timeout);
+            let timeout = self.pulse.timeout;
+            log::error!("the server has not moved for {timeout:?}, and is ended");
             server.kill();
-            self.deaths.blame_the_next();
+            let served = server.ready.map(|ready| now.saturating_duration_since(ready));
+            let stood = timeout.saturating_mul(TIMEOUTS);
+            self.deaths.blame_the_next(served.unwrap_or_default().saturating_sub(stood));
         }
     }
 
@@ -161,7 +168,7 @@ impl Supervisor {
         let now = Instant::now();
         self.pulse.answered(number, stuck, now);
         if self.pulse.is_over(now) {
-            return self.end_what_stands_still();
+            return self.end_what_stands_still(now);
         }
         let (begun, over) = self.pulse.news(now);
         if begun.is_empty() && over.is_empty() {

@@ -2,6 +2,7 @@
 
 mod ending;
 mod exchange;
+mod standstill;
 mod vaults;
 
 use super::candidate::Candidate;
