@@ -139,6 +139,11 @@ impl fmt::Display for Ended {
     }
 }
 
+/// Opens what says that a process has ended.
+fn open(pid: Pid) -> io::Result<OwnedFd> {
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+}
+
 /// A process that serves, or is about to.
 #[derive(Debug)]
 pub struct Server {
@@ -195,15 +200,25 @@ impl Server {
             // The terminal's signals are for the supervisor.
             .process_group(0);
         // What is not waited for here is reaped by its number.
-        let child = command.spawn()?;
+        let mut child = command.spawn()?;
         drop(theirs);
-        Self::of(&child, program, channel)
+        Self::of(&mut child, program, channel, open)
     }
 
-    fn of(child: &Child, program: &Program, channel: Channel) -> io::Result<Self> {
+    /// A child as one, whose death is seen at what `open` opens.
+    fn of(
+        child: &mut Child,
+        program: &Program,
+        channel: Channel,
+        open: impl FnOnce(Pid) -> io::Result<OwnedFd>,
+    ) -> io::Result<Self> {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| io::Error::other("a process without a number"))?;
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let pid = pid.ok_or_else(|| io::Error::other("a process without a number"));
+        let opened = pid.and_then(|pid| open(pid).map(|pidfd| (pid, pidfd)));
+        let (pid, pidfd) = opened.inspect_err(|_| {
+            // Nobody would hear of its end, or reap it.
+            let _ = child.kill().and_then(|()| child.wait());
+        })?;
         Ok(Self {
             pid,
             program: program.clone(),
@@ -322,13 +337,32 @@ pub(crate) struct Played {
 impl Server {
     /// A process that lives until it is killed, or until what it is played with is dropped; then
     /// it ends with status 0.
-    #[expect(clippy::zombie_processes, reason = "as any server, it is reaped by its number")]
     pub(crate) fn played() -> (Self, Played) {
         let (channel, theirs) = channel::pair().unwrap();
         let program = Program::open(Path::new("/bin/cat")).unwrap();
         let mut child = program.command().stdin(Stdio::piped()).spawn().unwrap();
         let _input = child.stdin.take().unwrap();
-        let server = Self::of(&child, &program, channel).unwrap();
+        let server = Self::of(&mut child, &program, channel, open).unwrap();
         (server, Played { channel: Channel::from_socket(theirs), _input })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    #[test]
+    fn a_process_whose_death_would_not_be_seen_is_ended_and_reaped() {
+        let (channel, _theirs) = channel::pair().unwrap();
+        let program = Program::open(Path::new("/bin/cat")).unwrap();
+        let mut child = program.command().stdin(Stdio::piped()).spawn().unwrap();
+        let _input = child.stdin.take().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
+        let exhausted = |_| Err(Errno::MFILE.into());
+        let error = Server::of(&mut child, &program, channel, exhausted).unwrap_err();
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::MFILE));
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        assert_eq!(waitid(WaitId::Pid(pid), options).unwrap_err(), Errno::CHILD);
     }
 }

@@ -16,6 +16,7 @@ mod reexecution;
 mod scripted;
 mod serving;
 mod spare;
+mod starting;
 mod storing;
 #[cfg(test)]
 mod tests;

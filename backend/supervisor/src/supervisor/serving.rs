@@ -1,15 +1,14 @@
-//! The server that has the device: its start, what it says, its death; and the frontend's session
-//! with it.
+//! The server that has the device: what it says, its death; and the frontend's session with it.
 
 use super::{AFTER_A_FAILURE, Supervisor, Which};
 use crate::deaths::{Choices, Death, Next};
 use crate::descriptor::Descriptor;
 use crate::front::{Facts, Phase, ServerFacts, SupervisorFacts};
-use crate::process::{Ended, Program, Server};
+use crate::process::{Ended, Server};
 use crate::region::Region;
 use crate::relay::Relay;
 use crate::session::Session;
-use channel::{Channel, Received, Start, ToServer, ToSupervisor, VERSION};
+use channel::{Channel, Received, ToServer, ToSupervisor, VERSION};
 use serde_json::json;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,59 +28,9 @@ pub(super) fn borrowed(descriptors: &[Descriptor]) -> Vec<BorrowedFd<'_>> {
 }
 
 impl Supervisor {
-    /// What a server is told first.
-    fn start_message(&self, prepare_only: bool) -> (ToServer, Vec<Descriptor>) {
-        let (start, descriptors) = match self.vault.give() {
-            Some((vault, objects)) => (Start::Vault(Box::new(vault)), objects),
-            None => {
-                let (domain, params) = (self.options.domain.clone(), self.options.params.clone());
-                (Start::First { domain, params }, Vec::new())
-            }
-        };
-        let settings = self.options.settings.clone();
-        let message = ToServer::Start {
-            version: VERSION,
-            settings,
-            start,
-            prepare_only,
-            hears_aside: true,
-            hears_events: true,
-        };
-        (message, descriptors)
-    }
-
-    /// Starts a server, and tells it what to begin with.
-    pub(super) fn start_with(&self, program: &Program, prepare_only: bool) -> io::Result<Server> {
-        let server = Server::start(program)?;
-        self.give_counters(&server);
-        let (message, descriptors) = self.start_message(prepare_only);
-        // If it cannot be told, it is dead, or has to be; that is found out as any death.
-        server.channel.send(&message, &borrowed(&descriptors)).unwrap_or_else(|_| server.kill());
-        Ok(server)
-    }
-
     /// Whether the operator wants servers to be.
     pub(super) fn is_to_be_confined(&self) -> bool {
         self.options.settings.sandbox.as_ref().is_some_and(|sandbox| sandbox.enforces)
-    }
-
-    pub(super) fn start_server(&mut self) {
-        if self.server.is_some() {
-            return;
-        }
-        match self.start_with(&self.options.program, false) {
-            Ok(server) => self.server = Some(server),
-            Err(error) => {
-                let sentence = format!("cannot start a server: {error}");
-                if self.has_device() {
-                    log::error!("{sentence}");
-                    self.decide(Ended::Unknown, None, None);
-                } else {
-                    self.over = Some(Err(sentence));
-                }
-            }
-        }
-        self.tell_facts();
     }
 
     /// A server has said something.
@@ -380,7 +329,7 @@ impl Supervisor {
     }
 
     /// What comes after a death.
-    fn decide(
+    pub(super) fn decide(
         &mut self,
         ended: Ended,
         served: Option<std::time::Duration>,

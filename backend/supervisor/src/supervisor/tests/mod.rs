@@ -3,6 +3,7 @@
 mod ending;
 mod exchange;
 mod standstill;
+mod starting;
 mod vaults;
 
 use super::candidate::Candidate;
