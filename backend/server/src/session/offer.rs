@@ -67,8 +67,12 @@ impl Offer {
     pub(super) fn acknowledge(&self, acked: u64) {
         self.acked.store(acked, Ordering::Relaxed);
         let mut limits = lock(&self.limits);
-        let capacity = limits.capacity.get();
-        *limits = Arc::new(Limits::new(&DeviceInfo { capacity, ..self.info.clone() }, acked));
+        // The same features are acknowledged again when a migration's log is turned on or off. A
+        // worker that serves keeps what it has found, and hears of a larger disk in that only.
+        if limits.features != acked {
+            let capacity = limits.capacity.get();
+            *limits = Arc::new(Limits::new(&DeviceInfo { capacity, ..self.info.clone() }, acked));
+        }
         drop(limits);
         self.configure(|space| space.set_acked_features(acked));
     }

@@ -28,6 +28,8 @@ use virtqueue::GuestMemory;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+mod again;
+
 /// Of one queue.
 fn config(poll: Duration) -> SessionConfig {
     let (worker_cpus, inflight) = (Vec::new(), SharedInflight::default());
@@ -448,20 +450,4 @@ fn another_bitmap_is_acknowledged_when_no_worker_marks_in_the_one_before() {
     assert_eq!(frontend.read(&mut byte).expect("it is acknowledged"), 1);
     drop(frontend);
     let _ = daemon.wait();
-}
-
-#[test]
-fn a_ring_that_is_given_another_size_has_its_marks_taken_up_anew() {
-    let mut bench = Bench::new(&[]);
-    bench.submit(0..1);
-    let version = || bench.context().config.inflight.version();
-    bench.run(|| {
-        until("an answer", || bench.guest.used_idx() == 1);
-        let before = version();
-        bench.vring.set_queue_size(SIZE / 2);
-        assert_eq!(version(), before, "it runs, and keeps its size");
-        bench.vring.set_enabled(false);
-        bench.vring.set_queue_size(SIZE / 2);
-        assert_ne!(version(), before);
-    });
 }
