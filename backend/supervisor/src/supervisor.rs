@@ -338,7 +338,7 @@ impl Supervisor {
         let accept = accept.filter(|&at| at > Instant::now());
         [
             self.start_at,
-            self.vault_again_at,
+            self.vault_deadline(),
             accept,
             self.session.as_ref().and_then(Session::deadline),
             self.waiting.as_ref().and_then(Waiting::deadline),

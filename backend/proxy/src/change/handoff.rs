@@ -6,6 +6,8 @@
 //!                                             it does not: resume -> open
 //! ```
 //!
+//! What cannot be told is not given: it serves on here.
+//!
 //! Invariants: from when it is told to when it is called back, nothing here touches a ring, guest
 //! memory or the storage; a domain that dies meanwhile is dealt with after that.
 
@@ -21,13 +23,14 @@ impl DomainProxy {
     /// Stops at a batch boundary, with nothing in flight, and says so with `stopped`; comes back
     /// when `resume` says that the device is this process's again, and it serves. Another change is
     /// waited for as long as requests in flight are, because the frontend is held meanwhile.
+    /// `stopped` fails if the other process does not have what there is.
     ///
     /// # Errors
     /// Why it was not stopped; it serves on.
     pub fn hand_off(
         self: &Arc<Self>,
         options: Options,
-        stopped: Arc<dyn Fn() + Send + Sync>,
+        stopped: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
         resume: mpsc::Receiver<()>,
     ) -> Result<(), Refusal> {
         // The next server could not judge a canary of this one.
@@ -55,7 +58,14 @@ impl DomainProxy {
                 }
                 // With what quiescing has written down.
                 proxy.keeping.tell();
-                stopped();
+                if let Err(why) = stopped() {
+                    let why = format!("what there is cannot be told to another process: {why}");
+                    notes.refusal = Some(Refusal::new(Code::QuiesceFailed, why));
+                    if let Some(live) = &live {
+                        proxy.go_on(live, &mut notes);
+                    }
+                    return None;
+                }
                 // The other side is only gone when this process is about to end.
                 let _ = lock(&resume).recv();
                 if let Some(live) = &live {

@@ -105,7 +105,11 @@ fn the_claim_goes_with_the_device() {
     let (stopped, has_stopped) = mpsc::channel();
     let leaving = std::thread::spawn({
         let proxy = Arc::clone(proxy);
-        let stopped = Arc::new(move || stopped.send(()).unwrap());
+        let stopped = move || {
+            stopped.send(()).unwrap();
+            Ok(())
+        };
+        let stopped = Arc::new(stopped);
         move || proxy.hand_off(Options::default(), stopped, resumed)
     });
     has_stopped.recv_timeout(PATIENCE).unwrap();

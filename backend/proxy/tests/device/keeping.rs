@@ -133,7 +133,11 @@ fn a_device_that_is_given_away_stands_still_until_it_is_called_back() {
     std::thread::scope(|scope| {
         let proxy = Arc::clone(&device.proxy);
         let handed_off = scope.spawn(move || {
-            let tell = Arc::new(move || tell.send(()).expect("it is waited for"));
+            let tell = move || {
+                tell.send(()).expect("it is waited for");
+                Ok(())
+            };
+            let tell = Arc::new(tell);
             proxy.hand_off(Options::default(), tell, resumed)
         });
         let device = &device;
@@ -167,7 +171,7 @@ fn a_device_is_not_given_away_while_another_change_takes_its_time() {
         std::thread::spawn(move || {
             // It is called back at once.
             let (_, resumed) = mpsc::channel();
-            let _ = tell.send(proxy.hand_off(options, Arc::new(|| {}), resumed));
+            let _ = tell.send(proxy.hand_off(options, Arc::new(|| Ok(())), resumed));
         });
         told
     };
@@ -188,7 +192,7 @@ fn a_device_is_not_given_away_while_another_change_takes_its_time() {
 
 #[test]
 fn a_device_that_cannot_be_stopped_is_not_given_away() {
-    let never = || Arc::new(|| panic!("it is not stopped"));
+    let never = || Arc::new(|| -> Result<(), String> { panic!("it is not stopped") });
     for (fault, code) in [("fail=quiesce", "quiesce_failed"), ("break=quiesce", "quiesce_panicked")]
     {
         let device = Device::start(1, &[fault]);
@@ -209,6 +213,22 @@ fn a_device_that_cannot_be_stopped_is_not_given_away() {
     assert_eq!(refusal.code.as_str(), "drain_timeout");
     device.stage.release.store(true, std::sync::atomic::Ordering::Release);
     hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+}
+
+/// The other process would go on with what was there before.
+#[test]
+fn a_device_of_which_another_process_is_not_told_is_not_given_away() {
+    let device = Device::start(1, &["hold=false"]);
+    // It is called back at once.
+    let (_, resumed) = mpsc::channel();
+    let untold = Arc::new(|| Err("there is no descriptor".to_owned()));
+    let refusal = device.proxy.hand_off(Options::default(), untold, resumed).unwrap_err();
+    assert_eq!(refusal.code.as_str(), "quiesce_failed");
+    assert!(refusal.message.contains("there is no descriptor"), "{refusal}");
+    let lines = |call| device.stage.lines("a", call).len();
+    assert_eq!((lines("quiesce"), lines("resume")), (1, 1), "it serves on");
+    assert_eq!(device.proxy.status().state, State::Serving);
+    device.upgrade("plain", "b", &[]).expect("changes are made again");
 }
 
 #[test]

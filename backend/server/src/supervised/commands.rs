@@ -261,15 +261,16 @@ impl Commands {
         let began = Instant::now();
         let (news, heard) = mpsc::channel();
         let until_it_is_over = news.clone();
-        let stopped: Arc<dyn Fn() + Send + Sync> = {
+        let stopped: Arc<dyn Fn() -> Result<(), String> + Send + Sync> = {
             let (channel, hold, vault) =
                 (Arc::clone(&self.channel), Arc::clone(&self.hold), Arc::clone(&self.vault));
             Arc::new(move || {
-                vault.settle();
+                vault.settle()?;
                 hold.set(Hold::HandedOff);
                 let drain_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
                 say(&channel, &ToSupervisor::Stopped { drain_ns });
                 let _ = news.send(());
+                Ok(())
             })
         };
         let (channel, hold, proxy) =

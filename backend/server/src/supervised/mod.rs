@@ -22,6 +22,8 @@ mod commands;
 mod events;
 mod told;
 mod vault;
+#[cfg(test)]
+mod vault_tests;
 
 use crate::cpus;
 use crate::inflight::SharedInflight;

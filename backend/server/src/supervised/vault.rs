@@ -2,7 +2,8 @@
 //!
 //! A message says all there is, with descriptors for what was not in the one before. It is sent
 //! without waiting, because the guest may wait meanwhile: where there is no room, a thread sends
-//! what there is then as soon as there is. If the supervisor knows of that, it is put aside, into a
+//! what there is then as soon as there is; where it fails otherwise, as for want of descriptors, it
+//! does so again and again. If the supervisor knows of that, it is put aside, into a
 //! channel of its own that nothing waits at: to wake a thread costs the guest's time, and may cost
 //! this thread its CPU. The supervisor is told to look when the guest does not wait any more; until
 //! then it looks only if it has to know.
@@ -23,13 +24,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 use storage::{Contents, Filling, HostRegion, Numbered};
 
 /// Most bytes at a key.
 const MOST_BYTES: u64 = 64 << 20;
 
-/// The name of the thread that does.
-const WAITS_FOR_ROOM: &str = "vault";
+/// The name of the thread that sends what could not be sent at once.
+const SENDS_LATER: &str = "vault";
+
+/// How long after it could not be sent it is tried again, where more than room is missing.
+const SEND_AGAIN: Duration = Duration::from_secs(1);
 
 /// Says what the guest may do in a second now.
 type Limits = Box<dyn Fn() -> RateLimits + Send + Sync>;
@@ -89,9 +94,11 @@ impl Expected {
 struct Sent {
     vault: Option<Vault>,
     objects: BTreeSet<u64>,
-    /// It has not what there is, for want of room.
+    /// It has not what there is.
     is_outdated: bool,
-    /// A thread waits for room.
+    /// Why, if it is not for want of room.
+    failure: Option<String>,
+    /// A thread is to send what there is then.
     is_awaited: bool,
     /// It is to be told to look.
     is_unseen: bool,
@@ -175,7 +182,7 @@ impl VaultSender {
 
     fn send_vault(&self, sent: &mut Sent, vault: Vault, kept: &Kept) {
         if sent.vault.as_ref() == Some(&vault) {
-            sent.is_outdated = false;
+            (sent.is_outdated, sent.failure) = (false, None);
             return;
         }
         let objects: BTreeSet<u64> = vault.objects().into_iter().collect();
@@ -186,23 +193,21 @@ impl VaultSender {
         };
         match result {
             Ok(true) => {
-                (sent.vault, sent.objects, sent.is_outdated) = (Some(vault), objects, false);
+                (sent.vault, sent.objects) = (Some(vault), objects);
+                (sent.is_outdated, sent.failure) = (false, None);
                 sent.is_unseen = self.is_aside_used(sent);
             }
-            Ok(false) => self.owe(sent),
+            Ok(false) => self.owe(sent, None),
             Err(error) if is_gone(&error) && self.is_aside_used(sent) => {
                 // The supervisor is a program now that does not know of it.
                 (sent.is_aside_gone, sent.objects) = (true, BTreeSet::new());
                 self.send_vault(sent, vault, kept);
             }
             Err(error) if is_gone(&error) => {
-                sent.is_outdated = false;
+                (sent.is_outdated, sent.failure) = (false, None);
                 log::debug!("the supervisor is gone, and keeps nothing: {error}");
             }
-            Err(error) => {
-                sent.is_outdated = false;
-                log::error!("the supervisor does not have what there is now: {error}");
-            }
+            Err(error) => self.owe(sent, Some(error.to_string())),
         }
     }
 
@@ -240,42 +245,64 @@ impl VaultSender {
         (sent, *vault)
     }
 
-    /// Has a thread send what there is when there is room.
-    fn owe(&self, sent: &mut Sent) {
+    /// Has a thread send what there is when there is room; some time later, if there was a
+    /// `failure`.
+    fn owe(&self, sent: &mut Sent, failure: Option<String>) {
         sent.is_outdated = true;
+        let has_failed = failure.is_some();
+        let before = std::mem::replace(&mut sent.failure, failure);
+        if let Some(why) = sent.failure.as_ref().filter(|why| before.as_ref() != Some(why)) {
+            log::error!("the supervisor does not have what there is now, and is told later: {why}");
+        }
         if std::mem::replace(&mut sent.is_awaited, true) {
             return;
         }
-        log::warn!("the supervisor does not read; it is told what there is when it does");
-        if self.is_aside_used(sent) {
-            let _ = self.channel.try_send(&ToSupervisor::Look, &[]);
+        if !has_failed {
+            log::warn!("the supervisor does not read; it is told what there is when it does");
+            if self.is_aside_used(sent) {
+                let _ = self.channel.try_send(&ToSupervisor::Look, &[]);
+            }
         }
         let (way, proxy) = (Arc::clone(self.way(sent)), self.proxy.clone());
         let wait = move || {
-            let _ = poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
+            if has_failed {
+                std::thread::sleep(SEND_AGAIN);
+            } else {
+                let _ = poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
+            }
             if let Some(proxy) = proxy.upgrade() {
                 proxy.keep_again();
             }
         };
-        if let Err(error) = std::thread::Builder::new().name(WAITS_FOR_ROOM.to_owned()).spawn(wait)
-        {
+        if let Err(error) = std::thread::Builder::new().name(SENDS_LATER.to_owned()).spawn(wait) {
             log::error!("no thread to tell the supervisor what there is: {error}");
             sent.is_awaited = false;
         }
     }
 
-    /// Waits until the supervisor has what there is, or is gone.
-    pub(super) fn settle(&self) {
+    /// Waits until the supervisor has what there is, or is gone. Where that could not be sent, it
+    /// is tried once more.
+    ///
+    /// # Errors
+    /// Why the supervisor does not have it.
+    pub(super) fn settle(&self) -> Result<(), String> {
+        let mut is_tried = false;
         loop {
             let way = {
                 let sent = lock(&self.sent);
                 if !sent.is_outdated {
-                    return;
+                    return Ok(());
                 }
-                Arc::clone(self.way(&sent))
+                if let Some(why) = sent.failure.as_ref().filter(|_| is_tried) {
+                    return Err(why.clone());
+                }
+                is_tried = sent.failure.is_some();
+                (!is_tried).then(|| Arc::clone(self.way(&sent)))
             };
-            let ready = poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
-            let Some(proxy) = self.proxy.upgrade().filter(|_| ready.is_ok()) else { return };
+            let wait =
+                |way: Arc<Channel>| poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None).is_ok();
+            let is_ready = way.is_none_or(wait);
+            let Some(proxy) = self.proxy.upgrade().filter(|_| is_ready) else { return Ok(()) };
             proxy.keep_again();
         }
     }
@@ -287,7 +314,7 @@ pub(super) struct AsKeeper(pub(super) Arc<VaultSender>);
 impl Keeper for AsKeeper {
     fn keep(&self, kept: &dyn Fn() -> Kept) {
         let mut sent = lock(&self.0.sent);
-        if std::thread::current().name() == Some(WAITS_FOR_ROOM) {
+        if std::thread::current().name() == Some(SENDS_LATER) {
             sent.is_awaited = false;
         }
         // Under the lock: what is newer is sent later.

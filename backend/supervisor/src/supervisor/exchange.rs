@@ -189,7 +189,9 @@ impl Supervisor {
             Step::Holding => {
                 let is_idle = self.session.as_ref().is_none_or(|session| session.relay.is_idle());
                 let serves = self.server.as_ref().is_some_and(|server| server.ready.is_some());
-                if is_idle && serves && self.ending_session.is_none() {
+                // What it has left is to be whole when it stops.
+                let is_told = self.vault_again_at.is_none();
+                if is_idle && serves && is_told && self.ending_session.is_none() {
                     exchange.held = now;
                     (exchange.step, exchange.deadline) = (Step::Stopping, now + STOP_PATIENCE);
                     let drain_timeout_ms = DRAIN_TIMEOUT.as_millis() as u64;
@@ -305,9 +307,15 @@ impl Supervisor {
         }
         log::debug!("the server has stopped, {} us after it was asked", drain_ns / 1000);
         exchange.stopped = now;
-        let Some(candidate) = self.candidate.take() else {
-            exchange.failure.get_or_insert_with(|| "the new server has died".to_owned());
+        let why = if self.vault_again_at.is_some() {
+            "what the server has left was lost on its way"
+        } else {
+            "the new server has died"
+        };
+        let Some(candidate) = self.candidate.take_if(|_| self.vault_again_at.is_none()) else {
+            exchange.failure.get_or_insert_with(|| why.to_owned());
             exchange.step = Step::Resuming;
+            self.dismiss_candidate();
             self.send(&ToServer::Resume);
             return;
         };
@@ -315,7 +323,6 @@ impl Supervisor {
         self.stopped = self.server.take();
         // What the candidate says has numbers of its own.
         self.vault_before = Some(self.vault.clone());
-        self.vault_again_at = None;
         // And answers questions of its own.
         self.pulse.begin_anew(now);
         self.activate(candidate);

@@ -105,13 +105,15 @@ impl Supervisor {
     }
 
     /// Why this is no moment for another program.
-    fn unrest(&self) -> Option<&'static str> {
+    pub(super) fn unrest(&self) -> Option<&'static str> {
         if self.ending.is_some() {
             Some("the daemon ends")
         } else if self.serving().is_none() || self.start_at.is_some() {
             Some("the server is being brought back; try again")
         } else if self.exchange.is_some() || self.stopped.is_some() {
             Some("the server is being exchanged; try again")
+        } else if self.vault_again_at.is_some() {
+            Some("what the server keeps was lost on its way, and is asked for again; try again")
         } else {
             None
         }

@@ -166,8 +166,14 @@ impl Supervisor {
         }
     }
 
+    /// When the server is to say its vault again. One that is not ready yet hears no commands.
+    pub(super) fn vault_deadline(&self) -> Option<Instant> {
+        self.vault_again_at.filter(|_| self.serving().is_some())
+    }
+
     pub(super) fn settle_vault(&mut self, now: Instant) {
-        if self.vault_again_at.take_if(|at| *at <= now).is_some() && self.serving().is_some() {
+        if self.vault_deadline().is_some_and(|at| at <= now) {
+            self.vault_again_at = None;
             self.send(&ToServer::VaultAgain);
         }
     }
@@ -285,6 +291,8 @@ impl Supervisor {
     pub(super) fn current_has_died(&mut self, ended: Ended) {
         let Some(server) = self.server.take() else { return };
         self.pulse.begin_anew(Instant::now());
+        // The next one says all of it.
+        self.vault_again_at = None;
         self.none_in_flight();
         if self.stopped.is_none() {
             self.ending_session = None;

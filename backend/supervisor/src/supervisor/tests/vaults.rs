@@ -1,9 +1,7 @@
 //! What servers leave, while the device goes from one to another.
 
-use super::super::scripted::{file, ready, server, serving, vault};
-use super::super::*;
-use crate::process::Ended;
-use channel::ToSupervisor;
+use super::super::scripted::{server, serving, vault};
+use super::*;
 use serde_json::json;
 
 /// The server has stopped, and another one was given its device.
@@ -41,6 +39,75 @@ fn a_vault_that_was_lost_is_asked_for_again() {
     assert!(supervisor.deadline().is_some_and(|deadline| deadline <= at));
     supervisor.settle_vault(at);
     assert_eq!(supervisor.vault_again_at, None);
+}
+
+/// One that the supervisor could not take, for want of descriptors.
+fn lost(stage: &mut Stage) {
+    let ToSupervisor::Vault { vault, .. } = vault(4, 7) else { unreachable!() };
+    let lost = ToSupervisor::Vault { vault, new: Vec::new() };
+    stage.supervisor.told_by(Which::Current, lost, Vec::new());
+}
+
+/// It says what has been lost before it says that it has stopped.
+#[test]
+fn a_server_whose_vault_was_lost_says_it_again_before_it_is_stopped() {
+    let mut stage = Stage::new(None);
+    let (server, _candidate) = (stage.serve(), stage.begin_candidate(true));
+    stage.exchange(Step::Holding);
+    lost(&mut stage);
+    let at = stage.supervisor.vault_again_at.expect("it is asked for again");
+    stage.supervisor.settle_exchange(Instant::now());
+    assert_eq!(told(&server), []);
+    stage.supervisor.settle_vault(at);
+    stage.supervisor.settle_exchange(at);
+    assert!(matches!(told(&server)[..], [ToServer::VaultAgain, ToServer::Stop { .. }]));
+}
+
+#[test]
+fn a_server_whose_vault_is_lost_when_it_stops_keeps_its_device() {
+    let mut stage = Stage::new(None);
+    let (server, candidate) = (stage.serve(), stage.begin_candidate(true));
+    stage.exchange(Step::Stopping);
+    lost(&mut stage);
+    say(&server, &ToSupervisor::Stopped { drain_ns: 0 });
+    stage.supervisor.hear(Which::Current);
+    assert_eq!(told(&server), [ToServer::Resume]);
+    assert_eq!(told(&candidate), [ToServer::Exit]);
+    say(&server, &ToSupervisor::Resumed);
+    stage.supervisor.hear(Which::Current);
+    assert!(stage.supervisor.exchange.is_none() && stage.supervisor.candidate.is_none());
+    let at = stage.supervisor.vault_again_at.expect("it is asked for again");
+    stage.supervisor.settle_vault(at);
+    assert_eq!(told(&server), [ToServer::VaultAgain]);
+}
+
+#[test]
+fn a_new_server_whose_vault_was_lost_says_it_again_when_it_is_ready() {
+    let mut stage = Stage::new(None);
+    let server = stage.serve();
+    stage.supervisor.server.as_mut().unwrap().ready = None;
+    lost(&mut stage);
+    let at = stage.supervisor.vault_again_at.expect("it is asked for again");
+    stage.supervisor.settle_vault(at);
+    assert_eq!(told(&server), [], "it hears no commands yet");
+    assert!(stage.supervisor.deadline().is_none_or(|deadline| deadline > at));
+    say(&server, &ready());
+    stage.supervisor.hear(Which::Current);
+    stage.supervisor.settle_vault(at);
+    assert!(told(&server).contains(&ToServer::VaultAgain));
+}
+
+/// The next program does not know that it was lost.
+#[test]
+fn another_program_waits_for_a_vault_that_was_lost() {
+    let mut stage = Stage::new(None);
+    let _server = stage.serve();
+    assert_eq!(stage.supervisor.unrest(), None);
+    lost(&mut stage);
+    assert!(stage.supervisor.unrest().is_some());
+    let at = stage.supervisor.vault_again_at.expect("it is asked for again");
+    stage.supervisor.settle_vault(at);
+    assert_eq!(stage.supervisor.unrest(), None);
 }
 
 #[test]
