@@ -25,7 +25,9 @@ pub(crate) const WRITE: u16 = 2;
 /// Where things are in guest memory; what is behind `END` is in no region.
 const TABLE: u64 = 0x1000;
 pub(crate) const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
+pub(crate) const USED: u64 = 0x3000;
+/// As a ring is told of them.
+pub(crate) const ADDRESSES: (u64, u64, u64) = (TABLE, AVAIL, USED);
 const HEADERS: u64 = 0x4000;
 const STATUS: u64 = 0x5000;
 const DATA: u64 = 0x8000;

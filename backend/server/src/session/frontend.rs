@@ -235,6 +235,7 @@ impl VhostUserBackend for Backend {
                     return;
                 }
             }
+            self.0.control(queue).ring_is_reset();
         }
         self.0.turn_log(false);
         self.0.session.context.offer.reset();

@@ -158,6 +158,13 @@ impl QueueControl {
         let _ = self.ring.set(ring.clone());
     }
 
+    /// Its driver begins anew.
+    pub(super) fn ring_is_reset(&self) {
+        if let Some(ring) = self.ring.get() {
+            ring.reset();
+        }
+    }
+
     /// What the queue's thread does with its ring after this sees what was done before it.
     pub(super) fn pass_lock(&self) {
         if let Some(ring) = self.ring.get() {

@@ -52,6 +52,8 @@ pub(crate) struct Vring {
     /// It runs and was told once more where it is, as when a migration's log is turned on and off
     /// (SET_VRING_ADDR); it goes on where its worker is.
     stays: Arc<AtomicBool>,
+    /// It was reset, and not told since where it is. The library keeps it ready.
+    was_reset: Arc<AtomicBool>,
 }
 
 impl Vring {
@@ -66,6 +68,11 @@ impl Vring {
             self.ring.set_queue_size(largest);
             Listener { largest, tell: Box::new(tell) }
         });
+    }
+
+    /// The device is reset (RESET_DEVICE): what drives the ring from now on begins anew.
+    pub(crate) fn reset(&self) {
+        self.was_reset.store(true, Ordering::Relaxed);
     }
 
     fn tell(&self, event: Event) {
@@ -90,6 +97,7 @@ impl VringT<Memory> for Vring {
             listener: Arc::default(),
             is_refused: Arc::default(),
             stays: Arc::default(),
+            was_reset: Arc::default(),
         })
     }
 
@@ -150,8 +158,9 @@ impl VringT<Memory> for Vring {
         let state = self.ring.get_ref();
         let queue = state.get_queue();
         let now = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
-        let stays = queue.ready() && now == (desc_table, avail_ring, used_ring);
+        let is_same = queue.ready() && now == (desc_table, avail_ring, used_ring);
         drop(state);
+        let stays = is_same && !self.was_reset.swap(false, Ordering::Relaxed);
         self.stays.store(stays, Ordering::Relaxed);
         if stays {
             return Ok(());

@@ -35,3 +35,33 @@ fn a_ring_that_is_given_another_size_has_its_marks_taken_up_anew() {
         assert_ne!(version(), before);
     });
 }
+
+/// Its driver is another, or the same anew, and begins with an empty used ring at the same place.
+#[test]
+fn a_ring_that_was_reset_goes_on_where_its_driver_is() {
+    let mut bench = Bench::new(&[]);
+    bench.submit(0..1);
+    let next_used = || bench.vring.get_ref().get_queue().next_used();
+    let set_up = |base| {
+        let (table, avail, used) = testing::ADDRESSES;
+        bench.vring.set_queue_next_avail(base);
+        bench.vring.set_queue_info(table, avail, used).expect("addresses");
+        // As the library does.
+        bench.vring.set_queue_next_used(bench.vring.queue_used_idx().expect("an index"));
+    };
+    bench.run(|| {
+        until("an answer", || bench.guest.used_idx() == 1);
+        assert_eq!(bench.control().wait_drained(in_time()), Outcome::Clean);
+        bench.guest.write(testing::USED + 2, 0_u16);
+        set_up(1);
+        assert_eq!(next_used(), 1, "it runs: what is in its ring may be old");
+        bench.vring.set_enabled(false);
+        bench.backend.reset_device();
+        set_up(0);
+        assert_eq!(next_used(), 0);
+        // It was reset once.
+        bench.guest.write(testing::USED + 2, 7_u16);
+        set_up(0);
+        assert_eq!(next_used(), 0);
+    });
+}
