@@ -17,6 +17,7 @@ use crate::device::{DomainProxy, Live};
 use crate::domain::LoadedDomain;
 use crate::keeping::KeptModule;
 use crate::record::canary::CanaryReport;
+use crate::record::code::Code;
 use crate::record::report::{DomainRecord, Options, Phases, Refusal};
 use crate::signal::lock;
 use domain_abi::Capabilities;
@@ -211,10 +212,14 @@ impl DomainProxy {
             .check_compatible(&told.info, &next)
             .and_then(|()| self.recover(&next, *generation, limit, &mut phases));
         if served.is_err() {
-            // It was never live, so it has no requests.
-            let _ = self.retire(next, TO_RETIRE, &mut Phases::default());
+            self.retire_unused(next);
         }
         served
+    }
+
+    /// Ends one that was never live, so that it has no requests.
+    fn retire_unused(&self, domain: LoadedDomain) {
+        let _ = self.retire(domain, TO_RETIRE, &mut Phases::default());
     }
 
     /// Has the standby of the process before stand by again, unless there is another one by now, or
@@ -228,19 +233,26 @@ impl DomainProxy {
         module: &KeptModule,
         has_begun: impl FnOnce(),
     ) -> Result<(), Refusal> {
-        let _operator = lock(&self.operator);
+        let operator = lock(&self.operator);
         let coming = self.coming.begin(&self.signal);
+        // From now on they wait for what is on its way, as long as that is of use.
+        drop(operator);
         has_begun();
         let prepared = self.check_stopping().and_then(|()| self.preparer.prepare_kept(module));
-        let taken = prepared.map(|domain| coming.arrived(domain));
+        let taken = prepared.and_then(|domain| {
+            coming.arrived(domain).map_err(|late| {
+                self.retire_unused(late);
+                let message = "it was loaded too late: a takeover has waited for it in vain";
+                Refusal::new(Code::NoStandby, message)
+            })
+        });
         let mut others = self.lock_changes();
         // A takeover may have had it.
         if let Some(domain) = self.coming.take() {
             if others.standby.is_none() {
                 others.standby = Some(domain);
             } else {
-                // It was never live, so it has no requests.
-                let _ = self.retire(domain, TO_RETIRE, &mut Phases::default());
+                self.retire_unused(domain);
             }
         }
         self.show(&others);

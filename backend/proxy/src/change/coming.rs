@@ -1,19 +1,19 @@
 //! A standby that is on its way: after a recovery it is loaded beside what serves already.
 //!
-//! A takeover that finds none waits for this one, however long it takes to be loaded, and has it
-//! before it has become the standby. It holds the lock of changes meanwhile, which loading does not
-//! need, and which what is loaded waits for before it becomes the standby.
+//! A takeover that finds none waits for this one, but not for ever, and has it before it has become
+//! the standby. It holds the lock of changes meanwhile, which loading does not need, and which what
+//! is loaded waits for before it becomes the standby. Operators' commands wait until it is the
+//! standby, or is waited for no longer: a rollback is to find it, and an upgrade not to be held up
+//! by one that is never there.
 
 use crate::domain::LoadedDomain;
 use crate::signal::{Signal, lock};
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
-
-/// How often it is said that the standby is waited for.
-const REPORT_EVERY: Duration = Duration::from_secs(10);
+use std::time::Instant;
 
 #[derive(Default)]
 enum State {
+    /// None is loaded, or waited for.
     #[default]
     Nothing,
     OnItsWay,
@@ -43,13 +43,25 @@ impl ComingStandby {
         }
     }
 
-    /// The same, waited for if it is being loaded.
-    pub(crate) fn wait(&self, signal: &Signal) -> Option<LoadedDomain> {
+    /// The same, waited for until `deadline` if it is being loaded. After that it is never had.
+    pub(crate) fn wait(&self, signal: &Signal, deadline: Instant) -> Option<LoadedDomain> {
         let is_decided = || (!matches!(*lock(&self.0), State::OnItsWay)).then_some(());
-        while signal.wait(Instant::now() + REPORT_EVERY, is_decided).is_none() {
-            log::error!("the standby is still being loaded; the takeover waits for it");
+        let _ = signal.wait(deadline, is_decided);
+        let state = std::mem::take(&mut *lock(&self.0));
+        signal.announce();
+        match state {
+            State::There(domain) => Some(domain),
+            State::Nothing => None,
+            State::OnItsWay => {
+                log::error!("the standby is still being loaded, and is not waited for any more");
+                None
+            }
         }
-        self.take()
+    }
+
+    /// Whether it is neither being loaded nor about to be the standby.
+    pub(crate) fn is_settled(&self) -> bool {
+        matches!(*lock(&self.0), State::Nothing)
     }
 }
 
@@ -60,9 +72,14 @@ pub(crate) struct OnItsWay<'a> {
 }
 
 impl OnItsWay<'_> {
-    /// It is loaded.
-    pub(crate) fn arrived(self, domain: LoadedDomain) {
-        *lock(&self.coming.0) = State::There(domain);
+    /// It is loaded. It comes back if it is not waited for any more.
+    pub(crate) fn arrived(self, domain: LoadedDomain) -> Result<(), LoadedDomain> {
+        let mut state = lock(&self.coming.0);
+        if !matches!(*state, State::OnItsWay) {
+            return Err(domain);
+        }
+        *state = State::There(domain);
+        Ok(())
     }
 }
 

@@ -4,8 +4,8 @@
 //!   a worker sees the panic -> requests wait, the cell holds none -> every worker leaves the
 //!     dead instance -> it is destroyed, its threads joined: fenced
 //!        -> the predecessor, if it is still in use, or a standby that fits, which is waited for
-//!           if it is being loaded: storage moves, it is activated, published; unanswered requests
-//!           run again
+//!           for a time if it is being loaded: storage moves, it is activated, published;
+//!           unanswered requests run again
 //!        -> none: they get I/O errors, the device is faulted until an upgrade
 //! ```
 //!
@@ -127,7 +127,8 @@ impl DomainProxy {
             ));
         }
         let next = self.reinstate(others).or_else(|| others.standby.take());
-        let next = next.or_else(|| self.coming.wait(&self.signal)).ok_or_else(|| {
+        let coming = || self.coming.wait(&self.signal, Instant::now() + TAKEOVER_PATIENCE);
+        let next = next.or_else(coming).ok_or_else(|| {
             Refusal::new(Code::NoStandby, format!("the live domain has died ({reason}) and there is no standby; upgrade to bring the device back"))
         });
         let taken = next.and_then(|next| {

@@ -35,6 +35,14 @@ use std::time::{Duration, Instant};
 /// Between two looks at whether another change has ended.
 const TRY_AGAIN: Duration = Duration::from_millis(2);
 
+/// Between two looks at whether a standby is still on its way; each change is seen at once.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+fn is_busy() -> Refusal {
+    let message = "another upgrade is under way; try again when it has ended";
+    Refusal::new(Code::Busy, message)
+}
+
 /// What a change has prepared before it has the lock of changes.
 pub(crate) trait Prepared {
     /// It is not wanted.
@@ -145,17 +153,22 @@ impl DomainProxy {
         result
     }
 
-    /// Takes the lock of operators.
+    /// Takes the lock of operators, when no standby is on its way.
     pub(super) fn operate(&self, options: Options) -> Result<MutexGuard<'_, ()>, Refusal> {
-        match (options.when_busy, self.operator.try_lock()) {
-            (_, Ok(operator)) => Ok(operator),
-            (_, Err(TryLockError::Poisoned(poisoned))) => Ok(poisoned.into_inner()),
-            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => Ok(lock(&self.operator)),
-            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => Err(Refusal::new(
-                Code::Busy,
-                "another upgrade is under way; try again when it has ended",
-            )),
+        let operator = match (options.when_busy, self.operator.try_lock()) {
+            (_, Ok(operator)) => operator,
+            (_, Err(TryLockError::Poisoned(poisoned))) => poisoned.into_inner(),
+            (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
+            (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => return Err(is_busy()),
+        };
+        let may_begin = || (self.coming.is_settled() || self.is_stopping()).then_some(());
+        while may_begin().is_none() {
+            if options.when_busy == WhenBusy::Refuse {
+                return Err(is_busy());
+            }
+            let _ = self.signal.wait(Instant::now() + LOOK_AGAIN, may_begin);
         }
+        Ok(operator)
     }
 
     /// As [`operate`](Self::operate), but waits no longer than for what is in flight.

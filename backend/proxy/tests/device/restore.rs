@@ -79,16 +79,21 @@ fn the_standby_of_one_that_was_on_trial_goes_on() {
     assert_eq!(proxy.stop(), [""; 0]);
 }
 
-/// Has the live domain of a device that goes on with what was left die while its standby is being
-/// loaded, which does as `standby` says. Its request ends with `status`.
-fn die_before_the_standby(standby: &[&str], status: Status) -> Device {
+/// A device that goes on with what was left, and what is to be its standby, which does as `standby`
+/// says when its stage lets it. The live domain dies of its first request.
+fn about_to_die(standby: &[&str]) -> (Device, KeptModule) {
     let device = Device::start(1, &[]);
     let standby = [&["wait=prepare"], standby].concat();
     let saved = Saved { canary: None, ..left(&device, &standby, &["die_at=1"]) };
     let saved = Saved { required: Capabilities::FLUSH, ..saved };
     let (proxy, standby) = restore(saved).expect("it fits");
-    let device = Device { proxy, stage: device.stage };
-    let standby = standby.expect("it is to be loaded");
+    (Device { proxy, stage: device.stage }, standby.expect("it is to be loaded"))
+}
+
+/// Has the live domain die while its standby is being loaded, which does as `standby` says. Its
+/// request ends with `status`.
+fn die_before_the_standby(standby: &[&str], status: Status) -> Device {
+    let (device, standby) = about_to_die(standby);
     let (begun, has_begun) = std::sync::mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
@@ -105,6 +110,44 @@ fn die_before_the_standby(standby: &[&str], status: Status) -> Device {
         let _ = loads.join().expect("no panic");
     });
     device
+}
+
+/// Lets what waits go on, also when a test has failed.
+struct LetGo<'a>(&'a Device);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        self.0.stage.go.store(true, Ordering::Release);
+    }
+}
+
+/// Nobody has asked for it, and what it waits for may never come.
+#[test]
+fn one_that_is_never_there_holds_up_no_request_and_no_upgrade_for_ever() {
+    let (device, standby) = about_to_die(&[]);
+    let (begun, has_begun) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let go = LetGo(&device);
+        let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
+        has_begun.recv().expect_err("nothing is sent");
+        let mut hand = device.worker(0);
+        hand.submit([0]);
+        let began = std::time::Instant::now();
+        hand.until(&device, "time stands still", |_| began.elapsed().as_secs() > 5);
+        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        assert_eq!(hand.take_ended(), [(0, Status::IoError)]);
+        hand.lie_down();
+        device.until("no verdict", || device.proxy.status().state == State::Faulted);
+        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &[]));
+        device.until("the upgrade waits", || device.proxy.status().state == State::Serving);
+        upgrade.join().expect("no panic").expect("committed");
+        drop(go);
+        let late = loads.join().expect("no panic").expect_err("it is of no use any more");
+        assert_eq!(late.code, Code::NoStandby);
+    });
+    let status = device.proxy.status();
+    assert_eq!(status.domain.params.get("label"), Some("c"));
+    assert!(status.standby.is_none(), "the one before is faulted");
 }
 
 #[test]
