@@ -234,6 +234,20 @@ impl Journal {
         self.rings.iter().filter(|(_, ring)| is_on(ring)).map(|(&index, _)| index).collect()
     }
 
+    /// Whether a message gives a ring that runs another size than it has, which it keeps. `largest`
+    /// is that of one which was given none.
+    #[must_use]
+    pub fn is_other_size(&self, message: &Message, largest: u16) -> bool {
+        if message.request != request::SET_VRING_NUM {
+            return false;
+        }
+        let runs = |queue: &u32| self.running().contains(queue);
+        let Some(queue) = message.u32_at(0).filter(runs) else { return false };
+        let num = self.rings.get(&queue).and_then(|ring| ring.num.as_ref());
+        let size = num.and_then(|num| num.u32_at(4)).unwrap_or_else(|| largest.into());
+        message.u32_at(4) != Some(size)
+    }
+
     /// Memory regions that a table in a message has, if they overlap each other.
     #[must_use]
     pub fn has_overlap(message: &Message) -> bool {

@@ -342,7 +342,8 @@ impl Relay {
         match asked.why {
             Why::Replay => self.replayed(&asked.message, &answer, is_done, &mut effects),
             Why::Frontend { needs_reply } => {
-                let is_refused = is_no_ring_size(&asked.message, self.largest);
+                let is_refused = is_no_ring_size(&asked.message, self.largest)
+                    || self.journal.is_other_size(&asked.message, self.largest);
                 if is_done && !is_refused {
                     self.carried_out(&asked.message, &answer, &mut effects);
                 }

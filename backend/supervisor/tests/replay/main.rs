@@ -7,8 +7,8 @@
 mod life;
 mod server;
 
-use life::{Step, get, inflight, life, table};
-use server::Server;
+use life::{Step, descriptor, get, inflight, life, table};
+use server::{FEATURES, Server};
 use std::collections::VecDeque;
 use supervisor::descriptor::Descriptor;
 use supervisor::journal::{descriptor_message, state_message, u64_message};
@@ -317,6 +317,26 @@ fn a_size_that_no_ring_has_is_refused_and_no_other_server_is_told_of_it() {
         assert_eq!(world.state().rings[&0].num, 64, "{bad}");
     }
     assert_eq!(say(&mut world, size(128)), Some(0));
+}
+
+#[test]
+fn a_ring_that_runs_has_the_same_size_in_the_next_server() {
+    let mut world = with_acks();
+    let size = |size| state_message(r::SET_VRING_NUM, 0, size);
+    let turn = |on| state_message(r::SET_VRING_ENABLE, 0, on);
+    for message in
+        [u64_message(r::SET_FEATURES, FEATURES), size(64), descriptor(r::SET_VRING_KICK, 0)]
+    {
+        assert_eq!(say(&mut world, message), Some(0));
+    }
+    for (on, answer, expected) in [(1, 1, 64), (0, 0, 32)] {
+        for (message, answer) in [(turn(on), 0), (size(64), 0), (size(32), answer)] {
+            assert_eq!(say(&mut world, message), Some(answer), "{on}");
+        }
+        world.die();
+        world.revive();
+        assert_eq!(world.state().rings[&0].num, expected, "{on}");
+    }
 }
 
 #[test]
