@@ -175,11 +175,13 @@ impl Supervisor {
     }
 
     fn turn(&mut self) -> io::Result<()> {
-        let happened = self.wait()?;
+        let Some(happened) = self.wait()? else { return Ok(()) };
         // Those that are found to be dead now are among them still.
         let servers = self.server_pids();
         if let Some(front) = &mut self.front {
-            front.servers_are(servers);
+            let is_listener =
+                |source| matches!(source, Source::Front(token) if token.is_listener());
+            front.servers_are(servers, happened.iter().any(|&(source, _)| is_listener(source)));
         }
         for (source, what) in happened {
             self.happened(source, what);
@@ -273,7 +275,8 @@ impl Supervisor {
         is_free && is_stable && self.serving().is_some()
     }
 
-    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
+    /// What has happened; nothing is known of it if a signal came between.
+    fn wait(&self) -> io::Result<Option<Vec<(Source, PollFlags)>>> {
         let mut watched: Vec<(Source, BorrowedFd<'_>, PollFlags)> = Vec::new();
         let now = Instant::now();
         if self.ending.is_none() {
@@ -325,11 +328,12 @@ impl Supervisor {
             tv_nsec: left.subsec_nanos().into(),
         });
         match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
         let happened = watched.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
-        Ok(happened.map(|((source, ..), fd)| (*source, fd.revents())).collect())
+        Ok(Some(happened.map(|((source, ..), fd)| (*source, fd.revents())).collect()))
     }
 
     /// When there is something to do even if nothing happens.

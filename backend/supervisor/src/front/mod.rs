@@ -10,8 +10,8 @@
 //!
 //! 1. before each wait, [`Front::polled`] says which descriptors are looked at, and
 //!    [`Front::deadline`] when at the latest to come back;
-//! 2. after it, [`Front::ready`] for each of them on which something has happened, and once
-//!    [`Front::tick`];
+//! 2. after it, [`Front::servers_are`]; then [`Front::ready`] for each of them on which something
+//!    has happened, and once [`Front::tick`];
 //! 3. whenever the server changes: [`Front::server_up`], [`Front::hold`], [`Front::server_gone`];
 //!    whenever there is news: [`Front::tell`], [`Front::event`], [`Front::answer`];
 //! 4. after all of these, [`Front::wishes`] says what the loop is to do for it.
@@ -24,10 +24,11 @@ mod pipe;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod token;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,7 @@ pub use facts::{Facts, Phase, ServerFacts, SupervisorFacts};
 pub use packing::PackedFront;
 use pipe::Pipe;
 use shared::{Server, Shared};
+pub use token::{Polled, Token};
 
 use crate::said::Said as SaidBefore;
 
@@ -56,30 +58,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const EXHAUSTED: Duration = Duration::from_millis(100);
 /// Most clients that are let in at a time; more wait for the next turn of the loop.
 const AT_A_TIME: usize = 64;
-
-/// Names one of the front's descriptors, until the next call of [`Front::polled`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Token(u64);
-
-impl Token {
-    const LISTENER: Self = Self(u64::MAX);
-    const OBSERVER: Self = Self(u64::MAX - 1);
-
-    const fn of(client: u64, is_server: bool) -> Self {
-        Self(client << 1 | is_server as u64)
-    }
-}
-
-/// A descriptor to look at.
-#[derive(Debug)]
-pub struct Polled<'a> {
-    /// Comes back with [`Front::ready`].
-    pub token: Token,
-    /// The descriptor.
-    pub fd: BorrowedFd<'a>,
-    /// What to look for.
-    pub interest: PollFlags,
-}
 
 /// Names a request that the loop answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -225,11 +203,16 @@ impl Front {
         clients.chain(self.accept_again).min()
     }
 
-    /// These are the servers' processes now. Those that were are not forgotten before they can have
-    /// no connection any more that is not accepted.
-    pub fn servers_are(&mut self, servers: Vec<u32>) {
+    /// These are the servers' processes now, and were when it was looked whether clients wait to be
+    /// let in, `has_waiting` if any did. Those that were servers before are not forgotten before
+    /// they can have no connection any more that is not accepted.
+    pub fn servers_are(&mut self, servers: Vec<u32>, has_waiting: bool) {
         self.former.extend(self.servers.iter().filter(|server| !servers.contains(server)));
         self.former.retain(|server| !servers.contains(server));
+        // It is not looked at while accepting rests.
+        if !has_waiting && self.accept_again.is_none() {
+            self.former.clear();
+        }
         self.servers = servers;
     }
 

@@ -219,22 +219,35 @@ fn a_server_of_the_daemon_may_not_command() {
         assert_eq!(code(&client.value()), "permission_denied");
         assert_eq!(client.line().as_deref(), Some("end"));
     };
-    stage.front.servers_are(own.clone());
+    stage.front.servers_are(own.clone(), false);
     assert_refused(stage.client());
     // Nor one that ends before it is accepted.
     let connects = |stage: &Stage| End::new(UnixStream::connect(&stage.path).unwrap());
     let waiting = connects(&stage);
-    stage.front.servers_are(Vec::new());
+    stage.front.servers_are(Vec::new(), true);
     stage.turn();
     assert_refused(waiting);
     // Then its number may be another's.
     let mut other = stage.client();
     assert_eq!(other.line(), None);
     // Nor while the program is exchanged.
-    stage.front.servers_are(own);
+    stage.front.servers_are(own, false);
     let waiting = connects(&stage);
     stage.reexec();
-    stage.front.servers_are(Vec::new());
+    stage.front.servers_are(Vec::new(), true);
     stage.turn();
     assert_refused(waiting);
+}
+
+/// What waits while none can be accepted may be a server's that has ended.
+#[test]
+fn a_server_that_has_ended_is_not_forgotten_while_accepting_rests() {
+    let mut stage = Stage::serving();
+    stage.front.servers_are(vec![std::process::id()], false);
+    stage.front.accept_again = Some(Instant::now() + Duration::from_secs(3600));
+    let mut waiting = End::new(UnixStream::connect(&stage.path).unwrap());
+    stage.front.servers_are(Vec::new(), false);
+    stage.front.accept_again = None;
+    stage.turn();
+    assert_eq!(code(&waiting.value()), "permission_denied");
 }

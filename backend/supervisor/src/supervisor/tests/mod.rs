@@ -1,5 +1,6 @@
 //! The loop, with servers that a test plays.
 
+mod clients;
 mod ending;
 mod exchange;
 mod standstill;
