@@ -67,6 +67,13 @@ pub(super) fn no_server() -> RpcError {
     )
 }
 
+pub(super) fn exchange_runs() -> RpcError {
+    RpcError::new(
+        Code::ExchangeRuns,
+        "the server is being exchanged, and this was not begun; try again",
+    )
+}
+
 /// A line that answers the request `id`.
 pub(super) fn line(id: &Value, answer: Result<Value, RpcError>) -> Vec<u8> {
     reply(id.clone(), answer).to_string().into_bytes()

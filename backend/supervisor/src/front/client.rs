@@ -253,7 +253,9 @@ impl Client {
                 shared.wishes.push(Wish::Shutdown);
                 Ok(json!({"shutting_down": true}))
             }
-            _ if since + shared.patience <= Instant::now() => Err(answers::no_server()),
+            _ if since + shared.patience <= Instant::now() => {
+                Err(if is_gone { answers::no_server() } else { answers::exchange_runs() })
+            }
             kind => {
                 if kind == Kind::Upgrade && shared.is_given_up() {
                     shared.wishes.push(Wish::Revive);

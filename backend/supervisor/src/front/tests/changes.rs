@@ -135,6 +135,19 @@ fn a_server_that_is_about_to_be_stopped_gets_nothing_new() {
     assert!(asked.contains(&UPGRADE.to_owned()), "{asked:?}");
 }
 
+/// An exchange may wait longer for requests in flight than a client waits for an answer.
+#[test]
+fn a_request_that_comes_amid_an_exchange_is_told_of_that() {
+    let mut stage = Stage::serving();
+    stage.front.hold();
+    stage.front.shared.patience = Duration::from_millis(30);
+    let mut client = stage.client_says(&[UPGRADE]);
+    stage.turn_for(Duration::from_millis(60));
+    stage.turn();
+    assert_eq!(code(&client.value()), "exchange_runs");
+    assert!(stage.wishes.is_empty(), "it was not begun");
+}
+
 #[test]
 fn a_stream_that_the_server_closes_is_made_anew() {
     let mut stage = Stage::serving();
