@@ -4,7 +4,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use guest_tests::PATIENCE;
 use guest_tests::daemon::{Control, Daemon, run_daemon};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -94,10 +97,20 @@ fn a_state_directory_keeps_history_over_the_end_of_everything() {
     daemon.call(&["rollback"]);
     let before = history(&daemon);
     assert_eq!(before.len(), 2);
+    // A thread writes down what is answered already.
+    let file = directory.path().join("history.jsonl");
+    let deadline = Instant::now() + PATIENCE;
+    let is_last = |line: &str| {
+        serde_json::from_str(line)
+            .is_ok_and(|line: Value| line["sequence"] == before[1]["sequence"])
+    };
+    while !fs::read_to_string(&file).expect("the file").lines().any(is_last) {
+        assert!(Instant::now() < deadline, "it is not written down");
+        thread::sleep(Duration::from_millis(1));
+    }
     daemon.end_whole();
     drop(daemon);
     // A loss of power takes a part of the last line.
-    let file = directory.path().join("history.jsonl");
     let text = fs::read(&file).expect("the file");
     let mut torn = text.clone();
     torn.extend_from_slice(b"{\"sequence\":99,\"event\":\"ended\",\"cha");
