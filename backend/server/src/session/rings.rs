@@ -160,7 +160,9 @@ impl VringT<Memory> for Vring {
         let now = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
         let is_same = queue.ready() && now == (desc_table, avail_ring, used_ring);
         drop(state);
-        let stays = is_same && !self.was_reset.swap(false, Ordering::Relaxed);
+        // It is told where it is now, whatever it was before.
+        let was_reset = self.was_reset.swap(false, Ordering::Relaxed);
+        let stays = is_same && !was_reset;
         self.stays.store(stays, Ordering::Relaxed);
         if stays {
             return Ok(());

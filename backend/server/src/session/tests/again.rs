@@ -63,5 +63,14 @@ fn a_ring_that_was_reset_goes_on_where_its_driver_is() {
         bench.guest.write(testing::USED + 2, 7_u16);
         set_up(0);
         assert_eq!(next_used(), 0);
+        // One that was stopped before it was reset is not found running when it is set up.
+        bench.vring.set_queue_ready(false);
+        bench.backend.reset_device();
+        bench.guest.write(testing::USED + 2, 0_u16);
+        set_up(0);
+        bench.vring.set_queue_ready(true);
+        bench.guest.write(testing::USED + 2, 7_u16);
+        set_up(0);
+        assert_eq!(next_used(), 0, "it runs since, so what is in its ring may be old");
     });
 }
