@@ -97,7 +97,7 @@ pub struct Supervisor {
     vault: Vault,
     /// As the stopped server has left it.
     vault_before: Option<Vault>,
-    /// When the server is to say its vault again.
+    /// A vault of the server was lost, and none has come since: when it is to say it again.
     vault_again_at: Option<Instant>,
     store: Store,
     deaths: Deaths,

@@ -17,6 +17,7 @@ use channel::{Bytes, Channel, Module, RateLimits, Region, Stored, ToSupervisor, 
 use domain_abi::Capabilities;
 use proxy::{DomainProxy, DomainRecord, Keeper, Kept, KeptModule, Saved};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
@@ -254,14 +255,17 @@ impl VaultSender {
         if let Some(why) = sent.failure.as_ref().filter(|why| before.as_ref() != Some(why)) {
             log::error!("the supervisor does not have what there is now, and is told later: {why}");
         }
-        if std::mem::replace(&mut sent.is_awaited, true) {
-            return;
-        }
+        let is_awaited = std::mem::replace(&mut sent.is_awaited, true);
         if !has_failed {
-            log::warn!("the supervisor does not read; it is told what there is when it does");
+            if !is_awaited {
+                log::warn!("the supervisor does not read; it is told what there is when it does");
+            }
             if self.is_aside_used(sent) {
                 let _ = self.channel.try_send(&ToSupervisor::Look, &[]);
             }
+        }
+        if is_awaited {
+            return;
         }
         let (way, proxy) = (Arc::clone(self.way(sent)), self.proxy.clone());
         let wait = move || {
@@ -299,10 +303,11 @@ impl VaultSender {
                 is_tried = sent.failure.is_some();
                 (!is_tried).then(|| Arc::clone(self.way(&sent)))
             };
-            let wait =
-                |way: Arc<Channel>| poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None).is_ok();
-            let is_ready = way.is_none_or(wait);
-            let Some(proxy) = self.proxy.upgrade().filter(|_| is_ready) else { return Ok(()) };
+            if let Some(way) = way {
+                let wait = || poll(&mut [PollFd::new(&*way, PollFlags::OUT)], None);
+                retry_on_intr(wait).map_err(|error| error.to_string())?;
+            }
+            let Some(proxy) = self.proxy.upgrade() else { return Ok(()) };
             proxy.keep_again();
         }
     }

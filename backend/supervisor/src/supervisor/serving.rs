@@ -73,7 +73,11 @@ impl Supervisor {
                 // Another one has nothing to say of the device.
                 if which == Which::Current {
                     match self.vault.take(*vault, &new, files) {
-                        Ok(()) => self.keep_in_store(),
+                        Ok(()) => {
+                            // Each says all that there is.
+                            self.vault_again_at = None;
+                            self.keep_in_store();
+                        }
                         Err(why) => {
                             log::error!("what the server wants to be kept is not: {why}");
                             self.vault_is_lost(which);
@@ -173,7 +177,8 @@ impl Supervisor {
 
     pub(super) fn settle_vault(&mut self, now: Instant) {
         if self.vault_deadline().is_some_and(|at| at <= now) {
-            self.vault_again_at = None;
+            // Until it has come.
+            self.vault_again_at = Some(now + VAULT_AGAIN);
             self.send(&ToServer::VaultAgain);
         }
     }

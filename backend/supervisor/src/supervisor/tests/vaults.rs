@@ -31,13 +31,16 @@ fn what_a_server_that_failed_has_said_is_not_kept() {
 fn a_vault_that_was_lost_is_asked_for_again() {
     let directory = tempfile::tempdir().unwrap();
     let mut supervisor = serving(directory.path());
-    let ToSupervisor::Vault { vault, .. } = vault(4, 7) else { unreachable!() };
-    let lost = ToSupervisor::Vault { vault, new: Vec::new() };
+    let ToSupervisor::Vault { vault: list, .. } = vault(4, 7) else { unreachable!() };
+    let lost = ToSupervisor::Vault { vault: list, new: Vec::new() };
     supervisor.told_by(Which::Current, lost, Vec::new());
     assert_eq!(supervisor.vault.list().map(|list| list.generation), Some(3));
     let at = supervisor.vault_again_at.expect("it is asked for again");
     assert!(supervisor.deadline().is_some_and(|deadline| deadline <= at));
     supervisor.settle_vault(at);
+    // As long as it does not come.
+    assert!(supervisor.vault_again_at.is_some_and(|again| again > at));
+    supervisor.told_by(Which::Current, vault(4, 7), vec![file()]);
     assert_eq!(supervisor.vault_again_at, None);
 }
 
@@ -46,6 +49,11 @@ fn lost(stage: &mut Stage) {
     let ToSupervisor::Vault { vault, .. } = vault(4, 7) else { unreachable!() };
     let lost = ToSupervisor::Vault { vault, new: Vec::new() };
     stage.supervisor.told_by(Which::Current, lost, Vec::new());
+}
+
+/// It comes in the end.
+fn found(stage: &mut Stage) {
+    stage.supervisor.told_by(Which::Current, vault(4, 7), vec![file()]);
 }
 
 /// It says what has been lost before it says that it has stopped.
@@ -60,7 +68,10 @@ fn a_server_whose_vault_was_lost_says_it_again_before_it_is_stopped() {
     assert_eq!(told(&server), []);
     stage.supervisor.settle_vault(at);
     stage.supervisor.settle_exchange(at);
-    assert!(matches!(told(&server)[..], [ToServer::VaultAgain, ToServer::Stop { .. }]));
+    assert_eq!(told(&server), [ToServer::VaultAgain], "it is asked for, and has not come");
+    found(&mut stage);
+    stage.supervisor.settle_exchange(at);
+    assert!(matches!(told(&server)[..], [ToServer::Stop { .. }]));
 }
 
 #[test]
@@ -69,9 +80,12 @@ fn a_server_whose_vault_is_lost_when_it_stops_keeps_its_device() {
     let (server, candidate) = (stage.serve(), stage.begin_candidate(true));
     stage.exchange(Step::Stopping);
     lost(&mut stage);
+    // It has stopped before it hears of that.
+    let at = stage.supervisor.vault_again_at.expect("it is asked for again");
+    stage.supervisor.settle_vault(at);
     say(&server, &ToSupervisor::Stopped { drain_ns: 0 });
     stage.supervisor.hear(Which::Current);
-    assert_eq!(told(&server), [ToServer::Resume]);
+    assert_eq!(told(&server), [ToServer::VaultAgain, ToServer::Resume]);
     assert_eq!(told(&candidate), [ToServer::Exit]);
     say(&server, &ToSupervisor::Resumed);
     stage.supervisor.hear(Which::Current);
@@ -107,6 +121,8 @@ fn another_program_waits_for_a_vault_that_was_lost() {
     assert!(stage.supervisor.unrest().is_some());
     let at = stage.supervisor.vault_again_at.expect("it is asked for again");
     stage.supervisor.settle_vault(at);
+    assert!(stage.supervisor.unrest().is_some(), "it is asked for, and has not come");
+    found(&mut stage);
     assert_eq!(stage.supervisor.unrest(), None);
 }
 
