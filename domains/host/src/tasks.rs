@@ -106,7 +106,7 @@ impl Tasks {
         });
         match spawned {
             Ok(thread) => {
-                lock(&self.threads).push(thread);
+                self.keep(thread);
                 Ok(())
             }
             Err(error) => {
@@ -116,6 +116,16 @@ impl Tasks {
                 Err(DomainError::new(format!("cannot start thread `{name}`: {error}")))
             }
         }
+    }
+
+    /// Keeps a thread until it is joined, and joins those that have ended: each has its stack until
+    /// then, and an instance may begin new ones for each session.
+    fn keep(&self, thread: TaskThread) {
+        let mut threads = lock(&self.threads);
+        let ended = threads.extract_if(.., |thread| thread.handle.is_finished());
+        // What one panicked with was said when it did.
+        ended.for_each(|thread| drop(thread.handle.join()));
+        threads.push(thread);
     }
 
     pub(crate) fn after(&self, delay: Duration, task: Task) -> Result<(), DomainError> {
@@ -129,7 +139,7 @@ impl Tasks {
         if timers.armed == 0 {
             let shared = Arc::clone(&self.timers);
             match TaskThread::spawn("domain-timer", move || serve(&shared)) {
-                Ok(thread) => lock(&self.threads).push(thread),
+                Ok(thread) => self.keep(thread),
                 Err(error) => {
                     task.give_back();
                     return Err(DomainError::new(format!(
@@ -242,6 +252,19 @@ mod tests {
         assert_eq!(tasks.join(200 * MS), Err("thread `test`".to_owned()));
         assert!(began.elapsed() < 4000 * MS, "{:?}", began.elapsed());
         end.store(true, Ordering::Relaxed);
+        assert_eq!(tasks.join(5000 * MS), Ok(()));
+    }
+
+    #[test]
+    fn threads_that_have_ended_are_not_kept() {
+        let tasks = Tasks::default();
+        for _ in 0..20 {
+            tasks.keep(TaskThread::spawn("test", || {}).unwrap());
+            while !lock(&tasks.threads).iter().all(|thread| thread.handle.is_finished()) {
+                std::thread::sleep(MS);
+            }
+        }
+        assert_eq!(lock(&tasks.threads).len(), 1);
         assert_eq!(tasks.join(5000 * MS), Ok(()));
     }
 
