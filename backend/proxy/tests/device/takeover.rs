@@ -325,8 +325,12 @@ fn a_standby_that_cannot_be_activated_is_errors_and_not_silence() {
     hand.submit([1, 2]);
     hand.until(&device, "silence", |hand| hand.ended.len() == 2);
     assert_eq!(hand.take_ended(), [(1, Status::IoError), (2, Status::IoError)]);
-    let status = device.proxy.status();
-    assert_eq!((status.state, status.standby.is_none()), (State::Faulted, true), "{status:?}");
+    // It is shown a moment after requests have failed.
+    let status = || device.proxy.status();
+    device.until("still its standby", || {
+        let status = status();
+        (status.state, status.standby.is_none()) == (State::Faulted, true)
+    });
     hand.submit([3]);
     assert_eq!(hand.take_ended(), [(3, Status::IoError)], "faulted is errors");
     hand.lie_down();
@@ -352,7 +356,7 @@ fn a_standby_that_dies_in_the_replay_of_one_queue_leaves_no_other_queue_in_silen
     two.lie_down();
     one.until(&device, "no errors", |one| one.ended.len() == 2);
     assert_eq!(one.take_ended(), [(0, Status::IoError), (1, Status::IoError)]);
-    assert_eq!(device.proxy.status().state, State::Faulted);
+    device.until("not faulted", || device.proxy.status().state == State::Faulted);
     two.until(&device, "silence on queue 1", |two| two.ended.len() == 1);
     assert_eq!(two.take_ended(), [(0, Status::IoError)]);
 }
