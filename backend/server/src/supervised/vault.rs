@@ -433,14 +433,14 @@ pub(super) fn saved_of(
     };
     for Region { key, len, memfd } in &vault.regions {
         let region = HostRegion::from_memfd(file(*memfd, key)?, *len);
-        filling.regions.insert(key.clone(), region.map_err(|error| about(key, error))?);
+        put(&mut filling.regions, key, region.map_err(|error| about(key, error))?)?;
     }
     for Bytes { key, memfd } in &vault.bytes {
         let bytes = read_all(&file(*memfd, key)?).map_err(|error| about(key, error))?;
-        filling.bytes.insert(key.clone(), bytes);
+        put(&mut filling.bytes, key, bytes)?;
     }
     for Stored { key, file: number } in &vault.files {
-        filling.files.insert(key.clone(), file(*number, key)?);
+        put(&mut filling.files, key, file(*number, key)?)?;
     }
     let told: Told = serde_json::from_value(vault.told.clone())
         .map_err(|error| format!("what the guest was told is no such thing: {error}"))?;
@@ -456,6 +456,14 @@ pub(super) fn saved_of(
         canary,
     };
     Ok((saved, believed, limits))
+}
+
+/// Which one of two is meant could not be known.
+fn put<V>(all: &mut BTreeMap<String, V>, key: &str, value: V) -> Result<(), String> {
+    match all.insert(key.to_owned(), value) {
+        None => Ok(()),
+        Some(_) => Err(format!("`{key}` of the vault: it is there twice")),
+    }
 }
 
 /// All of a memfd, whatever its position is: that is its sender's as well.
