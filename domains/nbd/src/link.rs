@@ -18,7 +18,7 @@ use crate::server::Process;
 use crate::wire::{self, Command, Decoder, Event};
 use domain_api::QueueIndex;
 use domain_io::engine::PortEnd;
-use domain_io::tcp;
+use domain_io::tcp::Silence;
 use rustix::net::{self, RecvFlags};
 use std::io;
 use std::ops::Range;
@@ -32,9 +32,6 @@ const RECEIVED: usize = 256 << 10;
 const MOST_OUT: usize = 1 << 20;
 /// How often a turn receives: others want to be served, too.
 const ROUNDS: usize = 8;
-/// How often data is sent again that a host does not acknowledge, until it is taken for gone. Some
-/// 50 s: what takes the way of a switch that starts anew is not given up.
-const UNHEARD: u8 = 8;
 /// How often a request may be answered by a server that it is going down. Each connection to it
 /// may say so once before it is left.
 const MOST_REFUSALS: u32 = 20;
@@ -165,7 +162,7 @@ impl Link {
     /// Whether the server's host does not acknowledge what is sent to it. One that does not read
     /// does.
     pub(crate) fn is_unheard(&self) -> bool {
-        self.busy() > 0 && tcp::retransmissions(self.socket()).is_some_and(|count| count >= UNHEARD)
+        self.busy() > 0 && Silence::of(self.socket()).is_some_and(Silence::is_long)
     }
 
     /// Sends and receives what can be, for the queue of `lists`. An error is the connection's end.
