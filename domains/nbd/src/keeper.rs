@@ -62,7 +62,13 @@ impl Keeper {
 impl Keeper {
     fn run(mut self) {
         while !self.pool.ending.load(Ordering::Relaxed) {
-            let pause = if self.pool.resting.load(Ordering::Relaxed) { None } else { self.keep() };
+            let pause = if self.pool.resting.load(Ordering::Relaxed) {
+                // Its connection has ended, or is a successor's.
+                self.flushing = None;
+                None
+            } else {
+                self.keep()
+            };
             self.wait(pause);
         }
     }

@@ -10,6 +10,7 @@ use crate::announced::{Announced, usable};
 use crate::answers;
 use crate::connect;
 use crate::keeper::{self, key};
+use crate::link::Link;
 use crate::marks::LINKS;
 use crate::negotiate::{Export, Refusal};
 use crate::pool::Pool;
@@ -148,7 +149,7 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
     Ok(())
 }
 
-/// Leaves the connections in storage. Nothing is in flight.
+/// Leaves the connections in storage. No request is in flight.
 pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
     let links = {
         let mut slots = pool.slots();
@@ -157,7 +158,7 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
         pool.changed(&slots);
         links
     };
-    // One on its way ends with its connection; it is sent again if the disk comes back.
+    // A flush on its way ends with its connection; it is sent again if the disk comes back.
     pool.own_flush.undone();
     let storage = pool.host.storage();
     let mut text = RESTING.to_owned();
@@ -172,10 +173,17 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
             let Export { size, flags, minimum, preferred, maximum } = link.export;
             text += &format!("{} {size} {flags} {minimum} {preferred} {maximum}\n", link.slot);
         } else {
-            link.shut();
+            end(pool, link);
         }
     }
     storage.set_bytes(CONNECTIONS, text.as_bytes())
+}
+
+/// Ends a connection that is not handed on. What it has in flight is no request: a flush of our own,
+/// or what a queue has left that is gone. The marks of that are for the one that takes the disk up.
+fn end(pool: &Pool, link: &Link) {
+    let Some(left) = link.break_off() else { return };
+    left.items.iter().for_each(|(_, item)| pool.answered(item.as_ref().map(|item| &item.job)));
 }
 
 /// A line of [`hand_on`]'s.

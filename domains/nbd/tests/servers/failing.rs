@@ -1,7 +1,7 @@
 //! Servers that fail to make data durable, and those that offer no way to ask for it.
 
 use crate::common::Server;
-use crate::common::scripted::{Answer, CAN_FLUSH, FLAGS, FLUSH, Scripted};
+use crate::common::scripted::{Answer, CAN_FLUSH, FLAGS, FLUSH, READ, Scripted};
 use domain_api::Status;
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_nbd::NbdDisk;
@@ -13,19 +13,15 @@ const EINVAL: u32 = 22;
 const ENOSPC: u32 = 28;
 const ESHUTDOWN: u32 = 108;
 
-/// A server whose first flush is answered like this, and all others well. Counts those.
+/// A server whose first flush is answered like this, and all others well. Counts the flushes.
 fn first_flush(answer: fn() -> Answer) -> (Scripted, Arc<AtomicUsize>) {
-    let (seen, good) = (AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
-    let count = Arc::clone(&good);
+    let seen = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&seen);
     let server = Scripted::new(FLAGS | CAN_FLUSH, move |_, kind| match kind {
-        FLUSH if seen.fetch_add(1, Ordering::SeqCst) == 0 => answer(),
-        FLUSH => {
-            count.fetch_add(1, Ordering::SeqCst);
-            Answer::Good
-        }
+        FLUSH if count.fetch_add(1, Ordering::SeqCst) == 0 => answer(),
         _ => Answer::Good,
     });
-    (server, good)
+    (server, seen)
 }
 
 #[test]
@@ -65,18 +61,17 @@ fn a_flush_of_our_own_that_failed_is_not_forgotten() {
 
 #[test]
 fn what_was_written_is_durable_when_the_write_cache_has_been_turned_off() {
-    const BADLY: [fn() -> Answer; 3] =
+    // The first flush itself goes well, or the next one has to.
+    const FIRST: [fn() -> Answer; 3] =
         [|| Answer::Good, || Answer::Close, || Answer::Error(ESHUTDOWN)];
-    for (at, badly) in BADLY.into_iter().enumerate() {
-        let (server, good) = first_flush(badly);
+    for (first, flushes) in FIRST.into_iter().zip([1, 2, 2]) {
+        let (server, flushed) = first_flush(first);
         let storage = TestStorage::new();
         let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
         let mut lane = bench.lane(0).unwrap();
         assert_eq!(lane.one(Job::write(0, vec![1; 4096])).unwrap().status, Status::Ok);
         bench.instance.set_write_cache(false).unwrap();
-        if at > 0 {
-            assert!(good.load(Ordering::SeqCst) > 0, "no flush was answered well");
-        }
+        assert_eq!(flushed.load(Ordering::SeqCst), flushes, "no flush was answered well");
         assert_eq!(storage.failure(), None);
         drop(lane);
         bench.retire().unwrap();
@@ -102,6 +97,26 @@ fn a_server_that_does_not_answer_the_flush_does_not_hold_up_the_frontend() {
     is_free.store(true, Ordering::SeqCst);
     bench.instance.set_write_cache(false).unwrap();
     assert_eq!(bench.host.lines().len(), lines.len(), "{:?}", bench.host.lines());
+    drop(lane);
+    bench.retire().unwrap();
+}
+
+#[test]
+fn a_request_that_connections_die_of_is_sent_after_a_flush_was_cut_off() {
+    let server =
+        Scripted::new(FLAGS | CAN_FLUSH, move |connection, kind| match (connection, kind) {
+            (0, FLUSH) => Answer::Held(Arc::default()),
+            (1..4, READ) => Answer::Close,
+            _ => Answer::Good,
+        });
+    let storage = TestStorage::new();
+    let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
+    bench.instance.set_write_cache(false).unwrap();
+    bench.instance.quiesce().unwrap();
+    bench.instance.resume().unwrap();
+    // It is sent alone at last: when nothing else is in flight.
+    let mut lane = bench.lane(0).unwrap();
+    assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::Ok);
     drop(lane);
     bench.retire().unwrap();
 }
