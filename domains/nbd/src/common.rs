@@ -244,6 +244,11 @@ impl Common {
         self.unflushed.swap(false, Ordering::SeqCst)
     }
 
+    /// As a predecessor has left it.
+    pub(crate) fn set_unflushed(&self, unflushed: bool) {
+        self.unflushed.store(unflushed, Ordering::SeqCst);
+    }
+
     /// The server has answered a flush with an error. What its kernel says once, it does not say
     /// again.
     pub(crate) fn flush_failed(&self) {

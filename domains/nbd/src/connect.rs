@@ -81,6 +81,12 @@ pub(crate) fn end(socket: &OwnedFd) {
     let _ = net::connect_unspec(socket);
 }
 
+/// Whether the other end has ended a connection.
+pub(crate) fn has_ended(socket: &OwnedFd) -> bool {
+    let mut watched = [PollFd::new(socket, PollFlags::RDHUP)];
+    !matches!(poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+}
+
 /// Where a connection leads to, if it is to a host.
 pub(crate) fn address(socket: &OwnedFd) -> Option<SocketAddr> {
     socket.try_clone().map(TcpStream::from).and_then(|stream| stream.peer_addr()).ok()

@@ -9,6 +9,7 @@ use crate::job::Lists;
 use crate::link::Link;
 use crate::negotiate::{Export, flags};
 use crate::pool::{Pool, Slots};
+use crate::server::Process;
 use domain_api::{DomainError, Level, QueueIndex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
@@ -187,7 +188,12 @@ impl Keeper {
         if pool.resting.load(Ordering::Relaxed) {
             return Err("the disk is being handed on".to_owned());
         }
+        let was_alone = slots.links.iter().all(Option::is_none);
+        let before = slots.server;
         let link = add(pool, &mut slots, slot, socket, export);
+        if was_alone {
+            tell_of_unflushed(pool, before, link.server);
+        }
         drop(slots);
         keep_descriptor(pool, &link);
         if let Some(lost) = lost {
@@ -294,20 +300,7 @@ pub(crate) fn add(
         marks.set_nonce(slot, nonce);
     }
     let link = Arc::new(Link::new(slot, slots.names, socket, export, nonce));
-    let before = slots.server.replace(link.server);
-    if slots.links.iter().all(Option::is_none)
-        && before.is_some_and(|before| link.server.is_none() || before != link.server)
-        && pool.told().flush
-        && pool.takes_unflushed()
-    {
-        pool.host.count("nbd_unflushed", 1);
-        let line = format!(
-            "another server may have come for {}, with writes answered before that the guest has not flushed yet: \
-             what the one before has not left to its storage is lost, and the guest's next flush does not say so",
-            pool.target
-        );
-        pool.host.log(Level::Warn, &line);
-    }
+    slots.server = Some(link.server);
     if slots.links.len() <= slot {
         slots.links.resize(slot + 1, None);
     }
@@ -319,6 +312,21 @@ pub(crate) fn add(
     }
     pool.changed(slots);
     link
+}
+
+/// The first connection after a time without any is `server`'s, if that is known: tells of writes
+/// that may have gone with the one `before`.
+fn tell_of_unflushed(pool: &Pool, before: Option<Option<Process>>, server: Option<Process>) {
+    let may_differ = before.is_some_and(|before| server.is_none() || before != server);
+    if may_differ && pool.told().flush && pool.takes_unflushed() {
+        pool.host.count("nbd_unflushed", 1);
+        let line = format!(
+            "another server may have come for {}, with writes answered before that the guest has not flushed yet: \
+             what the one before has not left to its storage is lost, and the guest's next flush does not say so",
+            pool.target
+        );
+        pool.host.log(Level::Warn, &line);
+    }
 }
 
 /// Leaves a connection's descriptor in storage, so that one that goes on can end it.

@@ -30,6 +30,8 @@ const CONNECTIONS: &str = "connections";
 const URI: &str = "uri";
 const IN_USE: &str = "in use\n";
 const RESTING: &str = "resting\n";
+/// A line of what was left, if something was changed and not flushed.
+const UNFLUSHED: &str = "unflushed";
 
 /// The connection of the first instance, until it is activated.
 pub(crate) type First = Mutex<Option<(OwnedFd, Export)>>;
@@ -98,16 +100,20 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
     // From here on a death leaves connections that nothing is known of.
     storage.set_bytes(CONNECTIONS, IN_USE.as_bytes())?;
     let mut taken = Vec::new();
-    match left.as_deref() {
+    let mut server = Some(Process::from_numbers(marks.server()));
+    let unflushed = match left.as_deref() {
         None => {
+            server = None;
             let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
             taken.extend(first.take().map(|(socket, export)| (0, socket, export)));
+            false
         }
         Some(text) if text.starts_with(RESTING) => {
             let lines = text.lines().skip(1).filter_map(parse);
             taken.extend(lines.filter_map(|(slot, export)| {
                 Some((slot, OwnedFd::from(storage.file(&key(slot))?), export))
             }));
+            text.lines().any(|line| line == UNFLUSHED)
         }
         Some(_) => {
             let sockets: Vec<(usize, OwnedFd)> = (0..LINKS)
@@ -116,12 +122,20 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
             if answers::take_in(&sockets, marks) {
                 pool.flush_failed();
             }
+            // Where the server's process is not known, one whose connection only we end stays.
+            if server == Some(None) && sockets.iter().any(|(_, socket)| !connect::has_ended(socket))
+            {
+                server = None;
+            }
             for (_, socket) in &sockets {
                 // Whatever was half said.
                 connect::end(socket);
             }
+            // It may be so.
+            !pool.told().read_only
         }
-    }
+    };
+    pool.set_unflushed(unflushed);
     let (in_flight, old) = marks.left();
     if !in_flight.is_empty() {
         pool.host.count("nbd_unknown_changes", in_flight.len() as u64);
@@ -136,6 +150,7 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
     }
     let mut slots = pool.slots();
     slots.wanted = slots.wanted.max(1);
+    slots.server = server;
     for (slot, socket, export) in taken {
         let link = keeper::add(pool, &mut slots, slot, socket, export);
         if left.is_none() {
@@ -176,6 +191,11 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
             end(pool, link);
         }
     }
+    // From now on it is the one's that takes the disk up.
+    if pool.takes_unflushed() {
+        text += UNFLUSHED;
+        text += "\n";
+    }
     storage.set_bytes(CONNECTIONS, text.as_bytes())
 }
 
@@ -183,6 +203,9 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
 /// or what a queue has left that is gone. The marks of that are for the one that takes the disk up.
 fn end(pool: &Pool, link: &Link) {
     let Some(left) = link.break_off() else { return };
+    if left.has_flush {
+        pool.note_unflushed();
+    }
     left.items.iter().for_each(|(_, item)| pool.answered(item.as_ref().map(|item| &item.job)));
 }
 

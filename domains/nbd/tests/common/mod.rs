@@ -105,3 +105,56 @@ impl Drop for Server {
         self.kill();
     }
 }
+
+/// nbdkit on a port, ended with the value.
+pub struct TcpServer {
+    child: Child,
+    port: u16,
+}
+
+impl TcpServer {
+    /// On a port that was free a moment ago.
+    pub fn start() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        Self { child: Self::at(port), port }
+    }
+
+    fn at(port: u16) -> Child {
+        let child = Command::new("nbdkit")
+            .args(["-f", "-i", "127.0.0.1", "-p", &port.to_string(), "memory", "2M"])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < deadline, "nbdkit does not listen");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child
+    }
+
+    /// Kills it, and starts another one in its place.
+    pub fn exchange(&mut self) {
+        self.end();
+        self.child = Self::at(self.port);
+    }
+
+    fn end(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn params(&self, more: &[&str]) -> Params {
+        let mut params = Params::from_pairs(more).unwrap();
+        params.set("uri", format!("nbd://127.0.0.1:{}/any", self.port));
+        params
+    }
+}
+
+impl Drop for TcpServer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -122,29 +122,6 @@ fn a_request_that_connections_die_of_is_sent_after_a_flush_was_cut_off() {
 }
 
 #[test]
-fn that_unflushed_writes_may_have_gone_with_a_server_is_counted_once() {
-    let mut server = Server::nbdkit(&["memory", "1M"]);
-    let storage = TestStorage::new();
-    let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&["settle=0"])).unwrap();
-    let mut lane = bench.lane(0).unwrap();
-    let mut run = |job| assert_eq!(lane.one(job).unwrap().status, Status::Ok);
-    for (is_flushed, counted) in [(true, 0), (false, 1), (true, 1)] {
-        run(Job::write(0, vec![1; 4096]));
-        if is_flushed {
-            run(Job::flush());
-        }
-        server.kill();
-        server.start();
-        // It is not looked for before it is missed.
-        run(Job::read(0, 4096));
-        run(Job::flush());
-        assert_eq!(storage.counter("nbd_unflushed"), counted);
-    }
-    drop(lane);
-    bench.retire().unwrap();
-}
-
-#[test]
 fn a_server_that_announces_no_flush_is_asked_for_none() {
     let server = Server::nbdkit(&[
         "eval",

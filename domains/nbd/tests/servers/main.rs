@@ -6,3 +6,4 @@ mod failing;
 mod hostile;
 mod keeping;
 mod real;
+mod unflushed;

@@ -1,12 +1,10 @@
 //! What servers are like: over TCP, with large blocks, with one connection only, read-only, with a
 //! size that is no multiple of a block, and with one that grows.
 
-use crate::common::Server;
-use domain_api::{Capabilities, Params, Status};
+use crate::common::{Server, TcpServer};
+use domain_api::{Capabilities, Status};
 use domain_conformance::{Bench, Job, Options, TestStorage, run};
 use domain_nbd::NbdDisk;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 /// An image of so many bytes in the server's folder, which its command calls `FOLDER/image`.
 fn of_image(command: &[&str], bytes: u64) -> Server {
@@ -26,29 +24,10 @@ fn capacity_of(server: &Server, more: &[&str]) -> u64 {
     capacity
 }
 
-/// nbdkit on a port that was free a moment ago.
-fn over_tcp() -> (Child, u16) {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let child = Command::new("nbdkit")
-        .args(["-f", "-i", "127.0.0.1", "-p", &port.to_string(), "memory", "2M"])
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-        assert!(Instant::now() < deadline, "nbdkit does not listen");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    (child, port)
-}
-
 #[test]
 fn keeps_the_contract_over_tcp() {
-    let (mut server, port) = over_tcp();
-    let uri = format!("uri=nbd://127.0.0.1:{port}/any");
-    run::<NbdDisk>(&Options::new(Params::from_pairs([uri]).unwrap()));
-    server.kill().unwrap();
-    server.wait().unwrap();
+    let server = TcpServer::start();
+    run::<NbdDisk>(&Options::new(server.params(&[])));
 }
 
 #[test]
