@@ -26,6 +26,9 @@ const LONG: Duration = Duration::from_secs(60);
 /// When a further connection is tried again that could not be had.
 const LATER: Duration = Duration::from_secs(5);
 
+/// How long connections that are used no more are awaited without a word.
+const QUIETLY: Duration = Duration::from_secs(1);
+
 /// Storage key of a connection's descriptor.
 pub(crate) fn key(slot: usize) -> String {
     format!("connection.{slot}")
@@ -41,6 +44,9 @@ struct Keeper {
     pool: Arc<Pool>,
     /// What was last said of why there is no connection.
     said: Option<String>,
+    /// Since when all connections are used no more, and whether that was said.
+    awaits_since: Option<Duration>,
+    said_awaited: bool,
     /// Further connections are not tried before then, as long as there are as many as when the last
     /// one was tried in vain.
     later: Option<(Duration, usize)>,
@@ -56,7 +62,17 @@ struct Keeper {
 impl Keeper {
     fn new(pool: Arc<Pool>) -> Self {
         let not_before = Duration::ZERO;
-        Self { pool, said: None, later: None, vain: 0, flushing: None, barren: 0, not_before }
+        Self {
+            pool,
+            said: None,
+            awaits_since: None,
+            said_awaited: false,
+            later: None,
+            vain: 0,
+            flushing: None,
+            barren: 0,
+            not_before,
+        }
     }
 }
 
@@ -76,6 +92,7 @@ impl Keeper {
 
     /// Does what is to be done; how long there is nothing more.
     fn keep(&mut self) -> Option<Duration> {
+        self.say_awaited();
         tend(&self.pool);
         let mut pause = self.reconnect();
         self.send_flush();
@@ -84,6 +101,30 @@ impl Keeper {
             pause = Some(pause.unwrap_or(RETRY).min(RETRY));
         }
         pause
+    }
+
+    /// Says once that connections are awaited which are used no more, if they do not end.
+    fn say_awaited(&mut self) {
+        let pool = &self.pool;
+        let links = pool.slots().links.clone();
+        let mut links = links.iter().flatten().peekable();
+        if links.peek().is_none() || !links.clone().all(|link| link.is_closing()) {
+            (self.awaits_since, self.said_awaited) = (None, false);
+            return;
+        }
+        let now = pool.host.clock();
+        let since = *self.awaits_since.get_or_insert(now);
+        if now.saturating_sub(since) >= QUIETLY && !self.said_awaited {
+            self.said_awaited = true;
+            let goes_down = links.clone().all(|link| link.is_leaving());
+            let why = if goes_down { "the server is going down" } else { "the size is asked for" };
+            let line = format!(
+                "no request is sent to {} any more ({why}) before it has answered the {} that it has; then it is connected to anew",
+                pool.target,
+                links.map(|link| link.busy()).sum::<usize>(),
+            );
+            pool.host.log(Level::Warn, &line);
+        }
     }
 
     /// Sends a flush of our own, if one is asked for and a connection has room for it.
@@ -252,7 +293,7 @@ impl Keeper {
 fn tend(pool: &Pool) {
     if pool.takes_going_down() {
         let slots = pool.slots();
-        slots.links.iter().flatten().for_each(|link| link.close_when_idle());
+        slots.links.iter().flatten().for_each(|link| link.leave());
         pool.changed(&slots);
     }
     let links = pool.slots().links.clone();

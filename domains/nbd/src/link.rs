@@ -77,6 +77,8 @@ pub(crate) struct Link {
     busy: AtomicUsize,
     /// Nothing new is to be sent on it.
     closing: AtomicBool,
+    /// That is so because the server is going down.
+    leaving: AtomicBool,
 }
 
 /// What a connection leaves that has ended.
@@ -120,6 +122,7 @@ impl Link {
             state: Mutex::new(state),
             busy: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
         }
     }
 
@@ -139,6 +142,16 @@ impl Link {
     /// Sends nothing new on it.
     pub(crate) fn close_when_idle(&self) {
         self.closing.store(true, Ordering::Relaxed);
+    }
+
+    /// The same, because the server is going down.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        self.close_when_idle();
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed)
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -293,7 +306,7 @@ impl Link {
             }
             // It has done nothing of it.
             wire::error::SHUTDOWN => {
-                self.close_when_idle();
+                self.leave();
                 pool.going_down();
                 job.refusals += 1;
                 let item = Item { request, job };
@@ -324,7 +337,7 @@ impl Link {
     fn ended_without_request(&self, work: Work, queue: QueueIndex, error: u32, pool: &Common) {
         let goes_down = error == wire::error::SHUTDOWN;
         if goes_down {
-            self.close_when_idle();
+            self.leave();
             pool.going_down();
         } else if error != 0 && work == Work::Flush {
             pool.flush_failed();

@@ -50,6 +50,8 @@ pub(crate) struct Pool {
     version: AtomicU64,
     /// Since when there is no connection, in nanoseconds of the host's clock; 0 if there is one.
     lost_since_ns: AtomicU64,
+    /// The same, since when there is none but to servers that are going down.
+    left_since_ns: AtomicU64,
     /// The keeper is to change nothing: the storage is not ours.
     pub(crate) resting: AtomicBool,
     pub(crate) ending: AtomicBool,
@@ -83,6 +85,7 @@ impl Pool {
             slots: Mutex::default(),
             version: AtomicU64::new(0),
             lost_since_ns: AtomicU64::new(0),
+            left_since_ns: AtomicU64::new(0),
             resting: AtomicBool::new(true),
             ending: AtomicBool::new(false),
         })
@@ -110,12 +113,15 @@ impl Pool {
     pub(crate) fn changed(&self, slots: &Slots) {
         // One that is to be closed still answers what is in flight, and is not lost until then.
         let is_lost = slots.links.iter().flatten().next().is_none();
-        let was_lost = self.lost_since_ns.load(Ordering::Relaxed) != 0;
-        if is_lost && !was_lost {
-            let now = u64::try_from(self.host.clock().as_nanos()).unwrap_or(u64::MAX).max(1);
-            self.lost_since_ns.store(now, Ordering::Relaxed);
-        } else if !is_lost {
-            self.lost_since_ns.store(0, Ordering::Relaxed);
+        // But one that goes down may never come to an end of that.
+        let is_left = slots.links.iter().flatten().all(|link| link.is_leaving());
+        let now = u64::try_from(self.host.clock().as_nanos()).unwrap_or(u64::MAX).max(1);
+        for (is_so, since) in [(is_lost, &self.lost_since_ns), (is_left, &self.left_since_ns)] {
+            if !is_so {
+                since.store(0, Ordering::Relaxed);
+            } else if since.load(Ordering::Relaxed) == 0 {
+                since.store(now, Ordering::Relaxed);
+            }
         }
         // Release pairs with the Acquire in `version`; the links themselves are behind the lock.
         self.version.fetch_add(1, Ordering::Release);
@@ -127,13 +133,19 @@ impl Pool {
 
     /// How long there has been no connection.
     pub(crate) fn lost_for(&self) -> Option<Duration> {
-        let since = self.lost_since_ns.load(Ordering::Relaxed);
+        self.since(&self.lost_since_ns)
+    }
+
+    fn since(&self, stamp: &AtomicU64) -> Option<Duration> {
+        let since = stamp.load(Ordering::Relaxed);
         (since != 0).then(|| self.host.clock().saturating_sub(Duration::from_nanos(since)))
     }
 
     /// Whether requests are not to wait for a connection any longer.
     pub(crate) fn has_timed_out(&self) -> bool {
-        self.options.timeout.is_some_and(|most| self.lost_for().is_some_and(|lost| lost >= most))
+        self.options
+            .timeout
+            .is_some_and(|most| self.since(&self.left_since_ns).is_some_and(|left| left >= most))
     }
 
     /// How many requests may be in flight on one connection: more than a server reads are better

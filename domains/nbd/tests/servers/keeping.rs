@@ -158,17 +158,59 @@ fn a_connection_that_ends_in_the_middle_of_nothing_is_made_anew_before_it_is_nee
 #[test]
 fn a_server_that_goes_down_without_end_is_asked_ever_more_rarely() {
     const ESHUTDOWN: u32 = 108;
-    let begun = Instant::now();
-    let server = Scripted::new(FLAGS | CAN_FLUSH, move |_, _| {
-        let goes_down = begun.elapsed() < Duration::from_secs(3);
-        if goes_down { Answer::Error(ESHUTDOWN) } else { Answer::Good }
+    // The pauses before the last five are 100 ms, 200 ms, 400 ms, and so on.
+    const IN_VAIN: usize = 7;
+    const PAUSES: Duration = Duration::from_millis(100 * 0b11111);
+    let server = Scripted::new(FLAGS | CAN_FLUSH, |connection, _| {
+        if connection < IN_VAIN { Answer::Error(ESHUTDOWN) } else { Answer::Good }
     });
     let storage = TestStorage::new();
     let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&[])).unwrap();
     let mut lane = bench.lane(0).unwrap();
+    let begun = Instant::now();
     assert_eq!(lane.one(Job::read(0, 4096)).unwrap().status, Status::Ok);
-    let connections = server.connections();
-    assert!(connections < 15, "{connections} in 3 s");
+    assert!(begun.elapsed() >= PAUSES, "{:?}", begun.elapsed());
+    assert_eq!(server.connections(), IN_VAIN + 1);
     drop(lane);
+    bench.retire().unwrap();
+}
+
+#[test]
+fn the_timeout_holds_behind_a_connection_that_goes_down_and_does_not_end() {
+    const ESHUTDOWN: u32 = 108;
+    let is_free = Arc::new(AtomicBool::new(false));
+    let seen = Arc::new(AtomicBool::new(false));
+    let (held, saw) = (Arc::clone(&is_free), Arc::clone(&seen));
+    let server =
+        Scripted::new(FLAGS | CAN_FLUSH, move |connection, kind| match (connection, kind) {
+            (0, READ) => {
+                saw.store(true, Ordering::SeqCst);
+                Answer::Held(Arc::clone(&held))
+            }
+            (0, _) => Answer::Error(ESHUTDOWN),
+            _ => Answer::Good,
+        });
+    let storage = TestStorage::new();
+    let bench = Bench::activated::<NbdDisk>(&storage, &server.params(&["timeout=3"])).unwrap();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut lane = bench.lane(1).unwrap();
+            lane.one(Job::read(0, 4096)).unwrap().status
+        });
+        wait_for("the read is held", || seen.load(Ordering::SeqCst));
+        let mut lane = bench.lane(0).unwrap();
+        let ends = lane.one(Job::write(0, vec![1; 4096])).map(|done| done.status);
+        let lines = bench.host.lines();
+        is_free.store(true, Ordering::SeqCst);
+        assert_eq!(ends.unwrap(), Status::IoError);
+        let says = |line: &str| line.contains("(the server is going down)");
+        let said = lines.iter().filter(|(_, line)| says(line)).count();
+        assert_eq!(said, 1, "{lines:?}");
+        // What it had taken before is its to answer.
+        assert_eq!(reader.join().unwrap(), Status::Ok);
+        wait_for("it is made anew", || server.connections() > 1);
+        // Another one is there, or comes within the time.
+        assert_eq!(lane.one(Job::write(0, vec![1; 4096])).unwrap().status, Status::Ok);
+    });
     bench.retire().unwrap();
 }
