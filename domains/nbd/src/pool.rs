@@ -32,8 +32,8 @@ pub(crate) struct Slots {
     pub(crate) allowed: usize,
     /// Names given so far.
     pub(crate) names: u32,
-    /// What serves the last one, or has served it. None if there was none, or if the next one is held
-    /// to lead to the same.
+    /// What serves the last one, or has served it. None if there was none, or if the next one is
+    /// held to lead to the same.
     pub(crate) server: Option<Option<Process>>,
     /// Where the last one leads to, if the server is at a host.
     pub(crate) address: Option<SocketAddr>,
