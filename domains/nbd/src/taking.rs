@@ -200,8 +200,8 @@ pub(crate) fn hand_on(pool: &Pool) -> Result<(), DomainError> {
 }
 
 /// Ends a connection that is not handed on. What it has in flight is no request: a flush of our
-/// own, or what a queue has left that is gone. The marks of that are for the one that takes the disk
-/// up.
+/// own, or what a queue has left that is gone. The marks of that are for the one that takes the
+/// disk up.
 fn end(pool: &Pool, link: &Link) {
     let Some(left) = link.break_off() else { return };
     if left.has_flush {
