@@ -24,7 +24,7 @@ pub struct Watch(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Ring(Ring),
+    Ring(Box<Ring>),
     Thread(Thread),
 }
 
@@ -47,7 +47,7 @@ impl Watch {
     /// # Errors
     /// What the kernel says: it has no io_uring, does not allow it, or is too old (5.13).
     pub fn by_ring(wake: OwnedFd) -> io::Result<Self> {
-        Ring::new(wake).map(Kind::Ring).map(Self)
+        Ring::new(wake).map(Box::new).map(Kind::Ring).map(Self)
     }
 
     /// A watch whose thread writes to the eventfd `wake`: some microseconds later. `spawn` begins
