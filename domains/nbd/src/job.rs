@@ -31,6 +31,8 @@ pub struct Job {
     pub(crate) done: u64,
     /// How many connections have died on it.
     pub(crate) deaths: u32,
+    /// The newest connection that there was when one of these ended.
+    blamed_until: u32,
     /// How often a server has said that it is going down, instead of an answer.
     pub(crate) refusals: u32,
     /// It was sent before: nothing newer than it was sent since to the same place.
@@ -41,7 +43,26 @@ pub struct Job {
 
 impl Job {
     pub(crate) const fn new(work: Work) -> Self {
-        Self { work, done: 0, deaths: 0, refusals: 0, is_repeated: false, suspect: None }
+        Self {
+            work,
+            done: 0,
+            deaths: 0,
+            blamed_until: 0,
+            refusals: 0,
+            is_repeated: false,
+            suspect: None,
+        }
+    }
+
+    /// Whether the end of connection `link`, when `newest` was the last that was made, is held
+    /// against it. That of one is not which was there already when another one ended on it: all of
+    /// them end with their server, one after the other.
+    pub(crate) const fn is_to_blame(&mut self, link: u32, newest: u32) -> bool {
+        let is_new = link > self.blamed_until;
+        if is_new {
+            self.blamed_until = newest;
+        }
+        is_new
     }
 
     /// How many bytes there are to be done for `request`: none for a flush, also of one that has
@@ -104,4 +125,18 @@ pub(crate) enum Mail {
     Again(Item),
     /// Ended.
     Done(PortEnd<Job>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_end_with_their_server_count_once() {
+        let mut job = Job::new(Work::Write);
+        // Four were there, and end in any order; then two that came later.
+        let ends = [(2, 4), (4, 4), (1, 4), (3, 5), (5, 5), (6, 6)];
+        let counted = ends.map(|(link, newest)| job.is_to_blame(link, newest));
+        assert_eq!(counted, [true, false, false, false, true, true]);
+    }
 }

@@ -9,6 +9,7 @@
 
 use crate::announced::Announced;
 use crate::common::{Common, Options, lock};
+use crate::job::Mail;
 use crate::link::{Left, Link};
 use crate::server::Process;
 use crate::uri::Target;
@@ -176,7 +177,7 @@ impl Pool {
         if let Some(marks) = self.marks() {
             (0..crate::marks::DEPTH).for_each(|index| marks.clear(link.slot, index));
         }
-        {
+        let newest = {
             let mut slots = self.slots();
             let held = slots.links.get_mut(link.slot);
             if let Some(slot) =
@@ -185,7 +186,8 @@ impl Pool {
                 *slot = None;
             }
             self.changed(&slots);
-        }
+            slots.names
+        };
         if !link.is_closing() || !items.is_empty() {
             self.host.count("nbd_connections_lost", 1);
             let line = format!(
@@ -199,7 +201,11 @@ impl Pool {
             self.answered(item.as_ref().map(|item| &item.job));
             if let Some(mut item) = item {
                 item.job.is_repeated = true;
-                let mail = self.blame(item, "connection after connection has ended on it");
+                let mail = if item.job.is_to_blame(link.name, newest) {
+                    self.blame(item, "connection after connection has ended on it")
+                } else {
+                    Mail::Again(item)
+                };
                 self.post(queue, [mail]);
             }
         }
