@@ -5,6 +5,7 @@
 //! its one client, one that is going down), and ends early when the instance does.
 
 use crate::negotiate::{self, Export, Refusal};
+use crate::server::Process;
 use crate::uri::{Server, Target};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
@@ -20,13 +21,22 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked whether the wait is in vain.
 const SLICE: Duration = Duration::from_millis(20);
 
+/// A connection that stands.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) socket: OwnedFd,
+    pub(crate) export: Export,
+    /// Which process serves it, if that is known.
+    pub(crate) server: Option<Process>,
+}
+
 /// Connects to `target` and agrees on its export. `last`: where a connection to it has led to
 /// before. `stop` says whether to give up.
 pub(crate) fn connect(
     target: &Target,
     last: Option<SocketAddr>,
     stop: &dyn Fn() -> bool,
-) -> Result<(OwnedFd, Export), Refusal> {
+) -> Result<Connection, Refusal> {
     let deadline = Instant::now() + PATIENCE;
     let (socket, path) = match &target.server {
         Server::Unix(path) => (connect_unix(path, deadline, stop)?, Some(path.as_path())),
@@ -35,10 +45,14 @@ pub(crate) fn connect(
             (connect_tcp(&or_last(addresses, last)?, deadline, stop)?, None)
         }
     };
+    let listener = Process::behind(socket.as_fd());
     let inode = path.and_then(inode);
     let mut stream = Stream { socket: &socket, deadline, stop, path, inode };
     let export = negotiate::negotiate(&mut stream, &target.export)?;
-    Ok((socket, export))
+    // A server that was killed since has taken its end of the connection with it. What listened and
+    // has ended without that went to the background, and another process serves.
+    let server = listener.filter(|listener| !listener.is_gone() || has_ended(&socket));
+    Ok(Connection { socket, export, server })
 }
 
 /// Which file is at `path` now.

@@ -4,16 +4,15 @@
 //! A connection that ends while nothing is in flight is seen here, and made anew before it is
 //! needed. While there is none, the server is tried every [`RETRY`] for a while, then more rarely.
 
-use crate::connect;
+use crate::connect::{self, Connection};
 use crate::job::Lists;
 use crate::link::Link;
-use crate::negotiate::{Export, flags};
+use crate::negotiate::flags;
 use crate::pool::{Pool, Slots};
 use crate::server::Process;
 use domain_api::{DomainError, Level, QueueIndex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -217,11 +216,11 @@ impl Keeper {
             !is_first && is_needed(pool)
         };
         let last = pool.slots().address;
-        let (socket, export) =
+        let connection =
             connect::connect(&pool.target, last, &stop).map_err(|refusal| refusal.to_string())?;
         let announced = pool.announced();
         announced
-            .fits(&export)
+            .fits(&connection.export)
             .map_err(|why| format!("the export is not the guest's disk any more: {why}"))?;
         let lost = pool.lost_for();
         let mut slots = pool.slots();
@@ -231,7 +230,7 @@ impl Keeper {
         }
         let was_alone = slots.links.iter().all(Option::is_none);
         let before = slots.server;
-        let link = add(pool, &mut slots, slot, socket, export);
+        let link = add(pool, &mut slots, slot, connection);
         if was_alone {
             tell_of_unflushed(pool, before, link.server);
         }
@@ -329,18 +328,17 @@ pub(crate) fn add(
     pool: &Pool,
     slots: &mut Slots,
     slot: usize,
-    socket: OwnedFd,
-    export: Export,
+    connection: Connection,
 ) -> Arc<Link> {
-    slots.allowed = if export.has(flags::MULTI_CONN) { crate::marks::LINKS } else { 1 };
+    slots.allowed = if connection.export.has(flags::MULTI_CONN) { crate::marks::LINKS } else { 1 };
     slots.names += 1;
-    slots.address = connect::address(&socket).or(slots.address);
+    slots.address = connect::address(&connection.socket).or(slots.address);
     // A guest that knew it could only make its own disk less safe.
     let nonce = pool.host.clock().as_nanos() as u32 ^ slots.names << 24;
     if let Some(marks) = pool.marks() {
         marks.set_nonce(slot, nonce);
     }
-    let link = Arc::new(Link::new(slot, slots.names, socket, export, nonce));
+    let link = Arc::new(Link::new(slot, slots.names, connection, nonce));
     slots.server = Some(link.server);
     if slots.links.len() <= slot {
         slots.links.resize(slot + 1, None);

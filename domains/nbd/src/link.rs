@@ -9,7 +9,7 @@
 
 use crate::answers;
 use crate::common::Common;
-use crate::connect;
+use crate::connect::{self, Connection};
 use crate::job::{Item, Lists, Mail, Work};
 use crate::marks::{DEPTH, Mark};
 use crate::negotiate::Export;
@@ -102,8 +102,8 @@ pub(crate) struct Turn {
 }
 
 impl Link {
-    pub(crate) fn new(slot: usize, name: u32, socket: OwnedFd, export: Export, nonce: u32) -> Self {
-        let server = Process::behind(socket.as_fd());
+    pub(crate) fn new(slot: usize, name: u32, connection: Connection, nonce: u32) -> Self {
+        let Connection { socket, export, server } = connection;
         let state = State {
             out: Outgoing::default(),
             buffer: Vec::new(),

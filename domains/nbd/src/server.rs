@@ -17,9 +17,9 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// What listens at the other end of `socket`, if it is known that it serves, too. One that has
-    /// ended by now does not tell of the server: one that goes to the background after it has begun
-    /// to listen (nbdkit, if it is not told otherwise) works in a child of what listened.
+    /// What listens at the other end of `socket`. One that has ended by now does not tell of the
+    /// server: one that goes to the background after it has begun to listen (nbdkit, if it is not
+    /// told otherwise) works in a child of what listened.
     pub(crate) fn behind(socket: BorrowedFd<'_>) -> Option<Self> {
         let number = u64::from(peer_process(socket)?);
         // A socket that the service manager listens on says nothing of the server.

@@ -8,7 +8,7 @@
 
 use crate::announced::{Announced, usable};
 use crate::answers;
-use crate::connect;
+use crate::connect::{self, Connection};
 use crate::keeper::{self, key};
 use crate::link::Link;
 use crate::marks::LINKS;
@@ -19,7 +19,7 @@ use crate::uri::{Server, Target};
 use domain_api::{DomainError, Host};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,7 +34,7 @@ const RESTING: &str = "resting\n";
 const UNFLUSHED: &str = "unflushed";
 
 /// The connection of the first instance, until it is activated.
-pub(crate) type First = Mutex<Option<(OwnedFd, Export)>>;
+pub(crate) type First = Mutex<Option<Connection>>;
 
 /// Connects for a new disk.
 pub(crate) fn first(
@@ -42,11 +42,11 @@ pub(crate) fn first(
     read_only: bool,
     no_flush: bool,
 ) -> Result<(Announced, First), DomainError> {
-    let (socket, export) = connect::connect(target, None, &|| false)
+    let connection = connect::connect(target, None, &|| false)
         .map_err(|refusal| DomainError::new(sentence(target, &refusal)))?;
-    let announced = Announced::of(&export, read_only, no_flush)
+    let announced = Announced::of(&connection.export, read_only, no_flush)
         .map_err(|why| DomainError::new(format!("{target} cannot be the disk: {why}")))?;
-    Ok((announced, Mutex::new(Some((socket, export)))))
+    Ok((announced, Mutex::new(Some(connection))))
 }
 
 fn sentence(target: &Target, refusal: &Refusal) -> String {
@@ -105,13 +105,17 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
         None => {
             server = None;
             let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
-            taken.extend(first.take().map(|(socket, export)| (0, socket, export)));
+            taken.extend(first.take().map(|connection| (0, connection)));
             false
         }
         Some(text) if text.starts_with(RESTING) => {
             let lines = text.lines().skip(1).filter_map(parse);
             taken.extend(lines.filter_map(|(slot, export)| {
-                Some((slot, OwnedFd::from(storage.file(&key(slot))?), export))
+                let socket = OwnedFd::from(storage.file(&key(slot))?);
+                // One that has ended since is known from before.
+                let known = || Process::from_numbers(marks.server());
+                let server = Process::behind(socket.as_fd()).or_else(known);
+                Some((slot, Connection { socket, export, server }))
             }));
             text.lines().any(|line| line == UNFLUSHED)
         }
@@ -151,8 +155,8 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
     let mut slots = pool.slots();
     slots.wanted = slots.wanted.max(1);
     slots.server = server;
-    for (slot, socket, export) in taken {
-        let link = keeper::add(pool, &mut slots, slot, socket, export);
+    for (slot, connection) in taken {
+        let link = keeper::add(pool, &mut slots, slot, connection);
         if left.is_none() {
             keeper::keep_descriptor(pool, &link);
         }
@@ -264,9 +268,9 @@ fn newest_size(pool: &Pool, announced: &Announced, capacity: u64) -> Result<u64,
         return Ok(most);
     }
     if allowed > 1 {
-        let (_, export) =
+        let connection =
             connect::connect(&pool.target, address, &|| false).map_err(|no| no.to_string())?;
-        return Ok(size(&export));
+        return Ok(size(&connection.export));
     }
     // The server may have one client only: its connection is made anew.
     let before: Vec<u32> = links.iter().flatten().map(|link| link.name).collect();
