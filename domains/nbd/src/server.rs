@@ -49,7 +49,7 @@ enum State {
         /// When it began, in the kernel's ticks.
         start: u64,
     },
-    /// There is none, or it is not awaited yet.
+    /// There is none, or it is not awaited yet, and its last thread has ended.
     Ended,
     /// There is one that `/proc` does not show.
     Unknown,
@@ -66,16 +66,51 @@ impl State {
         let fields = stat.rfind(')').map_or("", |end| &stat[end + 1..]);
         let mut fields = fields.split_ascii_whitespace();
         match (fields.next(), fields.nth(18).and_then(|start| start.parse().ok())) {
-            (Some("Z" | "X"), _) => Self::Ended,
+            (Some("Z" | "X"), _) if !has_threads(process) => Self::Ended,
             (_, Some(start)) => Self::Runs { start },
             _ => Self::Unknown,
         }
     }
 }
 
+/// Whether a process has threads beside its first one: of one that is killed that one may end long
+/// before them, and they hold its sockets and may be about to write.
+fn has_threads(process: u64) -> bool {
+    std::fs::read_dir(format!("/proc/{process}/task")).is_ok_and(|threads| threads.count() > 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_runs_as_long_as_another_does() {
+        // Its first thread ends by the call that ends a thread.
+        let program = "import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+exit = {'x86_64': 60, 'aarch64': 93}[os.uname().machine]
+ctypes.CDLL(None).syscall(exit, 0)";
+        let mut child =
+            std::process::Command::new("python3").args(["-c", program]).spawn().unwrap();
+        let number = u64::from(child.id());
+        let is_zombie = || {
+            let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap();
+            stat.contains(") Z ")
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !is_zombie() {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        let seen = State::of(number);
+        child.kill().unwrap();
+        assert!(matches!(seen, State::Runs { .. }), "a thread of it may write still");
+        while !matches!(State::of(number), State::Ended) {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+    }
 
     #[test]
     fn what_has_listened_and_ended_is_not_taken_for_the_server() {
