@@ -301,7 +301,8 @@ impl World {
         self.count += 1;
         let (request, count) = (message.request, self.count);
         let has_answer = request::has_answer(request);
-        let is_sound = said::is_sound(&message, said::regions(&self.journal));
+        let is_sound = said::is_sound(&message, said::regions(&self.journal))
+            && !self.journal.is_other_size(&message, said::LARGEST_RING);
         let code = match kind {
             Kind::Replay => 0,
             // The supervisor refuses some with this answer, whatever the server says.

@@ -134,7 +134,7 @@ pub fn has_acks_after(message: &Message, before: bool) -> bool {
 }
 
 /// Descriptors of the largest ring that these sessions may have.
-pub const LARGEST_RING: u32 = 1024;
+pub const LARGEST_RING: u16 = 1024;
 
 /// Whether a server carries a message out, as strictly as a server has to be for its session to
 /// stay small. `regions` is how many memory regions it has.
@@ -173,7 +173,7 @@ pub fn is_sound(message: &Message, regions: usize) -> bool {
 #[must_use]
 pub fn has_ring_size(message: &Message) -> bool {
     let size = message.u32_at(4).unwrap_or(0);
-    size.is_power_of_two() && size <= LARGEST_RING
+    size.is_power_of_two() && size <= LARGEST_RING.into()
 }
 
 /// How many memory regions there are.

@@ -289,7 +289,8 @@ impl World {
         // The supervisor refuses some sizes with this answer, whatever the server says.
         let is_refused = owed.why == Why::Frontend
             && answer.request == request::SET_VRING_NUM
-            && !said::has_ring_size(&owed.message);
+            && (!said::has_ring_size(&owed.message)
+                || self.journal.is_other_size(&owed.message, said::LARGEST_RING));
         let refusal = || Message::reply(answer.request, 1_u64.to_le_bytes().to_vec(), Vec::new());
         let answer = if is_refused { refusal() } else { answer };
         let is_done = has_answer || answer.u64_at(0) == Some(0);
