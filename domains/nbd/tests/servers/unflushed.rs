@@ -24,6 +24,14 @@ fn read() -> Job {
     Job::read(0, 4096)
 }
 
+/// A disk that has been written to, and not flushed.
+fn written(params: &Params) -> (Arc<TestStorage>, Bench) {
+    let storage = TestStorage::new();
+    let bench = Bench::activated::<NbdDisk>(&storage, params).unwrap();
+    run(&bench, &[write]);
+    (storage, bench)
+}
+
 /// Hands the disk on to a new instance.
 fn successor(bench: &Bench, storage: &Arc<TestStorage>, params: &Params) -> Bench {
     let next = Bench::prepare::<NbdDisk>(storage, params).unwrap();
@@ -49,7 +57,7 @@ fn that_unflushed_writes_may_have_gone_with_a_server_is_counted_once() {
         // It is not looked for before it is missed.
         run(Job::read(0, 4096));
         run(Job::flush());
-        assert_eq!(storage.counter("nbd_unflushed"), counted);
+        assert_eq!(storage.counter(COUNTER), counted);
     }
     drop(lane);
     bench.retire().unwrap();
@@ -59,9 +67,7 @@ fn that_unflushed_writes_may_have_gone_with_a_server_is_counted_once() {
 fn what_a_predecessor_has_not_flushed_counts() {
     let mut server = Server::nbdkit(&["memory", "1M"]);
     let params = server.params(&["settle=0"]);
-    let storage = TestStorage::new();
-    let first = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
-    run(&first, &[write]);
+    let (storage, first) = written(&params);
     let second = successor(&first, &storage, &params);
     server.kill();
     server.start();
@@ -75,9 +81,7 @@ fn what_a_predecessor_has_not_flushed_counts() {
 fn what_a_predecessor_that_died_may_not_have_flushed_counts() {
     let mut server = Server::nbdkit(&["memory", "1M"]);
     let params = server.params(&["settle=0"]);
-    let storage = TestStorage::new();
-    let first = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
-    run(&first, &[write]);
+    let (storage, first) = written(&params);
     // It has handed nothing on.
     first.retire().unwrap();
     let second = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
@@ -94,9 +98,7 @@ fn what_a_predecessor_that_died_may_not_have_flushed_counts() {
 fn what_a_successor_has_flushed_does_not_count_after_the_way_back() {
     let mut server = Server::nbdkit(&["memory", "1M"]);
     let params = server.params(&["settle=0"]);
-    let storage = TestStorage::new();
-    let first = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
-    run(&first, &[write]);
+    let (storage, first) = written(&params);
     let second = successor(&first, &storage, &params);
     run(&second, &[Job::flush]);
     second.instance.quiesce().unwrap();
@@ -114,9 +116,7 @@ fn what_a_successor_has_flushed_does_not_count_after_the_way_back() {
 fn a_connection_that_was_taken_along_is_no_other_server_and_the_next_one_may_be() {
     let mut server = TcpServer::start();
     let params = server.params(&["settle=0"]);
-    let storage = TestStorage::new();
-    let first = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
-    run(&first, &[write]);
+    let (storage, first) = written(&params);
     first.instance.quiesce().unwrap();
     first.instance.resume().unwrap();
     run(&first, &[read]);
@@ -136,9 +136,7 @@ fn a_connection_that_was_ended_after_a_death_is_no_other_server_if_it_stood() {
     for exchanged in [false, true] {
         let mut server = TcpServer::start();
         let params = server.params(&["settle=0"]);
-        let storage = TestStorage::new();
-        let first = Bench::activated::<NbdDisk>(&storage, &params).unwrap();
-        run(&first, &[write]);
+        let (storage, first) = written(&params);
         // It has handed nothing on.
         first.retire().unwrap();
         if exchanged {
