@@ -296,6 +296,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        if thread::panicking()
+            && let Ok(mut control) = Control::connect(&self.control)
+            && let Ok(status) = control.request("status", json!({}))
+        {
+            eprintln!("--- the daemon's status ---\n{status}");
+        }
         // Both fail only when it has already been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();

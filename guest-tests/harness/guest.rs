@@ -46,6 +46,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// The deadline of [`Guest::run`], for commands that take a second or so.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// A kernel that panics writes some thousand lines to a serial console.
+const SAID_WITHIN: Duration = Duration::from_secs(30);
+
 /// How much of the console goes into an error.
 const CONSOLE_TAIL_LINES: usize = 80;
 
@@ -228,7 +231,24 @@ impl Guest {
     fn wait_for_boot(&self, boots: u64) -> Result<()> {
         self.agent
             .wait_for_boot(boots, BOOT_TIMEOUT, || self.trouble())
-            .map_err(|what| self.console.error(what))
+            .map_err(|what| self.silent(what))
+    }
+
+    /// The error of a guest that does not answer: with what its processors and its tasks do. Its
+    /// kernel panics for that, if it still can.
+    fn silent(&self, what: String) -> GuestError {
+        let asked = |command| self.monitor(command).unwrap_or_else(|error| error.what);
+        let registers = asked("info registers -a");
+        let processors =
+            registers.lines().filter(|line| line.contains("RIP") || line.starts_with("EIP"));
+        let processors = processors.collect::<Vec<_>>().join("\n");
+        let what = format!("{what}; {}\n{processors}", asked("info status").trim_end());
+        asked("nmi");
+        let deadline = Instant::now() + SAID_WITHIN;
+        while !self.console.text().contains("end Kernel panic") && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(50));
+        }
+        self.console.error(what)
     }
 
     /// A reason why no command will ever be answered again.
@@ -281,7 +301,10 @@ impl Job<'_> {
         match guest.agent.wait(self.ticket, deadline, || guest.trouble()) {
             Ok(output) => output,
             Err(what) => {
-                panic!("{}", guest.console.error(format!("`{}` in the guest: {what}", self.script)))
+                let what = format!("`{}` in the guest: {what}", self.script);
+                let is_silent = guest.trouble().is_none() && !guest.agent.has_ended(self.ticket);
+                let error = if is_silent { guest.silent(what) } else { guest.console.error(what) };
+                panic!("{error}")
             }
         }
     }
@@ -313,7 +336,10 @@ impl Console {
         let qemu: String = self.paths().iter().flat_map(qemu).collect();
         let text = self.text() + &qemu;
         let lines: Vec<&str> = text.lines().collect();
-        let tail = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n");
+        // What a kernel says as it panics has its reason at the beginning.
+        let panics = lines.iter().position(|line| line.contains("Kernel panic - not syncing"));
+        let begin = lines.len().saturating_sub(CONSOLE_TAIL_LINES);
+        let tail = lines[panics.map_or(begin, |at| at.min(begin))..].join("\n");
         GuestError { what, console_tail: tail }
     }
 }

@@ -14,14 +14,17 @@ use crate::PATIENCE;
 use crate::initramfs;
 
 /// Mitigations flush translations that TCG then has to make again, and they guard nothing here; nor
-/// do the kernel's tests of its ciphers.
+/// do the kernel's tests of its ciphers. A guest that does not answer is sent an NMI, which has its
+/// kernel say what it does: all tasks (1), all processors (64), and its log from the beginning (32).
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 rdinit=/init \
-                                   random.trust_cpu=on panic=0 mitigations=off cryptomgr.notests";
+                                   random.trust_cpu=on panic=0 mitigations=off cryptomgr.notests \
+                                   unknown_nmi_panic panic_print=97";
 
 /// Under TCG the guest mistrusts its TSC and reads the HPET instead, at the price of a device
 /// access for every look at the clock: fio then does half the I/O. And where the host is busy, it
-/// finds no tick of its timer in time, and gives up ("IO-APIC + timer doesn't work").
-const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc no_timer_check";
+/// finds no tick of its timer in time, and gives up ("IO-APIC + timer doesn't work"). The other
+/// processors come when the devices are there, see the guest's `init`.
+const TCG_COMMAND_LINE: &str = "tsc=reliable clocksource=tsc no_timer_check maxcpus=1";
 
 /// What a QEMU that is started for a guest has to know.
 pub struct Launch<'a> {
