@@ -15,7 +15,7 @@ use crate::initramfs;
 
 /// Mitigations flush translations that TCG then has to make again, and they guard nothing here; nor
 /// do the kernel's tests of its ciphers. A guest that does not answer is sent an NMI, which has its
-/// kernel say what it does: all tasks (1), all processors (64), and its log from the beginning (32).
+/// kernel say what it does: all tasks (1), all processors (64), and its log from the start (32).
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 rdinit=/init \
                                    random.trust_cpu=on panic=0 mitigations=off cryptomgr.notests \
                                    unknown_nmi_panic panic_print=97";
