@@ -3,9 +3,10 @@
 //! A takeover that finds none waits for this one, but not for ever, and has it before it has become
 //! the standby. It holds the lock of changes meanwhile, which loading does not need, and which what
 //! is loaded waits for before it becomes the standby. Operators' commands wait until it is the
-//! standby, or is waited for no longer: a rollback is to find it, and an upgrade not to be held up
-//! by one that is never there.
+//! standby, because a rollback is to find it, and no longer than a takeover does: an upgrade is not
+//! to be held up by one that is never there.
 
+use crate::change::wait::TAKEOVER_PATIENCE;
 use crate::domain::LoadedDomain;
 use crate::signal::{Signal, lock};
 use std::sync::Mutex;
@@ -16,7 +17,9 @@ enum State {
     /// None is loaded, or waited for.
     #[default]
     Nothing,
-    OnItsWay,
+    OnItsWay {
+        since: Instant,
+    },
     There(LoadedDomain),
 }
 
@@ -27,7 +30,7 @@ pub(crate) struct ComingStandby(Mutex<State>);
 impl ComingStandby {
     /// One is being loaded from now on, until this says that it is there, or goes.
     pub(crate) fn begin<'a>(&'a self, signal: &'a Signal) -> OnItsWay<'a> {
-        *lock(&self.0) = State::OnItsWay;
+        *lock(&self.0) = State::OnItsWay { since: Instant::now() };
         OnItsWay { coming: self, signal }
     }
 
@@ -45,23 +48,28 @@ impl ComingStandby {
 
     /// The same, waited for until `deadline` if it is being loaded. After that it is never had.
     pub(crate) fn wait(&self, signal: &Signal, deadline: Instant) -> Option<LoadedDomain> {
-        let is_decided = || (!matches!(*lock(&self.0), State::OnItsWay)).then_some(());
+        let is_decided = || (!matches!(*lock(&self.0), State::OnItsWay { .. })).then_some(());
         let _ = signal.wait(deadline, is_decided);
         let state = std::mem::take(&mut *lock(&self.0));
         signal.announce();
         match state {
             State::There(domain) => Some(domain),
             State::Nothing => None,
-            State::OnItsWay => {
+            State::OnItsWay { .. } => {
                 log::error!("the standby is still being loaded, and is not waited for any more");
                 None
             }
         }
     }
 
-    /// Whether it is neither being loaded nor about to be the standby.
-    pub(crate) fn is_settled(&self) -> bool {
-        matches!(*lock(&self.0), State::Nothing)
+    /// Whether operators' commands wait for it: it is about to be the standby, or has not been
+    /// loaded for long.
+    pub(crate) fn holds_up(&self) -> bool {
+        match *lock(&self.0) {
+            State::Nothing => false,
+            State::OnItsWay { since } => since.elapsed() < TAKEOVER_PATIENCE,
+            State::There(_) => true,
+        }
     }
 }
 
@@ -75,7 +83,7 @@ impl OnItsWay<'_> {
     /// It is loaded. It comes back if it is not waited for any more.
     pub(crate) fn arrived(self, domain: LoadedDomain) -> Result<(), LoadedDomain> {
         let mut state = lock(&self.coming.0);
-        if !matches!(*state, State::OnItsWay) {
+        if !matches!(*state, State::OnItsWay { .. }) {
             return Err(domain);
         }
         *state = State::There(domain);
@@ -86,7 +94,7 @@ impl OnItsWay<'_> {
 impl Drop for OnItsWay<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.coming.0);
-        if matches!(*state, State::OnItsWay) {
+        if matches!(*state, State::OnItsWay { .. }) {
             *state = State::Nothing;
         }
         drop(state);

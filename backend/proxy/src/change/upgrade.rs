@@ -161,7 +161,7 @@ impl DomainProxy {
             (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
             (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => return Err(is_busy()),
         };
-        let may_begin = || (self.coming.is_settled() || self.is_stopping()).then_some(());
+        let may_begin = || (!self.coming.holds_up() || self.is_stopping()).then_some(());
         while may_begin().is_none() {
             if options.when_busy == WhenBusy::Refuse {
                 return Err(is_busy());

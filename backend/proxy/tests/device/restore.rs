@@ -3,7 +3,9 @@
 use crate::common::Device;
 use domain_abi::{Capabilities, Status};
 use domain_host::{Identity, LoadError, ModuleLoader, VerifiedModule};
-use proxy::{CanaryState, Code, DomainProxy, KeptModule, Refusal, Restoring, Saved, State};
+use proxy::{
+    CanaryState, Code, DomainProxy, KeptModule, Options, Refusal, Restoring, Saved, State, WhenBusy,
+};
 use puppet::PuppetLoader;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -148,6 +150,29 @@ fn one_that_is_never_there_holds_up_no_request_and_no_upgrade_for_ever() {
     let status = device.proxy.status();
     assert_eq!(status.domain.params.get("label"), Some("c"));
     assert!(status.standby.is_none(), "the one before is faulted");
+}
+
+/// The live domain is well, so no takeover gives it up first.
+#[test]
+fn one_that_takes_for_ever_holds_up_no_upgrade_and_is_not_kept_beside_another() {
+    let (device, standby) = about_to_die(&[]);
+    let (begun, has_begun) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let go = LetGo(&device);
+        let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
+        has_begun.recv().expect_err("nothing is sent");
+        let at_once = Options { when_busy: WhenBusy::Refuse, ..Options::default() };
+        let refused = device.upgrade_with("plain", "c", &[], at_once);
+        assert_eq!(refused.expect_err("it may be there in a moment").code, Code::Busy);
+        device.upgrade("plain", "c", &[]).expect("committed");
+        drop(go);
+        loads.join().expect("no panic").expect("it is loaded, and not needed");
+    });
+    let status = device.proxy.status();
+    assert_eq!(status.domain.params.get("label"), Some("c"));
+    let standby = status.standby.expect("the one before");
+    assert_eq!(standby.params.get("label"), Some("b"));
+    assert_eq!(device.proxy.stop(), [""; 0]);
 }
 
 #[test]
