@@ -194,13 +194,15 @@ impl Operations for Device {
     }
 
     fn limit(&self, request: LimitRequest) -> Result<Value, OperationError> {
-        self.limiter.change(&request).map_err(|message| OperationError {
+        let is_changed = self.limiter.change(&request).map_err(|message| OperationError {
             code: Code::BadLimit.as_str(),
             message,
             data: None,
         })?;
-        // Those that wait for a token, and may not have to any more.
-        self.proxy.wake_workers();
+        if is_changed {
+            // Those that wait for a token, and may not have to any more.
+            self.proxy.wake_workers();
+        }
         Ok(json!({"limits": self.limiter.report()}))
     }
 

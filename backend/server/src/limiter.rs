@@ -115,8 +115,12 @@ impl Bucket {
     /// Of a rate that is not 0; with what one before had, or full.
     fn new(rate: u64, burst: u64, before: Option<Self>, now: Instant) -> Option<Self> {
         let (rate, burst) = (rate as f64, burst as f64);
-        // A debt was made by another rate.
-        let level = before.map_or(burst, |before| before.level.clamp(0.0, burst));
+        let level = match before {
+            Some(before) if (before.rate, before.burst) == (rate, burst) => before.level,
+            // A debt was made by another rate.
+            Some(before) => before.level.clamp(0.0, burst),
+            None => burst,
+        };
         (rate > 0.0).then_some(Self { rate, burst, level, at: now })
     }
 
@@ -208,18 +212,23 @@ impl Limiter {
         let _ = self.hook.set(Box::new(hook));
     }
 
-    /// Changes the limits. The queues have to be woken.
+    /// Changes the limits, and returns whether they are others now: then the queues have to be
+    /// woken.
     ///
     /// # Errors
     /// A sentence that says what is wrong with the request; nothing is changed.
-    pub fn change(&self, request: &LimitRequest) -> Result<(), String> {
+    pub fn change(&self, request: &LimitRequest) -> Result<bool, String> {
         // What is not said stays as it is, so each change goes by the one before.
         let _changing = lock(&self.changing);
-        let limits = changed(self.limits(), request)?;
+        let before = self.limits();
+        let limits = changed(before, request)?;
+        if limits == before {
+            return Ok(false);
+        }
         self.set(limits, Instant::now());
         log::info!("rate limits: {}", self.report());
         self.hook.get().into_iter().for_each(|hook| hook(limits));
-        Ok(())
+        Ok(true)
     }
 
     fn set(&self, limits: RateLimits, now: Instant) {

@@ -143,6 +143,25 @@ fn a_change_holds_at_once_and_forgives_debts() {
     assert!(!limiter.is_on());
 }
 
+/// An operator who looks at the limits, or changes another one, gives the guest nothing.
+#[test]
+fn a_debt_stays_where_its_limit_does() {
+    let limiter = Limiter::default();
+    limiter.change(&limits(0, 4096)).unwrap();
+    let (huge, now) = (batch(op::READ, 1 << 30, 2), Instant::now());
+    assert_eq!(admit(&limiter, &huge, now).requests, 1);
+    let told = std::sync::Arc::new(AtomicBool::new(false));
+    let tells = std::sync::Arc::clone(&told);
+    limiter.on_change(move |_| tells.store(true, Ordering::Relaxed));
+    for same in [LimitRequest::default(), limits(0, 4096)] {
+        assert!(!limiter.change(&same).unwrap());
+        assert_eq!(admit(&limiter, &huge, Instant::now()).requests, 0, "{same:?}");
+    }
+    assert!(!told.load(Ordering::Relaxed), "nothing has changed");
+    assert!(limiter.change(&LimitRequest { iops: Some(10), ..LimitRequest::default() }).unwrap());
+    assert_eq!(admit(&limiter, &huge, Instant::now()).requests, 0);
+}
+
 #[test]
 fn two_changes_at_a_time_are_both_made() {
     let both = |iops, bandwidth| {
