@@ -156,10 +156,10 @@ impl Snapshot {
         let help = "Upgrades, rollbacks, takeovers, new sizes, exchanges of the program and \
                     recoveries after a death, by how they ended";
         let mut family = encoder.encode_descriptor("changes", help, None, MetricType::Counter)?;
-        for (change, results) in &self.tally.results {
+        for (change, results) in self.tally.all_results() {
             for (result, count) in results {
                 let labels = [("change", change.as_str()), ("result", result.as_str())];
-                counter(&mut family, &labels, *count)?;
+                counter(&mut family, &labels, count)?;
             }
         }
         let help = "How long the phases of committed changes took";
@@ -190,8 +190,8 @@ impl Snapshot {
         }
         let help = "Trials of new generations, by how they ended";
         let mut family = encoder.encode_descriptor("canaries", help, None, MetricType::Counter)?;
-        for (verdict, count) in &self.tally.canaries {
-            counter(&mut family, &[("verdict", verdict.as_str())], *count)?;
+        for (verdict, count) in self.tally.all_canaries() {
+            counter(&mut family, &[("verdict", verdict.as_str())], count)?;
         }
         Ok(())
     }
@@ -238,14 +238,15 @@ impl Snapshot {
         let help = "When the process began, since 1970";
         let unit = Some(&Unit::Seconds);
         let mut family = encoder.encode_descriptor("start_time", help, unit, MetricType::Gauge)?;
-        for (process, ms) in &self.since_ms {
+        for (process, ms) in self.since_ms.iter().filter(|(_, ms)| *ms > 0) {
             let since = *ms as f64 / 1e3;
             family.encode_family(&[("process", *process)])?.encode_gauge(&since)?;
         }
         for (name, help, labels) in
             [("build", "The program", &self.build), ("domain", "The live domain", &self.domain)]
         {
-            if !labels.is_empty() {
+            // Of nothing that is known yet there is nothing to say.
+            if labels.iter().any(|(_, text)| !text.is_empty()) {
                 let mut family = encoder.encode_descriptor(name, help, None, MetricType::Info)?;
                 family.encode_info(labels)?;
             }

@@ -37,6 +37,8 @@ impl Times {
     }
 }
 
+/// Of these, what ends in one of the results; the others have phases of their own.
+const ENDING: usize = 6;
 /// What may be changed. As the other words here, all that are told apart: what a server says
 /// otherwise is one of the [others](OTHER), so that there are never more series than these.
 const CHANGES: [&str; 8] = [
@@ -67,7 +69,8 @@ fn known(words: &[&'static str], word: &str) -> String {
     words.iter().find(|known| **known == word).unwrap_or(&OTHER).to_string()
 }
 
-type Nested<T> = BTreeMap<String, BTreeMap<String, T>>;
+/// By what was changed, and another word.
+pub type Nested<T> = BTreeMap<String, BTreeMap<String, T>>;
 
 /// All of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +87,30 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// How often each change has ended in each way. What never has is there as well: else a first
+    /// time is no increase.
+    #[must_use]
+    pub fn all_results(&self) -> Nested<u64> {
+        let mut all = self.results.clone();
+        for change in &CHANGES[..ENDING] {
+            let results = all.entry((*change).to_owned()).or_default();
+            RESULTS.iter().for_each(|result| {
+                results.entry((*result).to_owned()).or_default();
+            });
+        }
+        all
+    }
+
+    /// How often trials have ended in each way; as with [`all_results`](Self::all_results).
+    #[must_use]
+    pub fn all_canaries(&self) -> BTreeMap<String, u64> {
+        let mut all = self.canaries.clone();
+        VERDICTS.iter().for_each(|verdict| {
+            all.entry((*verdict).to_owned()).or_default();
+        });
+        all
+    }
+
     /// A change ended so.
     pub fn ended(&mut self, change: &str, result: &str) {
         let results = self.results.entry(known(&CHANGES, change)).or_default();
