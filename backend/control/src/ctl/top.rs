@@ -76,7 +76,9 @@ pub fn print(path: &Path, interval: Duration) -> Result<(), Stop> {
     let mut before = source.sample()?;
     loop {
         std::thread::sleep(interval);
-        let now = source.sample()?;
+        // A connection that was idle meanwhile may have had to make room for others, or it was with
+        // a program that is another one now.
+        let now = source.sample().or_else(|_| source.sample())?;
         let mut out = io::stdout().lock();
         writeln!(out, "{}", view(&before, &now))?;
         out.flush()?;
