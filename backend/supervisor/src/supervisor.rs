@@ -40,6 +40,7 @@ use pulse::Pulse;
 use reexecution::Reexecution;
 pub use reexecution::{Resumed, check_state};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use starting::Outage;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime};
@@ -117,8 +118,8 @@ pub struct Supervisor {
     dead: Vec<Dead>,
     /// When another server is to be started.
     start_at: Option<Instant>,
-    /// When the last server died, until another one serves.
-    died_at: Option<Instant>,
+    /// Until another server serves.
+    outage: Option<Outage>,
     has_served: bool,
     /// The disk was in the store: it is gone on with, whatever becomes of its servers.
     is_kept: bool,
@@ -212,7 +213,7 @@ impl Supervisor {
             leaving: Vec::new(),
             dead: Vec::new(),
             start_at: Some(Instant::now()),
-            died_at: None,
+            outage: None,
             has_served: false,
             is_kept: false,
             is_given_up: false,

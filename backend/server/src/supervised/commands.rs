@@ -136,7 +136,11 @@ impl Commands {
         if let Some(standby) = standby {
             take_standby(&proxy, standby);
         }
-        let clients = Adopting::new(device, Limits::default());
+        // One for each client of the supervisor, which also asks for itself, and those that are
+        // about to end.
+        let limits = Limits::default();
+        let limits = Limits { connections: 2 * limits.connections, ..limits };
+        let clients = Adopting::new(device, limits);
         Ok(Self {
             channel,
             hold,

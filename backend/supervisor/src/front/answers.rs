@@ -107,6 +107,9 @@ pub(super) fn own_status(last: Option<&Value>, facts: Option<&Facts>) -> Value {
     };
     members.insert("state".into(), state.into());
     if let Some(facts) = facts {
+        if let Some(why) = &facts.why {
+            members.insert("fault".into(), why.as_str().into());
+        }
         add(&mut members, facts);
     }
     Value::Object(members)
@@ -135,8 +138,8 @@ pub(super) fn time_ms() -> Value {
 pub(super) enum Said {
     /// The parameters of an event, and its number.
     Event(Map<String, Value>, u64),
-    /// An answer; what it says if it is no error.
-    Answer(Option<Value>),
+    /// An answer to the request with that id; what it says if it is no error.
+    Answer(Option<Value>, Value),
 }
 
 /// Reads a line of the server.
@@ -147,7 +150,8 @@ pub(super) fn read(line: &[u8]) -> Option<Said> {
         let number = event.remove("sequence")?.as_u64()?;
         return Some(Said::Event(event, number));
     }
-    members.contains_key("id").then(|| Said::Answer(members.remove("result")))
+    let id = members.remove("id")?;
+    Some(Said::Answer(members.remove("result"), id))
 }
 
 #[cfg(test)]
@@ -159,6 +163,7 @@ mod tests {
     fn facts(phase: Phase) -> Facts {
         Facts {
             phase,
+            why: (phase != Phase::Serving).then(|| "it has died".to_owned()),
             supervisor: SupervisorFacts {
                 pid: 1,
                 version: "0.1.0".into(),
@@ -200,15 +205,17 @@ mod tests {
 
     #[test]
     fn without_a_server_the_last_state_is_told_as_what_it_is_now() {
-        let last = json!({"state": "serving", "generation": 4});
-        for (phase, state) in [
-            (Phase::Serving, "recovering"),
-            (Phase::Recovering, "recovering"),
-            (Phase::Upgrading, "upgrading"),
-            (Phase::Faulted, "faulted"),
+        let last = json!({"state": "serving", "generation": 4, "fault": null});
+        let why = json!("it has died");
+        for (phase, state, fault) in [
+            (Phase::Serving, "recovering", &Value::Null),
+            (Phase::Recovering, "recovering", &why),
+            (Phase::Upgrading, "upgrading", &why),
+            (Phase::Faulted, "faulted", &why),
         ] {
             let told = own_status(Some(&last), Some(&facts(phase)));
             assert_eq!((&told["state"], &told["generation"]), (&state.into(), &4.into()));
+            assert_eq!(&told["fault"], fault);
             assert_eq!(told["server"]["deaths"], 3);
         }
         assert_eq!(own_status(None, None), json!({"state": "recovering"}));
@@ -220,8 +227,9 @@ mod tests {
         let members = Map::from_iter([("event".to_owned(), json!("x"))]);
         assert_eq!(read(event), Some(Said::Event(members, 7)));
         let answer = br#"{"jsonrpc":"2.0","id":null,"result":{"a":1}}"#;
-        assert_eq!(read(answer), Some(Said::Answer(Some(json!({"a": 1})))));
-        assert_eq!(read(br#"{"jsonrpc":"2.0","id":1,"error":{}}"#), Some(Said::Answer(None)));
+        assert_eq!(read(answer), Some(Said::Answer(Some(json!({"a": 1})), Value::Null)));
+        let error = br#"{"jsonrpc":"2.0","id":1,"error":{}}"#;
+        assert_eq!(read(error), Some(Said::Answer(None, json!(1))));
         for odd in [&b"x"[..], b"[]", b"{}", br#"{"method":"event","params":{}}"#] {
             assert_eq!(read(odd), None);
         }

@@ -101,9 +101,16 @@ impl Client {
         })
     }
 
-    /// Whether it has nothing to say and nothing to hear.
+    /// Whether it has nothing to say and nothing to hear; half a line is nothing.
     pub(super) fn is_idle(&self) -> bool {
-        self.asked.is_none() && !self.watching && self.pipe.is_empty() && self.pipe.is_sent()
+        self.asked.is_none() && !self.watching && !self.has_more && self.pipe.is_sent()
+    }
+
+    /// Whether it has gone, with a request that the server has and carries out without it.
+    pub(super) fn has_left_a_request(&self) -> bool {
+        let is_sent = self.server.as_ref().is_some_and(Pipe::is_sent);
+        let is_passed = matches!(self.asked, Some(Asked::Passed(_)));
+        is_passed && is_sent && self.pipe.is_hung_up() && self.pipe.is_empty()
     }
 
     /// Whether it can be heard now.
@@ -300,11 +307,28 @@ impl Client {
                     self.pass_event(members, number.saturating_add(shared.events_before), shared)?;
                 }
             }
-            Some(Said::Answer(_)) if self.subscribing => self.subscribing = false,
-            Some(Said::Answer(result)) => self.answered(line, result, shared)?,
+            Some(Said::Answer(_, id)) if self.is_refusal(&id) => {
+                log::debug!("the server does not serve a control stream");
+                self.lose_server();
+                if let Some(Asked::Passed(request)) = self.asked.take() {
+                    self.asked = Some(Asked::Waiting(request, Instant::now()));
+                }
+            }
+            Some(Said::Answer(..)) if self.subscribing => self.subscribing = false,
+            Some(Said::Answer(result, _)) => self.answered(line, result, shared)?,
             None => log::warn!("the server says something on a control stream that is no answer"),
         }
         Ok(true)
+    }
+
+    /// Whether an answer with this id is that to the stream itself, of which the server has read
+    /// nothing: there is no place for it.
+    fn is_refusal(&self, id: &Value) -> bool {
+        let asked = match &self.asked {
+            Some(Asked::Passed(request)) => request.id.as_ref(),
+            _ => None,
+        };
+        id.is_null() && !self.subscribing && asked.is_some_and(|asked| !asked.is_null())
     }
 
     /// The server has answered.

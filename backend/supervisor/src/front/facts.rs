@@ -56,6 +56,9 @@ pub struct ServerFacts {
 pub struct Facts {
     /// The device.
     pub phase: Phase,
+    /// Why no server serves, if none does.
+    #[serde(default)]
+    pub why: Option<String>,
     /// The supervisor.
     pub supervisor: SupervisorFacts,
     /// The server.

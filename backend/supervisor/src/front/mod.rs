@@ -430,8 +430,14 @@ impl Front {
         Ok(())
     }
 
-    /// Evicts the client that has been idle longest, and long enough. Whether there was one.
+    /// Forgets a client that has gone before its answer, or evicts the one that has been idle
+    /// longest, and long enough. Whether there was one.
     fn make_room(&mut self) -> bool {
+        let left = self.clients.iter().find(|(_, client)| client.has_left_a_request());
+        if let Some((&number, _)) = left {
+            self.clients.remove(&number);
+            return true;
+        }
         let idle = self.clients.iter().filter(|(_, client)| client.is_idle());
         let longest = idle.min_by_key(|(_, client)| client.active);
         let long_enough =
@@ -463,7 +469,7 @@ impl Front {
         match observer.next_line() {
             Ok(None) if !observer.is_over() => return,
             Ok(Some(Line::Whole(line))) => {
-                if let Some(Said::Answer(Some(state))) = answers::read(&line) {
+                if let Some(Said::Answer(Some(state), _)) = answers::read(&line) {
                     self.shared.last_status = Some(state);
                 }
             }

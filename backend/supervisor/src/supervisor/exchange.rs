@@ -98,7 +98,9 @@ pub(super) fn failed(message: impl Into<String>) -> RpcError {
 impl Supervisor {
     /// A client wants the daemon to be exchanged.
     pub(super) fn upgrade_daemon(&mut self, ticket: Ticket, request: UpgradeDaemonRequest) {
-        if request.only != Some(Part::Server) {
+        // What a device needs whose servers do not live is another program for them.
+        let is_for_servers = self.is_given_up && request.only.is_none();
+        if request.only != Some(Part::Server) && !is_for_servers {
             self.begin_reexecution(ticket, request);
             return;
         }
@@ -129,8 +131,10 @@ impl Supervisor {
         }
         if self.serving().is_none() {
             // A program that serves is what a device without a server needs.
-            self.program_before = None;
-            self.options.program = program;
+            let before = std::mem::replace(&mut self.options.program, program);
+            // What is given up is not gone back to. Of the other it is not known: it is, if the new
+            // one does not serve.
+            self.program_before = (!self.is_given_up).then_some(before);
             if self.is_given_up {
                 self.deaths.forgive();
                 self.is_given_up = false;
@@ -161,7 +165,7 @@ impl Supervisor {
             candidate.server.kill();
             return;
         }
-        if self.server.is_none() && self.died_at.is_some() && self.promote_candidate() {
+        if self.server.is_none() && self.outage.is_some() && self.promote_candidate() {
             return;
         }
         if let (None, Some(candidate)) = (&self.exchange, &self.candidate) {

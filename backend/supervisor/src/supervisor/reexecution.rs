@@ -108,6 +108,10 @@ impl Supervisor {
     pub(super) fn unrest(&self) -> Option<&'static str> {
         if self.ending.is_some() {
             Some("the daemon ends")
+        } else if self.is_given_up {
+            Some(
+                "no server lives: `upgrade` or `upgrade-daemon --only server` brings the disk back",
+            )
         } else if self.serving().is_none() || self.start_at.is_some() {
             Some("the server is being brought back; try again")
         } else if self.exchange.is_some() || self.stopped.is_some() {

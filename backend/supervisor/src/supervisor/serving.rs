@@ -206,9 +206,9 @@ impl Supervisor {
         }
         self.leave_stopped();
         self.give_session();
-        if let Some(died_at) = self.died_at.take() {
+        if let Some(outage) = self.outage.take() {
             self.recoveries += 1;
-            let ms = died_at.elapsed().as_millis();
+            let ms = outage.since.elapsed().as_millis();
             log::info!("another server serves {ms} ms after the death of the one before");
             self.event("recovered", json!({"after_ms": ms}));
         }
@@ -330,11 +330,12 @@ impl Supervisor {
             return;
         }
         let pid = server.pid;
-        match &server.failure {
-            Some((code, message)) => log::error!("server {pid}: {message} ({code})"),
-            None => log::error!("the server, process {pid}, has died: {ended}"),
-        }
-        self.died_at.get_or_insert_with(Instant::now);
+        let why = match &server.failure {
+            Some((code, message)) => format!("server {pid}: {message} ({code})"),
+            None => format!("the server, process {pid}, has died: {ended}"),
+        };
+        log::error!("{why}");
+        self.none_serves(why);
         self.event("server_died", json!({"pid": pid.as_raw_nonzero(), "how": ended.to_string()}));
         let served = server.ready.map(|ready| ready.elapsed());
         self.decide(ended, served, Some(server));
@@ -431,6 +432,7 @@ impl Supervisor {
         let server = self.server.as_ref();
         let facts = Facts {
             phase,
+            why: self.outage.as_ref().map(|outage| outage.why.clone()),
             supervisor: SupervisorFacts {
                 pid: std::process::id(),
                 version: version(),

@@ -12,6 +12,14 @@ use std::time::{Duration, Instant};
 /// How long after there was too little of something for another process it is tried again.
 const START_AGAIN: Duration = Duration::from_millis(100);
 
+/// No server serves.
+#[derive(Debug)]
+pub(super) struct Outage {
+    pub(super) since: Instant,
+    /// What became of the last one.
+    pub(super) why: String,
+}
+
 impl Supervisor {
     /// What a server is told first.
     fn start_message(&self, prepare_only: bool) -> (ToServer, Vec<Descriptor>) {
@@ -57,20 +65,27 @@ impl Supervisor {
         self.tell_facts();
     }
 
+    /// Begins an outage, or says what has come to pass in it.
+    pub(super) fn none_serves(&mut self, why: String) {
+        let since = self.outage.take().map_or_else(Instant::now, |outage| outage.since);
+        self.outage = Some(Outage { since, why });
+    }
+
     /// No process could be made of the program. What the machine lacks says nothing of a program or
     /// of a module, and may be there again in a moment; all else is as a death.
     pub(super) fn cannot_start(&mut self, error: &io::Error) {
         let sentence = format!("cannot start a server: {error}");
         if !is_shortage(error) {
             log::error!("{sentence}");
+            self.none_serves(sentence);
             return self.decide(Ended::Unknown, None, None);
         }
-        self.said.say(&format!("{sentence}; it is tried again and again"));
+        let sentence = format!("{sentence}; it is tried again and again");
+        self.said.say(&sentence);
+        self.none_serves(sentence);
         // A kept disk has had no server yet.
         self.make_front();
-        let now = Instant::now();
-        self.died_at.get_or_insert(now);
-        self.start_at = Some(now + START_AGAIN);
+        self.start_at = Some(Instant::now() + START_AGAIN);
     }
 }
 

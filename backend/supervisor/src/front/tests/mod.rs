@@ -72,6 +72,7 @@ struct Stage {
 fn facts(phase: Phase) -> Facts {
     Facts {
         phase,
+        why: None,
         supervisor: SupervisorFacts {
             pid: 1,
             version: "1".into(),
@@ -369,7 +370,10 @@ fn places_are_bounded_and_idle_clients_make_room() {
     let limits = Limits { connections: 2, idle: Duration::from_secs(3600), ..Limits::default() };
     let mut stage = Stage::new(limits);
     let mut watching = stage.client_says(&[WATCH]);
+    // Half a line does not keep its place.
     let mut idle = stage.client();
+    idle.stream.write_all(b"{\"json").unwrap();
+    stage.turn();
     let mut third = stage.client();
     assert_eq!(code(&third.value()), "too_many_connections");
     stage.front.shared.limits.idle = Duration::ZERO;
@@ -379,4 +383,39 @@ fn places_are_bounded_and_idle_clients_make_room() {
     assert_eq!(idle.line().as_deref(), Some("end"));
     assert!(watching.line().unwrap().contains("watching"));
     assert!(watching.line().is_none());
+}
+
+/// A script that gives up asking does not keep others out: what it has asked is carried out.
+#[test]
+fn a_client_that_has_gone_before_its_answer_makes_room() {
+    let limits = Limits { connections: 1, ..Limits::default() };
+    let mut stage = Stage::new(limits);
+    stage.bring_up();
+    let client = stage.client_says(&[UPGRADE]);
+    let mut server = stage.server();
+    let mut second = stage.client();
+    assert_eq!(code(&second.value()), "too_many_connections");
+    drop(client);
+    stage.turn();
+    let mut third = stage.client_says(&[HISTORY]);
+    assert_eq!(stage.server().line().as_deref(), Some(HISTORY));
+    assert!(third.line().is_none());
+    assert_eq!(server.line().as_deref(), Some(UPGRADE));
+}
+
+/// It has read nothing, so it has begun nothing.
+#[test]
+fn a_server_without_a_place_for_a_stream_is_asked_again() {
+    let mut stage = Stage::serving();
+    let mut client = stage.client_says(&[UPGRADE]);
+    let mut server = stage.server();
+    server.say(r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"none"}}"#);
+    drop(server);
+    stage.turn_for(Duration::from_millis(300));
+    assert!(client.line().is_none());
+    let mut server = stage.server();
+    assert_eq!(server.line().as_deref(), Some(UPGRADE));
+    server.say(r#"{"jsonrpc":"2.0","id":1,"result":1}"#);
+    stage.turn();
+    assert_eq!(client.value()["result"], 1);
 }

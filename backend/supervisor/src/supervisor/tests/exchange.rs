@@ -90,7 +90,7 @@ fn a_candidate_that_is_prepared_while_no_server_lives_serves() {
     let candidate = stage.begin_candidate(false);
     stage.exchange(Step::Preparing);
     let now = Instant::now();
-    stage.supervisor.died_at = Some(now);
+    stage.supervisor.outage = Some(Outage { since: now, why: String::new() });
     stage.supervisor.start_at = Some(now + Duration::from_secs(1));
     say(&candidate, &prepared());
     stage.supervisor.hear(Which::Candidate);

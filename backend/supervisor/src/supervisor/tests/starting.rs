@@ -1,6 +1,7 @@
 //! Servers that cannot be started.
 
 use super::*;
+use control::messages::UpgradeDaemonRequest;
 use rustix::io::Errno;
 
 /// A moment's shortage would else end in a disk that is faulted until somebody comes.
@@ -20,8 +21,13 @@ fn a_shortage_is_no_death_of_a_module_or_of_a_program() {
         assert_eq!(supervisor.deaths, Deaths::default(), "{errno:?}");
         assert!(!supervisor.is_given_up && supervisor.program_before.is_some(), "{errno:?}");
         assert_eq!(supervisor.options.program, program, "{errno:?}");
-        // How long the guest has waited for the next one is told.
-        assert!(supervisor.died_at.is_some(), "{errno:?}");
+        // How long the guest has waited for the next one is told, and what for.
+        assert!(supervisor.outage.is_some(), "{errno:?}");
+        supervisor.tell_facts();
+        let status = supervisor.front.as_ref().unwrap().status();
+        assert_eq!(status["state"], "recovering");
+        let why = format!("{}; it is tried again and again", std::io::Error::from(errno));
+        assert_eq!(status["fault"], format!("cannot start a server: {why}"));
     }
 }
 
@@ -38,4 +44,46 @@ fn a_program_that_cannot_be_run_is_replaced_and_in_the_end_given_up() {
     assert!(supervisor.program_before.is_none(), "the one before goes on");
     (0..10).for_each(|_| supervisor.cannot_start(&denied()));
     assert!(supervisor.is_given_up);
+    supervisor.tell_facts();
+    let status = supervisor.front.as_ref().unwrap().status();
+    assert_eq!(status["state"], "faulted");
+    let why = std::io::Error::from(Errno::ACCESS);
+    assert_eq!(status["fault"], format!("cannot start a server: {why}"));
+}
+
+/// An operator asks for it without saying of which part, as the package does.
+#[test]
+fn another_program_brings_a_device_back_that_was_given_up() {
+    for path in [None, Some("/bin/ls".into())] {
+        let mut stage = Stage::new(None);
+        let supervisor = &mut stage.supervisor;
+        (0..10).for_each(|_| supervisor.cannot_start(&Errno::ACCESS.into()));
+        assert!(supervisor.is_given_up);
+        let ticket = supervisor.front.as_mut().unwrap().any_ticket();
+        supervisor.upgrade_daemon(ticket, UpgradeDaemonRequest { path, only: None });
+        assert!(!supervisor.is_given_up && supervisor.start_at.is_some());
+        assert!(supervisor.program_before.is_none(), "what was given up is not gone back to");
+    }
+    // The supervisor alone is of no use.
+    let mut stage = Stage::new(None);
+    let supervisor = &mut stage.supervisor;
+    (0..10).for_each(|_| supervisor.cannot_start(&Errno::ACCESS.into()));
+    assert!(supervisor.unrest().is_some_and(|why| why.contains("--only server")));
+}
+
+/// It is not known of either that it serves.
+#[test]
+fn a_program_for_a_moment_without_a_server_is_gone_back_from() {
+    let mut stage = Stage::new(None);
+    let supervisor = &mut stage.supervisor;
+    let before = supervisor.options.program.clone();
+    supervisor.cannot_start(&Errno::AGAIN.into());
+    let ticket = supervisor.front.as_mut().unwrap().any_ticket();
+    let other = Program::open(Path::new("/bin/ls")).unwrap();
+    supervisor.begin_exchange(ticket, other.clone());
+    assert_eq!(supervisor.options.program, other);
+    supervisor.cannot_start(&Errno::ACCESS.into());
+    assert_eq!(supervisor.options.program, other);
+    supervisor.cannot_start(&Errno::ACCESS.into());
+    assert_eq!(supervisor.options.program, before);
 }
