@@ -156,3 +156,49 @@ fn only_a_disk_that_answers_can_stop_the_upgrade_of_the_others() {
     assert_eq!((ran.status, upgraded(&ran)), (0, vec!["vm2".to_owned()]));
     assert!(ran.said.contains("not tried then: vm3"), "{}", ran.said);
 }
+
+#[test]
+fn what_one_disk_refuses_for_itself_does_not_stop_the_others() {
+    let upgraded = |ran: &Ran| {
+        let said = ran.said.lines().find(|line| line.contains("upgraded under their guests"));
+        said.map(|line| line.rsplit(':').next().expect("names").trim().to_owned())
+    };
+    let all = |what: &str| {
+        let answers = format!("case \"$*\" in *upgrade-daemon) {what} ;; esac");
+        Root::new(ACTIVE, &answers).run("postinst", &["configure", "0.1"])
+    };
+    for code in ["no_supervisor", "no_server", "timeout", "exchange_failed"] {
+        let ran = all(&format!("case \"$*\" in *vm1*) echo \"no ({code})\"; exit 1 ;; esac"));
+        assert_eq!(upgraded(&ran).as_deref(), Some("vm2 vm3"), "{code}: {}", ran.said);
+        assert!(ran.said.contains("see their logs: vm1"), "{code}: {}", ran.said);
+    }
+    // What would be refused everywhere.
+    for code in ["program_unusable", "program_silent", "state_refused", "of a later release"] {
+        let ran = all(&format!("case \"$*\" in *vm1*) echo \"no ({code})\"; exit 1 ;; esac"));
+        assert_eq!(upgraded(&ran), None, "{code}: {}", ran.said);
+        assert!(ran.said.contains("refused by vm1; not tried then: vm2 vm3"), "{}", ran.said);
+    }
+    let ran = all("echo 'no (exchange_failed)'; exit 1");
+    assert!(ran.said.contains("refused by vm2; not tried then: vm3"), "{}", ran.said);
+    // What is under way is over in a moment.
+    let ran = all("case \"$*\" in *vm1*) [ -e \"$ROOT/asked\" ] || \
+         { : >\"$ROOT/asked\"; echo 'no (exchange_runs)'; exit 1; } ;; esac");
+    assert_eq!(upgraded(&ran).as_deref(), Some("vm1 vm2 vm3"), "{}", ran.said);
+}
+
+/// Both of a host's shutdown.
+#[test]
+fn guests_end_before_their_disks_and_disks_have_time_for_it() {
+    let unit = fs::read_to_string("../backend/package/units/vhost-hotswap@.service");
+    let unit = unit.expect("the unit");
+    assert!(unit.contains("\nBefore=libvirt-guests.service\n"));
+    let has = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec="));
+    let has: u64 = has.expect("a bound").parse().expect("seconds");
+    let ending = fs::read_to_string("../backend/supervisor/src/supervisor/ending.rs");
+    let ending = ending.expect("the source");
+    let bound = ending.lines().find_map(|line| {
+        line.strip_prefix("const END_PATIENCE: Duration = Duration::from_secs(")?.strip_suffix(");")
+    });
+    let bound: u64 = bound.expect("the daemon's own bound").parse().expect("seconds");
+    assert!(has > 2 * bound, "{has} s for an exchange that is undone and an end, {bound} s each");
+}
