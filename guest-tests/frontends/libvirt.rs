@@ -18,7 +18,7 @@ use crate::stage::{FileDisk, NotHere, Outcome, Upgrades, beside, finish, memory_
 /// The page with the XML.
 const PAGE: &str = include_str!("../../backend/OPERATING.md");
 /// What stands for the socket there.
-const SOCKET: &str = "/run/vm1/disk.sock";
+const SOCKET: &str = "/run/vhost-hotswap/vm1.sock";
 
 /// What libvirtd is started by: the other Debian with this system's devices and temporary files.
 const START: &str = r#"

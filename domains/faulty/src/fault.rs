@@ -104,7 +104,7 @@ impl FromStr for Fault {
                 Ok(Self { phase, kind, left: AtomicU64::new(number) })
             }
             _ => Err(DomainError::new(format!(
-                "parameter `fault` is `{text}`; it must be PHASE:KIND or PHASE:KIND:N, with PHASE one of prepare, quiesce, activate, request, end, \
+                "parameter `fault` is `{text}`; it must be PHASE:KIND or PHASE:KIND:N, with PHASE one of prepare, quiesce, activate, resize, request, end, \
                  KIND one of fail, panic, stall, hang, reach, and N a number from 1"
             ))),
         }
