@@ -97,8 +97,11 @@ impl DomainProxy {
     }
 
     /// The same, of what may have been claimed before this process had the device, or by a domain
-    /// that was prepared.
+    /// that was prepared. What a session wants is claimed, so that it is given back with the rings.
     pub fn settle_claim(self: &Arc<Self>) {
+        if self.claims.is_wanted() && !self.has_claimed() {
+            let _ = self.claim(true);
+        }
         self.let_go(|_| true);
     }
 

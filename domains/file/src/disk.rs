@@ -90,7 +90,7 @@ impl Disk {
         // `fdatasync` below sees the write.
         self.write_through.store(!on, Ordering::SeqCst);
         // From now on nothing is volatile; if this fails, what was has just been lost.
-        if !on && let Err(error) = self.sync_ended(self.own_sync.sync_data()) {
+        if !on && let Err(error) = self.sync_all() {
             self.shared.error_log().report("turning the write cache off", &error);
         }
     }

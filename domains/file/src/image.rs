@@ -49,6 +49,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 const DESCRIPTOR: &str = "image";
 /// Storage key of the descriptor whose locks other programs see.
 const LOCK: &str = "claim";
+/// Storage key of whether it has them; empty if not.
+const CLAIMED: &str = "claimed";
+const LOCKED: &[u8] = b"locked";
 /// Storage key of the description that remembers.
 const WITNESS: &str = "witness";
 
@@ -88,8 +91,9 @@ pub(crate) struct Image {
     cached: Option<File>,
     witness: File,
     /// How others see that the image is in use, if storage has nothing to that end. A description
-    /// of its own: what io_uring knows is closed some time after the process is gone.
-    lock: Option<File>,
+    /// of its own: what the rings use is closed some time after the process is gone, and only with
+    /// direct I/O is that of use. And whether it is locked.
+    lock: Option<(File, bool)>,
     /// Something may have been written, by this instance or one before it.
     is_used: AtomicBool,
 }
@@ -209,8 +213,10 @@ impl Image {
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
         }
-        if let Some(lock) = self.lock.as_ref().filter(|_| storage.file(LOCK).is_none()) {
+        let lock = self.lock.as_ref().filter(|_| storage.file(LOCK).is_none());
+        if let Some((lock, is_locked)) = lock {
             storage.set_file(LOCK, lock)?;
+            storage.set_bytes(CLAIMED, if *is_locked { LOCKED } else { b"" })?;
         }
         if storage.file(WITNESS).is_none() {
             storage.set_file(WITNESS, &self.witness)?;
@@ -229,16 +235,15 @@ impl Image {
     /// Has no other program use the image from now on, as locks go.
     pub(crate) fn claim(&self, host: Host) -> Result<Claim, DomainError> {
         self.is_used.store(true, Ordering::Relaxed);
-        let Some(lock) = host.storage().file(LOCK) else { return Ok(Claim::Nothing) };
+        let storage = host.storage();
+        let Some(lock) = storage.file(LOCK) else { return Ok(Claim::Nothing) };
+        // Not to be locked again: one that looks, and backs off from our lock in a moment, would be
+        // taken for its owner, and ours be given up. Nor has anybody else written.
+        if storage.bytes(CLAIMED).is_some_and(|claimed| !claimed.is_empty()) {
+            return Ok(Claim::Ours);
+        }
         let write = self.mode.write;
-        let may_be_stale =
-            !self.mode.direct && file_io::is_of_many_hosts(&self.file).unwrap_or(true);
-        // To claim what is claimed is no reason to begin with cold caches.
-        let was_ours = || {
-            let other = file_io::reopen(&lock, OpenMode { write: false, direct: false })?;
-            file_io::is_written_elsewhere(&other)
-        };
-        let stale = may_be_stale && !was_ours().unwrap_or(false);
+        let stale = !self.mode.direct && file_io::is_of_many_hosts(&self.file).unwrap_or(true);
         match file_io::lock_image(&lock, write) {
             ImageLock::Ours => {}
             ImageLock::Taken => return Ok(Claim::Taken),
@@ -252,7 +257,14 @@ impl Image {
                 &format!("what is cached of `{}` may be older than what another host has written: {error}", self.path),
             );
         }
+        storage.set_bytes(CLAIMED, LOCKED)?;
         Ok(Claim::Ours)
+    }
+
+    /// The description that has the lock: with the rings that hold it, others see the image in use
+    /// until the kernel has ended the last request.
+    pub(crate) fn lock_in_use(&self, host: Host) -> Option<File> {
+        host.storage().file(LOCK)
     }
 
     /// Whether something may have been written.
@@ -261,10 +273,17 @@ impl Image {
     }
 
     /// Lets other programs use the image. What was written is durable by now.
-    pub(crate) fn release(&self, host: Host) {
-        if let Some(lock) = host.storage().file(LOCK) {
+    ///
+    /// # Errors
+    /// The storage is not ours: nothing is unlocked.
+    pub(crate) fn release(&self, host: Host) -> Result<(), DomainError> {
+        let storage = host.storage();
+        if let Some(lock) = storage.file(LOCK) {
+            // Before: what is noted is locked.
+            storage.set_bytes(CLAIMED, b"")?;
             file_io::unlock_image(&lock, self.mode.write);
         }
+        Ok(())
     }
 
     /// Announces `capacity` bytes from now on, and makes the file as long if it is shorter. What

@@ -20,6 +20,7 @@
 mod announced;
 mod backend;
 mod disk;
+mod fence;
 mod format;
 mod image;
 mod open;
@@ -127,6 +128,7 @@ impl BlockDomain for FileDisk {
 
     fn activate(&self) -> Result<(), DomainError> {
         let disk = self.disk();
+        fence::begin(self.host)?;
         disk.image().keep(self.host)?;
         disk.activated();
         // A standby may have been prepared long ago.
@@ -137,7 +139,11 @@ impl BlockDomain for FileDisk {
 
     fn quiesce(&self) -> Result<(), DomainError> {
         // What was written is in the kernel's hands, and a flush of any instance covers it.
-        Ok(())
+        fence::end(self.host)
+    }
+
+    fn resume(&self) -> Result<(), DomainError> {
+        fence::resume(self.host)
     }
 
     fn resize(&self, capacity: u64) -> Result<(), DomainError> {
@@ -145,18 +151,22 @@ impl BlockDomain for FileDisk {
     }
 
     fn claim(&self) -> Result<Claim, DomainError> {
+        if !fence::is_over(self.host) {
+            return Err(DomainError::new(
+                "the kernel has requests still of the process before, which is dead",
+            ));
+        }
         self.disk().image().claim(self.host)
     }
 
     fn release(&self) -> Result<(), DomainError> {
         let disk = self.disk();
         if disk.image().may_be_written() {
-            disk.sync_ended(disk.own_sync().sync_data()).map_err(|error| {
+            disk.sync_all().map_err(|error| {
                 DomainError::new(format!("what was written may not be on the disk: {error}"))
             })?;
         }
-        disk.image().release(self.host);
-        Ok(())
+        disk.image().release(self.host)
     }
 
     fn attach_queue(&self, context: QueueContext) -> Result<Queue<Disk>, DomainError> {

@@ -4,6 +4,7 @@
 //! request needs one, so rings are made at preparing for the queues that are served then. Otherwise
 //! a queue makes one for the first request that is not a copy; many never have one.
 
+use crate::fence;
 use crate::image::Image;
 use domain_api::{DomainError, Host, Level, Params, QueueIndex};
 use domain_io::engine::Opens;
@@ -89,10 +90,15 @@ impl Rings {
                     "this host has no descriptor to wake a worker by",
                 )
             })?;
-            match self.take_prepared(index, |prepared| prepared.ring.take()) {
-                Some(ring) => ring.begin(wake),
-                None => Ring::new(image.files(sync), wake, DEPTH),
-            }
+            let ring = match self.take_prepared(index, |prepared| prepared.ring.take()) {
+                Some(ring) => ring,
+                None => PreparedRing::new(image.files(sync), DEPTH)?,
+            };
+            // What may be on its way to a device when the process is gone.
+            let fence = image.mode().direct.then(|| fence::hold(self.host)).transpose()?;
+            let lock = fence.is_some().then(|| image.lock_in_use(self.host)).flatten();
+            let held: Vec<&File> = fence.iter().chain(&lock).collect();
+            ring.begin(wake, &held)
         };
         let said = |error: &io::Error| {
             // Relaxed: only whether it was said before.

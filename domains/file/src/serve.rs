@@ -54,8 +54,17 @@ impl Disk {
 
     /// Makes durable what was written to the image before.
     fn sync(&self, local: &Local) -> io::Result<()> {
+        self.sync_through(local.sync_file(self))
+    }
+
+    /// The same, where no queue asks for it.
+    pub(crate) fn sync_all(&self) -> io::Result<()> {
+        self.sync_through(self.own_sync())
+    }
+
+    fn sync_through(&self, file: &File) -> io::Result<()> {
         self.check_storage()?;
-        self.sync_ended(local.sync_file(self).sync_data())?;
+        self.sync_ended(file.sync_data())?;
         if !self.is_witnessed() {
             let ranges = self.shared().ranges();
             if !ranges.take(&WITNESS, false) {

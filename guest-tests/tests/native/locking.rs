@@ -14,6 +14,8 @@ use guest_tests::client::features;
 use guest_tests::client::raw::RawSession;
 use guest_tests::daemon::{CtlOutput, Daemon, run_daemon};
 use guest_tests::stamp::{Load, LoadOptions};
+use rustix::fs::FlockOperation;
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 fn image() -> (TempDir, PathBuf) {
@@ -267,4 +269,40 @@ fn a_disk_that_another_guest_uses_is_not_resized() {
     wait_for("it is given back", || daemon.status()["claim"] == "free");
     assert_eq!(other.ctl(&["resize", "192M"]).status, 0);
     assert_eq!(other.status()["claim"], "free");
+}
+
+/// The lock follows the rings, whoever begins to lock.
+#[test]
+fn an_upgrade_that_begins_to_lock_gives_the_lock_back_with_the_rings() {
+    let (_directory, path) = image();
+    let daemon = Daemon::start(&["--blk-file", text(&path), "--param", "locking=false"]);
+    let mut guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    guest.assert_one_read();
+    let output = daemon.ctl(&["upgrade", "file", "--param", "locking=true"]);
+    assert_eq!(output.status, 0, "{output:?}");
+    refused(&path, &[]);
+    let target = late(&path);
+    let mut at_target = RawSession::start(target.socket(), features::USUAL, 64).expect("a session");
+    assert!(!reads_within(&mut at_target, Duration::from_millis(100)));
+    guest.stop_ring().expect("a stop");
+    assert!(at_target.used(PATIENCE).expect("memory").is_some(), "{}", target.log());
+}
+
+/// Who asks for an image has it locked for a moment, and backs off.
+#[test]
+fn one_who_looks_does_not_have_the_lock_given_up() {
+    let (_directory, path) = image();
+    let daemon = Daemon::start(&["--blk-file", text(&path)]);
+    let _guest = guest(&daemon);
+    let looks = File::options().read(true).open(&path).expect("the image");
+    rustix::fs::fcntl_lock(&looks, FlockOperation::NonBlockingLockShared).expect("a lock");
+    if daemon.server_pid() != daemon.pid() {
+        daemon.end_server(Signal::KILL);
+    }
+    let size = (2 * std::fs::metadata(&path).expect("the image").len()).to_string();
+    let output = daemon.ctl(&["resize", &size]);
+    assert_eq!(output.status, 0, "{output:?}");
+    drop(looks);
+    refused(&path, &[]);
+    assert_eq!(daemon.status()["claim"], "claimed");
 }

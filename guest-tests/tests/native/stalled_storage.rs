@@ -12,6 +12,7 @@ use std::time::Duration;
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
 use guest_tests::daemon::Daemon;
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -108,4 +109,78 @@ fn a_disk_comes_back_with_its_storage() {
     assert!(write(&mut next, 5 * SECOND), "the queue is dead: {}", daemon.status());
     drop(next);
     assert_eq!(daemon.terminate(), 0);
+}
+
+/// A loop device on a file of the mount: direct I/O to it is in the kernel's hands as soon as it is
+/// begun, and a process with such a request can be killed.
+struct Device(String);
+
+impl Device {
+    fn new(mount: &Mount) -> Option<Device> {
+        let file = mount.point().join("device.img");
+        std::fs::write(&file, vec![0; 16 << 20]).ok()?;
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().ok()?;
+        let path = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        if !output.status.success() {
+            println!("skipped: no loop device");
+        }
+        output.status.success().then_some(Device(path))
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        run("losetup", &["--detach", &self.0]);
+    }
+}
+
+/// Else the dead server's write would land when a newer one was answered.
+#[test]
+fn what_a_dead_server_has_begun_is_over_before_the_next_one_begins() {
+    let Some(mount) = Mount::new() else { return };
+    let Some(device) = Device::new(&mount) else { return };
+    let args = ["--blk-file", &device.0, "--param", "direct=true"];
+    let daemon = Daemon::start(&args);
+    if daemon.server_pid() == daemon.pid() {
+        return;
+    }
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    assert!(write(&mut raw, 5 * SECOND));
+    let frozen = mount.freeze();
+    assert!(!write(&mut raw, SECOND), "it is frozen");
+    for round in 1..=2 {
+        daemon.end_server(Signal::KILL);
+        // It says so after a while, and has begun nothing.
+        let says = "has requests still of the process before";
+        let status = daemon.wait_until("it waits", |_| daemon.log().matches(says).count() >= round);
+        assert_eq!(status["queues"][0]["in_flight"], 0, "{status}");
+    }
+    drop(frozen);
+    assert!(raw.used(60 * SECOND).expect("memory").is_some(), "no answer: {}", daemon.status());
+    assert!(write(&mut raw, 60 * SECOND));
+    drop(raw);
+    assert_eq!(daemon.terminate(), 0);
+}
+
+/// The lock lives as long: another daemon would write beside the kernel.
+#[test]
+fn the_image_of_a_killed_daemon_is_locked_until_the_kernel_has_done() {
+    let Some(mount) = Mount::new() else { return };
+    let Some(device) = Device::new(&mount) else { return };
+    let args = ["--blk-file", &device.0, "--param", "direct=true"];
+    let daemon = Daemon::start(&args);
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    assert!(write(&mut raw, 5 * SECOND));
+    let other = [&args[..], &["--param", "locking=late"]].concat();
+    let other = Daemon::start(&other);
+    let mut next = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
+    let frozen = mount.freeze();
+    assert!(!write(&mut raw, SECOND), "it is frozen");
+    daemon.kill_whole();
+    assert!(!write(&mut next, SECOND), "it is another's");
+    assert_eq!(other.status()["claim"], "waiting");
+    drop(frozen);
+    assert!(next.used(60 * SECOND).expect("memory").is_some(), "no answer: {}", other.status());
+    drop((raw, next));
+    assert_eq!(other.terminate(), 0);
 }

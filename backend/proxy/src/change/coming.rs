@@ -6,11 +6,10 @@
 //! standby, because a rollback is to find it, and no longer than a takeover does: an upgrade is not
 //! to be held up by one that is never there.
 
-use crate::change::wait::TAKEOVER_PATIENCE;
 use crate::domain::LoadedDomain;
 use crate::signal::{Signal, lock};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Default)]
 enum State {
@@ -62,12 +61,12 @@ impl ComingStandby {
         }
     }
 
-    /// Whether operators' commands wait for it: it is about to be the standby, or has not been
-    /// loaded for long.
-    pub(crate) fn holds_up(&self) -> bool {
+    /// Whether operators' commands wait for it: it is about to be the standby, or has been loaded
+    /// for less than `patience`.
+    pub(crate) fn holds_up(&self, patience: Duration) -> bool {
         match *lock(&self.0) {
             State::Nothing => false,
-            State::OnItsWay { since } => since.elapsed() < TAKEOVER_PATIENCE,
+            State::OnItsWay { since } => since.elapsed() < patience,
             State::There(_) => true,
         }
     }

@@ -21,6 +21,7 @@
 
 use crate::change::compatible::decide;
 use crate::change::handover::{Step, step_refusal};
+use crate::change::wait::TAKEOVER_PATIENCE;
 use crate::device::{Changing, DomainProxy, Others};
 use crate::domain::LoadedDomain;
 use crate::record::code::Code;
@@ -161,7 +162,8 @@ impl DomainProxy {
             (WhenBusy::Queue, Err(TryLockError::WouldBlock)) => lock(&self.operator),
             (WhenBusy::Refuse, Err(TryLockError::WouldBlock)) => return Err(is_busy()),
         };
-        let may_begin = || (!self.coming.holds_up() || self.is_stopping()).then_some(());
+        let holds_up = || self.coming.holds_up(TAKEOVER_PATIENCE);
+        let may_begin = || (!holds_up() || self.is_stopping()).then_some(());
         while may_begin().is_none() {
             if options.when_busy == WhenBusy::Refuse {
                 return Err(is_busy());

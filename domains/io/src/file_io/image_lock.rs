@@ -74,14 +74,6 @@ pub fn unlock_image(file: &File, writes: bool) {
     bytes(writes).0.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
 }
 
-/// Whether an open file description other than `file`'s writes to the image, as far as locks say.
-///
-/// # Errors
-/// Its file system has no such locks.
-pub fn is_written_elsewhere(file: &File) -> io::Result<bool> {
-    is_locked(file, DONE + WRITE)
-}
-
 fn flock(kind: libc::c_int, byte: i64) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
@@ -146,14 +138,11 @@ mod tests {
         assert!(is_ours(&third, false));
         let writer = open();
         assert!(!is_ours(&writer, true));
-        assert!(is_written_elsewhere(&second).is_ok_and(|writes| !writes));
         unlock_image(&second, false);
         assert!(!is_ours(&writer, true), "the third reads it still");
         drop((second, third));
         assert!(is_ours(&writer, true));
         let other = open();
-        let writes = |file| is_written_elsewhere(file).expect("it has locks");
-        assert!(writes(&other) && !writes(&writer), "its own is not another's");
         unlock_image(&writer, true);
         assert!(is_ours(&other, true), "what was given back is free");
         assert!(!is_ours(&writer, true));

@@ -11,16 +11,35 @@
 //! its next return to user space: one that is stuck in the kernel holds the hang-up up, and a wait
 //! that is in vain is taken for requests that are still there. That errs on the safe side.
 
+//!
+//! The same holds for the end of a process. It cancels what can be cancelled, and waits for its own
+//! threads and for the kernel's that work for it, but not for direct I/O that is on its way to a
+//! device: that writes to the disk, or to guest memory, when the process is long gone. So all rings
+//! of a process can hold the writing end of one more pipe, whose reading end another process has.
+
+use crate::file_io::{self, OpenMode};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// The reading end.
-pub(super) struct EndWatch(OwnedFd);
+#[derive(Debug)]
+pub struct EndWatch(File);
+
+impl From<File> for EndWatch {
+    /// The reading end of an earlier watch, or a dup of it.
+    fn from(reading: File) -> Self {
+        Self(reading)
+    }
+}
 
 impl EndWatch {
-    /// A watch, and the end to be registered with the ring and then dropped.
-    pub(super) fn new() -> io::Result<(Self, OwnedFd)> {
+    /// A watch, and the end to be held by what is watched, and dropped.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn new() -> io::Result<(Self, OwnedFd)> {
         let mut fds = [-1; 2];
         // SAFETY: room for two descriptors.
         if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } != 0 {
@@ -28,7 +47,28 @@ impl EndWatch {
         }
         // SAFETY: fresh descriptors, ours alone.
         let [reading, writing] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-        Ok((Self(reading), writing))
+        Ok((Self(reading.into()), writing))
+    }
+
+    /// The reading end.
+    #[must_use]
+    pub const fn reading(&self) -> &File {
+        &self.0
+    }
+
+    /// One more end to be held.
+    ///
+    /// # Errors
+    /// There is no descriptor left, or `/proc` is not mounted.
+    pub fn hold(&self) -> io::Result<File> {
+        // To read as well, which is of no use.
+        file_io::reopen(&self.0, OpenMode { write: true, direct: false })
+    }
+
+    /// Whether nothing holds an end any more.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.wait(Duration::ZERO)
     }
 
     /// Waits until the kernel has let go of the ring. Returns `false` if it has not within
@@ -49,5 +89,25 @@ impl EndWatch {
                 return false;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_over_when_nothing_holds_an_end_and_not_when_something_does_again() {
+        let (watch, writing) = EndWatch::new().unwrap();
+        assert!(!watch.is_over());
+        drop(writing);
+        assert!(watch.is_over());
+        let kept = EndWatch::from(watch.reading().try_clone().unwrap());
+        let held = [kept.hold().unwrap(), kept.hold().unwrap()];
+        for held in held {
+            assert!(!watch.is_over() && !kept.is_over());
+            drop(held);
+        }
+        assert!(watch.is_over() && kept.is_over());
     }
 }

@@ -43,6 +43,7 @@ mod in_flight;
 mod port;
 mod ring;
 
+pub use end::EndWatch;
 pub use in_flight::Work;
 pub use port::RingJob;
 pub use ring::{Ended, Files, PreparedRing, Ring};

@@ -21,6 +21,10 @@ const MAX_SUBMISSIONS: usize = 256;
 const AT_ONCE: usize = 4;
 /// What the completion of a cancellation is called; requests are called by their slots.
 const CANCELLATION: u64 = u64::MAX;
+/// Where the files are that a ring holds and does not use.
+const HELD_AT: u32 = 4;
+/// How many there can be.
+const MOST_HELD: usize = 2;
 /// How long a dropped ring waits for the kernel.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -81,21 +85,34 @@ impl PreparedRing {
         // In the order that `in_flight` has.
         let Files { image, sync, witness } = files;
         let files = [image, sync, witness].map(File::as_raw_fd);
-        io.submitter().register_files(&[files[0], files[1], files[2], dying.as_raw_fd()])?;
+        let mut all = [-1; HELD_AT as usize + MOST_HELD];
+        all[..3].copy_from_slice(&files);
+        all[3] = dying.as_raw_fd();
+        io.submitter().register_files(&all)?;
         Ok(Self { io: Some(io), end: Some(end), depth })
     }
 
-    /// Makes it the calling thread's. Completions are written to the eventfd `wake`.
+    /// Makes it the calling thread's. Completions are written to the eventfd `wake`. What is
+    /// `held`, two at most, stays open until the kernel has no request of this ring any more, also
+    /// if the process is gone by then.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn begin(mut self, wake: OwnedFd) -> io::Result<Ring> {
+    ///
+    /// # Panics
+    /// If more is to be held.
+    pub fn begin(mut self, wake: OwnedFd, held: &[&File]) -> io::Result<Ring> {
+        assert!(held.len() <= MOST_HELD, "{held:?}");
         let io = self.io.as_ref().expect("there until it begins");
         let submitter = io.submitter();
         submitter.register_eventfd(wake.as_raw_fd())?;
         let modern = io.params().is_setup_single_issuer();
         if modern {
             submitter.register_enable_rings()?;
+        }
+        if !held.is_empty() {
+            let held: Vec<_> = held.iter().map(|file| file.as_raw_fd()).collect();
+            submitter.register_files_update(HELD_AT, &held)?;
         }
         let (io, end) = (self.io.take(), self.end.take());
         Ok(Ring {
@@ -162,7 +179,7 @@ impl Ring {
     /// # Panics
     /// As for [`PreparedRing::new`].
     pub fn new(files: Files<'_>, wake: OwnedFd, depth: usize) -> io::Result<Self> {
-        PreparedRing::new(files, depth)?.begin(wake)
+        PreparedRing::new(files, depth)?.begin(wake, &[])
     }
 
     /// Has the kernel let go of the ring's files, on the thread that began the ring. Nothing can be

@@ -379,13 +379,19 @@ fn one_thread_prepares_a_ring_and_another_uses_it() {
         return;
     };
     let wake = eventfd();
-    let mut ring = prepared.begin(wake.try_clone().unwrap().into()).unwrap();
+    let (watch, held) = EndWatch::new().unwrap();
+    let held = File::from(held);
+    let mut ring = prepared.begin(wake.try_clone().unwrap().into(), &[&held]).unwrap();
+    drop(held);
     let guest = Guest::new(&[1], 0);
     ring.push(guest.request(op::READ, 0, 1), Work::Read, 0);
     assert!(ring.advance().is_none());
     (&writing).write_all(&[3]).unwrap();
     next(&mut ring, &wake).result.unwrap();
     assert_eq!(guest.memory[0], [3]);
+    assert!(!watch.is_over(), "the ring holds it");
+    drop(ring);
+    assert!(watch.wait(Duration::from_secs(60)));
 }
 
 #[test]
