@@ -69,7 +69,7 @@ impl HostServices for Services {
         self.storage.set_bytes(self.id, key, value)
     }
 
-    fn file(&self, key: &str) -> Option<File> {
+    fn file(&self, key: &str) -> std::io::Result<Option<File>> {
         self.storage.file(key)
     }
 

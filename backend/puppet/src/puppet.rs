@@ -282,7 +282,10 @@ impl<K: Kind> BlockDomain for Puppet<K> {
         if let Some(len) = self.number("make") {
             let note =
                 storage.bytes("note").map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-            let file = storage.file("file").map(|file| file.metadata().expect("a file").is_dir());
+            let file = storage
+                .file("file")
+                .expect("a descriptor")
+                .map(|file| file.metadata().expect("a file").is_dir());
             let found =
                 format!("{} found {} {note:?} {file:?}", self.label, storage.region_len("made"));
             self.stage.write(found);

@@ -20,6 +20,7 @@ use domain_abi::DomainError;
 use domain_host::HostRegion;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What holds the storage while no instance does.
@@ -357,10 +358,14 @@ impl Storage {
         Ok(())
     }
 
-    /// A dup of the file at `key`.
-    pub fn file(&self, key: &str) -> Option<File> {
+    /// A dup of the file at `key`, if there is one.
+    ///
+    /// # Errors
+    /// There is one, and no descriptor is left for a dup.
+    pub fn file(&self, key: &str) -> io::Result<Option<File>> {
         let inner = self.lock();
-        self.heap.get(*inner.files.get(key)?).ok()?.try_clone().ok()
+        let file = inner.files.get(key).and_then(|file| self.heap.get(*file).ok());
+        file.map(|file| file.try_clone()).transpose()
     }
 
     /// Keeps `file` at `key`.

@@ -282,8 +282,9 @@ pub struct HostVtable {
         value: RawBytes,
         message: *mut RawMessage,
     ) -> u32,
-    /// A dup (close-on-exec) of the file descriptor at `key`, or -1. Works before `activate`: swap
-    /// needs it.
+    /// A dup (close-on-exec) of the file descriptor at `key`; -1 if there is none, and another
+    /// negative number, minus that of the error, if there is one that cannot be dupped. (A host
+    /// that knows no such numbers says -1 to both.) Works before `activate`: swap needs it.
     pub fd_dup: unsafe extern "C" fn(ctx: *mut c_void, key: RawBytes) -> i32,
     /// Puts a dup of `fd` at `key`. Fails unless this instance owns the storage.
     pub fd_put: unsafe extern "C" fn(

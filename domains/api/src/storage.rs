@@ -142,14 +142,21 @@ impl Storage {
         })
     }
 
-    /// A file of our own on a dup of the descriptor at `key`.
-    #[must_use]
-    pub fn file(&self, key: &str) -> Option<File> {
+    /// A file of our own on a dup of the descriptor at `key`, if there is one.
+    ///
+    /// # Errors
+    /// There is one, and no descriptor is left for a dup. A host that is too old says that there is
+    /// none.
+    pub fn file(&self, key: &str) -> io::Result<Option<File>> {
         let vtable = self.host.vtable();
         // SAFETY: `key` is borrowed for the call.
         let fd = unsafe { (vtable.fd_dup)(vtable.ctx, raw_bytes(key.as_bytes())) };
-        // SAFETY: the host gives away a fresh descriptor, or a negative number.
-        (fd >= 0).then(|| File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+        match fd {
+            // SAFETY: the host gives away a fresh descriptor.
+            0.. => Ok(Some(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))),
+            -1 => Ok(None),
+            _ => Err(io::Error::from_raw_os_error(fd.saturating_neg())),
+        }
     }
 
     /// Keeps a dup of `file`'s descriptor at `key`.

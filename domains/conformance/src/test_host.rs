@@ -10,7 +10,7 @@ use domain_host::{HostImage, HostRegion, HostServices};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ struct Contents {
     regions: BTreeMap<String, Arc<HostRegion>>,
     bytes: BTreeMap<String, Arc<Vec<u8>>>,
     files: BTreeMap<String, File>,
+    has_no_descriptors: bool,
     failure: Option<String>,
     counters: BTreeMap<String, u64>,
 }
@@ -76,6 +77,11 @@ impl TestStorage {
     #[must_use]
     pub fn counter(&self, name: &str) -> u64 {
         lock(&self.contents).counters.get(name).copied().unwrap_or(0)
+    }
+
+    /// Whether instances are told that there is no descriptor for a dup of a file.
+    pub fn run_out_of_descriptors(&self, is_out: bool) {
+        lock(&self.contents).has_no_descriptors = is_out;
     }
 
     /// A dup of a file.
@@ -260,8 +266,11 @@ impl HostServices for TestHost {
         Ok(())
     }
 
-    fn file(&self, key: &str) -> Option<File> {
-        self.storage.file(key)
+    fn file(&self, key: &str) -> io::Result<Option<File>> {
+        if lock(&self.storage.contents).has_no_descriptors {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        Ok(self.storage.file(key))
     }
 
     fn set_file(&self, key: &str, file: File) -> Result<(), DomainError> {

@@ -14,6 +14,7 @@
 //! itself, or by threads of the kernel whose end the process's end waits for. The kernel takes some
 //! 20 ms to let go of a ring that is idle.
 
+use crate::image::kept;
 use domain_api::{DomainError, Host};
 use domain_io::uring::EndWatch;
 use std::fs::File;
@@ -47,10 +48,10 @@ pub(crate) fn begin(host: Host) -> Result<(), DomainError> {
         return Ok(());
     }
     if !owner.is_empty()
-        && let Some(rings) = storage.file(RINGS)
+        && let Some(rings) = kept(host, RINGS)?
         // If one before it has left something still, it has never come to claim the disk, and its
         // rings to a request.
-        && is_over(host)
+        && is_over(host)?
     {
         storage.set_file(BEFORE, &rings)?;
     }
@@ -72,12 +73,15 @@ pub(crate) fn resume(host: Host) -> Result<(), DomainError> {
 
 /// What a ring of this process is to hold.
 pub(crate) fn hold(host: Host) -> io::Result<File> {
-    let rings = host.storage().file(RINGS);
+    let rings = host.storage().file(RINGS)?;
     let rings = rings.ok_or_else(|| io::Error::other("the rings' end cannot be watched"))?;
     EndWatch::from(rings).hold()
 }
 
 /// Whether the kernel has ended all requests of the process before.
-pub(crate) fn is_over(host: Host) -> bool {
-    host.storage().file(BEFORE).is_none_or(|before| EndWatch::from(before).is_over())
+///
+/// # Errors
+/// There is no descriptor left to look with.
+pub(crate) fn is_over(host: Host) -> Result<bool, DomainError> {
+    Ok(kept(host, BEFORE)?.is_none_or(|before| EndWatch::from(before).is_over()))
 }

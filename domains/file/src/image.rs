@@ -98,11 +98,19 @@ pub(crate) struct Image {
     is_used: AtomicBool,
 }
 
+/// A dup of what storage has at `key`. That there is no descriptor left for it does not mean that it
+/// has nothing: the image would be opened anew, or served without its lock.
+pub(crate) fn kept(host: Host, key: &str) -> Result<Option<File>, DomainError> {
+    host.storage().file(key).map_err(|error| {
+        DomainError::new(format!("no descriptor for what there is of the disk (`{key}`): {error}"))
+    })
+}
+
 impl Image {
     /// Opens and checks the image, or takes up the one in storage.
     pub(crate) fn prepare(host: Host, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
         let mode = wanted.mode;
-        let served = host.storage().file(DESCRIPTOR);
+        let served = kept(host, DESCRIPTOR)?;
         // What is there may be served while we are prepared: to begin to lock it is not late then.
         let late = wanted.locking == Locking::Late && served.is_none();
         let file = match served {
@@ -118,7 +126,7 @@ impl Image {
             Some(served) => take_up(host, served, path, mode)?,
         };
         check_writable(&file, path, mode)?;
-        let locks = wanted.locking != Locking::Never && host.storage().file(LOCK).is_none();
+        let locks = wanted.locking != Locking::Never && kept(host, LOCK)?.is_none();
         let lock = if locks { lock(host, &file, path, mode, late)? } else { None };
         Ok(Self { lock, ..Self::describe(host, file, path, wanted)? })
     }
@@ -152,7 +160,7 @@ impl Image {
             .then(|| file_io::reopen(&file, OpenMode { direct: false, ..mode }))
             .transpose()
             .map_err(|error| cannot("open once more, for the end of it,", error))?;
-        let witness = match host.storage().file(WITNESS) {
+        let witness = match kept(host, WITNESS)? {
             Some(witness) => witness,
             None => {
                 open_to_sync(host, &file, path).map_err(|error| cannot("open once more", error))?
@@ -199,7 +207,7 @@ impl Image {
             cached,
             witness,
             lock: None,
-            is_used: AtomicBool::new(host.storage().file(DESCRIPTOR).is_some()),
+            is_used: AtomicBool::new(kept(host, DESCRIPTOR)?.is_some()),
         })
     }
 
@@ -207,18 +215,19 @@ impl Image {
     /// opened otherwise.
     pub(crate) fn keep(&self, host: Host) -> Result<(), DomainError> {
         let storage = host.storage();
-        let served = storage.file(DESCRIPTOR);
+        let served = kept(host, DESCRIPTOR)?;
         let fits =
             served.as_ref().is_some_and(|file| file_io::open_mode(file).ok() == Some(self.mode));
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
         }
-        let lock = self.lock.as_ref().filter(|_| storage.file(LOCK).is_none());
-        if let Some((lock, is_locked)) = lock {
+        if let Some((lock, is_locked)) = &self.lock
+            && kept(host, LOCK)?.is_none()
+        {
             storage.set_file(LOCK, lock)?;
             storage.set_bytes(CLAIMED, if *is_locked { LOCKED } else { b"" })?;
         }
-        if storage.file(WITNESS).is_none() {
+        if kept(host, WITNESS)?.is_none() {
             storage.set_file(WITNESS, &self.witness)?;
         }
         if storage.bytes(PATH).as_deref() != Some(self.path.as_bytes()) {
@@ -236,7 +245,7 @@ impl Image {
     pub(crate) fn claim(&self, host: Host) -> Result<Claim, DomainError> {
         self.is_used.store(true, Ordering::Relaxed);
         let storage = host.storage();
-        let Some(lock) = storage.file(LOCK) else { return Ok(Claim::Nothing) };
+        let Some(lock) = kept(host, LOCK)? else { return Ok(Claim::Nothing) };
         // Not to be locked again: one that looks, and backs off from our lock in a moment, would be
         // taken for its owner, and ours be given up. Nor has anybody else written.
         if storage.bytes(CLAIMED).is_some_and(|claimed| !claimed.is_empty()) {
@@ -263,7 +272,7 @@ impl Image {
 
     /// The description that has the lock: with the rings that hold it, others see the image in use
     /// until the kernel has ended the last request.
-    pub(crate) fn lock_in_use(&self, host: Host) -> Option<File> {
+    pub(crate) fn lock_in_use(&self, host: Host) -> io::Result<Option<File>> {
         host.storage().file(LOCK)
     }
 
@@ -278,7 +287,7 @@ impl Image {
     /// The storage is not ours: nothing is unlocked.
     pub(crate) fn release(&self, host: Host) -> Result<(), DomainError> {
         let storage = host.storage();
-        if let Some(lock) = storage.file(LOCK) {
+        if let Some(lock) = kept(host, LOCK)? {
             // Before: what is noted is locked.
             storage.set_bytes(CLAIMED, b"")?;
             file_io::unlock_image(&lock, self.mode.write);

@@ -151,7 +151,7 @@ impl BlockDomain for FileDisk {
     }
 
     fn claim(&self) -> Result<Claim, DomainError> {
-        if !fence::is_over(self.host) {
+        if !fence::is_over(self.host)? {
             return Err(DomainError::new(
                 "the kernel has requests still of the process before, which is dead",
             ));

@@ -96,7 +96,7 @@ impl Rings {
             };
             // What may be on its way to a device when the process is gone.
             let fence = image.mode().direct.then(|| fence::hold(self.host)).transpose()?;
-            let lock = fence.is_some().then(|| image.lock_in_use(self.host)).flatten();
+            let lock = if fence.is_some() { image.lock_in_use(self.host)? } else { None };
             let held: Vec<&File> = fence.iter().chain(&lock).collect();
             ring.begin(wake, &held)
         };

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{image_in, params, real_dir};
-use domain_api::{Level, Params};
+use domain_api::{Claim, Level, Params};
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_file::FileDisk;
 use domain_io::file_io::{OpenMode, open_mode};
@@ -262,4 +262,25 @@ fn a_guest_that_writes_such_a_header_keeps_its_disk() {
         drop(lane);
         bench.retire().unwrap();
     }
+}
+
+/// Else it would be served without its lock, or another file that has its name.
+#[test]
+fn that_there_is_no_descriptor_does_not_mean_that_storage_has_none() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let storage = TestStorage::new();
+    let old = first(&storage, &params(image.path(), &["locking=true", "direct=true"]));
+    assert!(matches!(old.instance.claim(), Ok(Claim::Ours)));
+    storage.run_out_of_descriptors(true);
+    let says = |result: Result<(), String>| {
+        let said = result.expect_err("there is none");
+        assert!(said.contains("no descriptor"), "{said}");
+    };
+    says(old.instance.claim().map(drop).map_err(|error| error.to_string()));
+    says(old.instance.release().map_err(|error| error.to_string()));
+    let next = Bench::prepare::<FileDisk>(&storage, &params(image.path(), &[]));
+    says(next.map(drop).map_err(|error| error.to_string()));
+    storage.run_out_of_descriptors(false);
+    assert!(matches!(old.instance.claim(), Ok(Claim::Ours)));
+    old.instance.release().unwrap();
 }

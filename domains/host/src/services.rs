@@ -9,6 +9,7 @@ use domain_abi::{self as abi, HostVtable, RawBytes, RawMessage, RawRegion, TaskE
 use domain_abi::{DomainError, Level, Params, QueueIndex, RawImage};
 use std::ffi::c_void;
 use std::fs::File;
+use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -59,8 +60,11 @@ pub trait HostServices: Send + Sync {
     /// # Errors
     /// The storage is not this instance's.
     fn set_bytes(&self, key: &str, value: &[u8]) -> Result<(), DomainError>;
-    /// A dup of the file at `key`.
-    fn file(&self, key: &str) -> Option<File>;
+    /// A dup of the file at `key`, if there is one.
+    ///
+    /// # Errors
+    /// There is one, and no descriptor is left for a dup.
+    fn file(&self, key: &str) -> io::Result<Option<File>>;
     /// Keeps `file` at `key`.
     ///
     /// # Errors
@@ -312,8 +316,13 @@ unsafe extern "C" fn bytes_put(
 unsafe extern "C" fn fd_dup(ctx: *mut c_void, key: RawBytes) -> i32 {
     // SAFETY: abi::HostVtable: `ctx` is ours, `key` valid for the call.
     let (side, key) = unsafe { (side(ctx), text(key)) };
-    let file = catch_unwind(AssertUnwindSafe(|| side.services.file(&key))).unwrap_or(None);
-    file.map_or(-1, |file| OwnedFd::from(file).into_raw_fd())
+    match catch_unwind(AssertUnwindSafe(|| side.services.file(&key))) {
+        Ok(Ok(Some(file))) => OwnedFd::from(file).into_raw_fd(),
+        Ok(Ok(None)) => -1,
+        // -1 is none.
+        Ok(Err(error)) => -error.raw_os_error().filter(|errno| *errno > 1).unwrap_or(libc::EIO),
+        Err(_) => -libc::EIO,
+    }
 }
 
 unsafe extern "C" fn fd_put(

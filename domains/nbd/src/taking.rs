@@ -97,6 +97,12 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
     let storage = pool.host.storage();
     let marks = pool.open_marks()?;
     let left = storage.bytes(CONNECTIONS).map(|text| String::from_utf8_lossy(&text).into_owned());
+    let socket_at = |slot| {
+        let socket = storage.file(&key(slot)).map_err(|error| {
+            DomainError::new(format!("no descriptor for a connection that there is: {error}"))
+        })?;
+        Ok::<_, DomainError>(socket.map(OwnedFd::from))
+    };
     // From here on a death leaves connections that nothing is known of.
     storage.set_bytes(CONNECTIONS, IN_USE.as_bytes())?;
     let mut taken = Vec::new();
@@ -109,20 +115,20 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
             false
         }
         Some(text) if text.starts_with(RESTING) => {
-            let lines = text.lines().skip(1).filter_map(parse);
-            taken.extend(lines.filter_map(|(slot, export)| {
-                let socket = OwnedFd::from(storage.file(&key(slot))?);
+            for (slot, export) in text.lines().skip(1).filter_map(parse) {
+                let Some(socket) = socket_at(slot)? else { continue };
                 // One that has ended since is known from before.
                 let known = || Process::from_numbers(marks.server());
                 let server = Process::behind(socket.as_fd()).or_else(known);
-                Some((slot, Connection { socket, export, server }))
-            }));
+                taken.push((slot, Connection { socket, export, server }));
+            }
             text.lines().any(|line| line == UNFLUSHED)
         }
         Some(_) => {
-            let sockets: Vec<(usize, OwnedFd)> = (0..LINKS)
-                .filter_map(|slot| Some((slot, storage.file(&key(slot))?.into())))
-                .collect();
+            let mut sockets = Vec::new();
+            for slot in 0..LINKS {
+                sockets.extend(socket_at(slot)?.map(|socket| (slot, socket)));
+            }
             if answers::take_in(&sockets, marks) {
                 pool.flush_failed();
             }

@@ -23,7 +23,7 @@ impl Services<'_> {
         self.storage.bytes(key)
     }
     fn file(&self, key: &str) -> Option<File> {
-        self.storage.file(key)
+        self.storage.file(key).unwrap()
     }
     fn region_len(&self, key: &str) -> u64 {
         self.storage.region_len(key)
