@@ -294,13 +294,28 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// What it says of itself where a test has failed: without a panic, and soon.
+    fn last_status(&self) -> String {
+        let mut command = Command::new(binary("hotswapctl"));
+        command.arg("--control-path").arg(&self.control).args(["--json", "status"]);
+        let asked =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
+        let Ok(mut asked) = asked else { return String::new() };
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while asked.try_wait().is_ok_and(|ended| ended.is_none()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let _ = asked.kill();
+        let said = asked.wait_with_output().map(|output| output.stdout).unwrap_or_default();
+        String::from_utf8_lossy(&said).into_owned()
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if thread::panicking()
-            && let Ok(mut control) = Control::connect(&self.control)
-            && let Ok(status) = control.request("status", json!({}))
-        {
-            eprintln!("--- the daemon's status ---\n{status}");
+        if thread::panicking() {
+            eprintln!("--- the daemon's status ---\n{}", self.last_status());
         }
         // Both fail only when it has already been waited for.
         let _ = self.child.kill();

@@ -229,9 +229,12 @@ impl Guest {
     }
 
     fn wait_for_boot(&self, boots: u64) -> Result<()> {
-        self.agent
-            .wait_for_boot(boots, BOOT_TIMEOUT, || self.trouble())
-            .map_err(|what| self.silent(what))
+        self.agent.wait_for_boot(boots, BOOT_TIMEOUT, || self.trouble()).map_err(|what| match self
+            .trouble()
+        {
+            Some(_) => self.console.error(what),
+            None => self.silent(what),
+        })
     }
 
     /// The error of a guest that does not answer: with what its processors and its tasks do. Its

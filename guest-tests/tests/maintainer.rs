@@ -167,19 +167,20 @@ fn what_one_disk_refuses_for_itself_does_not_stop_the_others() {
         let answers = format!("case \"$*\" in *upgrade-daemon) {what} ;; esac");
         Root::new(ACTIVE, &answers).run("postinst", &["configure", "0.1"])
     };
-    for code in ["no_supervisor", "no_server", "timeout", "exchange_failed"] {
+    for code in ["no_supervisor", "no_server", "timeout", "exchange_failed", "state_refused"] {
         let ran = all(&format!("case \"$*\" in *vm1*) echo \"no ({code})\"; exit 1 ;; esac"));
         assert_eq!(upgraded(&ran).as_deref(), Some("vm2 vm3"), "{code}: {}", ran.said);
         assert!(ran.said.contains("see their logs: vm1"), "{code}: {}", ran.said);
     }
-    // What would be refused everywhere.
-    for code in ["program_unusable", "program_silent", "state_refused", "of a later release"] {
-        let ran = all(&format!("case \"$*\" in *vm1*) echo \"no ({code})\"; exit 1 ;; esac"));
+    let ran = all("case \"$*\" in *vm1*) echo 'no (of a later release)'; exit 1 ;; esac");
+    assert_eq!(upgraded(&ran), None, "{}", ran.said);
+    assert!(ran.said.contains("refused by vm1; not tried then: vm2 vm3"), "{}", ran.said);
+    // What a second disk says as well is the program's.
+    for code in ["program_unusable", "program_silent", "state_refused", "exchange_failed"] {
+        let ran = all(&format!("echo 'no ({code})'; exit 1"));
         assert_eq!(upgraded(&ran), None, "{code}: {}", ran.said);
-        assert!(ran.said.contains("refused by vm1; not tried then: vm2 vm3"), "{}", ran.said);
+        assert!(ran.said.contains("refused by vm2; not tried then: vm3"), "{}", ran.said);
     }
-    let ran = all("echo 'no (exchange_failed)'; exit 1");
-    assert!(ran.said.contains("refused by vm2; not tried then: vm3"), "{}", ran.said);
     // What is under way is over in a moment.
     let ran = all("case \"$*\" in *vm1*) [ -e \"$ROOT/asked\" ] || \
          { : >\"$ROOT/asked\"; echo 'no (exchange_runs)'; exit 1; } ;; esac");

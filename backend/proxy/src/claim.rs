@@ -100,7 +100,15 @@ impl DomainProxy {
     /// that was prepared. What a session wants is claimed, so that it is given back with the rings.
     pub fn settle_claim(self: &Arc<Self>) {
         if self.claims.is_wanted() && !self.has_claimed() {
-            let _ = self.claim(true);
+            match self.claim(true) {
+                Claimed::Yes | Claimed::NotNow(None) => {}
+                // The rings run already.
+                Claimed::Taken => {
+                    self.claims.is_waiting.store(false, Ordering::Relaxed);
+                    log::warn!("another program uses the disk's data, which is served unclaimed");
+                }
+                Claimed::NotNow(Some(why)) => log::warn!("the disk is served unclaimed: {why}"),
+            }
         }
         self.let_go(|_| true);
     }

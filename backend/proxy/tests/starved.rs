@@ -262,7 +262,6 @@ fn a_request_that_the_domain_keeps_has_its_deadline_on_a_busy_machine_too() {
         hand.worker.sleep();
         std::thread::sleep(2000 * MS);
     };
-    let began = Instant::now();
     let (refusal, took) = beside_a_starved_worker(&device, 4, ask, sleeps, || {
         let began = Instant::now();
         let refusal = upgrade(&device, 300 * MS, PATIENCE * 6).expect_err("a request is in flight");
@@ -273,7 +272,6 @@ fn a_request_that_the_domain_keeps_has_its_deadline_on_a_busy_machine_too() {
     assert_eq!(refusal.stuck.len(), 1);
     assert!(refusal.message.contains("requests are missing: queue 0 has 1"), "{refusal}");
     assert!(took >= 300 * MS && took < 2000 * MS, "{took:?}");
-    assert!(began.elapsed() < PATIENCE * 3);
 }
 
 #[test]

@@ -166,6 +166,11 @@ impl Deaths {
         self.is_blamed = true;
     }
 
+    /// Servers are of another program from now on: what has died before it served was not that one.
+    pub const fn another_program(&mut self) {
+        (self.soon, self.starts) = (0, 0);
+    }
+
     /// The frontend is another, or the module is: what was blamed was not its doing.
     pub fn forgive(&mut self) {
         let (count, quarantined_count) = (self.count, self.quarantined_count);

@@ -5,6 +5,7 @@ use crate::notify::VARIABLES;
 use crate::slots::{Missing, Packing, Slot, Unpacking};
 use channel::{Channel, ToServer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -52,6 +53,14 @@ impl Program {
     #[must_use]
     pub fn of_file(path: PathBuf, file: OwnedFd) -> Self {
         Self { path, file: file.into() }
+    }
+
+    /// Whether it is a regular file that may be run.
+    #[must_use]
+    pub fn is_executable(&self) -> bool {
+        fstat(&self.file).is_ok_and(|about| {
+            FileType::from_raw_mode(about.st_mode).is_file() && about.st_mode & 0o111 != 0
+        })
     }
 
     /// Its file.

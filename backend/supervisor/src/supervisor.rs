@@ -105,6 +105,8 @@ pub struct Supervisor {
     recoveries: u64,
     /// The program that has served before the current one.
     program_before: Option<Program>,
+    /// The program that has served last.
+    served: Option<Program>,
     server: Option<Server>,
     stopped: Option<Server>,
     candidate: Option<Candidate>,
@@ -203,6 +205,7 @@ impl Supervisor {
             deaths: Deaths::default(),
             recoveries: 0,
             program_before: None,
+            served: None,
             server: None,
             stopped: None,
             candidate: None,

@@ -79,6 +79,13 @@ pub(super) fn line(id: &Value, answer: Result<Value, RpcError>) -> Vec<u8> {
     reply(id.clone(), answer).to_string().into_bytes()
 }
 
+/// A line of the server as the answer to the request `id`.
+pub(super) fn as_answer_to(line: &[u8], id: Option<Value>) -> Vec<u8> {
+    let mut members: Map<String, Value> = serde_json::from_slice(line).unwrap_or_default();
+    members.insert("id".to_owned(), id.unwrap_or_default());
+    Value::Object(members).to_string().into_bytes()
+}
+
 /// Adds to a state of the device what the supervisor knows.
 fn add(members: &mut Map<String, Value>, facts: &Facts) {
     // Plain structures of strings and numbers.

@@ -64,6 +64,8 @@ pub(super) struct Client {
     has_more: bool,
     /// When it was last heard or answered.
     pub(super) active: Instant,
+    /// When it has asked for what is out.
+    asked_at: Instant,
 }
 
 /// A [`Client`] in a packed state.
@@ -98,6 +100,7 @@ impl Client {
             not_before: now,
             has_more: true,
             active: now,
+            asked_at: now,
         })
     }
 
@@ -106,11 +109,15 @@ impl Client {
         self.asked.is_none() && !self.watching && !self.has_more && self.pipe.is_sent()
     }
 
-    /// Whether it has gone, with a request that the server has and carries out without it.
+    /// Whether it has gone, with a request that the server has, and carries out without it, or that
+    /// nobody has begun.
     pub(super) fn has_left_a_request(&self) -> bool {
-        let is_sent = self.server.as_ref().is_some_and(Pipe::is_sent);
-        let is_passed = matches!(self.asked, Some(Asked::Passed(_)));
-        is_passed && is_sent && self.pipe.is_hung_up() && self.pipe.is_empty()
+        let is_settled = match &self.asked {
+            Some(Asked::Passed(_)) => self.server.as_ref().is_some_and(Pipe::is_sent),
+            Some(Asked::Waiting(..)) => true,
+            _ => false,
+        };
+        is_settled && self.pipe.is_hung_up() && self.pipe.is_empty()
     }
 
     /// Whether it can be heard now.
@@ -181,6 +188,7 @@ impl Client {
             kind = Kind::Other;
         }
         let request = Request { line, kind, id: call.id };
+        self.asked_at = self.active;
         self.asked = Some(Asked::Waiting(request, self.active));
         Ok(true)
     }
@@ -308,10 +316,14 @@ impl Client {
                 }
             }
             Some(Said::Answer(_, id)) if self.is_refusal(&id) => {
-                log::debug!("the server does not serve a control stream");
                 self.lose_server();
-                if let Some(Asked::Passed(request)) = self.asked.take() {
-                    self.asked = Some(Asked::Waiting(request, Instant::now()));
+                let Some(Asked::Passed(request)) = self.asked.take() else { return Ok(true) };
+                if self.asked_at + shared.patience > Instant::now() {
+                    self.asked = Some(Asked::Waiting(request, self.asked_at));
+                } else {
+                    let refusal = answers::as_answer_to(&line, request.id);
+                    self.active = Instant::now();
+                    self.pipe.say(&refusal)?;
                 }
             }
             Some(Said::Answer(..)) if self.subscribing => self.subscribing = false,
@@ -470,6 +482,7 @@ impl Client {
             not_before: now,
             has_more: true,
             active: now,
+            asked_at: now,
         })
     }
 }

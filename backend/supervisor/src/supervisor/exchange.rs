@@ -8,7 +8,7 @@
 use super::reexecution::program;
 use super::{LEAVE_PATIENCE, Supervisor, Which};
 use crate::front::Ticket;
-use crate::process::{Ended, Program, Server};
+use crate::process::{Ended, Program, Server, own_path};
 use channel::ToServer;
 use control::Code;
 use control::messages::{Part, UpgradeDaemonRequest};
@@ -104,9 +104,15 @@ impl Supervisor {
             self.begin_reexecution(ticket, request);
             return;
         }
-        let path = request.path.unwrap_or_else(|| self.options.program.path.clone());
+        let own = || own_path().ok().filter(|_| is_for_servers);
+        let path = request.path.or_else(own);
+        let path = path.unwrap_or_else(|| self.options.program.path.clone());
         match Program::open(&path) {
-            Ok(program) => self.begin_exchange(ticket, program),
+            Ok(program) if program.is_executable() => self.begin_exchange(ticket, program),
+            Ok(_) => {
+                let message = format!("{} is no program", path.display());
+                self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
+            }
             Err(error) => {
                 let message = format!("{}: {error}", path.display());
                 self.answer(ticket, Err(RpcError::new(Code::ProgramUnusable, message)));
@@ -130,11 +136,11 @@ impl Supervisor {
             return;
         }
         if self.serving().is_none() {
-            // A program that serves is what a device without a server needs.
-            let before = std::mem::replace(&mut self.options.program, program);
-            // What is given up is not gone back to. Of the other it is not known: it is, if the new
-            // one does not serve.
-            self.program_before = (!self.is_given_up).then_some(before);
+            // A program that serves is what a device without a server needs. If this one does not,
+            // the one that has is gone back to.
+            self.options.program = program;
+            self.program_before.clone_from(&self.served);
+            self.deaths.another_program();
             if self.is_given_up {
                 self.deaths.forgive();
                 self.is_given_up = false;

@@ -212,6 +212,8 @@ impl Supervisor {
         });
         supervisor.recoveries = state.recoveries;
         supervisor.program_before = state.program_before;
+        // It is not packed while none serves.
+        supervisor.served = Some(supervisor.options.program.clone());
         let server = state.server.map(|server| Server::unpack(server, unpacking));
         supervisor.server = server.transpose()?;
         let leaving = state.leaving.into_iter().map(|server| {

@@ -197,6 +197,7 @@ impl Supervisor {
         server.ready = Some(Instant::now());
         server.since = SystemTime::now();
         server.version = Some(program);
+        self.served = Some(server.program.clone());
         self.is_given_up = false;
         if !self.has_served {
             self.has_served = true;
@@ -360,11 +361,17 @@ impl Supervisor {
             module: self.vault.live().map(ToOwned::to_owned),
             oldest: oldest.unwrap_or_default(),
         };
+        // Of another program than what comes next nothing is known by this death.
+        let is_of_next = server.as_ref().is_none_or(|one| one.program == self.options.program);
         let choices = Choices {
-            has_program: self.program_before.is_some(),
+            has_program: is_of_next && self.program_before.is_some(),
             has_standby: self.vault.has_standby(),
         };
-        match self.deaths.died(&death, choices) {
+        let next = self.deaths.died(&death, choices);
+        if !is_of_next {
+            self.deaths.another_program();
+        }
+        match next {
             Next::GiveUp => {
                 log::error!("no server lives: the device is faulted until it is upgraded");
                 self.is_given_up = true;

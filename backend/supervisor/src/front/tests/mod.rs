@@ -401,6 +401,18 @@ fn a_client_that_has_gone_before_its_answer_makes_room() {
     assert_eq!(stage.server().line().as_deref(), Some(HISTORY));
     assert!(third.line().is_none());
     assert_eq!(server.line().as_deref(), Some(UPGRADE));
+    // What nobody has begun is not begun for one that has gone.
+    let mut stage = Stage::new(limits);
+    let client = stage.client_says(&[UPGRADE]);
+    drop(client);
+    stage.turn();
+    let mut second = stage.client_says(&[STATUS]);
+    assert_eq!(second.value()["result"]["state"], "recovering");
+    stage.front.server_up();
+    let mut observed = stage.server();
+    assert!(observed.line().unwrap().contains("status"));
+    stage.turn();
+    assert!(!stage.wishes.iter().any(|wish| matches!(wish, Wish::Client(_))));
 }
 
 /// It has read nothing, so it has begun nothing.
@@ -418,4 +430,15 @@ fn a_server_without_a_place_for_a_stream_is_asked_again() {
     server.say(r#"{"jsonrpc":"2.0","id":1,"result":1}"#);
     stage.turn();
     assert_eq!(client.value()["result"], 1);
+    // Not for ever.
+    stage.front.shared.patience = Duration::ZERO;
+    client.say(UPGRADE);
+    stage.turn();
+    assert_eq!(server.line().as_deref(), Some(UPGRADE));
+    server.say(
+        r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"no","data":{"code":"x"}}}"#,
+    );
+    stage.turn();
+    let answer = client.value();
+    assert_eq!((&answer["id"], code(&answer)), (&json!(1), "x"));
 }

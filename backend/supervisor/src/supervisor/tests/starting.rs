@@ -62,7 +62,6 @@ fn another_program_brings_a_device_back_that_was_given_up() {
         let ticket = supervisor.front.as_mut().unwrap().any_ticket();
         supervisor.upgrade_daemon(ticket, UpgradeDaemonRequest { path, only: None });
         assert!(!supervisor.is_given_up && supervisor.start_at.is_some());
-        assert!(supervisor.program_before.is_none(), "what was given up is not gone back to");
     }
     // The supervisor alone is of no use.
     let mut stage = Stage::new(None);
@@ -71,19 +70,56 @@ fn another_program_brings_a_device_back_that_was_given_up() {
     assert!(supervisor.unrest().is_some_and(|why| why.contains("--only server")));
 }
 
-/// It is not known of either that it serves.
+/// Asked for twice, because the first answer is that it was not done.
 #[test]
-fn a_program_for_a_moment_without_a_server_is_gone_back_from() {
+fn what_has_served_is_gone_back_to_if_a_program_for_an_outage_does_not() {
     let mut stage = Stage::new(None);
     let supervisor = &mut stage.supervisor;
     let before = supervisor.options.program.clone();
+    supervisor.served = Some(before.clone());
     supervisor.cannot_start(&Errno::AGAIN.into());
-    let ticket = supervisor.front.as_mut().unwrap().any_ticket();
     let other = Program::open(Path::new("/bin/ls")).unwrap();
-    supervisor.begin_exchange(ticket, other.clone());
-    assert_eq!(supervisor.options.program, other);
+    for _ in 0..2 {
+        let ticket = supervisor.front.as_mut().unwrap().any_ticket();
+        supervisor.begin_exchange(ticket, other.clone());
+        assert_eq!(supervisor.options.program, other);
+    }
     supervisor.cannot_start(&Errno::ACCESS.into());
     assert_eq!(supervisor.options.program, other);
     supervisor.cannot_start(&Errno::ACCESS.into());
     assert_eq!(supervisor.options.program, before);
+}
+
+/// A server of the program before is being started when the other one is asked for.
+#[test]
+fn deaths_of_another_program_do_not_count() {
+    let mut stage = Stage::new(None);
+    stage.supervisor.served = Some(stage.supervisor.options.program.clone());
+    stage.supervisor.cannot_start(&Errno::ACCESS.into());
+    let _played = stage.serve();
+    stage.supervisor.server.as_mut().unwrap().ready = None;
+    stage.supervisor.server.as_mut().unwrap().program = stage.supervisor.options.program.clone();
+    let supervisor = &mut stage.supervisor;
+    let other = Program::open(Path::new("/bin/ls")).unwrap();
+    let ticket = supervisor.front.as_mut().unwrap().any_ticket();
+    supervisor.begin_exchange(ticket, other.clone());
+    supervisor.current_has_died(Ended::Exited(1));
+    assert_eq!(supervisor.options.program, other);
+    supervisor.server = None;
+    supervisor.cannot_start(&Errno::ACCESS.into());
+    assert_eq!(supervisor.options.program, other, "once more");
+}
+
+#[test]
+fn what_is_no_program_is_refused() {
+    let mut stage = Stage::new(None);
+    let supervisor = &mut stage.supervisor;
+    let before = supervisor.options.program.clone();
+    for path in ["/etc/passwd", "/etc"] {
+        let ticket = supervisor.front.as_mut().unwrap().any_ticket();
+        let only = Some(control::messages::Part::Server);
+        let request = UpgradeDaemonRequest { path: Some(path.into()), only };
+        supervisor.upgrade_daemon(ticket, request);
+        assert_eq!(supervisor.options.program, before, "{path}");
+    }
 }
