@@ -188,6 +188,8 @@ impl Restoring {
         let live = Live::Faulted(why);
         let proxy = DomainProxy::assemble(preparer, queues, None, live, told, generation);
         proxy.require(plan.saved.required);
+        // Whether it was claimed the process before knew: it is given back once no ring runs.
+        lock(&proxy.claims.held).is_ours = true;
         if let Some((next, _)) = next
             && let Err(refusal) = proxy.go_on_with(next, &plan)
         {

@@ -19,13 +19,18 @@ use domain_api::{DomainError, Host};
 use domain_io::uring::EndWatch;
 use std::fs::File;
 use std::io;
+use std::time::Duration;
 
 /// Storage key of the reading end of the process's pipe.
 const RINGS: &str = "rings";
 /// Storage key of that of the process before.
 const BEFORE: &str = "rings.before";
-/// Storage key of which process's the first one is; empty if it has left nothing with the kernel.
+/// Storage key of which process's the first one is.
 const OWNER: &str = "rings.process";
+/// Behind that: it has left nothing with the kernel.
+const AT_REST: &[u8] = b" at rest";
+/// How often it is looked whether a dead process's requests have ended.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// The calling process, apart from others that had its number.
 fn process() -> Vec<u8> {
@@ -47,7 +52,12 @@ pub(crate) fn begin(host: Host) -> Result<(), DomainError> {
     if owner == process {
         return Ok(());
     }
+    if owner.strip_suffix(AT_REST) == Some(&process) {
+        // An instance that it has replaced may have something still.
+        return storage.set_bytes(OWNER, &process);
+    }
     if !owner.is_empty()
+        && !owner.ends_with(AT_REST)
         && let Some(rings) = kept(host, RINGS)?
         // If one before it has left something still, it has never come to claim the disk, and its
         // rings to a request.
@@ -63,7 +73,7 @@ pub(crate) fn begin(host: Host) -> Result<(), DomainError> {
 
 /// Nothing is in flight, and the storage is about to be another's.
 pub(crate) fn end(host: Host) -> Result<(), DomainError> {
-    host.storage().set_bytes(OWNER, b"")
+    host.storage().set_bytes(OWNER, &[&process()[..], AT_REST].concat())
 }
 
 /// The storage is this one's again.
@@ -84,4 +94,12 @@ pub(crate) fn hold(host: Host) -> io::Result<File> {
 /// There is no descriptor left to look with.
 pub(crate) fn is_over(host: Host) -> Result<bool, DomainError> {
     Ok(kept(host, BEFORE)?.is_none_or(|before| EndWatch::from(before).is_over()))
+}
+
+/// Waits until it has, as long as storage takes.
+pub(crate) fn wait(host: Host) -> Result<(), DomainError> {
+    while !is_over(host)? {
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
 }

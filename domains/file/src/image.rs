@@ -49,9 +49,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 const DESCRIPTOR: &str = "image";
 /// Storage key of the descriptor whose locks other programs see.
 const LOCK: &str = "claim";
-/// Storage key of whether it has them; empty if not.
-const CLAIMED: &str = "claimed";
-const LOCKED: &[u8] = b"locked";
 /// Storage key of the description that remembers.
 const WITNESS: &str = "witness";
 
@@ -92,8 +89,8 @@ pub(crate) struct Image {
     witness: File,
     /// How others see that the image is in use, if storage has nothing to that end. A description
     /// of its own: what the rings use is closed some time after the process is gone, and only with
-    /// direct I/O is that of use. And whether it is locked.
-    lock: Option<(File, bool)>,
+    /// direct I/O is that of use.
+    lock: Option<File>,
     /// Something may have been written, by this instance or one before it.
     is_used: AtomicBool,
 }
@@ -221,11 +218,10 @@ impl Image {
         if !fits {
             storage.set_file(DESCRIPTOR, &self.file)?;
         }
-        if let Some((lock, is_locked)) = &self.lock
+        if let Some(lock) = &self.lock
             && kept(host, LOCK)?.is_none()
         {
             storage.set_file(LOCK, lock)?;
-            storage.set_bytes(CLAIMED, if *is_locked { LOCKED } else { b"" })?;
         }
         if kept(host, WITNESS)?.is_none() {
             storage.set_file(WITNESS, &self.witness)?;
@@ -244,14 +240,13 @@ impl Image {
     /// Has no other program use the image from now on, as locks go.
     pub(crate) fn claim(&self, host: Host) -> Result<Claim, DomainError> {
         self.is_used.store(true, Ordering::Relaxed);
-        let storage = host.storage();
         let Some(lock) = kept(host, LOCK)? else { return Ok(Claim::Nothing) };
+        let write = self.mode.write;
         // Not to be locked again: one that looks, and backs off from our lock in a moment, would be
         // taken for its owner, and ours be given up. Nor has anybody else written.
-        if storage.bytes(CLAIMED).is_some_and(|claimed| !claimed.is_empty()) {
+        if file_io::has_locked(&lock, write).unwrap_or(false) {
             return Ok(Claim::Ours);
         }
-        let write = self.mode.write;
         let stale = !self.mode.direct && file_io::is_of_many_hosts(&self.file).unwrap_or(true);
         match file_io::lock_image(&lock, write) {
             ImageLock::Ours => {}
@@ -266,7 +261,6 @@ impl Image {
                 &format!("what is cached of `{}` may be older than what another host has written: {error}", self.path),
             );
         }
-        storage.set_bytes(CLAIMED, LOCKED)?;
         Ok(Claim::Ours)
     }
 
@@ -284,12 +278,9 @@ impl Image {
     /// Lets other programs use the image. What was written is durable by now.
     ///
     /// # Errors
-    /// The storage is not ours: nothing is unlocked.
+    /// There is no descriptor left: nothing is unlocked.
     pub(crate) fn release(&self, host: Host) -> Result<(), DomainError> {
-        let storage = host.storage();
         if let Some(lock) = kept(host, LOCK)? {
-            // Before: what is noted is locked.
-            storage.set_bytes(CLAIMED, b"")?;
             file_io::unlock_image(&lock, self.mode.write);
         }
         Ok(())

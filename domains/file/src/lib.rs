@@ -161,6 +161,8 @@ impl BlockDomain for FileDisk {
 
     fn release(&self) -> Result<(), DomainError> {
         let disk = self.disk();
+        // Else another program would write beside the kernel.
+        fence::wait(self.host)?;
         if disk.image().may_be_written() {
             disk.sync_all().map_err(|error| {
                 DomainError::new(format!("what was written may not be on the disk: {error}"))

@@ -132,15 +132,15 @@ impl Locking {
     }
 }
 
-/// Locks the image for this process, unless it is to be `late` and another program has it now;
-/// which of these. `None` if that cannot be done with it.
+/// Locks the image for this process, unless it is to be `late` and another program has it now.
+/// `None` if that cannot be done with it.
 pub(crate) fn lock(
     host: Host,
     file: &File,
     path: &str,
     mode: OpenMode,
     late: bool,
-) -> Result<Option<(File, bool)>, DomainError> {
+) -> Result<Option<File>, DomainError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let own = file_io::reopen(file, OpenMode { write: false, direct: false });
     loop {
@@ -149,13 +149,13 @@ pub(crate) fn lock(
             Err(error) => ImageLock::Impossible(error.kind().into()),
         };
         match outcome {
-            ImageLock::Ours => return Ok(own.ok().map(|own| (own, true))),
+            ImageLock::Ours => return Ok(own.ok()),
             ImageLock::Taken if late => {
                 host.log(
                     Level::Info,
                     &format!("another program uses `{path}` now: the guest's rings will wait until it does not any more"),
                 );
-                return Ok(own.ok().map(|own| (own, false)));
+                return Ok(own.ok());
             }
             ImageLock::Taken if Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(10))

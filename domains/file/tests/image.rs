@@ -7,7 +7,7 @@ use common::{image_in, params, real_dir};
 use domain_api::{Claim, Level, Params};
 use domain_conformance::{Bench, Job, TestStorage};
 use domain_file::FileDisk;
-use domain_io::file_io::{OpenMode, open_mode};
+use domain_io::file_io::{ImageLock, OpenMode, lock_image, open_mode, unlock_image};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -283,4 +283,21 @@ fn that_there_is_no_descriptor_does_not_mean_that_storage_has_none() {
     storage.run_out_of_descriptors(false);
     assert!(matches!(old.instance.claim(), Ok(Claim::Ours)));
     old.instance.release().unwrap();
+}
+
+/// As a module does that knows nothing of this one.
+#[test]
+fn a_lock_that_was_given_up_behind_its_back_is_taken_again() {
+    let image = image_in(&real_dir(), 1 << 20);
+    let storage = TestStorage::new();
+    let disk = first(&storage, &params(image.path(), &["locking=true"]));
+    let claims = || disk.instance.claim().unwrap();
+    assert_eq!((claims(), claims()), (Claim::Ours, Claim::Ours));
+    unlock_image(&storage.file("claim").unwrap(), true);
+    let other = std::fs::File::options().read(true).write(true).open(image.path()).unwrap();
+    assert!(matches!(lock_image(&other, true), ImageLock::Ours));
+    assert_eq!(claims(), Claim::Taken);
+    unlock_image(&other, true);
+    assert_eq!(claims(), Claim::Ours);
+    assert!(matches!(lock_image(&other, true), ImageLock::Taken));
 }

@@ -12,7 +12,7 @@ pub use device::{
     block_device_size, can_discard_device, device_sector_size, discard_device, is_read_only_device,
     is_write_sealed,
 };
-pub use image_lock::{ImageLock, lock_image, unlock_image};
+pub use image_lock::{ImageLock, has_locked, lock_image, unlock_image};
 pub use open::{Alignment, OpenMode, direct_alignment, open, open_mode, reopen, stated_alignment};
 
 use domain_abi::RawSegment;

@@ -169,7 +169,9 @@ fn upgrades_are_counted_by_how_they_end_and_their_phases_timed() {
 fn trials_and_limits_are_shown() {
     let daemon = start(&[]);
     let page = samples(&scrape(&daemon));
-    assert!(!page.keys().any(|name| name.contains("limit_") || name.contains("canaries")));
+    assert!(!page.keys().any(|name| name.contains("limit_")));
+    // Else a first one is no increase.
+    assert_eq!(value(&page, "canaries_total{verdict=\"kept\"}"), 0.0);
     daemon.call(&["limit", "--iops", "200", "--bandwidth", "1M"]);
     daemon.call(&["upgrade", "ramdisk_v2", "--canary", "1"]);
     run_load(daemon.socket(), &LoadOptions::new(1, 4), Duration::from_millis(100));

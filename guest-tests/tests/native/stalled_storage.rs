@@ -184,3 +184,36 @@ fn the_image_of_a_killed_daemon_is_locked_until_the_kernel_has_done() {
     drop((raw, next));
     assert_eq!(other.terminate(), 0);
 }
+
+/// Nobody wants the disk any more, and still the kernel writes to it.
+#[test]
+fn what_a_dead_server_has_begun_is_over_before_the_image_is_given_back() {
+    let Some(mount) = Mount::new() else { return };
+    let Some(device) = Device::new(&mount) else { return };
+    let args = ["--blk-file", &device.0, "--param", "direct=true"];
+    let daemon = Daemon::start(&args);
+    if daemon.server_pid() == daemon.pid() {
+        return;
+    }
+    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    assert!(write(&mut raw, 5 * SECOND));
+    let other = [&args[..], &["--param", "locking=late"]].concat();
+    let other = Daemon::start(&other);
+    let mut next = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
+    let frozen = mount.freeze();
+    assert!(!write(&mut raw, SECOND), "it is frozen");
+    daemon.end_server(Signal::KILL);
+    drop(raw);
+    daemon.wait_until("it has gone", |status| status["connected"] == false);
+    assert!(!write(&mut next, SECOND), "it is another's");
+    // Longer than the server waits for a session of the one before.
+    thread::sleep(12 * SECOND);
+    assert_eq!(other.status()["claim"], "waiting", "{}", daemon.log());
+    drop(frozen);
+    assert!(next.used(60 * SECOND).expect("memory").is_some(), "no answer: {}", other.status());
+    daemon.wait_until("it is given back", |status| status["claim"] == "free");
+    drop(next);
+    for daemon in [daemon, other] {
+        assert_eq!(daemon.terminate(), 0);
+    }
+}

@@ -123,6 +123,10 @@ impl Commands {
             proxy.status().generation
         );
         log::info!("{serves}");
+        // What the next server has to know before this one has begun anything.
+        if let Err(why) = vault.settle() {
+            log::error!("the supervisor does not have all that there is of the disk: {why}");
+        }
         say(
             &channel,
             &ToSupervisor::Ready {
@@ -407,6 +411,20 @@ impl SessionService {
                 Err(session::Failure { error, .. }) => Some(how_to_have_more(&error).to_string()),
             };
             say(&self.channel, &ToSupervisor::SessionEnded { number: session.number, error });
+            self.settle_claim_aside();
+        }
+    }
+
+    /// What the process before has claimed is given back also where no ring of a session ran, and
+    /// the next session is not to wait for that.
+    fn settle_claim_aside(&self) {
+        if !self.proxy.has_claimed() {
+            return;
+        }
+        let proxy = Arc::clone(&self.proxy);
+        let settle = move || proxy.release_claim();
+        if let Err(error) = std::thread::Builder::new().name("release".to_owned()).spawn(settle) {
+            log::warn!("no thread to give the disk back with: {error}");
         }
     }
 }

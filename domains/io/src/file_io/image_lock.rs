@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 /// Byte for the first thing that is done.
@@ -66,6 +67,26 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
     };
     unlock_image(file, writes);
     refused
+}
+
+/// Whether this open file description has the image locked like this. The kernel lists its locks;
+/// to ask for one says what others have, and not which of them.
+///
+/// # Errors
+/// `/proc` does not say.
+pub fn has_locked(file: &File, writes: bool) -> io::Result<bool> {
+    let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let locks: Vec<RangeInclusive<i64>> = about.lines().filter_map(listed).collect();
+    Ok(bytes(writes).0.all(|byte| locks.iter().any(|lock| lock.contains(&byte))))
+}
+
+/// The bytes of a lock as `fdinfo` has it:
+/// `lock: 1: OFDLCK ADVISORY READ -1 fe:00:42 100 100`.
+fn listed(line: &str) -> Option<RangeInclusive<i64>> {
+    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+    let [_, "OFDLCK", .., start, end] = words[..] else { return None };
+    let end = if end == "EOF" { i64::MAX } else { end.parse().ok()? };
+    Some(start.parse().ok()?..=end)
 }
 
 /// Lets others use an image that was locked like this. One that was not stays as it is.
@@ -128,6 +149,9 @@ mod tests {
         };
         assert!(is_ours(&first, true));
         assert!(is_ours(&first, true), "locked twice is locked");
+        let has = |file: &File, writes| has_locked(file, writes).unwrap();
+        assert!(has(&first, true) && has(&first.try_clone().unwrap(), true));
+        assert!(!has(&second, false), "of others' locks nothing is said");
         assert!(!is_ours(&second, true));
         assert!(!is_ours(&second, false));
         let dup = first.try_clone().unwrap();
@@ -144,6 +168,7 @@ mod tests {
         assert!(is_ours(&writer, true));
         let other = open();
         unlock_image(&writer, true);
+        assert!(!has(&writer, true));
         assert!(is_ours(&other, true), "what was given back is free");
         assert!(!is_ours(&writer, true));
         drop((other, writer));

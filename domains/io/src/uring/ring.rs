@@ -112,7 +112,9 @@ impl PreparedRing {
         }
         if !held.is_empty() {
             let held: Vec<_> = held.iter().map(|file| file.as_raw_fd()).collect();
-            submitter.register_files_update(HELD_AT, &held)?;
+            if submitter.register_files_update(HELD_AT, &held)? != held.len() {
+                return Err(io::Error::other("the kernel does not hold all files"));
+            }
         }
         let (io, end) = (self.io.take(), self.end.take());
         Ok(Ring {
