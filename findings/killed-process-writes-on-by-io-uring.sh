@@ -50,7 +50,8 @@ if way == "io_uring":
     ring = libc.syscall(SETUP, 4, params)
     if ring < 0:
         sys.exit("no io_uring: " + os.strerror(ctypes.get_errno()))
-    # struct io_sqring_offsets begins after 10 numbers: head, tail, mask, entries, flags, dropped, array.
+    # struct io_sqring_offsets begins after 10 numbers: head, tail, mask, entries, flags, dropped,
+    # array.
     tail_at, array_at = params[11], params[16]
     queue = mmap.mmap(ring, array_at + 16)
     entries = mmap.mmap(ring, 4 * 64, offset=0x10000000)

@@ -95,8 +95,8 @@ pub(crate) struct Image {
     is_used: AtomicBool,
 }
 
-/// A dup of what storage has at `key`. That there is no descriptor left for it does not mean that it
-/// has nothing: the image would be opened anew, or served without its lock.
+/// A dup of what storage has at `key`. That there is no descriptor left for it does not mean that
+/// it has nothing: the image would be opened anew, or served without its lock.
 pub(crate) fn kept(host: Host, key: &str) -> Result<Option<File>, DomainError> {
     host.storage().file(key).map_err(|error| {
         DomainError::new(format!("no descriptor for what there is of the disk (`{key}`): {error}"))
