@@ -23,6 +23,10 @@ use std::time::{Duration, Instant};
 
 /// How often a claim that is being made or given back is looked at again.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// The pause before the data is given back that could not be; it is doubled.
+const LET_GO_AGAIN: Duration = Duration::from_millis(20);
+/// The longest.
+const LET_GO_AGAIN_AT_LEAST: Duration = Duration::from_secs(2);
 
 /// Whether rings may run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +58,10 @@ impl DomainProxy {
         // Where nothing serves, nothing is written; what serves next is claimed for first.
         let Some(live) = self.live() else { return Claimed::Yes };
         let claimed = match live.instance.claim() {
-            Ok(Claim::Nothing) => Claimed::Yes,
+            Ok(Claim::Nothing) => {
+                held.is_ours = false;
+                Claimed::Yes
+            }
             Ok(Claim::Ours) => {
                 held.is_ours = true;
                 Claimed::Yes
@@ -97,40 +104,67 @@ impl DomainProxy {
     }
 
     /// The same, of what may have been claimed before this process had the device, or by a domain
-    /// that was prepared. What a session wants is claimed, so that it is given back with the rings.
+    /// that was prepared. What a session wants is given back with the rings.
     pub fn settle_claim(self: &Arc<Self>) {
-        if self.claims.is_wanted() && !self.has_claimed() {
-            match self.claim(true) {
-                Claimed::Yes | Claimed::NotNow(None) => {}
-                // The rings run already.
-                Claimed::Taken => {
-                    self.claims.is_waiting.store(false, Ordering::Relaxed);
-                    log::warn!("another program uses the disk's data, which is served unclaimed");
-                }
-                Claimed::NotNow(Some(why)) => log::warn!("the disk is served unclaimed: {why}"),
-            }
+        if self.claims.is_wanted() {
+            lock(&self.claims.held).is_ours = true;
+            return;
         }
         self.let_go(|_| true);
     }
 
     fn let_go(self: &Arc<Self>, is_due: impl FnOnce(&Held) -> bool) {
+        if !self.try_to_let_go(is_due) || self.claims.is_tried_again.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // Nobody else comes back to it, and nobody is to wait for it.
+        let proxy = Arc::downgrade(self);
+        let tries = move || {
+            let mut pause = LET_GO_AGAIN;
+            loop {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(LET_GO_AGAIN_AT_LEAST);
+                let Some(proxy) = proxy.upgrade() else { return };
+                if proxy.is_stopping() || !proxy.try_to_let_go(|held| held.is_ours) {
+                    proxy.claims.is_tried_again.store(false, Ordering::Release);
+                    return;
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("release".to_owned()).spawn(tries) {
+            self.claims.is_tried_again.store(false, Ordering::Release);
+            log::error!("no thread to give the disk back with: {error}");
+        }
+    }
+
+    /// Gives the data back if that is due, and nobody wants it. Whether it has failed, and is to be
+    /// tried again.
+    fn try_to_let_go(self: &Arc<Self>, is_due: impl FnOnce(&Held) -> bool) -> bool {
         let mut held = lock(&self.claims.held);
         let is_kept = self.claims.is_kept.load(Ordering::SeqCst);
         if is_kept || held.is_leaving || self.claims.is_wanted() || !is_due(&held) {
-            return;
+            return false;
         }
         // Without one it stays as it is: the next that serves gives it back.
-        let Some(live) = self.live() else { return };
+        let Some(live) = self.live() else { return false };
         match live.instance.release() {
             Ok(()) => held.is_ours = false,
-            Err(CallError::Failed(why)) => log::error!(
-                "{} does not give the disk back to other programs: {why}; end the daemon if another one is to have it",
-                live.label()
-            ),
+            Err(CallError::Failed(why)) => {
+                held.is_ours = true;
+                let text = format!(
+                    "{} does not give the disk back to other programs, which is tried again: {why}",
+                    live.label()
+                );
+                if !self.claims.is_tried_again.load(Ordering::Acquire) {
+                    log::error!("{text}");
+                }
+                return true;
+            }
             Err(CallError::Panicked(why)) => {
                 self.died(&live, &format!("{} has panicked in giving back: {why}", live.label()));
             }
         }
+        false
     }
 
     /// Whose the data is now.

@@ -32,6 +32,8 @@ pub(crate) struct Claims {
     /// How many sessions want it. Changed without the lock, and looked at with it.
     pub(crate) wanted: AtomicUsize,
     pub(crate) is_waiting: AtomicBool,
+    /// A thread tries again to give the data back.
+    pub(crate) is_tried_again: AtomicBool,
     /// Something may write until the process ends.
     pub(crate) is_kept: AtomicBool,
 }

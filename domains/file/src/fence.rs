@@ -19,7 +19,6 @@ use domain_api::{DomainError, Host};
 use domain_io::uring::EndWatch;
 use std::fs::File;
 use std::io;
-use std::time::Duration;
 
 /// Storage key of the reading end of the process's pipe.
 const RINGS: &str = "rings";
@@ -29,8 +28,6 @@ const BEFORE: &str = "rings.before";
 const OWNER: &str = "rings.process";
 /// Behind that: it has left nothing with the kernel.
 const AT_REST: &[u8] = b" at rest";
-/// How often it is looked whether a dead process's requests have ended.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// The calling process, apart from others that had its number.
 fn process() -> Vec<u8> {
@@ -89,17 +86,17 @@ pub(crate) fn hold(host: Host) -> io::Result<File> {
 }
 
 /// Whether the kernel has ended all requests of the process before.
-///
-/// # Errors
-/// There is no descriptor left to look with.
-pub(crate) fn is_over(host: Host) -> Result<bool, DomainError> {
+fn is_over(host: Host) -> Result<bool, DomainError> {
     Ok(kept(host, BEFORE)?.is_none_or(|before| EndWatch::from(before).is_over()))
 }
 
-/// Waits until it has, as long as storage takes.
-pub(crate) fn wait(host: Host) -> Result<(), DomainError> {
-    while !is_over(host)? {
-        std::thread::sleep(LOOK_EVERY);
+/// The same.
+///
+/// # Errors
+/// It has not, or there is no descriptor left to look with.
+pub(crate) fn check(host: Host) -> Result<(), DomainError> {
+    if is_over(host)? {
+        return Ok(());
     }
-    Ok(())
+    Err(DomainError::new("the kernel has requests still of the process before, which is dead"))
 }

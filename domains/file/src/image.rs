@@ -103,6 +103,10 @@ pub(crate) fn kept(host: Host, key: &str) -> Result<Option<File>, DomainError> {
     })
 }
 
+fn is_hidden(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied)
+}
+
 impl Image {
     /// Opens and checks the image, or takes up the one in storage.
     pub(crate) fn prepare(host: Host, path: &str, wanted: Wanted) -> Result<Self, DomainError> {
@@ -244,8 +248,17 @@ impl Image {
         let write = self.mode.write;
         // Not to be locked again: one that looks, and backs off from our lock in a moment, would be
         // taken for its owner, and ours be given up. Nor has anybody else written.
-        if file_io::has_locked(&lock, write).unwrap_or(false) {
-            return Ok(Claim::Ours);
+        match file_io::has_locked(&lock, write) {
+            Ok(true) => return Ok(Claim::Ours),
+            Ok(false) => {}
+            // There is no such list.
+            Err(error) if is_hidden(&error) => {}
+            Err(error) => {
+                return Err(DomainError::new(format!(
+                    "it cannot be told whether `{}` is locked: {error}",
+                    self.path
+                )));
+            }
         }
         let stale = !self.mode.direct && file_io::is_of_many_hosts(&self.file).unwrap_or(true);
         match file_io::lock_image(&lock, write) {

@@ -151,18 +151,14 @@ impl BlockDomain for FileDisk {
     }
 
     fn claim(&self) -> Result<Claim, DomainError> {
-        if !fence::is_over(self.host)? {
-            return Err(DomainError::new(
-                "the kernel has requests still of the process before, which is dead",
-            ));
-        }
+        fence::check(self.host)?;
         self.disk().image().claim(self.host)
     }
 
     fn release(&self) -> Result<(), DomainError> {
         let disk = self.disk();
         // Else another program would write beside the kernel.
-        fence::wait(self.host)?;
+        fence::check(self.host)?;
         if disk.image().may_be_written() {
             disk.sync_all().map_err(|error| {
                 DomainError::new(format!("what was written may not be on the disk: {error}"))

@@ -16,7 +16,7 @@ use crate::negotiate::{Export, Refusal};
 use crate::pool::Pool;
 use crate::server::Process;
 use crate::uri::{Server, Target};
-use domain_api::{DomainError, Host};
+use domain_api::{DomainError, Host, Level};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -116,7 +116,12 @@ pub(crate) fn take_up(pool: &Pool, uri: &str, first: &First) -> Result<(), Domai
         }
         Some(text) if text.starts_with(RESTING) => {
             for (slot, export) in text.lines().skip(1).filter_map(parse) {
-                let Some(socket) = socket_at(slot)? else { continue };
+                // It is made anew.
+                let socket = socket_at(slot).unwrap_or_else(|error| {
+                    pool.host.log(Level::Warn, &error.to_string());
+                    None
+                });
+                let Some(socket) = socket else { continue };
                 // One that has ended since is known from before.
                 let known = || Process::from_numbers(marks.server());
                 let server = Process::behind(socket.as_fd()).or_else(known);

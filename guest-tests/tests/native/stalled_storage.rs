@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest_tests::client::features;
 use guest_tests::client::raw::{FREE, GUEST_BASE, RawSession, WRITE};
@@ -209,6 +209,12 @@ fn what_a_dead_server_has_begun_is_over_before_the_image_is_given_back() {
     // Longer than the server waits for a session of the one before.
     thread::sleep(12 * SECOND);
     assert_eq!(other.status()["claim"], "waiting", "{}", daemon.log());
+    // Nothing else waits for that.
+    let began = Instant::now();
+    daemon.call(&["upgrade", "file", "--param", "aio=sync"]);
+    assert_eq!(daemon.ctl(&["resize", "17M"]).status, 1);
+    drop(RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session"));
+    assert!(began.elapsed() < 10 * SECOND, "{:?}", began.elapsed());
     drop(frozen);
     assert!(next.used(60 * SECOND).expect("memory").is_some(), "no answer: {}", other.status());
     daemon.wait_until("it is given back", |status| status["claim"] == "free");

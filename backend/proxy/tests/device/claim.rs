@@ -77,6 +77,30 @@ fn what_is_not_durable_is_not_given_back() {
     assert!(device.proxy.has_claimed());
 }
 
+/// Nobody else comes back to it.
+#[test]
+fn what_cannot_be_given_back_is_given_back_later_unless_it_is_wanted_again() {
+    let device = Device::start(1, &["claim=true", "fail=release"]);
+    let proxy = &device.proxy;
+    proxy.want_claim();
+    assert_eq!(proxy.claim(false), Claimed::Yes);
+    proxy.give_back();
+    proxy.release_claim();
+    let tries = || counts(&device, "a").1;
+    let first = tries();
+    device.until("it is not tried again", || tries() > first + 1);
+    proxy.want_claim();
+    assert_eq!(proxy.claim(true), Claimed::Yes);
+    let last = tries();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(tries() <= last, "a session wants it");
+    proxy.give_back();
+    // As one does that can.
+    device.upgrade("plain", "b", CLAIMS).unwrap();
+    proxy.release_claim();
+    device.until("it is not given back", || !proxy.has_claimed());
+}
+
 #[test]
 fn a_device_without_a_domain_is_claimed_for_the_next() {
     let device = Device::start(1, &["claim=true", "break=claim"]);

@@ -375,15 +375,24 @@ struct SessionService {
 }
 
 impl SessionService {
-    fn serve_all(&self, orders: &mpsc::Receiver<Order>) {
-        let mut first = orders.recv_timeout(TO_COME_BACK).ok();
-        if first.is_none() {
-            // The server before may have claimed the disk, and its session does not go on.
-            self.proxy.settle_claim();
+    /// The server before may have claimed the disk, and its session may not go on, or with no ring.
+    /// Sessions are not to wait for storage that does not answer.
+    fn settle_claim_aside(&self) {
+        let proxy = Arc::downgrade(&self.proxy);
+        let settle = move || {
+            std::thread::sleep(TO_COME_BACK);
+            if let Some(proxy) = proxy.upgrade() {
+                proxy.release_claim();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("settle".to_owned()).spawn(settle) {
+            log::warn!("what a server before has claimed is not given back: {error}");
         }
-        while let Some(Order { session, listener, region }) =
-            first.take().or_else(|| orders.recv().ok())
-        {
+    }
+
+    fn serve_all(&self, orders: &mpsc::Receiver<Order>) {
+        self.settle_claim_aside();
+        while let Ok(Order { session, listener, region }) = orders.recv() {
             let (vault, number) = (Arc::clone(&self.vault), session.number);
             let before = self.vault.believed();
             let beginning = Beginning {
@@ -411,20 +420,6 @@ impl SessionService {
                 Err(session::Failure { error, .. }) => Some(how_to_have_more(&error).to_string()),
             };
             say(&self.channel, &ToSupervisor::SessionEnded { number: session.number, error });
-            self.settle_claim_aside();
-        }
-    }
-
-    /// What the process before has claimed is given back also where no ring of a session ran, and
-    /// the next session is not to wait for that.
-    fn settle_claim_aside(&self) {
-        if !self.proxy.has_claimed() {
-            return;
-        }
-        let proxy = Arc::clone(&self.proxy);
-        let settle = move || proxy.release_claim();
-        if let Err(error) = std::thread::Builder::new().name("release".to_owned()).spawn(settle) {
-            log::warn!("no thread to give the disk back with: {error}");
         }
     }
 }

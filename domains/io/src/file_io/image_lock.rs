@@ -18,6 +18,10 @@ const DONE: i64 = 100;
 /// Byte for the first thing that no other program may do.
 const FORBIDDEN: i64 = 200;
 
+/// Byte that says that it was looked, and the image was free. QEMU knows none there. What holds the
+/// others alone may be a process that has died before it looked.
+const FREE: i64 = 300;
+
 /// To read and rely on it.
 const READ: i64 = 0;
 /// To write.
@@ -56,7 +60,12 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
     let is_free = locked.and_then(|()| {
         counterparts.try_fold(true, |free, byte| Ok(free & !is_locked(file, byte)?))
     });
-    let refused = match is_free {
+    let refused = match is_free.and_then(|free| {
+        if free {
+            lock(file, libc::F_RDLCK, FREE)?;
+        }
+        Ok(free)
+    }) {
         Ok(true) => return ImageLock::Ours,
         Ok(false) => ImageLock::Taken,
         // A lock of another kind that covers one of the bytes (fcntl(2)).
@@ -77,7 +86,8 @@ pub fn lock_image(file: &File, writes: bool) -> ImageLock {
 pub fn has_locked(file: &File, writes: bool) -> io::Result<bool> {
     let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
     let locks: Vec<RangeInclusive<i64>> = about.lines().filter_map(listed).collect();
-    Ok(bytes(writes).0.all(|byte| locks.iter().any(|lock| lock.contains(&byte))))
+    let mut needed = bytes(writes).0.chain([FREE]);
+    Ok(needed.all(|byte| locks.iter().any(|lock| lock.contains(&byte))))
 }
 
 /// The bytes of a lock as `fdinfo` has it:
@@ -92,7 +102,9 @@ fn listed(line: &str) -> Option<RangeInclusive<i64>> {
 /// Lets others use an image that was locked like this. One that was not stays as it is.
 pub fn unlock_image(file: &File, writes: bool) {
     // It cannot fail where it could be locked.
-    bytes(writes).0.for_each(|byte| drop(lock(file, libc::F_UNLCK, byte)));
+    let unlock = |byte| drop(lock(file, libc::F_UNLCK, byte));
+    unlock(FREE);
+    bytes(writes).0.for_each(unlock);
 }
 
 fn flock(kind: libc::c_int, byte: i64) -> libc::flock {
@@ -152,6 +164,9 @@ mod tests {
         let has = |file: &File, writes| has_locked(file, writes).unwrap();
         assert!(has(&first, true) && has(&first.try_clone().unwrap(), true));
         assert!(!has(&second, false), "of others' locks nothing is said");
+        bytes(false).0.for_each(|byte| lock(&second, libc::F_RDLCK, byte).unwrap());
+        assert!(!has(&second, false), "it has not looked yet");
+        unlock_image(&second, false);
         assert!(!is_ours(&second, true));
         assert!(!is_ours(&second, false));
         let dup = first.try_clone().unwrap();
