@@ -187,13 +187,16 @@ fn limits_hold_through_everything_under_a_checked_load() {
     // Before the load, whose threads may run for a while before this one does.
     let began = Instant::now();
     let load = Load::start(daemon.socket(), &LoadOptions::new(2, 16));
-    let mut bursts = 1;
+    let (mut bursts, mut left) = (1, 0);
     let mut step = |what: &str, is_new_server: bool| {
         load.wait_for(150);
         bursts += u64::from(is_new_server);
+        // What a server had taken when it died, which may not have been let through yet.
+        left += if what.contains("death") { 2 * 16 } else { 0 };
         assert_eq!(limits(&daemon), wanted, "after {what}");
         let (ios, most) = (load.ios(), 400.0 * began.elapsed().as_secs_f64());
-        assert!(ios as f64 <= most + (bursts * 51) as f64, "after {what}: {ios} of {most}");
+        let most = most + (bursts * 51 + left) as f64;
+        assert!(ios as f64 <= most, "after {what}: {ios} of {most}");
     };
     step("the start", false);
     daemon.call(&["upgrade", "ramdisk_v2"]);

@@ -3,7 +3,8 @@
 //!
 //! Invariants: what waits is in flight nowhere, and marked nowhere; a worker that waits is asleep,
 //! and does not poll; what has ended is given back meanwhile; what an earlier process had in flight
-//! was let through there, and is not held up.
+//! was let through there, and is not held up. (Of one that died between taking a batch and giving
+//! back what has to wait, that is let through, too.)
 
 use super::worker::QueueWorker;
 use crate::limiter::Limiter;
