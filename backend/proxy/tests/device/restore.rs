@@ -123,30 +123,41 @@ impl Drop for LetGo<'_> {
     }
 }
 
-/// Nobody has asked for it, and what it waits for may never come.
-#[test]
-fn one_that_is_never_there_holds_up_no_request_and_no_upgrade_for_ever() {
+/// Runs `scene` while a standby is being loaded that waits until it is let go, after it; and what
+/// became of that.
+fn beside_one_that_is_loaded(scene: impl FnOnce(&Device)) -> (Device, Result<(), Refusal>) {
     let (device, standby) = about_to_die(&[]);
     let (begun, has_begun) = std::sync::mpsc::channel::<()>();
-    std::thread::scope(|scope| {
+    let loaded = std::thread::scope(|scope| {
         let go = LetGo(&device);
         let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
         has_begun.recv().expect_err("nothing is sent");
+        scene(&device);
+        drop(go);
+        loads.join().expect("no panic")
+    });
+    (device, loaded)
+}
+
+/// Nobody has asked for it, and what it waits for may never come.
+#[test]
+fn one_that_is_never_there_holds_up_no_request_and_no_upgrade_for_ever() {
+    let (device, late) = beside_one_that_is_loaded(|device| {
         let mut hand = device.worker(0);
         hand.submit([0]);
         let began = std::time::Instant::now();
-        hand.until(&device, "time stands still", |_| began.elapsed().as_secs() > 5);
-        hand.until(&device, "no answer", |hand| hand.ended.len() == 1);
+        hand.until(device, "time stands still", |_| began.elapsed().as_secs() > 5);
+        hand.until(device, "no answer", |hand| hand.ended.len() == 1);
         assert_eq!(hand.take_ended(), [(0, Status::IoError)]);
         hand.lie_down();
         device.until("no verdict", || device.proxy.status().state == State::Faulted);
-        let upgrade = scope.spawn(|| device.upgrade("plain", "c", &[]));
-        device.until("the upgrade waits", || device.proxy.status().state == State::Serving);
-        upgrade.join().expect("no panic").expect("committed");
-        drop(go);
-        let late = loads.join().expect("no panic").expect_err("it is of no use any more");
-        assert_eq!(late.code, Code::NoStandby);
+        std::thread::scope(|scope| {
+            let upgrade = scope.spawn(|| device.upgrade("plain", "c", &[]));
+            device.until("the upgrade waits", || device.proxy.status().state == State::Serving);
+            upgrade.join().expect("no panic").expect("committed");
+        });
     });
+    assert_eq!(late.expect_err("it is of no use any more").code, Code::NoStandby);
     let status = device.proxy.status();
     assert_eq!(status.domain.params.get("label"), Some("c"));
     assert!(status.standby.is_none(), "the one before is faulted");
@@ -155,19 +166,13 @@ fn one_that_is_never_there_holds_up_no_request_and_no_upgrade_for_ever() {
 /// The live domain is well, so no takeover gives it up first.
 #[test]
 fn one_that_takes_for_ever_holds_up_no_upgrade_and_is_not_kept_beside_another() {
-    let (device, standby) = about_to_die(&[]);
-    let (begun, has_begun) = std::sync::mpsc::channel::<()>();
-    std::thread::scope(|scope| {
-        let go = LetGo(&device);
-        let loads = scope.spawn(|| device.proxy.take_standby(&standby, || drop(begun)));
-        has_begun.recv().expect_err("nothing is sent");
+    let (device, loaded) = beside_one_that_is_loaded(|device| {
         let at_once = Options { when_busy: WhenBusy::Refuse, ..Options::default() };
         let refused = device.upgrade_with("plain", "c", &[], at_once);
         assert_eq!(refused.expect_err("it may be there in a moment").code, Code::Busy);
         device.upgrade("plain", "c", &[]).expect("committed");
-        drop(go);
-        loads.join().expect("no panic").expect("it is loaded, and not needed");
     });
+    loaded.expect("it is loaded, and not needed");
     let status = device.proxy.status();
     assert_eq!(status.domain.params.get("label"), Some("c"));
     let standby = status.standby.expect("the one before");
