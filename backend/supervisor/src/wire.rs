@@ -393,9 +393,10 @@ mod tests {
     #[test]
     fn a_peer_that_does_not_read_is_not_waited_for_and_misses_nothing() {
         let (mut one, mut other) = pair();
-        let count = 2000_u32;
+        // One for all: a user may have 1024 open.
+        let (count, file) = (2000_u32, file());
         for number in 0..count {
-            one.send(&Message::new(number, vec![number as u8; 1000], vec![file()]));
+            one.send(&Message::new(number, vec![number as u8; 1000], vec![file.clone()]));
         }
         assert!(one.is_stuck());
         for number in 0..count {
