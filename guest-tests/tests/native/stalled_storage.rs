@@ -134,17 +134,23 @@ impl Drop for Device {
     }
 }
 
+/// A daemon with direct I/O to the device, and its guest.
+fn serve(device: &Device, more: &[&str]) -> (Daemon, RawSession) {
+    let args = ["--blk-file", &device.0, "--param", "direct=true"];
+    let daemon = Daemon::start(&[&args[..], more].concat());
+    let guest = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    (daemon, guest)
+}
+
 /// Else the dead server's write would land when a newer one was answered.
 #[test]
 fn what_a_dead_server_has_begun_is_over_before_the_next_one_begins() {
     let Some(mount) = Mount::new() else { return };
     let Some(device) = Device::new(&mount) else { return };
-    let args = ["--blk-file", &device.0, "--param", "direct=true"];
-    let daemon = Daemon::start(&args);
+    let (daemon, mut raw) = serve(&device, &[]);
     if daemon.server_pid() == daemon.pid() {
         return;
     }
-    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     assert!(write(&mut raw, 5 * SECOND));
     let frozen = mount.freeze();
     assert!(!write(&mut raw, SECOND), "it is frozen");
@@ -167,13 +173,9 @@ fn what_a_dead_server_has_begun_is_over_before_the_next_one_begins() {
 fn the_image_of_a_killed_daemon_is_locked_until_the_kernel_has_done() {
     let Some(mount) = Mount::new() else { return };
     let Some(device) = Device::new(&mount) else { return };
-    let args = ["--blk-file", &device.0, "--param", "direct=true"];
-    let daemon = Daemon::start(&args);
-    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
+    let (daemon, mut raw) = serve(&device, &[]);
     assert!(write(&mut raw, 5 * SECOND));
-    let other = [&args[..], &["--param", "locking=late"]].concat();
-    let other = Daemon::start(&other);
-    let mut next = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
+    let (other, mut next) = serve(&device, &["--param", "locking=late"]);
     let frozen = mount.freeze();
     assert!(!write(&mut raw, SECOND), "it is frozen");
     daemon.kill_whole();
@@ -190,16 +192,12 @@ fn the_image_of_a_killed_daemon_is_locked_until_the_kernel_has_done() {
 fn what_a_dead_server_has_begun_is_over_before_the_image_is_given_back() {
     let Some(mount) = Mount::new() else { return };
     let Some(device) = Device::new(&mount) else { return };
-    let args = ["--blk-file", &device.0, "--param", "direct=true"];
-    let daemon = Daemon::start(&args);
+    let (daemon, mut raw) = serve(&device, &[]);
     if daemon.server_pid() == daemon.pid() {
         return;
     }
-    let mut raw = RawSession::start(daemon.socket(), features::USUAL, 64).expect("a session");
     assert!(write(&mut raw, 5 * SECOND));
-    let other = [&args[..], &["--param", "locking=late"]].concat();
-    let other = Daemon::start(&other);
-    let mut next = RawSession::start(other.socket(), features::USUAL, 64).expect("a session");
+    let (other, mut next) = serve(&device, &["--param", "locking=late"]);
     let frozen = mount.freeze();
     assert!(!write(&mut raw, SECOND), "it is frozen");
     daemon.end_server(Signal::KILL);
