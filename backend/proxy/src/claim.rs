@@ -26,7 +26,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// The pause before the data is given back that could not be; it is doubled.
 const LET_GO_AGAIN: Duration = Duration::from_millis(20);
 /// The longest.
-const LET_GO_AGAIN_AT_LEAST: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Whether rings may run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl DomainProxy {
             let mut pause = LET_GO_AGAIN;
             loop {
                 std::thread::sleep(pause);
-                pause = (pause * 2).min(LET_GO_AGAIN_AT_LEAST);
+                pause = (pause * 2).min(LONGEST_PAUSE);
                 let Some(proxy) = proxy.upgrade() else { return };
                 if proxy.is_stopping() || !proxy.try_to_let_go(|held| held.is_ours) {
                     proxy.claims.is_tried_again.store(false, Ordering::Release);
@@ -151,12 +151,12 @@ impl DomainProxy {
             Ok(()) => held.is_ours = false,
             Err(CallError::Failed(why)) => {
                 held.is_ours = true;
-                let text = format!(
-                    "{} does not give the disk back to other programs, which is tried again: {why}",
-                    live.label()
-                );
+                // Once for all tries.
                 if !self.claims.is_tried_again.load(Ordering::Acquire) {
-                    log::error!("{text}");
+                    log::error!(
+                        "{} does not give the disk back to other programs, which is tried again: {why}",
+                        live.label()
+                    );
                 }
                 return true;
             }
